@@ -1,0 +1,7 @@
+"""apportion: find out which tokens earned the reward, and train on it."""
+
+from apportion import advantages, credit, segments
+from apportion.types import Advantages, Credit, Rollouts
+
+__version__ = "0.1.0"
+__all__ = ["Advantages", "Credit", "Rollouts", "__version__", "advantages", "credit", "segments"]

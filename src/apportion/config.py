@@ -1,0 +1,312 @@
+"""The stages' settings. Standard library only: reading, checking and explaining them loads no model code.
+
+Each dataclass is one section of a YAML file and one group of flags (`--lora.rank 8`); the docstrings are the help.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from apportion.errors import ConfigError, message
+
+Spec = Any  # a method: a name, {name: {key: value}}, or a list of these
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters.
+
+    Attributes:
+        rank: rank of each adapter; 0 trains all weights instead.
+        alpha: the adapter's output is scaled by alpha/rank.
+        targets: "attention" (every attention projection), "all" (every linear layer of the blocks), or names.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: Any = "attention"
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        warmup: part of the steps over which it rises; then it falls linearly to 0.
+        eps: Adam's epsilon.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: clip the gradient's norm to this.
+    """
+
+    lr: float = 5e-4
+    warmup: float = 0.05
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class SamplingConfig:
+    """How responses are written: plain sampling, no top-k, no top-p.
+
+    Attributes:
+        batch_size: rollouts a step.
+        samples_per_prompt: rollouts of one prompt.
+        max_new_tokens: longest response, tokens.
+        stop: "length" writes exactly max_new_tokens (EOS is never sampled); "eos" ends at EOS.
+        temperature: divides the logits in sampling and in every log-probability.
+        prompt_tokens: keep the first n tokens of each prompt, n drawn evenly from [low, high]; null keeps it all.
+        max_prompt_tokens: longest prompt, tokens; a longer one is an error.
+    """
+
+    batch_size: int = 32
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 24
+    stop: str = "length"
+    temperature: float = 1.0
+    prompt_tokens: Any = field(default_factory=lambda: [4, 8])
+    max_prompt_tokens: int = 512
+
+
+@dataclass
+class PPOConfig:
+    """Proximal policy optimisation.
+
+    Attributes:
+        epochs: passes over each batch.
+        mini_batch: rollouts an optimizer step.
+        micro_batch: rollouts a forward and backward pass (memory only; it does not change the result).
+        clip: policy ratio clip.
+        value_clip: value clip; null for none.
+        value_coef: weight of the value loss.
+        entropy_coef: weight of an entropy bonus.
+        whiten_advantages: unit variance and no mean over the batch.
+        whiten_rewards: unit variance, mean kept; it rescales dense credit, so off by default.
+        value_model: "shared" (a head on the policy's trunk) or "separate" (a trunk of its own).
+        truncated: what a response without EOS means: "terminal", "bootstrap", "mask" or "penalty"; null picks
+            terminal when stop is length and bootstrap when it is eos.
+        truncation_penalty: score of a truncated response when truncated is "penalty".
+    """
+
+    epochs: int = 4
+    mini_batch: int = 16
+    micro_batch: int = 16
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    value_model: str = "shared"
+    truncated: str | None = None
+    truncation_penalty: float = -1.0
+
+
+@dataclass
+class ScoreConfig:
+    """What is done to a sequence's score before it is apportioned; never anything a token.
+
+    Attributes:
+        center: subtract the reward model's mean score on its held-out set.
+        scale: divide by its standard deviation there.
+        clip: then clamp to [-clip, clip]; null for none.
+        micro_batch: rollouts a forward pass of a scoring model.
+    """
+
+    center: bool = False
+    scale: bool = False
+    clip: float | None = None
+    micro_batch: int = 32
+
+
+@dataclass
+class RewardConfig:
+    """`apportion reward`: train a 2-class reward model, R = logit(positive) − logit(negative).
+
+    Attributes:
+        model: start: `smollm2`, a folder, or a hub id.
+        data: `imdb`, a CSV/JSONL/Parquet file or folder with columns text and label, or a hub id.
+        test_data: held-out data of the same form; null holds out a fixed part of `data` by hash.
+        output: run folder.
+        clips: training clips, each cut at random from a text.
+        clip_tokens: shortest and longest clip, tokens.
+        batch_size: clips an optimizer step.
+        test_texts: held-out texts to evaluate on.
+        pad_token: a token of the tokenizer to pad with, when it has none of its own.
+        seed: random seed.
+        device: auto, cpu, cuda.
+        dtype: auto (bfloat16 where the processor has it), float32, bfloat16.
+        lora: adapters, merged when saved.
+        optim: optimizer.
+    """
+
+    model: str = "smollm2"
+    data: str = "imdb"
+    test_data: str | None = None
+    output: str = "runs/reward"
+    clips: int = 6000
+    clip_tokens: list[int] = field(default_factory=lambda: [8, 64])
+    batch_size: int = 32
+    test_texts: int = 1000
+    pad_token: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class RLConfig:
+    """`apportion rl`: train a policy against a reward model, its score apportioned over the tokens.
+
+    Attributes:
+        policy: start and reference: `smollm2`, a folder, or a hub id.
+        reward_model: any sequence classifier with 1 or 2 labels: a folder or a hub id.
+        prompts: `imdb`, a file or folder with a column prompt or text, or a hub id.
+        output: run folder.
+        algorithm: a named combination (`apportion algorithms` lists them).
+        credit: replaces the algorithm's credit: a name, {name: {key: value}}, or a list (the whole chain).
+        segments: replaces its segments.
+        advantages: replaces its estimator.
+        steps: batches to learn from.
+        checkpoint_every: steps between checkpoints; 0 for none.
+        keep_checkpoints: newest ones kept.
+        log_rollouts: rollouts of each step written to rollouts.jsonl.
+        compare: credit methods whose rewards are logged beside, for the report.
+        pad_token: a token of the tokenizer to pad with, when it has none of its own.
+        seed: random seed.
+        device: auto, cpu, cuda.
+        dtype: the policy's: auto (bfloat16 where the processor has it), float32, bfloat16.
+        reward_dtype: the reward model's; float32 makes logged credit reproducible to 1e-5.
+    """
+
+    policy: str = "smollm2"
+    reward_model: str = ""
+    prompts: str = "imdb"
+    output: str = "runs/rl"
+    algorithm: str = "abc"
+    credit: Spec = None
+    segments: Spec = None
+    advantages: Spec = None
+    steps: int = 40
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    log_rollouts: int = 4
+    compare: list[str] = field(default_factory=lambda: ["sparse", "uniform", "attention", "policy_attention"])
+    pad_token: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    reward_dtype: str = "float32"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """`apportion evaluate`: a policy against its start on fresh prompts, judged by its reward model and by others.
+
+    Attributes:
+        run: the folder of a finished `apportion rl` run.
+        prompts: `imdb` (reviews that no stage was trained on), a file or folder, or a hub id.
+        count: prompts to sample on, the first ones.
+        judge: also ask a judge that never saw the reward model's data (TF-IDF and logistic regression on IMDb).
+        seed: random seed; the start and the policy are sampled with the same one.
+        device: auto, cpu, cuda.
+        dtype: of policy and start: auto, float32, bfloat16.
+    """
+
+    run: str = "runs/rl"
+    prompts: str = "imdb"
+    count: int = 128
+    judge: bool = True
+    seed: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass
+class DemoConfig:
+    """`apportion demo`: reward model, PPO with dense credit, an independent judge, and a page that shows it.
+
+    Attributes:
+        output: folder of the stages, the report and summary.json.
+        steps: batches of PPO.
+        credit: the credit method: attention (ABC), uniform, sparse, policy_attention, or a spec.
+        clips: training clips of the reward model.
+        count: fresh prompts for the evaluation before and after.
+        seed: random seed.
+    """
+
+    output: str = "runs/demo"
+    steps: int = 40
+    credit: Spec = "attention"
+    clips: int = 6000
+    count: int = 128
+    seed: int = 0
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the settings as a plain nested mapping."""
+    return asdict(config)
+
+
+def check(config: Any, where: str = "") -> None:
+    """Raise ConfigError for a setting outside its range, before anything is loaded. Recurses into sections."""
+    for f in fields(config):
+        name, value = where + f.name, getattr(config, f.name)
+        if is_dataclass(value):
+            check(value, f"{name}.")
+        elif f.name in RANGES and value is not None:
+            low, high, expected = RANGES[f.name]
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not low <= value <= high:
+                raise ConfigError(message(name, value, expected, f"Set {name} to a value in that range."))
+        elif f.name in CHOICES and value not in CHOICES[f.name]:
+            expected = "one of " + ", ".join(str(c) for c in CHOICES[f.name])
+            raise ConfigError(message(name, value, expected, f"Set {name} to one of them."))
+    if hasattr(config, "prompt_tokens") and config.prompt_tokens is not None:
+        _check_pair(where + "prompt_tokens", config.prompt_tokens)
+    if hasattr(config, "clip_tokens"):
+        _check_pair(where + "clip_tokens", config.clip_tokens)
+    if isinstance(config, RLConfig) and not config.reward_model:
+        mend = "Train one with `apportion reward`, then pass --reward_model runs/reward/final."
+        raise ConfigError(message("reward_model", "", "a folder or hub id of a sequence classifier", mend))
+
+
+def _check_pair(name: str, pair: Any) -> None:
+    whole = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(x) is int for x in pair)
+    if not whole or not 1 <= pair[0] <= pair[1]:
+        raise ConfigError(message(name, pair, "[low, high] with 1 <= low <= high", "Example: [4, 8]."))
+
+
+_ANY = math.inf
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(
+        ("batch_size", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens", "epochs", "mini_batch")
+        + ("micro_batch", "steps", "clips", "test_texts", "count", "keep_checkpoints"),
+        (1, _ANY, "a whole number >= 1"),
+    ),
+    **dict.fromkeys(("rank", "checkpoint_every", "log_rollouts", "seed"), (0, 2**31, "a whole number >= 0")),
+    **dict.fromkeys(("lr", "eps", "temperature", "max_grad_norm", "alpha"), (1e-12, _ANY, "a number > 0")),
+    **dict.fromkeys(("weight_decay", "value_coef", "entropy_coef"), (0, _ANY, "a number >= 0")),
+    "clip": (1e-6, _ANY, "a number > 0"),
+    "value_clip": (1e-6, _ANY, "a number > 0, or null"),
+    "warmup": (0, 1, "a number in [0, 1]"),
+    "truncation_penalty": (-_ANY, _ANY, "a finite number"),
+}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "stop": ("length", "eos"),
+    "value_model": ("shared", "separate"),
+    "truncated": (None, "terminal", "bootstrap", "mask", "penalty"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "reward_dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
+}

@@ -1,0 +1,112 @@
+"""Where does the reward land? Credit methods: pure functions from rewards (B,T) to rewards (B,T), and their chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion import registry
+from apportion.credit.attention import attention
+from apportion.credit.kl_penalty import kl_penalty
+from apportion.credit.policy_attention import policy_attention
+from apportion.credit.sparse import sparse
+from apportion.credit.uniform import uniform
+from apportion.errors import ConfigError, DataError, ScoreError, message
+from apportion.masking import place_on_last
+from apportion.types import Credit, Rollouts, State
+
+METHODS: Mapping[str, Callable[..., Credit]] = {
+    f.__name__: f for f in (sparse, uniform, attention, policy_attention, kl_penalty)
+}
+__all__ = [*METHODS, "METHODS", "apply", "chain", "find", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Return the built-in credit methods' names."""
+    return tuple(METHODS)
+
+
+def find(name: str) -> Callable[..., Credit]:
+    """Return the credit factory of that name, or "package.module:function". Raises ConfigError with suggestions."""
+    return registry.find("credit", name, METHODS)
+
+
+def chain(*credits: Credit, allow_redistributing_penalties: bool = False) -> Credit:
+    """Return the credits applied from left to right, each on the rewards that the one before returned.
+
+    A redistributor after a credit that changes the return (a KL penalty) would spread that penalty over the row, which
+    no paper does: it is refused unless `allow_redistributing_penalties`. State keys are prefixed by position.
+
+    Raises:
+        ConfigError: that order, or no credits at all.
+    """
+    if not credits:
+        raise ConfigError(message("credit", "an empty chain", "at least one credit", "Use `sparse` for plain RLHF."))
+    changed = False
+    for position, one in enumerate(credits):
+        if one.share is not None and changed and not allow_redistributing_penalties:
+            came = f"a redistributor at position {position}, after a credit that changes the return"
+            mend = "Put kl_penalty last, or pass allow_redistributing_penalties=True."
+            raise ConfigError(message("credit", came, "redistributors before penalties", mend))
+        changed = changed or not one.keeps_return
+
+    def part(state: State, i: int) -> State:
+        return {k.removeprefix(f"{i}."): v for k, v in state.items() if k.startswith(f"{i}.")}
+
+    def join(parts: list[State]) -> State:
+        return {f"{i}.{k}": v for i, p in enumerate(parts) for k, v in p.items()}
+
+    def init() -> State:
+        return join([c.init() for c in credits])
+
+    def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
+        parts = []
+        for i, c in enumerate(credits):
+            rewards, after = c.assign(rollouts, rewards, part(state, i))
+            parts.append(after)
+        return rewards, join(parts)
+
+    def stats(rollouts: Rollouts, before: Tensor, after: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return {k: v for c in credits if c.stats for k, v in c.stats(rollouts, before, after).items()}
+
+    def update(state: State, sums: dict[str, tuple[Tensor, Tensor]]) -> State:
+        parts = [part(state, i) for i in range(len(credits))]
+        return join([c.update(p, sums) if c.update else p for c, p in zip(credits, parts, strict=True)])
+
+    return Credit(
+        init,
+        assign,
+        needs=frozenset[str]().union(*(c.needs for c in credits)),
+        keeps_return=all(c.keeps_return for c in credits),
+        causal=all(c.causal for c in credits),
+        share=next((c.share for c in reversed(credits) if c.share is not None), None),
+        stats=stats,
+        update=update,
+    )
+
+
+def apply(credit: Credit, rollouts: Rollouts, state: State | None = None) -> tuple[Tensor, State]:
+    """Return (rewards (B,T) float32, state): the scores (B,) put on each row's last token, then `credit`.
+
+    Raises:
+        DataError: the rollouts have no scores.
+        ScoreError: a score is not finite; it names the rollout and is never replaced by a number.
+    """
+    if rollouts.scores is None:
+        raise DataError(message("Rollouts.scores", None, "scores (B,)", "Score the rollouts first."))
+    bad = ~torch.isfinite(rollouts.scores)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        came = float(rollouts.scores[row])
+        raise ScoreError(message(f"score of rollout {row}", came, "a finite number", "Check the reward model."))
+    rewards = place_on_last(rollouts.scores.float(), rollouts.mask)
+    return credit.assign(rollouts, rewards, credit.init() if state is None else state)
+
+
+def build(specs: list[tuple[str, dict[str, Any]]]) -> Credit:
+    """Return the chain of (name, keyword arguments) pairs."""
+    parts = [registry.call("credit", name, find(name), kwargs) for name, kwargs in specs]
+    return chain(*parts)

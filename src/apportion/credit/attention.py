@@ -1,0 +1,78 @@
+"""ABC: the reward model's own last-layer attention spreads its score over the tokens it read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from apportion.credit.redistribute import redistributor, take_evidence
+from apportion.errors import ConfigError, check_fraction, message
+from apportion.masking import last_index, normalise
+from apportion.types import Credit, Rollouts
+
+
+def attention(
+    *, mix: float = 0.8, floor: float = 0.0, cap: float | None = None, exclude_self: bool = False
+) -> Credit:
+    """Return attention-based credit, r_t = β·α_t·Σr + (1−β)·r_t with β = `mix`.
+
+    α (B,T) is evidence "reward_attention" (the last layer's attention of the position where the reward model reads
+    its score, averaged over heads), normalised over the response. It costs no extra forward pass. α looks at the whole response, so the
+    credit is not causal and its policy gradient is biased, though each row's return is unchanged.
+
+    Args:
+        mix: β in [0, 1]; 0 is sparse bit for bit, 0.8 the authors' setting.
+        floor: part in [0, 1] of the share that is spread uniformly, against attention sinks.
+        cap: largest share of one token in (0, 1]; the excess goes to the others in proportion. A row too short for
+            the cap (cap·n < 1) becomes uniform.
+        exclude_self: leave out the last token's attention to itself (the only token of a one-token row keeps it).
+
+    Raises:
+        ConfigError: a setting outside its range.
+        DataError: evidence "reward_attention" absent, negative or not finite.
+
+    Source: Chan et al. 2024 (arXiv 2402.00782), section 3.
+    """
+    check_fraction("attention.mix", mix)
+    check_fraction("attention.floor", floor, "0 leaves attention as it is, 1 is uniform.")
+    if cap is not None and (check_fraction("attention.cap", cap, "Use 0.2 for at most a fifth a token.") == 0.0):
+        raise ConfigError(message("attention.cap", cap, "a number in (0, 1] or null", "Use 0.2 for a fifth a token."))
+
+    def weights(rollouts: Rollouts) -> Tensor:
+        raw = take_evidence(rollouts, "reward_attention")
+        if exclude_self:
+            raw = without_last(raw, rollouts.mask)
+        if floor == 0.0 and cap is None:
+            return raw
+        share, _ = normalise(raw, rollouts.mask)
+        flat = rollouts.mask / rollouts.mask.sum(dim=1, keepdim=True).clamp_min(1)
+        share = (1.0 - floor) * share + floor * flat
+        share = share if cap is None else capped(share, rollouts.mask, cap)
+        return share * raw.sum(dim=1, keepdim=True)  # keeps the kept mass visible in the metrics
+
+    needs = frozenset({"reward_attention"})
+    return redistributor(weights, mix=mix, needs=needs, causal=False, label="attention")
+
+
+def without_last(weights: Tensor, mask: Tensor) -> Tensor:
+    """Return `weights` (B,T) with each row's last token at 0, except in rows of a single token."""
+    last = torch.nn.functional.one_hot(last_index(mask).clamp_min(0), mask.shape[1]).bool()
+    return torch.where(last & (mask.sum(dim=1, keepdim=True) > 1), 0.0, weights)
+
+
+def capped(share: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Return shares (B,T), summing to 1, of which none exceeds max(`cap`, 1/n): the excess goes to the rest pro rata."""
+    count = mask.sum(dim=1, keepdim=True).clamp_min(1)
+    limit = (1.0 / count).clamp_min(cap)
+    for _ in range(math.ceil(1.0 / cap)):  # each pass fixes at least one more token at the limit, 1/cap at most
+        full = share >= limit
+        left = 1.0 - torch.where(full, limit, 0.0).sum(dim=1, keepdim=True)
+        rest = torch.where(full | ~mask, 0.0, share)
+        room = rest.sum(dim=1, keepdim=True)
+        # tokens without any weight share the excess evenly, when nothing else can take it
+        even = (mask & ~full) / (mask & ~full).sum(dim=1, keepdim=True).clamp_min(1)
+        rest = torch.where(room > 0, rest / room.clamp_min(1e-30), even) * left
+        share = torch.where(mask, torch.where(full, limit, rest), 0.0)
+    return share

@@ -1,0 +1,78 @@
+"""What every redistributor shares: r' = (1−β)·r + β·α·Σr, its checks and its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from apportion.errors import DataError, message
+from apportion.masking import normalise
+from apportion.types import Credit, Rollouts, State
+
+Weights = Callable[[Rollouts], Tensor]
+
+
+def take_evidence(rollouts: Rollouts, name: str) -> Tensor:
+    """Return evidence `name` (B,T) in float32, 0 off the mask.
+
+    Raises:
+        DataError: it is absent, or on the mask not finite or negative.
+    """
+    if name not in rollouts.evidence:
+        came = sorted(rollouts.evidence) or "no evidence"
+        raise DataError(message(f"evidence[{name!r}]", came, f"a (B,T) tensor named {name!r}", "Produce it in scoring."))
+    # `where`, not a product: what stands off the mask may be anything, NaN included
+    weights = torch.where(rollouts.mask, rollouts.evidence[name].float(), 0.0)
+    bad = (~torch.isfinite(weights) | (weights < 0)).any(dim=1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        came = f"{weights[row].min().item()} .. {weights[row].max().item()}"
+        raise DataError(message(f"evidence[{name!r}] of rollout {row}", came, "finite values >= 0", "Check the model."))
+    return weights
+
+
+def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal: bool, label: str) -> Credit:
+    """Return the credit that spreads β = `mix` of each row's rewards in proportion to `weights(rollouts)` (B,T).
+
+    The rest, 1−β, stays where it was. Row sums are kept for any β because the shares sum to 1 (a row whose weights have no mass
+    falls back to uniform shares, counted in `credit/fallbacks`; a row without tokens stays 0). Source: Chan et al.
+    2024 (arXiv 2402.00782), eq. for r_t with β and α.
+    """
+
+    def share(rollouts: Rollouts) -> Tensor:
+        return normalise(weights(rollouts), rollouts.mask)[0]
+
+    def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
+        if mix == 0.0:  # bit for bit the rewards that came
+            return torch.where(rollouts.mask, rewards, 0), state
+        r = torch.where(rollouts.mask, rewards.float(), 0.0)
+        spread = mix * share(rollouts) * r.sum(dim=1, keepdim=True)
+        return (((1.0 - mix) * r + spread) if mix < 1.0 else spread).to(rewards.dtype), state
+
+    def stats(rollouts: Rollouts, before: Tensor, after: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        raw = torch.where(rollouts.mask, weights(rollouts), 0.0)
+        return share_stats(raw, rollouts.mask, label)
+
+    return Credit(dict, assign, needs, keeps_return=True, causal=causal, share=share, stats=stats)
+
+
+def share_stats(raw: Tensor, mask: Tensor, label: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (sum, count) of kept mass, largest share, share entropy (nats) and fallbacks over rows with tokens."""
+    shares, fallback = normalise(raw, mask)
+    full = mask.any(dim=1)
+    rows = full.sum().float()
+    entropy = -(shares * shares.clamp_min(1e-30).log()).sum(dim=1)
+    sums: Mapping[str, Tensor] = {
+        "kept_mass": raw.sum(dim=1)[full].sum(),
+        "max_share": shares.amax(dim=1)[full].sum(),
+        "share_entropy": entropy[full].sum(),
+        "fallbacks": fallback.float().sum(),
+        "empty_rows": (~full).float().sum(),
+    }
+    return {f"credit/{label}/{k}": (v, torch.ones_like(rows) if k in _COUNTS else rows) for k, v in sums.items()}
+
+
+# totals a batch, not means over rows
+_COUNTS = {"fallbacks", "empty_rows"}

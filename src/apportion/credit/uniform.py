@@ -1,0 +1,27 @@
+"""Uniform credit: every token gets the same part of the score."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from apportion.credit.redistribute import redistributor
+from apportion.errors import check_fraction
+from apportion.types import Credit, Rollouts
+
+
+def uniform(*, mix: float = 1.0) -> Credit:
+    """Return r_t = (1−β)·r_t + β·Σr/n over a row's n tokens, β = `mix` in [0, 1].
+
+    The baseline every comparison with ABC carries. Not causal: the share depends on how long the response becomes,
+    so with a free EOS its policy gradient is biased towards going on when the score is positive.
+    Source: Chan et al. 2024 (arXiv 2402.00782), the uniform ablation.
+
+    Raises:
+        ConfigError: `mix` outside [0, 1].
+    """
+    check_fraction("uniform.mix", mix)
+
+    def weights(rollouts: Rollouts) -> Tensor:
+        return rollouts.mask.float() / rollouts.mask.sum(dim=1, keepdim=True).clamp_min(1)
+
+    return redistributor(weights, mix=mix, needs=frozenset(), causal=False, label="uniform")

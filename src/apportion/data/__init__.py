@@ -1,0 +1,27 @@
+"""Data by name, file or hub id: tables, labelled reviews, prompts, disjoint parts, and the built-in assets."""
+
+from apportion.data.assets import BUILTIN_DATA, BUILTIN_MODELS, builtin_model, builtin_table, cache_dir
+from apportion.data.formats import Row
+from apportion.data.prompts import Messages, prompts
+from apportion.data.reviews import Labelled, labelled
+from apportion.data.splits import PARTS, bucket, part
+from apportion.data.tables import check_text, read_rows, require
+
+__all__ = [
+    "BUILTIN_DATA",
+    "BUILTIN_MODELS",
+    "PARTS",
+    "Labelled",
+    "Messages",
+    "Row",
+    "bucket",
+    "builtin_model",
+    "builtin_table",
+    "cache_dir",
+    "check_text",
+    "labelled",
+    "part",
+    "prompts",
+    "read_rows",
+    "require",
+]

@@ -1,0 +1,82 @@
+"""Prompts to sample from: the built-in IMDb reviews, or a table with a column prompt, messages or text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from apportion.data import splits
+from apportion.data.assets import BUILTIN_DATA
+from apportion.data.formats import Row
+from apportion.data.reviews import labelled
+from apportion.data.tables import check_text, read_rows, require
+from apportion.errors import DataError, message
+
+Messages = list[dict[str, Any]]  # each with role and content, both str
+
+_COLUMNS = ("prompt", "messages", "text")  # the first that a table has is used
+_SHORTEST = 200  # characters; a shorter review is no beginning to continue
+
+
+def prompts(source: str, part: str | None = None, *, field: str = "prompts") -> list[str | Messages]:
+    """Read prompts.
+
+    Args:
+        source: "imdb" (the reviews of more than 200 characters, shuffled by a hash of their text), or anything that
+            `read_rows` takes, with a column prompt, messages or text, in the order of the file. A prompt is text, or
+            a list of {"role", "content"} to which the caller applies the chat template.
+        part: one of `splits.PARTS`, or None for every row.
+        field: the configuration key that gave `source`, for error messages.
+
+    Raises:
+        DataError: what `read_rows` refuses, an empty prompt, a message without role or content, a part without rows.
+        ConfigError: an unknown part.
+    """
+    if part is not None:
+        splits.bounds(part)
+    if source in BUILTIN_DATA:
+        texts = [row.text for row in labelled(source, part, field=field) if len(row.text) > _SHORTEST]
+        return [*sorted(texts, key=_shuffled)]
+    rows = read_rows(source, field=field)
+    column = next((name for name in _COLUMNS if name in rows[0]), _COLUMNS[0])
+    found = [_prompt(row, column, field) for row in rows]
+    if part is None:
+        return found
+    chosen = splits.part(found, part, text=_key)
+    if not chosen:
+        came = f"{source}: no prompt of {len(found)} falls into part {part!r}"
+        raise DataError(message(field, came, "at least one prompt", "Give more rows, or no part."))
+    return chosen
+
+
+def _prompt(row: Row, column: str, field: str) -> str | Messages:
+    require(row, column, field=field)
+    value = row[column]
+    if not isinstance(value, list) and column != "messages":
+        return check_text(row, column, field=field)
+    if not isinstance(value, list) or not value:
+        came = f"{row.where}: {column} = {value!r:.60}"
+        mend = 'Write [{"role": "user", "content": "..."}].'
+        raise DataError(message(field, came, "a list of messages", mend))
+    return [_message(item, i, row, column, field) for i, item in enumerate(value)]
+
+
+def _message(item: Any, index: int, row: Row, column: str, field: str) -> dict[str, Any]:
+    where = f"{row.where}: {column}[{index}]"
+    if not isinstance(item, dict):
+        mend = 'Write {"role": "user", "content": "..."}.'
+        raise DataError(message(field, f"{where} = {item!r:.60}", "an object with role and content", mend))
+    inner = Row(item, where)
+    for key in ("role", "content"):
+        check_text(inner, key, field=field)
+    return dict(item)  # other keys, such as a name, are for the chat template
+
+
+def _key(prompt: str | Messages) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def _shuffled(text: str) -> bytes:
+    # Another hash than that of `bucket`: its order inside a part would follow the bucket.
+    return hashlib.sha256(b"order:" + text.encode()).digest()

@@ -1,0 +1,105 @@
+"""The producers: what each model pass can tell about a batch, so that each model runs once and credits run none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from apportion import registry
+from apportion.errors import ConfigError, DataError, message, unknown_name
+from apportion.evidence.policy_pass import policy_pass
+from apportion.evidence.reference_pass import reference_pass
+from apportion.evidence.reward_pass import reward_pass
+from apportion.models.policy import Policy
+from apportion.models.reward import RewardModel
+from apportion.types import Rollouts
+
+
+@dataclass
+class Models:
+    """The models of a run that evidence can come from."""
+
+    policy: Policy
+    reward: RewardModel
+
+
+class Producer(NamedTuple):
+    """One pass: the evidence it can give, the forwards and backwards it costs a micro-batch, and the pass itself.
+
+    `produce(models, rollouts, wanted)` returns {name: tensor} for the wanted names.
+    """
+
+    gives: frozenset[str]
+    forwards: int
+    backwards: int
+    produce: Callable[[Models, Rollouts, frozenset[str]], Mapping[str, Tensor]]
+
+
+PRODUCERS: Mapping[str, Producer] = {
+    "policy": Producer(
+        frozenset(
+            {
+                "old_logprobs",
+                "values",
+                "bootstrap_values",
+                "entropy",
+                "policy_attention_mean",
+                "policy_attention_last",
+            }
+        ),
+        1,
+        0,
+        lambda models, rollouts, wanted: policy_pass(models.policy, rollouts, wanted),
+    ),
+    "reference": Producer(
+        frozenset({"reference_logprobs"}),
+        1,
+        0,
+        lambda models, rollouts, wanted: reference_pass(models.policy, rollouts),
+    ),
+    "reward": Producer(
+        frozenset({"scores", "reward_attention"}),
+        1,
+        0,
+        lambda models, rollouts, wanted: reward_pass(models.reward, rollouts, wanted),
+    ),
+}
+
+
+def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
+    """Return the passes to run, each once, with what is wanted of it.
+
+    A need "package.module:function" is a producer of the user's: it is called with (models, rollouts, texts) and returns the tensor of
+    that evidence, (B,), (B,T) or (B,T,k); it declares what it costs in attributes `forwards` and `backwards`.
+
+    Raises:
+        ConfigError: a name that no producer gives; it lists those that are given.
+    """
+    needs = frozenset(needs)
+    known = frozenset[str]().union(*(p.gives for p in PRODUCERS.values()))
+    passes = [(p, p.gives & needs) for p in PRODUCERS.values() if p.gives & needs]
+    for name in sorted(needs - known):
+        if ":" not in name:
+            raise ConfigError(unknown_name("evidence", name, known))
+        passes.append((_users(name), frozenset({name})))
+    return passes
+
+
+def _users(name: str) -> Producer:
+    function = registry.find("evidence", name, {})
+
+    def produce(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
+        decode = models.policy.tokenizer.decode
+        texts = [decode(ids[mask]) for ids, mask in zip(rollouts.response_ids, rollouts.mask, strict=True)]
+        made = function(models, rollouts, texts)
+        if not isinstance(made, Tensor):
+            mend = "Return one tensor whose first dimension is the batch."
+            raise DataError(message(f"evidence[{name!r}]", type(made).__name__, "a tensor", mend))
+        return {name: made}
+
+    return Producer(
+        frozenset({name}), getattr(function, "forwards", 0), getattr(function, "backwards", 0), produce
+    )

@@ -1,0 +1,175 @@
+"""From a name, a folder or a hub id to a model and a tokenizer that are fit for their role."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apportion.errors import ModelError, message
+
+SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def locate(field: str, name: str) -> str:
+    """Return what the Auto classes can load for `name`: a folder that holds a model, or a hub id. Loads nothing.
+
+    Raises:
+        ModelError: the folder is absent, has no config.json or no safetensors weights, or the name is none of these.
+    """
+    from apportion.data.assets import BUILTIN_MODELS, builtin_model
+
+    if name in BUILTIN_MODELS:
+        return str(builtin_model(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(field, path)
+        return str(path)
+    expected = f"a built-in name ({', '.join(BUILTIN_MODELS)}), a model folder, or a hub id such as owner/name"
+    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parent.is_dir()
+    if (looks_local and not ("/" in name and _is_hub_like(name))) or not HUB_ID.fullmatch(name):
+        raise ModelError(message(field, name, expected, "There is no such folder: check the path."))
+    return name
+
+
+def _is_hub_like(name: str) -> bool:
+    """Whether an absent path such as owner/name reads as a hub id: its first part is no folder here."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name.split("/")[0]).exists() and not name.startswith(".")
+
+
+def _check_folder(field: str, path: Path) -> None:
+    adapter = (path / "adapter_config.json").is_file()
+    if not adapter and not (path / "config.json").is_file():
+        mend = "Point to the folder that `save_pretrained` wrote, such as RUN/final."
+        raise ModelError(message(field, str(path), "a folder with config.json and weights", mend))
+    if not any(next(path.glob(pattern), None) for pattern in SAFE_WEIGHTS):
+        mend = "Save it again with `model.save_pretrained(folder)`; pickled weights (.bin) are not loaded."
+        raise ModelError(message(field, str(path), "weights in safetensors beside config.json", mend))
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device: `auto` is the GPU if there is one. Raises ModelError when cuda is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError(message("device", name, "cpu or auto", "This PyTorch sees no GPU."))
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype: `auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are native on `device` (AVX512-BF16 or AMX on a CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+
+
+def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any:
+    """Return the tokenizer in `folder` (or hub id), with a pad token of its own, distinct from EOS.
+
+    Raises:
+        ModelError: there is none, it has no EOS, or its pad token is absent or equal to EOS.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        came = f"{folder} ({str(error).splitlines()[0]})"
+        raise ModelError(message(field, came, "a folder or hub id with a tokenizer", "Save one there.")) from error
+    if pad_token is not None:
+        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
+            reserved = [str(t) for t in tokenizer.added_tokens_decoder.values()][:8]
+            mend = f"Choose a reserved token that never stands in text, such as one of {reserved}."
+            raise ModelError(message("pad_token", pad_token, "a token of the tokenizer's vocabulary", mend))
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        came = f"pad {tokenizer.pad_token!r}, eos {tokenizer.eos_token!r}"
+        mend = "Pass --pad_token with a reserved token of the vocabulary that never stands in text."
+        raise ModelError(message(f"{field}'s tokenizer", came, "a pad token distinct from EOS", mend))
+    return tokenizer
+
+
+def load_causal(field: str, folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return the causal language model in `folder`, adapters merged, in evaluation mode.
+
+    Raises:
+        ModelError: it cannot be loaded, or weights are missing (they would be random).
+    """
+    from transformers import AutoModelForCausalLM
+
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        return _merged_adapter(folder, dtype).to(device).eval()
+    model, info = _from_pretrained(field, AutoModelForCausalLM, folder, dtype)
+    _refuse_missing(field, folder, info)
+    return own_memory(model.to(device).eval())
+
+
+def _merged_adapter(folder: str, dtype: torch.dtype) -> nn.Module:
+    from peft import AutoPeftModelForCausalLM
+
+    # merged in float32: merging in bfloat16 differs by 6e-3
+    return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).merge_and_unload().to(dtype)
+
+
+def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
+    try:
+        return auto.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, attn_implementation="sdpa", **kwargs
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        came = f"{folder} ({str(error).splitlines()[0]})"
+        mend = "Check the folder or id; a hub id needs the network or a cached copy."
+        raise ModelError(message(field, came, f"weights that {auto.__name__} can load", mend)) from error
+
+
+def _refuse_missing(field: str, folder: str, info: Any) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        mend = "These weights would be random. Train or save the model with them first."
+        raise ModelError(message(field, f"{folder} without {missing[:3]}", "weights for every layer", mend))
+
+
+def own_memory(model: nn.Module) -> nn.Module:
+    """Copy weights out of the memory-mapped file: its alignment changes the last bits of float32 products."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def load_classifier(
+    field: str, folder: str, dtype: torch.dtype, device: torch.device, *, new_head: int | None = None
+) -> nn.Module:
+    """Return the sequence classifier in `folder`, in evaluation mode.
+
+    Args:
+        new_head: number of labels of a fresh head to train, N(0, 1/(d+1)); None demands that the head is stored.
+
+    Raises:
+        ModelError: it cannot be loaded, its head is absent, or it has neither 1 nor 2 labels.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    kwargs = {} if new_head is None else {"num_labels": new_head}
+    model, info = _from_pretrained(field, AutoModelForSequenceClassification, folder, dtype, **kwargs)
+    if new_head is None:
+        _refuse_missing(field, folder, info)
+        if model.config.num_labels not in (1, 2):
+            mend = "Use a reward model (1 label) or a binary classifier (2 labels)."
+            raise ModelError(message(field, f"{model.config.num_labels} labels", "1 or 2 labels", mend))
+    else:
+        head = next(m for name, m in model.named_children() if name in ("score", "classifier"))
+        width = head.weight.shape[1]
+        torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
+    return own_memory(model.to(device).eval())

@@ -1,0 +1,192 @@
+"""A policy with its values and its reference: one forward gives log-probabilities, values and entropy."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apportion.config import RLConfig
+from apportion.losses import entropy_of
+from apportion.masking import last_index
+from apportion.models.adapters import add_adapter
+from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype
+from apportion.types import Rollouts
+
+
+class Outputs(NamedTuple):
+    """What one forward over rollouts gives, all (B,T) float32, 0 off the mask; `after` (B,) is V after the last token."""
+
+    logprobs: Tensor
+    values: Tensor | None
+    after: Tensor | None
+    entropy: Tensor | None
+
+
+@dataclass
+class Policy:
+    """A causal language model that is trained, the values on it, and the reference it may not leave too far.
+
+    Attributes:
+        model: the language model, with adapters when `reference` is None.
+        tokenizer: with a pad token distinct from EOS.
+        value_head: d -> 1, float32, zero at the start; None for a policy that is only sampled and read.
+        value_trunk: a model of its own under the value head, or None for the policy's trunk.
+        reference: a frozen copy, or None: the policy with its adapters disabled.
+        banned: ids that are never sampled; their logit is −inf in every log-probability.
+        temperature: divides the logits in sampling and in every log-probability.
+        compute: dtype of autocast when float32 weights compute in 16 bit, else None.
+    """
+
+    model: Any
+    tokenizer: Any
+    banned: list[int]
+    value_head: nn.Linear | None = None
+    value_trunk: Any | None = None
+    reference: Any | None = None
+    temperature: float = 1.0
+    compute: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.model.parameters()).device
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Return every parameter that learns: adapters or all weights, the value trunk's, the value head's."""
+        modules = [m for m in (self.model, self.value_head, self.value_trunk) if m is not None]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """Return float32 logits (…,V) over the temperature, −inf on banned ids: the one distribution of all passes."""
+        logits = logits.float() if self.temperature == 1.0 else logits.float() / self.temperature
+        return logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
+
+    def forward(self, rollouts: Rollouts, *, values: bool = True, entropy: bool = False) -> Outputs:
+        """Return log-probabilities, values and entropy of `rollouts` in one forward of the policy (and value trunk)."""
+        with self.autocast():
+            logits, hidden = response_logits(self.model, rollouts)
+        logits = self.allowed(logits[:, :-1])
+        logprobs = chosen_logprobs(logits, rollouts)
+        with torch.no_grad():
+            spread = torch.where(rollouts.mask, entropy_of(logits), 0.0) if entropy else None
+        if not values or self.value_head is None:
+            return Outputs(logprobs, None, None, spread)
+        if self.value_trunk is not None:
+            with self.autocast():
+                hidden = trunk_states(self.value_trunk, rollouts)
+        all_values = self.value_head(hidden.float()).squeeze(-1)  # (B,T+1)
+        before = torch.where(rollouts.mask, all_values[:, :-1], 0.0)
+        after = all_values.gather(1, (last_index(rollouts.valid) + 1)[:, None]).squeeze(1)
+        return Outputs(logprobs, before, after, spread)
+
+    @torch.no_grad()
+    def reference_logprobs(self, rollouts: Rollouts) -> Tensor:
+        """Return log π_ref of the sampled tokens, (B,T) float32, 0 off the mask: one forward of the reference."""
+        with self.as_reference() as model, self.autocast():
+            logits, _ = response_logits(model, rollouts)
+        return chosen_logprobs(self.allowed(logits[:, :-1]), rollouts)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """Give the reference model: the frozen copy, or the policy with its adapters disabled."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with self.model.disable_adapter():
+                yield self.model
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which forwards run: 16-bit products over float32 weights, or nothing."""
+        if self.compute is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+
+def response_logits(model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Return logits (B,T+1,V) and the states under them (B,T+1,d): entry t is *before* response token t.
+
+    The logits are computed at response positions only. The states are caught at the input of the output layer, so
+    that they are what the model itself reads, on any architecture.
+    """
+    length = rollouts.response_ids.shape[1]
+    with contiguous_head(model) as caught:
+        logits = model(**inputs_of(rollouts), use_cache=False, logits_to_keep=length + 1).logits
+    return logits[:, -length - 1 :], caught[-1][:, -length - 1 :]
+
+
+@contextlib.contextmanager
+def contiguous_head(model: Any) -> Iterator[list[Tensor]]:
+    """Make the output layer's input contiguous, and catch it: a strided one is multiplied through a copy of the
+    whole output matrix, which costs more than the rest of the forward on a CPU."""
+    caught: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(args[0].contiguous())
+        return (caught[-1], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def trunk_states(trunk: Any, rollouts: Rollouts) -> Tensor:
+    """Return the last states (B,T+1,d) of a model without a head: entry t is before response token t."""
+    states = trunk(**inputs_of(rollouts), use_cache=False).last_hidden_state
+    return states[:, rollouts.prompt_ids.shape[1] - 1 :]
+
+
+def inputs_of(rollouts: Rollouts) -> dict[str, Tensor]:
+    """Return ids, mask and positions (B,P+T) of prompt and response together; positions count real tokens from 0."""
+    mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
+    ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions}
+
+
+def chosen_logprobs(logits: Tensor, rollouts: Rollouts) -> Tensor:
+    """Return log-probabilities of the sampled tokens (B,T) from logits (B,T,V), 0 off the mask, no full softmax."""
+    chosen = logits.gather(-1, rollouts.response_ids[..., None]).squeeze(-1)
+    # off the mask the pad's logit is −inf: replace it before the subtraction, so that no gradient is NaN
+    chosen = torch.where(rollouts.mask, chosen, 0.0)
+    return torch.where(rollouts.mask, chosen - logits.logsumexp(dim=-1), 0.0)
+
+
+def load_policy(config: RLConfig) -> Policy:
+    """Return the policy of a run: adapters over a 16-bit base, or all weights in float32 beside a frozen copy.
+
+    Raises:
+        ModelError, ConfigError: as the loaders and `add_adapter` do.
+    """
+    folder, device = locate("policy", config.policy), pick_device(config.device)
+    tokenizer = load_tokenizer("policy", folder, config.pad_token)
+    dtype = pick_dtype(config.dtype, device)
+    lora = config.lora.rank > 0
+    weights = dtype if lora else torch.float32
+    model: Any = load_causal("policy", folder, weights, device)
+    model.requires_grad_(not lora)
+    reference = None if lora else copy.deepcopy(model).requires_grad_(False)
+    trunk = None
+    if config.ppo.value_model == "separate":
+        trunk = copy.deepcopy(model.base_model if reference is None else reference.base_model)
+        trunk = (add_adapter(trunk, config.lora) if lora else trunk.requires_grad_(True)).eval()
+    if lora:
+        model = add_adapter(model, config.lora).eval()
+    head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    compute = dtype if not lora and dtype != torch.float32 else None
+    banned = banned_ids(tokenizer, config.sampling.stop)
+    return Policy(model, tokenizer, banned, head, trunk, reference, config.sampling.temperature, compute)
+
+
+def banned_ids(tokenizer: Any, stop: str) -> list[int]:
+    """Return the ids that are never sampled: the pad token, and EOS too when every response has a fixed length."""
+    return [tokenizer.pad_token_id] + ([tokenizer.eos_token_id] if stop == "length" else [])

@@ -1,0 +1,128 @@
+"""A reward model: one score a sequence, from the position it reads, and the attention of that position."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apportion.errors import ModelError, ScoreError, message
+from apportion.models.attention_row import attention_row
+from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype
+
+STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text
+
+
+@dataclass
+class RewardModel:
+    """A sequence classifier with 1 or 2 labels as R = logit, or logit(positive) − logit(negative).
+
+    Attributes:
+        model: the classifier; tokenizer: its own.
+        positive: index of the positive label when there are two.
+        mean, sd: of R on the held-out set it was evaluated on; 0 and 1 when not stored.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    positive: int = 1
+    mean: float = 0.0
+    sd: float = 1.0
+
+    @torch.no_grad()
+    def score(self, ids: Tensor, mask: Tensor, *, attention: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return (scores (B,), attention row (B,K) or None, positions (B,)) of padded sequences, in one forward.
+
+        Args:
+            ids: (B,K) int64; mask: (B,K) bool, padded on either side (encoders: right).
+            attention: also read the last layer's row at the position that is scored, averaged over heads.
+
+        Raises:
+            ScoreError: a score is not finite; it names the row.
+        """
+        pad: int = self.model.config.get_text_config().pad_token_id
+        ids = ids.masked_fill(~mask, pad)
+        inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask.long()}
+        if is_decoder(self.model):
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        positions = self.positions(ids)
+        row = None
+        if attention:
+            with attention_row(self.model) as tap:
+                logits = self.model(**inputs).logits
+            row = tap.weights(positions).mean(dim=1)
+        else:
+            logits = self.model(**inputs).logits
+        return self.difference(logits), row, positions
+
+    def difference(self, logits: Tensor) -> Tensor:
+        """Return R (B,) float32 from logits (B, 1 or 2). Raises ScoreError for one that is not finite."""
+        logits = logits.float()
+        scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, self.positive] - logits[:, 1 - self.positive]
+        bad = ~torch.isfinite(scores)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            mend = "A failure never becomes a reward: check the reward model's weights and dtype."
+            raise ScoreError(message(f"score of rollout {row}", float(scores[row]), "a finite number", mend))
+        return scores
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """Return (B,) int64, where the model reads its score: the rightmost id ≠ pad, or 0 for encoders (CLS)."""
+        if not is_decoder(self.model):
+            return torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+        pad = self.model.config.get_text_config().pad_token_id
+        index = torch.arange(ids.shape[1], device=ids.device)
+        return (index * (ids != pad)).argmax(dim=1)
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Whether the model's layers are causal; encoders read their score at the first token."""
+    causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    return bool(causal[-1]) if causal else True
+
+
+def load_reward(
+    name: str, *, dtype: str = "float32", device: str = "auto", pad_token: str | None = None, field: str = "reward_model"
+) -> RewardModel:
+    """Return the reward model called `name`: a folder or hub id of a sequence classifier with 1 or 2 labels.
+
+    Raises:
+        ModelError: it cannot be loaded, its head is not stored, or it has no pad token distinct from EOS.
+    """
+    folder = locate(field, name)
+    where = pick_device(device)
+    tokenizer = _tokenizer(field, folder, pad_token)
+    model = load_classifier(field, folder, pick_dtype(dtype, where), where)
+    text_config = model.config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.pad_token_id
+    stored = read_statistics(Path(folder))
+    return RewardModel(model, tokenizer, positive_label(model.config), **stored)
+
+
+def _tokenizer(field: str, folder: str, pad_token: str | None) -> Any:
+    """Return the tokenizer; one without EOS (an encoder's) only needs a pad token."""
+    return load_tokenizer(field, folder, pad_token)
+
+
+def positive_label(config: Any) -> int:
+    """Return the index of the positive label: the one whose name says so, else 1."""
+    names = {int(i): str(label).lower() for i, label in (config.id2label or {}).items()}
+    return next((i for i, label in names.items() if label.startswith("pos")), 1)
+
+
+def read_statistics(folder: Path) -> dict[str, float]:
+    """Return {"mean", "sd"} of R stored beside the weights, or nothing. Raises ModelError for a damaged file."""
+    path = folder / STATISTICS
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        return {"mean": float(stored["mean"]), "sd": float(stored["sd"])}
+    except (ValueError, KeyError, TypeError) as error:
+        mend = "Delete the file, or evaluate the reward model again."
+        raise ModelError(message(str(path), str(error), '{"mean": number, "sd": number}', mend)) from error

@@ -1,0 +1,75 @@
+"""Finding a method by name: built-in names, or "package.module:function" from anywhere."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from apportion.errors import ConfigError, message, unknown_name
+
+Factory = Callable[..., Any]
+
+
+def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
+    """Return the factory called `name`: one of `known`, or an importable "package.module:function".
+
+    Raises:
+        ConfigError: the name is unknown (with suggestions), or the import fails (with its reason).
+    """
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise ConfigError(unknown_name(field, name, known))
+    module, _, attribute = name.partition(":")
+    expected = "an importable package.module:function"
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(message(field, name, expected, f"Importing it said: {error}.")) from error
+    if not callable(factory):
+        raise ConfigError(message(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function."))
+    return factory
+
+
+def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> Any:
+    """Return `factory(**kwargs)`, after checking the keys against its signature.
+
+    Raises:
+        ConfigError: a key the factory does not take (with suggestions), or one that it requires and did not get.
+    """
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in kwargs:
+        if key not in parameters and not takes_any:
+            raise ConfigError(unknown_name(f"{field}.{name}", key, parameters or ("no settings",)))
+    empty = inspect.Parameter.empty
+    missing = [k for k, p in parameters.items() if p.default is empty and k not in kwargs and p.kind is not p.VAR_KEYWORD]
+    if missing:
+        raise ConfigError(message(f"{field}.{name}", dict(kwargs), f"a value for {missing[0]!r}", "Add that key."))
+    return factory(**kwargs)
+
+
+def parse(field: str, spec: object) -> list[tuple[str, dict[str, Any]]]:
+    """Return [(name, keyword arguments)] of a method spec: a name, {name: {key: value}}, or a list of these.
+
+    Raises:
+        ConfigError: any other shape.
+    """
+    if isinstance(spec, str):
+        return [(spec, {})]
+    if isinstance(spec, Mapping) and spec:
+        pairs = [(str(k), {} if v is None else v) for k, v in spec.items()]
+        if all(isinstance(v, Mapping) for _, v in pairs):
+            return [(k, dict(v)) for k, v in pairs]
+    if isinstance(spec, (list, tuple)) and spec:
+        return [pair for item in spec for pair in parse(field, item)]
+    raise ConfigError(message(field, spec, "a name, {name: {key: value}} or a list of these", "Example: [attention]."))
+
+
+def single(field: str, specs: list[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
+    """Return the one pair of `specs`. Raises ConfigError when there are several."""
+    if len(specs) != 1:
+        raise ConfigError(message(field, [n for n, _ in specs], "exactly one method", "Only `credit` takes a list."))
+    return specs[0]

@@ -1,0 +1,80 @@
+"""The colours of the report: one per run, and the diverging scale of token heat maps (blue, white, orange)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from apportion.report.numbers import finite
+
+
+class RunColour(NamedTuple):
+    """A run's colour on a light and on a dark page."""
+
+    light: str
+    dark: str
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; shades adjusted for each background.
+RUN_COLOURS = (
+    RunColour("#0072b2", "#56b4e9"),
+    RunColour("#d55e00", "#f0894a"),
+    RunColour("#00805d", "#2fc79a"),
+    RunColour("#b2568c", "#e39ac2"),
+    RunColour("#a67700", "#e6b422"),
+    RunColour("#5b5fc7", "#a3a6f5"),
+)
+
+POSITIVE = (242, 142, 43)
+NEGATIVE = (90, 155, 224)
+FAINT = 0.03
+EVEN_SHARES = 4
+
+_SPECIAL = re.compile(r"<\|[^<>]*\|>|</?(s|pad|unk|bos|eos|mask|start_of_turn|end_of_turn)>|\[(PAD|SEP|CLS|UNK|MASK)\]")
+_CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | {127: 0x2421}
+
+
+def run_colour(index: int) -> RunColour:
+    """Return the colour of run number `index`; they repeat after six."""
+    return RUN_COLOURS[index % len(RUN_COLOURS)]
+
+
+def shown(token: str) -> str:
+    """Return a token as it is displayed: a newline as ↵ and a break, a tab as ⇥, control characters as symbols."""
+    text = token.replace("\r\n", "\n").translate(_CONTROLS)
+    return text.replace("\n", "\u21b5\n").replace("\t", "\u21e5\t") or "\u2205"
+
+
+def is_special(token: str) -> bool:
+    """Return whether a token looks like a tokenizer's special token rather than text."""
+    return _SPECIAL.fullmatch(token) is not None
+
+
+def scale_limit(values: Iterable[float | None]) -> float:
+    """Return the largest finite absolute value, the end of a symmetric scale; 0.0 where there is none."""
+    return max((abs(v) for v in map(finite, values) if v is not None), default=0.0)
+
+
+def credit_limit(values: Sequence[float | None]) -> float:
+    """Return the end of the scale for credit: the largest absolute value, but at least four times an even share.
+
+    Without that floor an even spread, which singles out no token, would be drawn in the strongest colour.
+    """
+    sizes = [abs(v) for v in map(finite, values) if v is not None]
+    return max(max(sizes), EVEN_SHARES * sum(sizes) / len(sizes)) if sizes else 0.0
+
+
+def level(value: float | None, limit: float) -> float:
+    """Return where `value` stands on the scale, from -1 to 1; 0.0 without a value or a limit."""
+    number = finite(value)
+    if number is None or limit <= 0:
+        return 0.0
+    return max(-1.0, min(1.0, number / limit))
+
+
+def blend(position: float) -> str:
+    """Return the colour "#rrggbb" at `position` in [-1, 1]: blue, through white, to orange."""
+    end = POSITIVE if position > 0 else NEGATIVE
+    amount = min(1.0, abs(position))
+    return "#" + "".join(f"{round(255 + (c - 255) * amount):02x}" for c in end)

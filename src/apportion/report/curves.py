@@ -1,0 +1,161 @@
+"""Learning curves and calibration as plain data that charts.js draws with plotly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from apportion.report.numbers import finite, interval, number
+from apportion.report.read import RunData
+
+POINTS = 2000
+SMOOTH_FROM = 30
+
+Chart = dict[str, Any]
+
+
+class Measure(NamedTuple):
+    """A metric's name in metrics.jsonl, its title, and its unit or meaning."""
+
+    key: str
+    title: str
+    unit: str = ""
+
+
+MAIN = (
+    Measure("objective/scores", "Reward", "mean score of the batch"),
+    Measure("objective/kl", "KL from the reference", "nats a sequence"),
+    Measure("objective/length", "Length", "tokens"),
+    Measure("objective/entropy", "Entropy", "nats"),
+    Measure("loss/value", "Value loss"),
+    Measure("policy/clipfrac", "Clip fraction", "share of clipped ratios"),
+    Measure("kl/coef", "KL coefficient"),
+    Measure("credit/kept_mass", "Kept mass", "share of attention on the response"),
+)
+REWARD = (Measure("loss/reward", "Loss", "nats a comparison"), Measure("accuracy", "Accuracy", "training comparisons"))
+
+
+def main_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Return the learning curves of policy runs, every run in each chart."""
+    return _charts(runs, [i for i, run in enumerate(runs) if run.stage != "reward"], MAIN)
+
+
+def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Return the learning curves of reward-model runs, then calibration and accuracy by length."""
+    indices = [i for i, run in enumerate(runs) if run.stage == "reward"]
+    candidates = [*_charts(runs, indices, REWARD), _calibration(runs, indices), _by_length(runs, indices)]
+    return [chart for chart in candidates if chart["traces"]]
+
+
+def other_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Return a curve for every further number in metrics.jsonl, in alphabetical order."""
+    known = {measure.key for measure in (*MAIN, *REWARD)} | {"step"}
+    keys = {key for run in runs for row in run.metrics for key, value in row.items() if finite(value) is not None}
+    return _charts(runs, range(len(runs)), [Measure(key, key) for key in sorted(keys - known)])
+
+
+def charts_html(charts: Sequence[Chart], names: Sequence[str]) -> str:
+    """Return a figure element for each chart; charts.js draws into them."""
+    return f'<div class="charts count-{len(charts)}">{"".join(_figure(chart, names) for chart in charts)}</div>'
+
+
+def _figure(chart: Chart, names: Sequence[str]) -> str:
+    said = "; ".join(_spoken(trace, names[trace["run"]]) for trace in chart["traces"])
+    unit = f' <span class="unit">{escape(chart["unit"])}</span>' if chart["unit"] else ""
+    name = escape(chart["id"])
+    return (
+        f'<figure class="chart"><figcaption>{escape(chart["title"])}{unit}</figcaption>'
+        f'<div class="plot" data-chart="{name}" role="img" aria-label="{escape(chart["title"] + ": " + said)}"></div>'
+        "</figure>"
+    )
+
+
+def _spoken(trace: Mapping[str, Any], name: str) -> str:
+    return f"{name} from {number(trace['y'][0])} to {number(trace['y'][-1])}"
+
+
+def _charts(runs: Sequence[RunData], indices: Iterable[int], measures: Sequence[Measure]) -> list[Chart]:
+    indices = list(indices)
+    charts = []
+    for measure in measures:
+        traces = [trace for i in indices if (trace := _trace(i, runs[i].metrics, measure.key))]
+        if traces:
+            charts.append({"id": measure.key, **measure._asdict(), "kind": "curve", "traces": traces})
+    return charts
+
+
+def _trace(run: int, metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any] | None:
+    points = []
+    for i, row in enumerate(metrics):
+        x, y = finite(row.get("step", i)), finite(row.get(key))
+        if x is not None and y is not None:
+            points.append((x, y))
+    if not points:
+        return None
+    raw = [p[1] for p in points]
+    smooth = running_mean(raw) if len(raw) >= SMOOTH_FROM else None
+    stride = -(-len(raw) // POINTS)
+    # The last point stays whatever the stride, so that curves end where the run did.
+    kept = sorted({*range(0, len(raw), stride), len(raw) - 1})
+    trace: dict[str, Any] = {"run": run, "x": [points[i][0] for i in kept], "y": [_short(raw[i]) for i in kept]}
+    if smooth:
+        trace["smooth"] = [_short(smooth[i]) for i in kept]
+    return trace
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Return the mean of the nearest tenth of the points around each (of those there are, towards the ends)."""
+    half = max(1, len(values) // 20)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = []
+    for i in range(len(values)):
+        first, end = max(0, i - half), min(len(values), i + half + 1)
+        means.append((sums[end] - sums[first]) / (end - first))
+    return means
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _calibration(runs: Sequence[RunData], indices: Sequence[int]) -> Chart:
+    traces = []
+    for i in indices:
+        bins = runs[i].evaluation.get("calibration")
+        rows = [_bin(b) for b in bins if isinstance(b, Mapping)] if isinstance(bins, list) else []
+        points = sorted(row for row in rows if row is not None)
+        if points:
+            x, y, n = (list(column) for column in zip(*points, strict=True))
+            traces.append({"run": i, "x": x, "y": y, "n": n})
+    unit = "accuracy against confidence; the diagonal is perfect"
+    return {"id": "calibration", "title": "Calibration", "unit": unit, "kind": "calibration", "traces": traces}
+
+
+def _bin(row: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    confidence, accuracy = finite(row.get("confidence")), finite(row.get("accuracy"))
+    count = finite(row.get("count"))
+    if confidence is None or accuracy is None or count == 0:
+        return None
+    return confidence, accuracy, 1.0 if count is None else count
+
+
+def _by_length(runs: Sequence[RunData], indices: Sequence[int]) -> Chart:
+    traces = []
+    for i in indices:
+        groups = runs[i].evaluation.get("by_length")
+        rows = groups.items() if isinstance(groups, Mapping) else ()
+        found = [(str(k), value) for k, v in rows if (value := interval(_accuracy(v))) is not None]
+        if found:
+            y = [v.mean for _, v in found]
+            low = [v.mean if v.low is None else v.low for _, v in found]
+            high = [v.mean if v.high is None else v.high for _, v in found]
+            traces.append({"run": i, "x": [k for k, _ in found], "y": y, "low": low, "high": high})
+    title = "Accuracy by length"
+    return {"id": "by_length", "title": title, "unit": "tokens; 95% intervals", "kind": "interval", "traces": traces}
+
+
+def _accuracy(value: object) -> object:
+    return value["accuracy"] if isinstance(value, Mapping) and "accuracy" in value else value

@@ -1,0 +1,149 @@
+"""Reads a run folder for the report, tolerating whatever part of it is absent or cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apportion.errors import DataError, message
+
+HOLDS = (
+    "a run folder with metrics.jsonl or evaluation.json "
+    "(beside config.yaml, status.json, rollouts.jsonl and samples.jsonl)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What one run folder says.
+
+    Attributes:
+        path: the folder.
+        name: from status.json, or the folder's own name.
+        stage: "sft", "reward", "rl", "dpo", ...; empty when unknown.
+        status: "running", "finished", "failed"; empty when unknown.
+        config: the resolved configuration, nested; empty when absent.
+        config_text: config.yaml as it stands.
+        metrics: one mapping a step.
+        rollouts: logged rollouts with per-token values.
+        samples: the evaluation's samples before and after, in file order.
+        evaluation: the evaluation's summary.
+        notes: what was absent, skipped or unreadable, as sentences for the reader of the page.
+    """
+
+    path: Path
+    name: str
+    stage: str = ""
+    status: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    metrics: tuple[Mapping[str, Any], ...] = ()
+    rollouts: tuple[Mapping[str, Any], ...] = ()
+    samples: tuple[Mapping[str, Any], ...] = ()
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_run(path: Path) -> RunData:
+    """Return what the run folder at `path` says.
+
+    Raises:
+        DataError: `path` is not a folder, or holds neither metrics nor an evaluation.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        came = f"{path} ({'a file' if path.exists() else 'nothing there'})"
+        raise DataError(message("run", came, HOLDS, "Give the folder that a stage wrote, for example runs/rl."))
+    notes: list[str] = []
+    metrics = _lines(path / "metrics.jsonl", notes)
+    evaluation = _mapping(path / "evaluation.json", notes)
+    if not metrics and not evaluation:
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
+        raise DataError(message("run", f"{path} ({found})", HOLDS, _mend(notes)))
+    status = _mapping(path / "status.json", notes)
+    config, config_text = _config(path / "config.yaml", notes)
+    return RunData(
+        path=path,
+        name=str(status.get("name") or path.resolve().name),
+        stage=str(status.get("stage") or ""),
+        status=str(status.get("status") or ""),
+        config=config,
+        config_text=config_text,
+        metrics=metrics,
+        rollouts=_lines(path / "rollouts.jsonl", notes),
+        samples=_lines(path / "samples.jsonl", notes),
+        evaluation=evaluation,
+        notes=tuple(notes),
+    )
+
+
+def _mend(notes: list[str]) -> str:
+    return " ".join([*notes, "Train or evaluate into this folder first, or name another one."])
+
+
+def _text(path: Path, notes: list[str]) -> str | None:
+    if not path.is_file():
+        return None
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # A run that was killed may stop inside a character; the complete part is still worth showing.
+        notes.append(f"{path.name}: not valid UTF-8 at byte {error.start}; such bytes are shown as \ufffd.")
+        return raw.decode("utf-8", errors="replace")
+
+
+def _lines(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], ...]:
+    text = _text(path, notes)
+    if text is None:
+        return ()
+    rows: list[Mapping[str, Any]] = []
+    # Not splitlines(): model text may hold U+2028 and the like inside a JSON string.
+    lines = text.split("\n")
+    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            why = "the last line is cut off" if i == last else "not valid JSON"
+            notes.append(f"{path.name}: line {i + 1} skipped ({why}).")
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            notes.append(f"{path.name}: line {i + 1} skipped (a {type(row).__name__}, not an object).")
+    return tuple(rows)
+
+
+def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
+    text = _text(path, notes)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        notes.append(f"{path.name}: not valid JSON ({error}); left out.")
+        return {}
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{path.name}: a {type(value).__name__}, not an object; left out.")
+    return {}
+
+
+def _config(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str]:
+    text = _text(path, notes)
+    if text is None:
+        return {}, ""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        notes.append(f"{path.name}: not valid YAML ({str(error).splitlines()[0]}); shown as it stands.")
+        return {}, text
+    return (value if isinstance(value, dict) else {}), text

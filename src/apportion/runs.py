@@ -1,0 +1,167 @@
+"""The run folder: settings, metrics and rollouts as they come, and a note that explains what lies in it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apportion.errors import ConfigError, DiskError, message
+
+README = """# {name}: a run of `apportion {stage}`
+
+| file | what it is |
+|---|---|
+| config.yaml | every setting, resolved; `apportion {stage} --config config.yaml` repeats the run |
+| status.json | running, finished or failed |
+| metrics.jsonl | one line a step |
+| rollouts.jsonl | sampled texts with each token's credit, reward, advantage and KL |
+| samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
+| checkpoints/ | the newest states to go on from |
+| final/ | the trained model in Hugging Face format |
+
+`apportion report {path}` draws it.
+"""
+# settings that say where and whether, not what
+PLACES = ("output", "fresh", "config")
+
+
+class Run:
+    """One run folder. Every write is flushed; a full disk is a DiskError that says how to go on."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+
+    @classmethod
+    def open(cls, output: str, stage: str, config: Mapping[str, Any], *, fresh: bool = False) -> Run:
+        """Make or reopen the folder `output` for `config`.
+
+        Raises:
+            ConfigError: the folder holds something else, or a run with other settings (the first one that differs is named).
+            DiskError: it cannot be written to.
+        """
+        run = cls(Path(output).expanduser(), stage)
+        if fresh and (run.path / "status.json").is_file():
+            shutil.rmtree(run.path)
+        with explained(run.path):
+            run._refuse_other(config)
+            run.path.mkdir(parents=True, exist_ok=True)
+            if not (run.path / "config.yaml").exists():
+                run._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+                run._write("README.md", README.format(name=run.path.name, stage=stage, path=output))
+                run.status("running")
+        return run
+
+    def _refuse_other(self, config: Mapping[str, Any]) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(message("output", str(self.path), "a folder", "It is a file: choose another name."))
+        stored = self.path / "config.yaml"
+        if not stored.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                mend = "Choose another --output, or empty it."
+                raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
+            return
+        before, now = flat(yaml.safe_load(stored.read_text()) or {}), flat(config)
+        for key in sorted(set(before) | set(now)):
+            if key.split(".")[0] not in PLACES and before.get(key) != now.get(key):
+                expected = f"the settings of the run in it ({key} was {before.get(key)!r})"
+                mend = "Choose another --output, or pass --fresh to start over in this one."
+                raise ConfigError(message("output", f"{self.path} with {key} {now.get(key)!r}", expected, mend))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.read("status.json").get("status") == "finished"
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return the JSON object in file `name`, or {} when it is absent."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def status(self, status: str, **more: Any) -> None:
+        """Write status.json: the stage, the status and whatever else is known."""
+        self.write_json("status.json", {"stage": self.stage, "name": self.path.name, "status": status, **more})
+
+    def log(self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Append one line to metrics.jsonl and a line a rollout to rollouts.jsonl."""
+        self.append("rollouts.jsonl", rollouts)
+        self.append("metrics.jsonl", [{"step": step, **{k: round(float(v), 6) for k, v in metrics.items()}}])
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append JSON lines to file `name`."""
+        with explained(self.path), open(self.path / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON object to file `name`, at once or not at all."""
+        with explained(self.path):
+            self._write(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        part = self.path / f".{name}.tmp"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.path / name)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the byte sizes of the growing logs, to go back to when a run is resumed."""
+        names = ("metrics.jsonl", "rollouts.jsonl")
+        return {n: (self.path / n).stat().st_size for n in names if (self.path / n).is_file()}
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Cut the logs back to `sizes`; logs not named there are removed."""
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            path = self.path / name
+            if name in sizes:
+                os.truncate(path, sizes[name])
+            else:
+                path.unlink(missing_ok=True)
+
+
+class explained:  # noqa: N801  (a context manager)
+    """Turn a failed write into a DiskError that names the folder and the mend."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, OSError) or isinstance(error, DiskError):
+            return
+        mends = {
+            errno.ENOSPC: "Free some space, then run the same command again: it goes on from the last checkpoint.",
+            errno.EACCES: "Choose a folder you may write to.",
+            errno.EROFS: "Choose a folder that is not read-only.",
+        }
+        mend = mends.get(error.errno or 0, "Choose another --output.")
+        raise DiskError(message("output", f"{self.path} ({error.strerror})", "a folder to write to", mend)) from error
+
+
+def need_space(path: Path, wanted: int) -> None:
+    """Raise DiskError unless `wanted` bytes are free where `path` is or will be."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < wanted:
+        came = f"{path} with {free / 1e6:.0f} MB free"
+        mend = "Free some space or choose another --output."
+        raise DiskError(message("output", came, f"at least {wanted / 1e6:.0f} MB for models and checkpoints", mend))
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"a.b": value} of a nested mapping; tuples become lists, as YAML has them."""
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return out

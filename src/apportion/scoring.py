@@ -1,0 +1,59 @@
+"""Scores and evidence in one pass a model: what turns sampled rollouts into scored ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from apportion.config import ScoreConfig
+from apportion.errors import ConfigError, message
+from apportion.evidence import Models, plan
+from apportion.models.policy import Policy
+from apportion.models.reward import RewardModel, is_decoder
+from apportion.types import Rollouts
+
+ALWAYS = frozenset({"scores", "old_logprobs", "entropy"})
+
+
+def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: ScoreConfig) -> Rollouts:
+    """Return the rollouts with scores, old log-probabilities and all evidence in `needs`.
+
+    Each model sees every token once, in micro-batches of `config.micro_batch` rows. `scores` is the sequence's score
+    after centring, scaling and clipping; evidence "raw_scores" (B,) is what the reward model said.
+
+    Raises:
+        ConfigError: a need that no producer gives. ScoreError: a score that is not one.
+    """
+    passes = plan(ALWAYS | frozenset(needs))
+    parts: dict[str, list[Tensor]] = {}
+    for rows in torch.arange(len(rollouts), device=rollouts.mask.device).split(config.micro_batch):
+        some = rollouts.select(rows)
+        for producer, wanted in passes:
+            for name, value in producer.produce(models, some, wanted).items():
+                parts.setdefault(name, []).append(value)
+    found = {name: torch.cat(values) for name, values in parts.items()}
+    raw, old = found.pop("scores"), found.pop("old_logprobs")
+    scored = replace(rollouts, scores=adjust(raw, models.reward, config), old_logprobs=old)
+    return scored.with_evidence(**found, raw_scores=raw)
+
+
+def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
+    """Return scores (B,) centred and scaled by the reward model's own statistics, then clipped: a sequence at a time."""
+    scores = scores - reward.mean if config.center else scores
+    scores = scores / max(reward.sd, 1e-6) if config.scale else scores
+    return scores if config.clip is None else scores.clamp(-config.clip, config.clip)
+
+
+def check_fit(policy: Policy, reward: RewardModel) -> None:
+    """Raise ConfigError when the reward model cannot read the policy's ids: another vocabulary, or an encoder."""
+    ours, theirs = policy.tokenizer.get_vocab(), reward.tokenizer.get_vocab()
+    if ours != theirs:
+        came = f"a reward model with another vocabulary ({len(theirs)} entries, the policy has {len(ours)})"
+        mend = "Train the reward model from the same base: `apportion reward --model <the policy's start>`."
+        raise ConfigError(message("reward_model", came, "the policy's own tokenizer", mend))
+    if not is_decoder(reward.model):
+        mend = "Use a decoder; `apportion credit` reads encoders too."
+        raise ConfigError(message("reward_model", type(reward.model).__name__, "a causal sequence classifier", mend))

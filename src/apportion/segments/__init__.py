@@ -1,0 +1,29 @@
+"""What counts as one action? Segmenters: rollouts -> (B,T) int64 ids from 0 along each row, -1 off the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from apportion import registry
+from apportion.segments.tokens import tokens
+from apportion.types import Segmenter
+
+METHODS: Mapping[str, Callable[..., Segmenter]] = {f.__name__: f for f in (tokens,)}
+__all__ = [*METHODS, "METHODS", "find", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """Return the built-in segmenters' names."""
+    return tuple(METHODS)
+
+
+def find(name: str) -> Callable[..., Segmenter]:
+    """Return the segmenter factory of that name, or "package.module:function". Raises ConfigError."""
+    return registry.find("segments", name, METHODS)
+
+
+def build(specs: list[tuple[str, dict[str, Any]]]) -> Segmenter:
+    """Return the segmenter of exactly one (name, keyword arguments) pair."""
+    name, kwargs = registry.single("segments", specs)
+    return registry.call("segments", name, find(name), kwargs)

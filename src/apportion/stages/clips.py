@@ -1,0 +1,65 @@
+"""Clips of labelled texts: random windows of tokens, so that a reward model learns to judge short text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Clip(NamedTuple):
+    """Token ids and the label of the text they were cut from."""
+
+    ids: list[int]
+    label: int
+
+
+def tokenized(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
+    """Return the ids of `texts` without special tokens, each text cut to what a few windows of `longest` need."""
+    characters = 400 * longest
+    encoded = tokenizer([text[:characters] for text in texts], add_special_tokens=False)["input_ids"]
+    return [list(ids) for ids in encoded]
+
+
+def random_clips(
+    rows: Sequence[Sequence[int]], labels: Sequence[int], count: int, tokens: Sequence[int], seed: int
+) -> list[Clip]:
+    """Return `count` clips, going round the texts in a seeded order.
+
+    A clip's length is drawn evenly from [low, high] tokens. Every second one starts where its text starts (as a
+    response to a prompt does), the others anywhere.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low, high = tokens
+    order: list[int] = []
+    while len(order) < count:
+        order += torch.randperm(len(rows), generator=generator).tolist()
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    places = torch.rand(count, generator=generator).tolist()
+    clips = []
+    for number, (text, length, place) in enumerate(zip(order[:count], lengths, places, strict=True)):
+        ids = rows[text]
+        start = 0 if number % 2 == 0 else int(place * max(1, len(ids) - length + 1))
+        clips.append(Clip(list(ids[start : start + length]), labels[text]))
+    return clips
+
+
+def batches(clips: Sequence[Clip], size: int, seed: int, pool: int = 16) -> list[list[Clip]]:
+    """Return the clips in shuffled batches of like lengths: sorted inside pools of `pool` batches, to pad little."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(clips), generator=generator).tolist()
+    grouped: list[list[Clip]] = []
+    for first in range(0, len(order), size * pool):
+        chosen = sorted((clips[i] for i in order[first : first + size * pool]), key=lambda c: len(c.ids))
+        grouped += [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    return [grouped[i] for i in torch.randperm(len(grouped), generator=generator).tolist()]
+
+
+def right_pad(clips: Sequence[Clip], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (ids (B,K) int64, mask (B,K) bool, labels (B,) int64), padded on the right."""
+    width = max(len(c.ids) for c in clips)
+    ids = torch.tensor([c.ids + [pad] * (width - len(c.ids)) for c in clips], dtype=torch.int64)
+    lengths = torch.tensor([len(c.ids) for c in clips])
+    return ids, torch.arange(width)[None, :] < lengths[:, None], torch.tensor([c.label for c in clips])

@@ -1,0 +1,138 @@
+"""Evaluation: a policy and its start write on the same fresh prompts; both are scored, judged and compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from apportion.config import EvaluateConfig, SamplingConfig
+from apportion.errors import DataError, message
+from apportion.evidence.reward_pass import reward_pass
+from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype
+from apportion.models.policy import Policy, banned_ids
+from apportion.models.reward import RewardModel, load_reward
+from apportion.runs import Run
+from apportion.sampling import sample
+from apportion.stages.judge import fit_judge
+from apportion.stages.prompts import context_of, load_prompts, tokenize
+from apportion.statistics import distinct, mean_interval
+
+Tell = Callable[[str], None]
+BATCH = 32
+
+
+def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell = lambda line: None) -> dict[str, Any]:
+    """Write samples.jsonl and evaluation.json into the run folder and return what was measured.
+
+    Rewards, judge and KL come as {mean, low, high} with normal 95% intervals over prompts; `kl` is the policy's, in
+    nats a sequence, on its own samples; perplexities are the start's, of each one's samples. The judge reads the
+    response only. Samples are the first prompts in order, not chosen ones.
+
+    Raises:
+        DataError: the folder is not a finished `apportion rl` run.
+    """
+    run, settings = _open(config)
+    sampling = SamplingConfig(**settings["sampling"])
+    policy, start = _policies(config, run, settings, sampling)
+    prompts = _prompts(config, policy, settings, sampling, part)
+    reward = load_reward(settings["reward_model"], dtype="float32", device=config.device)
+    tell(f"writing on {len(prompts)} fresh prompts, before and after")
+    before = _written(start, start, reward, prompts, sampling, config.seed)
+    after = _written(policy, start, reward, prompts, sampling, config.seed)
+    found: dict[str, Any] = {}
+    if config.judge:
+        tell("asking the judge")
+        judge = fit_judge("imdb")
+        for sample_set in (before, after):
+            probabilities = judge.probability([row["text"] for row in sample_set]).tolist()
+            for row, p in zip(sample_set, probabilities, strict=True):
+                row["judge"] = p
+    for name, rows in (("before", before), ("after", after)):
+        found |= _summary(name, rows, config.judge)
+    found |= {"kl": mean_interval([row["kl"] for row in after]), "prompts": len(prompts), "seed": config.seed}
+    (run.path / "samples.jsonl").unlink(missing_ok=True)
+    run.append("samples.jsonl", [_pair(b, a) for b, a in zip(before, after, strict=True)])
+    run.write_json("evaluation.json", found)
+    return found
+
+
+def _open(config: EvaluateConfig) -> tuple[Run, dict[str, Any]]:
+    run = Run(Path(config.run).expanduser(), "rl")
+    stored = run.path / "config.yaml"
+    if not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
+        mend = "Train one with `apportion rl`, or point to its folder."
+        raise DataError(message("run", config.run, "the folder of a finished `apportion rl` run", mend))
+    return run, yaml.safe_load(stored.read_text())
+
+
+def _policies(
+    config: EvaluateConfig, run: Run, settings: dict[str, Any], sampling: SamplingConfig
+) -> tuple[Policy, Policy]:
+    """Return (policy, start), both to be sampled and read only."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    folder = str(run.path / "final")
+    tokenizer = load_tokenizer("run", folder)
+    banned = banned_ids(tokenizer, sampling.stop)
+    models = [load_causal("run", where, dtype, device) for where in (folder, locate("policy", settings["policy"]))]
+    trained, start = (Policy(model, tokenizer, banned, temperature=sampling.temperature) for model in models)
+    return trained, start
+
+
+def _prompts(
+    config: EvaluateConfig, policy: Policy, settings: dict[str, Any], sampling: SamplingConfig, part: str
+) -> list[list[int]]:
+    texts = load_prompts(config.prompts, part)[: config.count]
+    return tokenize(texts, policy.tokenizer, sampling, config.seed, context_of(locate("policy", settings["policy"])))
+
+
+@torch.no_grad()
+def _written(
+    writer: Policy, start: Policy, reward: RewardModel, prompts: list[list[int]], sampling: SamplingConfig, seed: int
+) -> list[dict[str, Any]]:
+    """Return one record a prompt: text, ids, reward, KL to the start and the start's log-likelihood."""
+    generator = torch.Generator(device=writer.device).manual_seed(seed)
+    one = SamplingConfig(**{**vars(sampling), "samples_per_prompt": 1})
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(prompts), BATCH):
+        rollouts = sample(writer, prompts[first : first + BATCH], one, generator)
+        scores = reward_pass(reward, rollouts, frozenset({"scores"}))["scores"].tolist()
+        mine = writer.forward(rollouts, values=False).logprobs.sum(dim=1)
+        starts = start.forward(rollouts, values=False).logprobs.sum(dim=1)
+        for i, score in enumerate(scores):
+            ids = rollouts.response_ids[i][rollouts.mask[i]].tolist()
+            rows.append(
+                {
+                    "prompt": writer.tokenizer.decode(prompts[first + i]),
+                    "text": writer.tokenizer.decode(ids, skip_special_tokens=True),
+                    "ids": ids,
+                    "reward": score,
+                    "kl": float(mine[i] - starts[i]),
+                    "start_logprob": float(starts[i]),
+                }
+            )
+    return rows
+
+
+def _summary(name: str, rows: list[dict[str, Any]], judged: bool) -> dict[str, Any]:
+    tokens = sum(len(row["ids"]) for row in rows)
+    found = {
+        f"reward_{name}": mean_interval([row["reward"] for row in rows]),
+        f"distinct2_{name}": distinct([row["ids"] for row in rows]),
+        f"perplexity_{name}": math.exp(-sum(row["start_logprob"] for row in rows) / max(1, tokens)),
+        f"length_{name}": tokens / len(rows),
+    }
+    return found | ({f"judge_{name}": mean_interval([row["judge"] for row in rows])} if judged else {})
+
+
+def _pair(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    pair = {"prompt": before["prompt"], "before": before["text"], "after": after["text"], "kl": after["kl"]}
+    for key in ("reward", "judge"):
+        if key in before:
+            pair |= {f"{key}_before": before[key], f"{key}_after": after[key]}
+    return pair

@@ -1,0 +1,57 @@
+"""What a reinforcement-learning run holds between batches, all of it in the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from apportion.algorithms import Method
+from apportion.config import OptimConfig
+from apportion.evidence import Models
+from apportion.stages.prompts import PromptStream
+from apportion.stages.update import make_optimizer
+from apportion.types import Credit, Rollouts, State
+
+
+class Learner:
+    """Models, optimizer, controllers and randomness of one run.
+
+    Attributes:
+        models: policy and reward model. method: the three choices. prompts: where prompts come from.
+        needs: all evidence to produce. generator: the run's only randomness after loading.
+        compare: credits whose rewards are logged beside the one that is trained.
+        clock: seconds of the current batch by phase.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        method: Method,
+        prompts: PromptStream,
+        needs: frozenset[str],
+        generator: torch.Generator,
+        optim: OptimConfig,
+        compare: Mapping[str, Credit],
+    ) -> None:
+        self.models, self.method, self.prompts = models, method, prompts
+        self.needs, self.generator, self.compare = needs, generator, compare
+        self.optimizer = make_optimizer(models.policy, optim)
+        self.credit_state: State = method.credit.init()
+        self.clock: dict[str, float] = {}
+
+    def move_controllers(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
+        """Update the credit's state once for the batch and return its statistics as means."""
+        method = self.method.credit
+        if method.stats is None:
+            return {}
+        sums = method.stats(rollouts, rewards, rewards)
+        if method.update is not None:
+            self.credit_state = method.update(self.credit_state, sums)
+        metrics = {k: float(total / count.clamp_min(1)) for k, (total, count) in sums.items()}
+        return metrics | {"kl/coef": float(sum(self.kl_coefficients()))}
+
+    def kl_coefficients(self) -> list[Tensor]:
+        """Return κ of every KL penalty in the chain (one at most, as the refusal table says)."""
+        return [v for k, v in self.credit_state.items() if k.split(".")[-1] == "coef"]

@@ -1,0 +1,74 @@
+"""Prompts of a run: read, tokenised, checked against the context, and dealt out in a seeded order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from apportion.config import RLConfig, SamplingConfig
+from apportion.errors import DataError, message
+
+
+def load_prompts(source: str, part: str) -> list[Any]:
+    """Return prompts: texts, or conversations as lists of {role, content}; `part` is for the built-in set only."""
+    from apportion.data import prompts
+
+    return list(prompts(source, part if source == "imdb" else None))
+
+
+def tokenize(texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int, context: int) -> list[list[int]]:
+    """Return prompts as ids: the chat template for conversations, cut to a seeded number of first tokens if asked.
+
+    Raises:
+        DataError: a prompt is empty, or longer than the limit or the model's context allows; it names the row.
+    """
+    rows = [_ids(text, tokenizer, sampling) for text in texts]
+    if sampling.prompt_tokens is not None:
+        low, high = sampling.prompt_tokens
+        generator = torch.Generator().manual_seed(seed)
+        cuts = torch.randint(low, high + 1, (len(rows),), generator=generator).tolist()
+        rows = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+    limit = min(sampling.max_prompt_tokens, context - sampling.max_new_tokens)
+    for number, row in enumerate(rows):
+        if not row or len(row) > limit:
+            expected = f"1 to {limit} tokens (max_prompt_tokens {sampling.max_prompt_tokens}, context {context})"
+            mend = "Shorten it, or set sampling.prompt_tokens to keep only its beginning."
+            raise DataError(message(f"prompt {number + 1}", f"{len(row)} tokens", expected, mend))
+    return rows
+
+
+def _ids(text: Any, tokenizer: Any, sampling: SamplingConfig) -> list[int]:
+    if not isinstance(text, str):
+        return list(tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False))
+    if sampling.prompt_tokens is not None:  # a token is never longer than 50 characters of ordinary text
+        text = text[: 50 * sampling.prompt_tokens[1]]
+    return list(tokenizer(text)["input_ids"])
+
+
+def context_of(folder: str) -> int:
+    """Return the longest sequence that the model in `folder` was made for, in tokens; reads its settings only."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+
+
+class PromptStream:
+    """Deals prompts out in an order that depends on the seed and the step alone, so that resuming needs no state."""
+
+    def __init__(self, texts: Sequence[Any], tokenizer: Any, config: RLConfig, context: int) -> None:
+        self.seed = config.seed
+        self.rows = tokenize(texts, tokenizer, config.sampling, config.seed, context)
+
+    def take(self, step: int, count: int) -> list[list[int]]:
+        """Return the `count` prompts of batch `step` (from 1); each pass over the prompts has a new order."""
+        first = (step - 1) * count
+        return [self.rows[self._order(i // len(self.rows))[i % len(self.rows)]] for i in range(first, first + count)]
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_cached", (None, None))[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._cached = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
+        return self._cached[1]

@@ -1,0 +1,169 @@
+"""The reward model: a 2-class classifier on clips of labelled texts, R = logit(positive) − logit(negative).
+
+As in Chan et al. 2024 (arXiv 2402.00782) for IMDb; it departs from them in cutting clips of random length, so that
+it can judge the short text that a policy writes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion.config import RewardConfig, to_dict
+from apportion.models.adapters import add_adapter
+from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype
+from apportion.models.reward import STATISTICS, RewardModel, load_reward
+from apportion.models.save import head_config, model_card, save_classifier
+from apportion.runs import Run, explained, need_space
+from apportion.stages.clips import Clip, batches, random_clips, right_pad, tokenized
+from apportion.stages.records import memory_mb
+from apportion.stages.update import learning_rate
+from apportion.statistics import calibration, mean_interval, proportion
+
+Tell = Callable[[int, int, dict[str, float]], None]
+LENGTHS = (10, 20, 40, 80)  # tokens of the held-out clips that accuracy is also reported for
+HEADS = ("score", "classifier")
+
+
+def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step, steps, metrics: None) -> Run:
+    """Train, save and evaluate a reward model as `config` says; return its finished run folder.
+
+    final/ holds float32 weights and reward.json with the mean and sd of R on held-out clips.
+
+    Raises:
+        ConfigError, ModelError, DataError, DiskError: each names what to mend.
+    """
+    run = Run.open(config.output, "reward", to_dict(config), fresh=fresh)
+    if run.finished:
+        return run
+    run.cut({})
+    train_rows, test_rows = read_data(config)
+    need_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
+    folder, device = locate("model", config.model), pick_device(config.device)
+    tokenizer = load_tokenizer("model", folder, config.pad_token)
+    clips = random_clips(*_ids(train_rows, tokenizer, config), config.clips, config.clip_tokens, config.seed)
+    torch.manual_seed(config.seed)
+    model = _model(config, folder, tokenizer, device)
+    _fit(model, clips, config, tokenizer.pad_token_id, run, tell)
+    card = model_card("Reward model", "reward-model", "R = logit(positive) − logit(negative).", to_dict(config))
+    save_classifier(model, tokenizer, folder, run.path / "final", card, lora=config.lora.rank > 0)
+    del model
+    found = evaluate(run.path / "final", test_rows, config)
+    with explained(run.path):
+        statistics = {"mean": found["score_mean"], "sd": found["score_sd"]}
+        (run.path / "final" / STATISTICS).write_text(json.dumps(statistics))
+    run.write_json("evaluation.json", found)
+    run.status("finished", accuracy=found["accuracy"])
+    return run
+
+
+def read_data(config: RewardConfig) -> tuple[list[Any], list[Any]]:
+    """Return (training rows, held-out rows) of (text, label). Raises DataError.
+
+    A data set without held-out rows of its own keeps a fixed tenth by hash of the text.
+    """
+    from apportion.data import bucket, labelled
+
+    if config.test_data is not None:
+        return list(labelled(config.data, None)), list(labelled(config.test_data, None))[: config.test_texts]
+    if config.data == "imdb":
+        return list(labelled("imdb", "reward_train")), list(labelled("imdb", "reward_test"))[: config.test_texts]
+    rows = labelled(config.data, None)
+    held_out = [row for row in rows if bucket(row.text) < 10] or list(rows[:1])
+    return [row for row in rows if bucket(row.text) >= 10] or list(rows), held_out[: config.test_texts]
+
+
+def _ids(rows: Sequence[Any], tokenizer: Any, config: RewardConfig) -> tuple[list[list[int]], list[int]]:
+    texts = [row.text for row in rows]
+    return tokenized(texts, tokenizer, config.clip_tokens[1]), [row.label for row in rows]
+
+
+def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device) -> Any:
+    """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32."""
+    lora = config.lora.rank > 0
+    dtype = pick_dtype(config.dtype, device) if lora else torch.float32
+    model: Any = load_classifier("model", folder, dtype, device, new_head=2)
+    model.config.update(head_config(tokenizer))
+    head = next(name for name, _ in model.named_children() if name in HEADS)
+    return add_adapter(model, config.lora, head=head).eval() if lora else model
+
+
+def _fit(model: Any, clips: list[Clip], config: RewardConfig, pad: int, run: Run, tell: Tell) -> None:
+    device = next(model.parameters()).device
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.optim.lr, eps=config.optim.eps, weight_decay=config.optim.weight_decay, fused=True
+    )
+    dealt = batches(clips, config.batch_size, config.seed)
+    for step, batch in enumerate(dealt, 1):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, step - 1, len(dealt))
+        ids, mask, labels = (t.to(device) for t in right_pad(batch, pad))
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        metrics = {
+            "loss/reward": float(loss.detach()),
+            "accuracy": float((logits.argmax(dim=1) == labels).float().mean()),
+            "policy/grad_norm": float(norm),
+            "policy/lr": optimizer.param_groups[0]["lr"],
+            "time/total": time.perf_counter() - began,
+            "memory/rss_mb": memory_mb(),
+        }
+        run.log(step, metrics)
+        tell(step, len(dealt), metrics)
+
+
+def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:
+    """Return accuracy with its interval, by clip length too, calibration, and mean and sd of R, on held-out texts."""
+    reward = load_reward(str(folder), dtype="float32", device=config.device, field="model")
+    ids, labels = _ids(rows, reward.tokenizer, config)
+    clips = random_clips(ids, labels, len(rows), config.clip_tokens, config.seed + 1)
+    scores, truth = scored(reward, clips), [c.label for c in clips]
+    probabilities = [1.0 / (1.0 + pow(2.718281828459045, -s)) for s in scores.tolist()]
+    bins, error = calibration(probabilities, truth)
+    by_length = {}
+    for length in LENGTHS:
+        if length > config.clip_tokens[1]:
+            continue
+        cut = [Clip(row[:length], label) for row, label in zip(ids, labels, strict=True)]
+        by_length[str(length)] = accuracy(scored(reward, cut), [c.label for c in cut])
+    return {
+        "accuracy": accuracy(scores, truth),
+        "by_length": by_length,
+        "calibration": bins,
+        "ece": error,
+        "score_mean": float(scores.mean()),
+        "score_sd": float(scores.std(unbiased=False)),
+        "score_interval": mean_interval(scores.tolist()),
+        "texts": len(rows),
+        "clip_tokens": list(config.clip_tokens),
+    }
+
+
+def scored(reward: RewardModel, clips: Sequence[Clip], batch_size: int = 32) -> Tensor:
+    """Return R (N,) float32 of the clips, on the CPU, computed in batches of like length."""
+    out = torch.zeros(len(clips))
+    order = sorted(range(len(clips)), key=lambda i: len(clips[i].ids))
+    device = next(reward.model.parameters()).device
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        ids, mask, _ = right_pad([clips[i] for i in chosen], reward.model.config.get_text_config().pad_token_id)
+        out[chosen] = reward.score(ids.to(device), mask.to(device))[0].cpu()
+    return out
+
+
+def accuracy(scores: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    """Return {mean, low, high} of how often R > 0 says the label."""
+    hits = int(((scores > 0).long() == torch.tensor(labels)).sum())
+    return proportion(hits, len(labels))

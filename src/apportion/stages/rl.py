@@ -1,0 +1,175 @@
+"""Reinforcement learning: prompts are sampled into rollouts, scored, apportioned, cut into segments, turned into
+advantages, and learned from.
+
+`train` is the loop; one batch can be followed from `experience` through `learn`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apportion import algorithms, credit
+from apportion.algorithms import Method
+from apportion.config import PPOConfig, RLConfig, to_dict
+from apportion.evidence import Models, plan
+from apportion.masking import masked_mean, whiten
+from apportion.models.load import load_tokenizer, locate
+from apportion.models.policy import load_policy
+from apportion.models.reward import load_reward
+from apportion.models.save import save_policy
+from apportion.runs import Run, need_space
+from apportion.sampling import sample
+from apportion.scoring import check_fit, score
+from apportion.stages.checkpoint import load_latest, save_checkpoint
+from apportion.stages.learner import Learner
+from apportion.stages.prompts import PromptStream, context_of, load_prompts
+from apportion.stages.records import comparisons, memory_mb, rollout_records
+from apportion.stages.update import learning_rate, make_targets, update
+from apportion.types import Rollouts
+
+Tell = Callable[[int, dict[str, float]], None]
+
+
+def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, metrics: None) -> Run:
+    """Train a policy as `config` says and return its finished run folder; an interrupted run goes on where it was.
+
+    Args:
+        tell: called with the step and its metrics, for a progress bar.
+
+    Raises:
+        ConfigError, ModelError, DataError, ScoreError, DiskError: each names what to mend.
+    """
+    method = build_method(config)
+    config_dict = to_dict(config) | method.specs
+    run = Run.open(config.output, "rl", config_dict, fresh=fresh)
+    if run.finished:
+        return run
+    learner = make_learner(config, method)
+    start = load_latest(run, learner)
+    for step, rollouts in experience(learner, config, start):
+        began = time.perf_counter()
+        metrics, records = learn(learner, rollouts, config, step)
+        metrics |= {"time/update": time.perf_counter() - began, **learner.clock, "memory/rss_mb": memory_mb()}
+        metrics["time/total"] = sum(metrics[k] for k in ("time/generate", "time/score", "time/update"))
+        run.log(step, metrics, records)
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
+            save_checkpoint(run, learner, step, keep=config.keep_checkpoints)
+        tell(step, metrics)
+    save_policy(learner.models.policy, locate("policy", config.policy), run.path / "final", config_dict)
+    run.status("finished", steps=config.steps)
+    return run
+
+
+def experience(learner: Learner, config: RLConfig, start: int) -> Iterator[tuple[int, Rollouts]]:
+    """Yield (step from 1, scored rollouts) for the steps after `start`; a queue can take its place."""
+    per_prompt = config.sampling.samples_per_prompt
+    for step in range(start + 1, config.steps + 1):
+        began = time.perf_counter()
+        prompts = learner.prompts.take(step, config.sampling.batch_size // per_prompt)
+        rollouts = sample(learner.models.policy, prompts, config.sampling, learner.generator)
+        sampled = time.perf_counter()
+        rollouts = score(learner.models, rollouts, learner.needs, config.scores)
+        learner.clock = {"time/generate": sampled - began, "time/score": time.perf_counter() - sampled}
+        yield step, rollouts
+
+
+def learn(
+    learner: Learner, rollouts: Rollouts, config: RLConfig, step: int
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Apportion the scores of one batch, learn from it, and return (metrics, what to log of the rollouts)."""
+    method, ppo = learner.method, config.ppo
+    rollouts = settle_truncated(rollouts, ppo)
+    rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
+    if ppo.whiten_rewards:
+        rewards = whiten(rewards, rollouts.mask, keep_mean=True)
+    segments = method.segment(rollouts)  # (B,T) ids from 0, -1 off the mask
+    estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
+    targets = make_targets(estimated, segments, rollouts, ppo)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optim, step - 1, config.steps)
+    metrics = update(
+        learner.models.policy, learner.optimizer, rollouts, targets, ppo, config.optim, learner.generator
+    )
+    records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
+    metrics |= batch_metrics(rollouts, rewards) | learner.move_controllers(rollouts, rewards)
+    return metrics | {"policy/lr": learner.optimizer.param_groups[0]["lr"]}, records
+
+
+def settle_truncated(rollouts: Rollouts, config: PPOConfig) -> Rollouts:
+    """Return the rollouts with responses that were cut off treated as `config.truncated` names.
+
+    "terminal" says that they ended; "penalty" replaces their score; "bootstrap" and "mask" leave them to the
+    estimator and the update.
+    """
+    if rollouts.ended is None or config.truncated in ("bootstrap", "mask"):
+        return rollouts
+    ended = torch.ones_like(rollouts.ended)
+    if config.truncated == "penalty":
+        assert rollouts.scores is not None
+        penalised = torch.where(rollouts.ended, rollouts.scores, config.truncation_penalty)
+        return replace(rollouts, scores=penalised, ended=ended)
+    return replace(rollouts, ended=ended)
+
+
+def batch_metrics(rollouts: Rollouts, rewards: torch.Tensor) -> dict[str, float]:
+    """Return the objective's metrics of one batch: raw scores, rewards, KL (nats a sequence), entropy, length."""
+    raw, lengths = rollouts.evidence["raw_scores"], rollouts.mask.sum(dim=1).float()
+    reference = rollouts.evidence.get("reference_logprobs")
+    found = {
+        "objective/scores": raw.mean(),
+        "objective/scores_std": raw.std(unbiased=False),
+        "objective/rewards": rewards.sum(dim=1).mean(),
+        "objective/entropy": masked_mean(rollouts.evidence["entropy"], rollouts.mask),
+        "objective/length": lengths.mean(),
+        "sampling/logprob_gap": masked_mean((rollouts.logprobs - rollouts.old_logprobs).abs(), rollouts.mask),
+    }
+    if rollouts.ended is not None:
+        found["objective/ended"] = rollouts.ended.float().mean()
+    if reference is not None:
+        kl = torch.where(rollouts.mask, rollouts.logprobs - reference, 0.0).sum(dim=1)
+        found["objective/kl"] = kl.mean()
+    return {k: float(v) for k, v in found.items()}
+
+
+def build_method(config: RLConfig) -> Method:
+    """Return the three choices of a run, checked, and settle what `ppo.truncated` means when it is not said.
+
+    Raises:
+        ConfigError: an unknown name, a bad setting, or a combination that means nothing. Loads no model.
+    """
+    method = algorithms.build(
+        config.algorithm,
+        credit_spec=config.credit,
+        segments_spec=config.segments,
+        advantages_spec=config.advantages,
+    )
+    plan(method.needs)
+    if config.ppo.truncated is None:
+        config.ppo.truncated = "terminal" if config.sampling.stop == "length" else "bootstrap"
+    return method
+
+
+def make_learner(config: RLConfig, method: Method) -> Learner:
+    """Return everything that a run holds: models, prompts, optimizer, states. Cheap checks come before models."""
+    torch.manual_seed(config.seed)
+    need_space(Path(config.output).expanduser(), 200_000_000)
+    texts = load_prompts(config.prompts, "rl")
+    folder = locate("policy", config.policy)
+    locate("reward_model", config.reward_model)
+    tokenizer = load_tokenizer("policy", folder, config.pad_token)
+    stream = PromptStream(texts, tokenizer, config, context_of(folder))
+    reward = load_reward(config.reward_model, dtype=config.reward_dtype, device=config.device)
+    policy = load_policy(config)
+    check_fit(policy, reward)
+    compare = comparisons(config.compare) if config.log_rollouts else {}
+    needs = method.needs | {"values", "reference_logprobs"}
+    needs |= frozenset[str]().union(*(c.needs for c in compare.values()))
+    needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
+    generator = torch.Generator(device=policy.device).manual_seed(config.seed)
+    return Learner(Models(policy, reward), method, stream, needs, generator, config.optim, compare)

@@ -1,0 +1,116 @@
+"""The PPO update: a batch with its targets becomes a better policy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion.config import OptimConfig, PPOConfig
+from apportion.errors import ScoreError, message
+from apportion.losses import clipped_policy, clipped_value
+from apportion.masking import whiten
+from apportion.models.policy import Policy
+from apportion.types import Advantages, Rollouts
+
+
+class Targets(NamedTuple):
+    """What a batch is learned towards, all (B,T): advantages, returns, and the tokens each loss counts."""
+
+    advantages: Tensor
+    returns: Tensor
+    policy_mask: Tensor
+    value_mask: Tensor
+
+
+def make_targets(estimated: Advantages, segments: Tensor, rollouts: Rollouts, config: PPOConfig) -> Targets:
+    """Return the targets: advantages whitened over the batch, values regressed at each action's first token.
+
+    With truncated="mask" the rows that were cut off teach nothing.
+    """
+    learn = rollouts.mask
+    if config.truncated == "mask" and rollouts.ended is not None:
+        learn = learn & rollouts.ended[:, None]
+    advantages = whiten(estimated.advantages, learn) if config.whiten_advantages else estimated.advantages
+    return Targets(advantages, estimated.returns, learn, learn & first_of_action(segments))
+
+
+def first_of_action(segments: Tensor) -> Tensor:
+    """Return (B,T) bool, True on the first token of each action of `segments` (B,T)."""
+    seen = torch.cat([segments.new_full((len(segments), 1), -1), segments.cummax(dim=1).values[:, :-1]], dim=1)
+    return segments > seen
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    targets: Targets,
+    config: PPOConfig,
+    optim: OptimConfig,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
+
+    Each loss is divided by its own count of tokens over the whole mini-batch, so that micro-batches change nothing.
+
+    Raises:
+        ScoreError: the loss or gradient is not finite; no step is taken with it.
+    """
+    totals: dict[str, Tensor] = {}
+    steps = 0
+    for _ in range(config.epochs):
+        order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
+        for rows in order.split(config.mini_batch):
+            sums = _mini_batch(policy, rollouts, targets, config, rows)
+            sums["policy/grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.trainable(), optim.max_grad_norm)
+            if not torch.isfinite(sums["policy/grad_norm"]):
+                optimizer.zero_grad(set_to_none=True)
+                mend = "Lower optim.lr, or train in float32 (--dtype float32)."
+                raise ScoreError(message("gradient norm", float(sums["policy/grad_norm"]), "a finite number", mend))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            totals = {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
+            steps += 1
+    return {k: float(v) / steps for k, v in totals.items()}
+
+
+def _mini_batch(
+    policy: Policy, rollouts: Rollouts, targets: Targets, config: PPOConfig, rows: Tensor
+) -> dict[str, Tensor]:
+    """Accumulate the gradient of one mini-batch and return its losses and statistics, already divided."""
+    tokens = targets.policy_mask[rows].sum().clamp_min(1)
+    actions = targets.value_mask[rows].sum().clamp_min(1)
+    sums: dict[str, Tensor] = {}
+    for part in rows.split(config.micro_batch):
+        batch = rollouts.select(part)
+        advantages, returns, policy_mask, value_mask = (t[part] for t in targets)
+        out = policy.forward(batch)
+        assert out.values is not None
+        policy_loss, policy_sums = clipped_policy(
+            out.logprobs, batch.old_logprobs, advantages, policy_mask, clip=config.clip
+        )
+        value_loss, value_sums = clipped_value(
+            out.values, batch.evidence["values"], returns, value_mask, clip=config.value_clip
+        )
+        loss = policy_loss / tokens + config.value_coef * value_loss / actions
+        loss.backward()  # type: ignore[no-untyped-call]
+        found = {k: v / tokens for k, v in policy_sums.items()} | {k: v / actions for k, v in value_sums.items()}
+        found |= {"loss/policy": policy_loss / tokens, "loss/value": value_loss / actions}
+        sums = {k: sums.get(k, 0) + v.detach() for k, v in found.items()}
+    return sums
+
+
+def make_optimizer(policy: Policy, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over everything that learns, fused where the device allows."""
+    return torch.optim.AdamW(
+        policy.trainable(), lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the rate of batch `step` (from 0) of `steps`: up linearly over the warm-up, then down linearly to 0."""
+    rise = max(1, round(config.warmup * steps))
+    scale = (step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise)
+    return config.lr * min(1.0, scale)

@@ -1,0 +1,147 @@
+"""The batch that travels through everything, and the shapes of the three kinds of method.
+
+Shapes: B rollouts, P prompt tokens, T response tokens. Index t is response token t; "last" is the last True of the
+mask, never its sum minus one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from apportion.errors import DataError, message
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollouts:
+    """A batch of prompts with sampled responses.
+
+    Attributes:
+        prompt_ids: (B,P) int64, left-padded.
+        prompt_mask: (B,P) bool, True on prompt tokens.
+        response_ids: (B,T) int64, right-padded.
+        mask: (B,T) bool, True on tokens that the policy sampled, EOS included; may have holes (tool output).
+        logprobs: (B,T) float, nats, under the policy that sampled.
+        scores: (B,) float, the reward model's score; None until scored.
+        group: (B,) int64, rollouts of one prompt share a value.
+        evidence: tensors of shape (B,), (B,T) or (B,T,k) that methods ask for by name in their `needs`.
+        valid: (B,T) bool, tokens that the models attend to; defaults to `mask`.
+        ended: (B,) bool, False where the response was cut off; None means that all ended.
+        turn: (B,T) int64 turn ids, or None.
+        policy_version: (B,) int64, or None.
+        old_logprobs: (B,T) float, the trainer's own log-probabilities, used in ratios; defaults to `logprobs`.
+
+    Raises:
+        DataError: a tensor whose shape does not fit the others, by name.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    scores: Tensor | None = None
+    group: Tensor
+    evidence: Mapping[str, Tensor] = field(default_factory=dict)
+    valid: Tensor = None  # type: ignore[assignment]
+    ended: Tensor | None = None
+    turn: Tensor | None = None
+    policy_version: Tensor | None = None
+    old_logprobs: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.valid is None:
+            object.__setattr__(self, "valid", self.mask)
+        if self.old_logprobs is None:
+            object.__setattr__(self, "old_logprobs", self.logprobs)
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
+            came = f"{self.mask.dtype} {tuple(self.mask.shape)}"
+            raise DataError(message("Rollouts.mask", came, "a bool tensor (B,T)", "Pass `mask.bool()` of shape (B,T)."))
+        rows, length = self.mask.shape
+        expected = {
+            "prompt_ids": (rows, *self.prompt_ids.shape[1:2]),
+            "prompt_mask": tuple(self.prompt_ids.shape),
+            **dict.fromkeys(("response_ids", "logprobs", "valid", "old_logprobs", "turn"), (rows, length)),
+            **dict.fromkeys(("scores", "group", "ended", "policy_version"), (rows,)),
+        }
+        for name, shape in expected.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise DataError(
+                    message(f"Rollouts.{name}", tuple(value.shape), f"shape {shape}", "Shapes follow mask (B,T).")
+                )
+        for name, value in self.evidence.items():
+            if tuple(value.shape) != (rows,) and tuple(value.shape[:2]) != (rows, length):
+                mend = "Check the producer of this evidence."
+                came = tuple(value.shape)
+                raise DataError(message(f"evidence[{name!r}]", came, f"({rows},) or ({rows},{length}[,k])", mend))
+
+    def __len__(self) -> int:
+        """Return B, the number of rollouts."""
+        return self.mask.shape[0]
+
+    def select(self, rows: Tensor) -> Rollouts:
+        """Return the rollouts at `rows` (int64 or bool index over B), evidence included."""
+        values = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                value = value[rows]
+            elif f.name == "evidence":
+                value = {k: v[rows] for k, v in value.items()}
+            values[f.name] = value
+        return Rollouts(**values)
+
+    def with_evidence(self, **evidence: Tensor) -> Rollouts:
+        """Return a copy that carries `evidence` beside what it had."""
+        return replace(self, evidence={**self.evidence, **evidence})
+
+
+class Credit(NamedTuple):
+    """A credit method: where does the reward land?
+
+    `assign(rollouts, rewards (B,T), state)` returns rewards (B,T) and the state; rows are independent of one another
+    and controllers are never moved there. `stats(rollouts, before, after)` returns {name: (sum, count)}, which may be
+    added over processes; `update(state, stats)` moves controllers once a batch.
+    """
+
+    init: Callable[[], State]
+    assign: Callable[[Rollouts, Tensor, State], tuple[Tensor, State]]
+    needs: frozenset[str]
+    keeps_return: bool
+    causal: bool
+    share: Callable[[Rollouts], Tensor] | None = None
+    stats: Callable[[Rollouts, Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]] | None = None
+    update: Callable[[State, dict[str, tuple[Tensor, Tensor]]], State] | None = None
+
+
+class Advantages(NamedTuple):
+    """What an estimator returns: raw (not whitened) advantages and returns, both (B,T), 0 off the mask."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class Segmenter(Protocol):
+    """What counts as one action: rollouts -> (B,T) int64, ids from 0 along each row, -1 off the mask."""
+
+    needs: frozenset[str]
+
+    def __call__(self, rollouts: Rollouts) -> Tensor: ...
+
+
+class Estimator(Protocol):
+    """How returns become advantages: (rewards (B,T), segments (B,T), rollouts) -> Advantages."""
+
+    needs: frozenset[str]
+
+    def __call__(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Advantages: ...

@@ -1,0 +1,38 @@
+"""Settings every test shares: two threads, quiet libraries, no network, and how many examples hypothesis draws."""
+
+from __future__ import annotations
+
+import os
+
+# before torch and transformers are imported: nothing in a test may reach out or phone home
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(2)
+
+SLOW_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
+# "default" draws the same examples every time, so that a red run can be repeated; "long" draws new ones
+settings.register_profile(
+    "default", max_examples=50, deadline=None, derandomize=True, suppress_health_check=SLOW_CHECKS
+)
+settings.register_profile("long", max_examples=200, deadline=None, print_blob=True, suppress_health_check=SLOW_CHECKS)
+settings.load_profile("long" if os.environ.get("APPORTION_LONG") == "1" else "default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_transformers() -> None:
+    """Keep transformers' warnings about freshly initialised heads out of the test output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random state, whichever tests ran before it."""
+    torch.manual_seed(0)
