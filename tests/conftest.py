@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 # before torch and transformers are imported: nothing in a test may reach out or phone home
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# importlib mode leaves sys.path alone; last, so that no folder here can hide a module
+sys.path.append(str(Path(__file__).parent))
 
 import pytest
 import torch

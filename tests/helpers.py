@@ -49,11 +49,13 @@ def rollouts(
     if dirty:
         logprobs = poison(logprobs, mask)
         found = {n: poison(v, mask) if v.shape == mask.shape else v for n, v in found.items()}
+    seen = mask.flip(1).cummax(dim=1).values.flip(1) if dirty and length else mask  # models attend to holes as well
     values = {
         "prompt_ids": torch.randint(5, 90, (rows, prompt), generator=generator),
         "prompt_mask": torch.ones(rows, prompt, dtype=torch.bool),
         "response_ids": torch.randint(5, 90, (rows, length), generator=generator),
         "mask": mask,
+        "valid": seen,
         "logprobs": logprobs,
         "scores": torch.randn(rows, generator=generator) + 0.5,
         "group": torch.arange(rows),

@@ -57,10 +57,12 @@ class Method(NamedTuple):
         return self.credit.needs | self.segment.needs | self.estimate.needs
 
 
-def build(algorithm: str, *, credit_spec: Spec = None, segments_spec: Spec = None, advantages_spec: Spec = None) -> Method:
+def build(
+    algorithm: str, *, credit_spec: Spec = None, segments_spec: Spec = None, advantages_spec: Spec = None
+) -> Method:
     """Return the method of that name, with any of its three choices replaced.
 
-    A single credit that replaces the algorithm's is followed by the algorithm's KL penalty; a list says the whole chain.
+    A single credit in place of the algorithm's is followed by the algorithm's KL penalty; a list is the whole chain.
 
     Raises:
         ConfigError: an unknown name or setting, or a combination that means nothing.

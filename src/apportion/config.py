@@ -134,6 +134,7 @@ class RewardConfig:
         clips: training clips, each cut at random from a text.
         clip_tokens: shortest and longest clip, tokens.
         batch_size: clips an optimizer step.
+        micro_batch: clips a forward and backward pass (memory only; it does not change the result).
         test_texts: held-out texts to evaluate on.
         pad_token: a token of the tokenizer to pad with, when it has none of its own.
         seed: random seed.
@@ -150,6 +151,7 @@ class RewardConfig:
     clips: int = 6000
     clip_tokens: list[int] = field(default_factory=lambda: [8, 64])
     batch_size: int = 32
+    micro_batch: int = 16
     test_texts: int = 1000
     pad_token: str | None = None
     seed: int = 0
@@ -242,6 +244,7 @@ class DemoConfig:
         credit: the credit method: attention (ABC), uniform, sparse, policy_attention, or a spec.
         clips: training clips of the reward model.
         count: fresh prompts for the evaluation before and after.
+        lr: learning rate of PPO.
         seed: random seed.
     """
 
@@ -250,6 +253,7 @@ class DemoConfig:
     credit: Spec = "attention"
     clips: int = 6000
     count: int = 128
+    lr: float = 5e-4
     seed: int = 0
 
 
@@ -264,7 +268,7 @@ def check(config: Any, where: str = "") -> None:
         name, value = where + f.name, getattr(config, f.name)
         if is_dataclass(value):
             check(value, f"{name}.")
-        elif f.name in RANGES and value is not None:
+        elif f.name in RANGES and (value is not None or "None" not in str(f.type)):
             low, high, expected = RANGES[f.name]
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not low <= value <= high:
@@ -272,13 +276,26 @@ def check(config: Any, where: str = "") -> None:
         elif f.name in CHOICES and value not in CHOICES[f.name]:
             expected = "one of " + ", ".join(str(c) for c in CHOICES[f.name])
             raise ConfigError(message(name, value, expected, f"Set {name} to one of them."))
+        elif f.type == "str" and not (isinstance(value, str) and value.strip()):
+            raise ConfigError(message(name, value, *NAMES.get(f.name, ("a name or a path", f"Set {name} to one."))))
+    _check_together(config, where)
+
+
+def _check_together(config: Any, where: str) -> None:
+    """Raise ConfigError for pairs and lists, and for settings that do not go together."""
     if hasattr(config, "prompt_tokens") and config.prompt_tokens is not None:
         _check_pair(where + "prompt_tokens", config.prompt_tokens)
     if hasattr(config, "clip_tokens"):
         _check_pair(where + "clip_tokens", config.clip_tokens)
-    if isinstance(config, RLConfig) and not config.reward_model:
-        mend = "Train one with `apportion reward`, then pass --reward_model runs/reward/final."
-        raise ConfigError(message("reward_model", "", "a folder or hub id of a sequence classifier", mend))
+    if isinstance(config, SamplingConfig) and config.batch_size % config.samples_per_prompt:
+        expected = f"a multiple of {where}samples_per_prompt ({config.samples_per_prompt})"
+        mend = "A batch holds every sample of each of its prompts: change one of the two."
+        raise ConfigError(message(f"{where}batch_size", config.batch_size, expected, mend))
+    if isinstance(config, LoraConfig):
+        names = [config.targets] if isinstance(config.targets, str) else config.targets
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
+            expected = '"attention", "all", or a list of layer names'
+            raise ConfigError(message(f"{where}targets", config.targets, expected, "Example: [q_proj, v_proj]."))
 
 
 def _check_pair(name: str, pair: Any) -> None:
@@ -288,19 +305,26 @@ def _check_pair(name: str, pair: Any) -> None:
 
 
 _ANY = math.inf
+_COUNTS = ("batch_size", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens")
 RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(
-        ("batch_size", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens", "epochs", "mini_batch")
-        + ("micro_batch", "steps", "clips", "test_texts", "count", "keep_checkpoints"),
+        (*_COUNTS, "epochs", "mini_batch", "micro_batch", "steps", "clips", "test_texts", "count", "keep_checkpoints"),
         (1, _ANY, "a whole number >= 1"),
     ),
-    **dict.fromkeys(("rank", "checkpoint_every", "log_rollouts", "seed"), (0, 2**31, "a whole number >= 0")),
+    **dict.fromkeys(("rank", "checkpoint_every", "log_rollouts"), (0, _ANY, "a whole number >= 0")),
+    "seed": (0, 2**31, "a whole number from 0 to 2^31"),
     **dict.fromkeys(("lr", "eps", "temperature", "max_grad_norm", "alpha"), (1e-12, _ANY, "a number > 0")),
     **dict.fromkeys(("weight_decay", "value_coef", "entropy_coef"), (0, _ANY, "a number >= 0")),
     "clip": (1e-6, _ANY, "a number > 0"),
     "value_clip": (1e-6, _ANY, "a number > 0, or null"),
     "warmup": (0, 1, "a number in [0, 1]"),
     "truncation_penalty": (-_ANY, _ANY, "a finite number"),
+}
+NAMES = {  # field -> (what is expected, the mend), where more can be said than that it is a name or a path
+    "reward_model": (
+        "a folder or hub id of a sequence classifier",
+        "Train one with `apportion reward`, then pass --reward_model runs/reward/final.",
+    ),
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "stop": ("length", "eos"),

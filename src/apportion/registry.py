@@ -26,8 +26,9 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     expected = "an importable package.module:function"
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(message(field, name, expected, f"Importing it said: {error}.")) from error
+    except Exception as error:  # whatever a user's module raises while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(message(field, name, expected, f"Importing it said: {reason}.")) from error
     if not callable(factory):
         raise ConfigError(message(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function."))
     return factory
@@ -43,12 +44,24 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in kwargs:
         if key not in parameters and not takes_any:
-            raise ConfigError(unknown_name(f"{field}.{name}", key, parameters or ("no settings",)))
+            none = message(f"{field}.{name}", key, "no settings", f"Remove {key}: {name} takes none.")
+            raise ConfigError(unknown_name(f"{field}.{name}", key, parameters) if parameters else none)
     empty = inspect.Parameter.empty
-    missing = [k for k, p in parameters.items() if p.default is empty and k not in kwargs and p.kind is not p.VAR_KEYWORD]
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    required = [k for k, p in parameters.items() if p.default is empty and p.kind not in variable]
+    missing = [k for k in required if k not in kwargs]
     if missing:
         raise ConfigError(message(f"{field}.{name}", dict(kwargs), f"a value for {missing[0]!r}", "Add that key."))
     return factory(**kwargs)
+
+
+def method(field: str, name: str, made: Any) -> Any:
+    """Return `made` if it is a function of rollouts that says what it `needs`. Raises ConfigError otherwise."""
+    if not callable(made) or not isinstance(getattr(made, "needs", None), frozenset):
+        came = f"{name}, which returned a {type(made).__name__}"
+        mend = "Return a function of rollouts with an attribute `needs`, a frozenset of evidence names."
+        raise ConfigError(message(field, came, f"a method for {field}", mend))
+    return made
 
 
 def parse(field: str, spec: object) -> list[tuple[str, dict[str, Any]]]:

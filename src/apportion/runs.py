@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
-from apportion.errors import ConfigError, DiskError, message
+from apportion.errors import ApportionError, ConfigError, DiskError, ScoreError, message
 
 README = """# {name}: a run of `apportion {stage}`
 
@@ -43,36 +47,67 @@ class Run:
         """Make or reopen the folder `output` for `config`.
 
         Raises:
-            ConfigError: the folder holds something else, or a run with other settings (the first one that differs is named).
+            ConfigError: the folder holds something else, or a run with other settings (it names the first difference).
             DiskError: it cannot be written to.
         """
         run = cls(Path(output).expanduser(), stage)
-        if fresh and (run.path / "status.json").is_file():
-            shutil.rmtree(run.path)
         with explained(run.path):
-            run._refuse_other(config)
+            if fresh and run.is_run:
+                shutil.rmtree(run.path)
+            run._refuse_foreign()
+            if run.started:
+                run._refuse_other(config)
             run.path.mkdir(parents=True, exist_ok=True)
-            if not (run.path / "config.yaml").exists():
+            if not run.started:
                 run._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
                 run._write("README.md", README.format(name=run.path.name, stage=stage, path=output))
+            if not run.finished:
                 run.status("running")
         return run
 
-    def _refuse_other(self, config: Mapping[str, Any]) -> None:
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder was made by a run, this one or another."""
+        return all((self.path / name).is_file() for name in ("config.yaml", "status.json"))
+
+    @property
+    def started(self) -> bool:
+        """Whether anything was learned in it; until then a mended configuration may take its place."""
+        return any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Write status "failed" with the message of an error that the user can mend, and raise it again."""
+        try:
+            yield
+        except ApportionError as error:
+            with suppress(DiskError):  # the disk may be what failed
+                self.status("failed", error=str(error))
+            raise
+
+    def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(message("output", str(self.path), "a folder", "It is a file: choose another name."))
-        stored = self.path / "config.yaml"
-        if not stored.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
-                mend = "Choose another --output, or empty it."
-                raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
-            return
-        before, now = flat(yaml.safe_load(stored.read_text()) or {}), flat(config)
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run:
+            mend = "Choose another --output, or empty it."
+            raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
+
+    def _refuse_other(self, config: Mapping[str, Any]) -> None:
+        again = "Choose another --output, or pass --fresh to start over in this one."
+        stage = self.read("status.json").get("stage")
+        if stage != self.stage:
+            came = f"{self.path} of `apportion {stage}`"
+            raise ConfigError(message("output", came, f"a folder of `apportion {self.stage}`", again))
+        try:
+            before = flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            came = f"{self.path}/config.yaml ({' '.join(str(error).split())})"
+            raise ConfigError(message("output", came, "the settings of the run in it", again)) from error
+        now = flat(config)
         for key in sorted(set(before) | set(now)):
             if key.split(".")[0] not in PLACES and before.get(key) != now.get(key):
                 expected = f"the settings of the run in it ({key} was {before.get(key)!r})"
-                mend = "Choose another --output, or pass --fresh to start over in this one."
-                raise ConfigError(message("output", f"{self.path} with {key} {now.get(key)!r}", expected, mend))
+                raise ConfigError(message("output", f"{self.path} with {key} {now.get(key)!r}", expected, again))
 
     @property
     def finished(self) -> bool:
@@ -80,16 +115,29 @@ class Run:
         return self.read("status.json").get("status") == "finished"
 
     def read(self, name: str) -> dict[str, Any]:
-        """Return the JSON object in file `name`, or {} when it is absent."""
+        """Return the JSON object in file `name`, or {} when it is absent. Raises ConfigError for a damaged one."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            mend = "Choose another folder, or pass --fresh to start over in this one."
+            raise ConfigError(message(str(path), str(error), "a JSON object", mend)) from error
+        return found
 
     def status(self, status: str, **more: Any) -> None:
         """Write status.json: the stage, the status and whatever else is known."""
         self.write_json("status.json", {"stage": self.stage, "name": self.path.name, "status": status, **more})
 
     def log(self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Append one line to metrics.jsonl and a line a rollout to rollouts.jsonl."""
+        """Append one line to metrics.jsonl and a line a rollout to rollouts.jsonl.
+
+        Raises:
+            ScoreError: a metric is not finite. DiskError: a full disk.
+        """
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                mend = "The training diverged: lower optim.lr, or train in float32 (--dtype float32)."
+                raise ScoreError(message(f"{name} at step {step}", float(value), "a finite number", mend))
         self.append("rollouts.jsonl", rollouts)
         self.append("metrics.jsonl", [{"step": step, **{k: round(float(v), 6) for k, v in metrics.items()}}])
 
@@ -123,7 +171,7 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
-class explained:  # noqa: N801  (a context manager)
+class explained:  # a context manager
     """Turn a failed write into a DiskError that names the folder and the mend."""
 
     def __init__(self, path: Path) -> None:
@@ -133,6 +181,10 @@ class explained:  # noqa: N801  (a context manager)
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, SafetensorError) and "os error" in reason:  # its writer raises no OSError
+            number = re.search(r"os error (\d+)", reason)
+            error = OSError(int(number[1]) if number else 0, reason)
         if not isinstance(error, OSError) or isinstance(error, DiskError):
             return
         mends = {
@@ -141,7 +193,7 @@ class explained:  # noqa: N801  (a context manager)
             errno.EROFS: "Choose a folder that is not read-only.",
         }
         mend = mends.get(error.errno or 0, "Choose another --output.")
-        raise DiskError(message("output", f"{self.path} ({error.strerror})", "a folder to write to", mend)) from error
+        raise DiskError(message("output", f"{self.path} ({reason})", "a folder to write to", mend)) from error
 
 
 def need_space(path: Path, wanted: int) -> None:
@@ -163,5 +215,5 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             out |= flat(value, f"{prefix}{key}.")
         else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+            out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return out

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apportion.config import ScoreConfig
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError, ScoreError, message
 from apportion.evidence import Models, plan
-from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Rollouts
 
@@ -32,7 +34,9 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
     for rows in torch.arange(len(rollouts), device=rollouts.mask.device).split(config.micro_batch):
         some = rollouts.select(rows)
         for producer, wanted in passes:
-            for name, value in producer.produce(models, some, wanted).items():
+            with renumbered(int(rows[0])):
+                produced = producer.produce(models, some, wanted)
+            for name, value in produced.items():
                 parts.setdefault(name, []).append(value)
     found = {name: torch.cat(values) for name, values in parts.items()}
     raw, old = found.pop("scores"), found.pop("old_logprobs")
@@ -40,20 +44,34 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
     return scored.with_evidence(**found, raw_scores=raw)
 
 
+@contextmanager
+def renumbered(first: int) -> Iterator[None]:
+    """Name the rollout of a ScoreError by its number in the batch, where its micro-batch starts at `first`."""
+    try:
+        yield
+    except ScoreError as error:
+        text = re.sub(r"rollout (\d+)", lambda found: f"rollout {int(found[1]) + first}", str(error), count=1)
+        raise ScoreError(text) from error
+
+
 def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
-    """Return scores (B,) centred and scaled by the reward model's own statistics, then clipped: a sequence at a time."""
+    """Return scores (B,) centred and scaled by the reward model's statistics, then clipped: a sequence at a time."""
     scores = scores - reward.mean if config.center else scores
     scores = scores / max(reward.sd, 1e-6) if config.scale else scores
     return scores if config.clip is None else scores.clamp(-config.clip, config.clip)
 
 
-def check_fit(policy: Policy, reward: RewardModel) -> None:
-    """Raise ConfigError when the reward model cannot read the policy's ids: another vocabulary, or an encoder."""
-    ours, theirs = policy.tokenizer.get_vocab(), reward.tokenizer.get_vocab()
+def check_vocabulary(policy_tokenizer: Any, reward_tokenizer: Any) -> None:
+    """Raise ConfigError when the reward model cannot read the policy's ids. Needs no weights."""
+    ours, theirs = policy_tokenizer.get_vocab(), reward_tokenizer.get_vocab()
     if ours != theirs:
         came = f"a reward model with another vocabulary ({len(theirs)} entries, the policy has {len(ours)})"
         mend = "Train the reward model from the same base: `apportion reward --model <the policy's start>`."
         raise ConfigError(message("reward_model", came, "the policy's own tokenizer", mend))
+
+
+def check_decoder(reward: RewardModel) -> None:
+    """Raise ConfigError for an encoder, which does not read its score at the response's last token."""
     if not is_decoder(reward.model):
         mend = "Use a decoder; `apportion credit` reads encoders too."
         raise ConfigError(message("reward_model", type(reward.model).__name__, "a causal sequence classifier", mend))

@@ -28,7 +28,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def calibration(probabilities: Sequence[float], labels: Sequence[int], bins: int = 10) -> tuple[list[dict], float]:
+def calibration(probabilities: Sequence[float], labels: Sequence[int], bins: int = 10) -> tuple[list[Interval], float]:
     """Return (bins with mean confidence, accuracy and count; expected calibration error) of P(positive)."""
     groups: list[list[tuple[float, int]]] = [[] for _ in range(bins)]
     for p, y in zip(probabilities, labels, strict=True):

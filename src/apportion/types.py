@@ -64,10 +64,10 @@ class Rollouts:
 
     def _check_shapes(self) -> None:
         if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
-            came = f"{self.mask.dtype} {tuple(self.mask.shape)}"
-            raise DataError(message("Rollouts.mask", came, "a bool tensor (B,T)", "Pass `mask.bool()` of shape (B,T)."))
+            found = f"{self.mask.dtype} {tuple(self.mask.shape)}"
+            raise DataError(message("Rollouts.mask", found, "a bool tensor (B,T)", "Pass `mask.bool()`, (B,T)."))
         rows, length = self.mask.shape
-        expected = {
+        expected: dict[str, tuple[int, ...]] = {
             "prompt_ids": (rows, *self.prompt_ids.shape[1:2]),
             "prompt_mask": tuple(self.prompt_ids.shape),
             **dict.fromkeys(("response_ids", "logprobs", "valid", "old_logprobs", "turn"), (rows, length)),
@@ -79,11 +79,11 @@ class Rollouts:
                 raise DataError(
                     message(f"Rollouts.{name}", tuple(value.shape), f"shape {shape}", "Shapes follow mask (B,T).")
                 )
-        for name, value in self.evidence.items():
-            if tuple(value.shape) != (rows,) and tuple(value.shape[:2]) != (rows, length):
+        for key, tensor in self.evidence.items():
+            came = tuple(tensor.shape)
+            if came != (rows,) and came[:2] != (rows, length):
                 mend = "Check the producer of this evidence."
-                came = tuple(value.shape)
-                raise DataError(message(f"evidence[{name!r}]", came, f"({rows},) or ({rows},{length}[,k])", mend))
+                raise DataError(message(f"evidence[{key!r}]", came, f"({rows},) or ({rows},{length}[,k])", mend))
 
     def __len__(self) -> int:
         """Return B, the number of rollouts."""

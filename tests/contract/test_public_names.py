@@ -176,6 +176,8 @@ def test_rollouts_fields():
 
 def test_rollouts_defaults():
     rollouts = helpers.rollouts(helpers.bools([[1, 0, 1]]), dirty=False)
+    least = {name: getattr(rollouts, name) for name, has_default in FIELDS.items() if not has_default}
+    rollouts = Rollouts(**least)
     assert rollouts.valid is rollouts.mask and rollouts.old_logprobs is rollouts.logprobs
     assert (rollouts.ended, rollouts.turn, rollouts.policy_version) == (None, None, None)
     assert rollouts.evidence == {} and len(rollouts) == 1

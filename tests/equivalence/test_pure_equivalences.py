@@ -39,9 +39,12 @@ def test_no_mix_is_sparse_bit_for_bit(seed):
     for method in spread:
         rollouts = example(seed, method)
         assert same_bits(credit.apply(method, rollouts)[0], credit.apply(credit.sparse(), rollouts)[0])
-        rewards = dense(rollouts, seed)
-        expected = credit.sparse().assign(rollouts, rewards, {})[0]
-        assert same_bits(method.assign(rollouts, rewards, {})[0], expected)
+        for rewards in (
+            dense(rollouts, seed),
+            dense(rollouts, seed).double() / 3,
+        ):  # float64 must not go through float32
+            expected = credit.sparse().assign(rollouts, rewards, {})[0]
+            assert same_bits(method.assign(rollouts, rewards, {})[0], expected)
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 0.8, 1.0])

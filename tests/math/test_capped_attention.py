@@ -86,6 +86,11 @@ def test_shares_do_not_depend_on_the_scale_of_the_evidence(scale, settings):
     torch.testing.assert_close(shares([w * scale for w in weights], **settings), shares(weights, **settings))
 
 
+def test_a_sum_beyond_float32_is_still_mass():
+    """Each value is finite, though their sum is not."""
+    torch.testing.assert_close(shares([3e38, 3e38, 1.5e38]), torch.tensor([0.4, 0.4, 0.2]))
+
+
 def test_floor_one_is_uniform_and_zero_mass_stays_uniform():
     torch.testing.assert_close(shares([9.0, 1.0, 0.0, 0.0], floor=1.0), torch.full((4,), 0.25))
     torch.testing.assert_close(shares([0.0] * 4, floor=0.5, cap=0.5), torch.full((4,), 0.25))
@@ -93,10 +98,11 @@ def test_floor_one_is_uniform_and_zero_mass_stays_uniform():
 
 def test_exclude_self_keeps_the_only_token_and_handles_mass_on_the_last_alone():
     one = helpers.rollouts(helpers.bools([[0, 1, 0]]), ["reward_attention"])
-    assert credit.attention(exclude_self=True).share(one).tolist() == [[0, 1, 0]]
+    method = credit.attention(exclude_self=True)
+    assert method.share(one).tolist() == [[0, 1, 0]]
+    assert method.stats(one, one.logprobs, one.logprobs)["credit/attention/fallbacks"][0] == 0, "it keeps its own mass"
     # only the excluded token has mass: uniform, counted
     mass = {"reward_attention": torch.tensor([[0.0, 0, 7]])}
     last = helpers.rollouts(helpers.bools([[1, 1, 1]]), mass, **mass)
-    method = credit.attention(exclude_self=True)
     torch.testing.assert_close(method.share(last), torch.full((1, 3), 1 / 3))
     assert method.stats(last, last.logprobs, last.logprobs)["credit/attention/fallbacks"][0] == 1

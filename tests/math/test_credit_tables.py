@@ -23,7 +23,7 @@ NAMES = ("reward_attention", "policy_attention_mean", "policy_attention_last", "
 
 
 def example(**changed: Tensor):
-    given = {n: ATTENTION for n in NAMES} | {"reference_logprobs": REFERENCE, "logprobs": LOGPROBS, "scores": SCORES}
+    given = dict.fromkeys(NAMES, ATTENTION) | {"reference_logprobs": REFERENCE, "logprobs": LOGPROBS, "scores": SCORES}
     return helpers.rollouts(MASK, NAMES, **(given | changed))
 
 
@@ -144,6 +144,8 @@ def test_a_redistributor_after_a_penalty_is_refused():
             credit.chain(credit.kl_penalty(), spread)
         with pytest.raises(ConfigError):
             credit.chain(credit.chain(credit.sparse(), credit.kl_penalty()), spread)
+        with pytest.raises(ConfigError):
+            credit.chain(credit.kl_penalty(), credit.sparse(), spread)
     assert not credit.chain(credit.uniform(), credit.kl_penalty()).keeps_return
     with pytest.raises(ConfigError):
         credit.chain()

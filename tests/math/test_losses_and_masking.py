@@ -18,24 +18,24 @@ def approx(came: torch.Tensor, expected: float) -> None:
 
 
 def test_clipped_policy_by_hand():
-    # ratio      1.5   1.5   .5   .5    1   | masked: e^9
+    # ratio      1.5   1.5   .5   .5   1.1  | masked: e^9
     # A            1    −1    1   −1    2   | NaN
-    # −A·ρ      −1.5   1.5  −.5   .5   −2
-    # −A·clip   −1.2   1.2  −.8   .8   −2     (clip .2)
-    # max       −1.2   1.5  −.5   .8   −2   → −1.4; clipped where the right one is larger: 1st and 4th
-    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.0]]).log()
+    # −A·ρ      −1.5   1.5  −.5   .5  −2.2
+    # −A·clip   −1.2   1.2  −.8   .8  −2.2    (clip .2)
+    # max       −1.2   1.5  −.5   .8  −2.2  → −1.6; clipped where the right one is larger: 1st and 4th
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]).log()
     logprobs = torch.cat([ratio - 1.0, torch.tensor([[8.0]])], dim=1).requires_grad_()
     adv = torch.tensor([[1.0, -1, 1, -1, 2, NAN]])
     mask = helpers.bools([[1, 1, 1, 1, 1, 0]])
     loss, sums = losses.clipped_policy(logprobs, torch.full((1, 6), -1.0), adv, mask)
-    approx(loss, -1.4)
+    approx(loss, -1.6)
     approx(sums["policy/clipfrac"], 2.0)
-    # k3 = ρ − 1 − log ρ: twice .5 − .405465, twice −.5 + .693147
-    approx(sums["policy/approxkl"], 0.575364)
-    approx(sums["val/ratio"], 5.0)
+    # k3 = ρ − 1 − log ρ: twice .5 − .405465, twice −.5 + .693147, .1 − .095310
+    approx(sums["policy/approxkl"], 0.580054)
+    approx(sums["val/ratio"], 5.1)
     # d/dlogπ = −A·ρ where not clipped, 0 where clipped
     (grad,) = torch.autograd.grad(loss, logprobs)
-    torch.testing.assert_close(grad, torch.tensor([[0.0, 1.5, -0.5, 0, -2, 0]]))
+    torch.testing.assert_close(grad, torch.tensor([[0.0, 1.5, -0.5, 0, -2.2, 0]]))
 
 
 def test_the_first_step_of_an_update_has_ratio_one_and_the_policy_gradient():

@@ -26,4 +26,4 @@ def find(name: str) -> Callable[..., Estimator]:
 def build(specs: list[tuple[str, dict[str, Any]]]) -> Estimator:
     """Return the estimator of exactly one (name, keyword arguments) pair."""
     name, kwargs = registry.single("advantages", specs)
-    return registry.call("advantages", name, find(name), kwargs)
+    return registry.method("advantages", name, registry.call("advantages", name, find(name), kwargs))

@@ -109,4 +109,8 @@ def apply(credit: Credit, rollouts: Rollouts, state: State | None = None) -> tup
 def build(specs: list[tuple[str, dict[str, Any]]]) -> Credit:
     """Return the chain of (name, keyword arguments) pairs."""
     parts = [registry.call("credit", name, find(name), kwargs) for name, kwargs in specs]
+    for (name, _), part in zip(specs, parts, strict=True):
+        if not isinstance(part, Credit):
+            mend = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
+            raise ConfigError(message("credit", f"{name}, which returned a {type(part).__name__}", "a Credit", mend))
     return chain(*parts)

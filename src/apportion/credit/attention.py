@@ -19,8 +19,8 @@ def attention(
     """Return attention-based credit, r_t = β·α_t·Σr + (1−β)·r_t with β = `mix`.
 
     α (B,T) is evidence "reward_attention" (the last layer's attention of the position where the reward model reads
-    its score, averaged over heads), normalised over the response. It costs no extra forward pass. α looks at the whole response, so the
-    credit is not causal and its policy gradient is biased, though each row's return is unchanged.
+    its score, averaged over heads), normalised over the response. It costs no extra forward pass. α looks at the
+    whole response, so the credit is not causal and its policy gradient is biased, though each row's return is kept.
 
     Args:
         mix: β in [0, 1]; 0 is sparse bit for bit, 0.8 the authors' setting.
@@ -63,7 +63,7 @@ def without_last(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def capped(share: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """Return shares (B,T), summing to 1, of which none exceeds max(`cap`, 1/n): the excess goes to the rest pro rata."""
+    """Return shares (B,T), summing to 1, none above max(`cap`, 1/n): the excess goes to the rest pro rata."""
     count = mask.sum(dim=1, keepdim=True).clamp_min(1)
     limit = (1.0 / count).clamp_min(cap)
     for _ in range(math.ceil(1.0 / cap)):  # each pass fixes at least one more token at the limit, 1/cap at most

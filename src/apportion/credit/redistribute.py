@@ -22,7 +22,8 @@ def take_evidence(rollouts: Rollouts, name: str) -> Tensor:
     """
     if name not in rollouts.evidence:
         came = sorted(rollouts.evidence) or "no evidence"
-        raise DataError(message(f"evidence[{name!r}]", came, f"a (B,T) tensor named {name!r}", "Produce it in scoring."))
+        expected = f"a (B,T) tensor named {name!r}"
+        raise DataError(message(f"evidence[{name!r}]", came, expected, "Produce it in scoring."))
     # `where`, not a product: what stands off the mask may be anything, NaN included
     weights = torch.where(rollouts.mask, rollouts.evidence[name].float(), 0.0)
     bad = (~torch.isfinite(weights) | (weights < 0)).any(dim=1)
@@ -36,9 +37,9 @@ def take_evidence(rollouts: Rollouts, name: str) -> Tensor:
 def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal: bool, label: str) -> Credit:
     """Return the credit that spreads β = `mix` of each row's rewards in proportion to `weights(rollouts)` (B,T).
 
-    The rest, 1−β, stays where it was. Row sums are kept for any β because the shares sum to 1 (a row whose weights have no mass
-    falls back to uniform shares, counted in `credit/fallbacks`; a row without tokens stays 0). Source: Chan et al.
-    2024 (arXiv 2402.00782), eq. for r_t with β and α.
+    The rest, 1−β, stays where it was. Row sums are kept for any β because the shares sum to 1: a row whose weights
+    have no mass falls back to uniform shares (counted in `credit/<label>/fallbacks`), a row without tokens stays 0.
+    Source: Chan et al. 2024 (arXiv 2402.00782), eq. for r_t with β and α.
     """
 
     def share(rollouts: Rollouts) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from apportion.errors import ModelError, message
 
@@ -62,9 +63,10 @@ def _set_pad(model, tokenizer, pad_token: str) -> None:  # type: ignore[no-untyp
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Keep transformers quiet: the caller has said what happens, and a bar would break its line."""
-    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+    import transformers.modeling_gguf_pytorch_utils as reader_module
     from transformers.utils import logging
 
+    gguf_reader: Any = reader_module
     shown = logging.is_progress_bar_enabled()
     bar = gguf_reader.tqdm  # the reader takes tqdm directly, past the setting of transformers
     gguf_reader.tqdm = partial(bar, disable=True)

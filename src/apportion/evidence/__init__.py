@@ -72,8 +72,9 @@ PRODUCERS: Mapping[str, Producer] = {
 def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     """Return the passes to run, each once, with what is wanted of it.
 
-    A need "package.module:function" is a producer of the user's: it is called with (models, rollouts, texts) and returns the tensor of
-    that evidence, (B,), (B,T) or (B,T,k); it declares what it costs in attributes `forwards` and `backwards`.
+    A need "package.module:function" is a producer of the user's: it is called with (models, rollouts, texts) and
+    returns the tensor of that evidence, (B,), (B,T) or (B,T,k); it declares what it costs in attributes `forwards`
+    and `backwards`.
 
     Raises:
         ConfigError: a name that no producer gives; it lists those that are given.

@@ -17,7 +17,7 @@ STEPS_AT_ONCE = 64  # attention rows held at a time
 
 @torch.no_grad()
 def policy_pass(policy: Policy, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """Return what is wanted of: old_logprobs, values, entropy (B,T); bootstrap_values (B,); policy_attention_* (B,T)."""
+    """Return what is wanted of old_logprobs, values, entropy, policy_attention_* (B,T) and bootstrap_values (B,)."""
     tapped = any(name.startswith("policy_attention") for name in wanted)
     with attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
         out = policy.forward(rollouts, values="values" in wanted or "bootstrap_values" in wanted, entropy=True)
@@ -30,9 +30,8 @@ def policy_pass(policy: Policy, rollouts: Rollouts, wanted: frozenset[str]) -> d
     if tap is not None and "policy_attention_mean" in wanted:
         found["policy_attention_mean"] = mean_attention(tap, rollouts)
     if tap is not None and "policy_attention_last" in wanted:
-        found["policy_attention_last"] = step_attention(tap, rollouts, last_index(rollouts.mask).clamp_min(0)[:, None])[
-            :, 0
-        ]
+        final = last_index(rollouts.mask).clamp_min(0)[:, None]
+        found["policy_attention_last"] = step_attention(tap, rollouts, final)[:, 0]
     return {name: found[name] for name in wanted if found.get(name) is not None}  # type: ignore[misc]
 
 

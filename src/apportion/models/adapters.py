@@ -30,8 +30,10 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
     elif targets == "all":
         chosen = [name for name in linear if any(part.isdigit() for part in name.split("."))]  # inside a block
     else:
-        wanted = [targets] if isinstance(targets, str) else list(targets)
+        wanted = {targets} if isinstance(targets, str) else set(targets)
         chosen = [name for name in linear if name.split(".")[-1] in wanted]
+        if wanted - {name.split(".")[-1] for name in chosen}:  # one that occurs does not excuse one that does not
+            chosen = []
     if not chosen:
         known = sorted({name.split(".")[-1] for name in linear})
         mend = "Use attention, all, or a list of layer names."
@@ -51,7 +53,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None
     first = dict(model.named_modules())[names[0]]
     settings = PeftConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
         target_modules=names,
         fan_in_fan_out=type(first).__name__ == "Conv1D",

@@ -98,7 +98,7 @@ class AttentionTap:
         return _is_causal(self._call)
 
 
-class attention_row:  # noqa: N801  (a context manager, named like a function as torch.no_grad is)
+class attention_row:  # a context manager, named like a function as torch.no_grad is
     """Context manager: `with attention_row(model) as tap: model(...)`, then `tap.weights(rows)` at any time.
 
     Exactly one forward of `model` may run in the block. On any exit the registry is what it was.

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from apportion.errors import ModelError, message
 
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+MEND = "Check the folder or id, and save it again if it is damaged; a hub id needs the network or a cached copy."
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -27,7 +29,7 @@ def locate(field: str, name: str) -> str:
     if name in BUILTIN_MODELS:
         return str(builtin_model(name))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name.strip() and path.is_dir():
         _check_folder(field, path)
         return str(path)
     expected = f"a built-in name ({', '.join(BUILTIN_MODELS)}), a model folder, or a hub id such as owner/name"
@@ -85,8 +87,7 @@ def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        came = f"{folder} ({str(error).splitlines()[0]})"
-        raise ModelError(message(field, came, "a folder or hub id with a tokenizer", "Save one there.")) from error
+        raise ModelError(message(field, _said(folder, error), "a folder or hub id with a tokenizer", MEND)) from error
     if pad_token is not None:
         if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
             reserved = [str(t) for t in tokenizer.added_tokens_decoder.values()][:8]
@@ -98,6 +99,22 @@ def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any
         mend = "Pass --pad_token with a reserved token of the vocabulary that never stands in text."
         raise ModelError(message(f"{field}'s tokenizer", came, "a pad token distinct from EOS", mend))
     return tokenizer
+
+
+def load_settings(field: str, folder: str) -> Any:
+    """Return the configuration of the model in `folder` (or hub id), without weights. Raises ModelError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        expected = "a config.json that transformers can read"
+        raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
+
+
+def _said(folder: str, error: Exception) -> str:
+    """Return the folder with the first line of what the library said about it."""
+    return f"{folder} ({(str(error).splitlines() or [type(error).__name__])[0]})"
 
 
 def load_causal(field: str, folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -127,10 +144,9 @@ def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **k
         return auto.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, attn_implementation="sdpa", **kwargs
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        came = f"{folder} ({str(error).splitlines()[0]})"
-        mend = "Check the folder or id; a hub id needs the network or a cached copy."
-        raise ModelError(message(field, came, f"weights that {auto.__name__} can load", mend)) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        expected = f"weights that {auto.__name__} can load"
+        raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
 
 
 def _refuse_missing(field: str, folder: str, info: Any) -> None:
@@ -162,12 +178,12 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
 
     kwargs = {} if new_head is None else {"num_labels": new_head}
+    if new_head is None and (labels := load_settings(field, folder).num_labels) not in (1, 2):
+        mend = "Use a reward model (1 label) or a binary classifier (2 labels)."
+        raise ModelError(message(field, f"{folder} with {labels} labels", "1 or 2 labels", mend))
     model, info = _from_pretrained(field, AutoModelForSequenceClassification, folder, dtype, **kwargs)
     if new_head is None:
         _refuse_missing(field, folder, info)
-        if model.config.num_labels not in (1, 2):
-            mend = "Use a reward model (1 label) or a binary classifier (2 labels)."
-            raise ModelError(message(field, f"{model.config.num_labels} labels", "1 or 2 labels", mend))
     else:
         head = next(m for name, m in model.named_children() if name in ("score", "classifier"))
         width = head.weight.shape[1]

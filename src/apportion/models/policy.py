@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.config import RLConfig
+from apportion.errors import ModelError, message
 from apportion.losses import entropy_of
 from apportion.masking import last_index
 from apportion.models.adapters import add_adapter
@@ -20,7 +21,7 @@ from apportion.types import Rollouts
 
 
 class Outputs(NamedTuple):
-    """What one forward over rollouts gives, all (B,T) float32, 0 off the mask; `after` (B,) is V after the last token."""
+    """What one forward gives: (B,T) float32, 0 off the mask; `after` (B,) is V after the last token."""
 
     logprobs: Tensor
     values: Tensor | None
@@ -30,7 +31,7 @@ class Outputs(NamedTuple):
 
 @dataclass
 class Policy:
-    """A causal language model that is trained, the values on it, and the reference it may not leave too far.
+    """A causal language model that is trained, the values on it, and the reference it may not leave far behind.
 
     Attributes:
         model: the language model, with adapters when `reference` is None.
@@ -167,6 +168,7 @@ def load_policy(config: RLConfig) -> Policy:
     """
     folder, device = locate("policy", config.policy), pick_device(config.device)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
+    banned = banned_ids(tokenizer, config.sampling.stop)
     dtype = pick_dtype(config.dtype, device)
     lora = config.lora.rank > 0
     weights = dtype if lora else torch.float32
@@ -183,10 +185,18 @@ def load_policy(config: RLConfig) -> Policy:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     compute = dtype if not lora and dtype != torch.float32 else None
-    banned = banned_ids(tokenizer, config.sampling.stop)
     return Policy(model, tokenizer, banned, head, trunk, reference, config.sampling.temperature, compute)
 
 
 def banned_ids(tokenizer: Any, stop: str) -> list[int]:
-    """Return the ids that are never sampled: the pad token, and EOS too when every response has a fixed length."""
+    """Return the ids that are never sampled: the pad token, and EOS too when every response has a fixed length.
+
+    Raises:
+        ModelError: responses end at EOS and the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        if stop == "eos":
+            mend = "Set eos_token in its tokenizer_config.json, or use --sampling.stop length."
+            raise ModelError(message("policy's tokenizer", "no EOS token", "one, as sampling.stop is eos", mend))
+        return [tokenizer.pad_token_id]
     return [tokenizer.pad_token_id] + ([tokenizer.eos_token_id] if stop == "length" else [])

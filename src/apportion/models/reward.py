@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apportion.errors import ModelError, ScoreError, message
 from apportion.models.attention_row import attention_row
@@ -27,7 +27,7 @@ class RewardModel:
         mean, sd: of R on the held-out set it was evaluated on; 0 and 1 when not stored.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     positive: int = 1
     mean: float = 0.0
@@ -44,7 +44,7 @@ class RewardModel:
         Raises:
             ScoreError: a score is not finite; it names the row.
         """
-        pad: int = self.model.config.get_text_config().pad_token_id
+        pad = self.model.config.get_text_config().pad_token_id
         ids = ids.masked_fill(~mask, pad)
         inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask.long()}
         if is_decoder(self.model):
@@ -79,14 +79,19 @@ class RewardModel:
         return (index * (ids != pad)).argmax(dim=1)
 
 
-def is_decoder(model: nn.Module) -> bool:
+def is_decoder(model: Any) -> bool:
     """Whether the model's layers are causal; encoders read their score at the first token."""
     causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
     return bool(causal[-1]) if causal else True
 
 
 def load_reward(
-    name: str, *, dtype: str = "float32", device: str = "auto", pad_token: str | None = None, field: str = "reward_model"
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    pad_token: str | None = None,
+    field: str = "reward_model",
 ) -> RewardModel:
     """Return the reward model called `name`: a folder or hub id of a sequence classifier with 1 or 2 labels.
 
@@ -95,18 +100,13 @@ def load_reward(
     """
     folder = locate(field, name)
     where = pick_device(device)
-    tokenizer = _tokenizer(field, folder, pad_token)
-    model = load_classifier(field, folder, pick_dtype(dtype, where), where)
+    tokenizer = load_tokenizer(field, folder, pad_token)
+    model: Any = load_classifier(field, folder, pick_dtype(dtype, where), where)
     text_config = model.config.get_text_config()
-    if text_config.pad_token_id is None:
+    if pad_token is not None or text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
     stored = read_statistics(Path(folder))
     return RewardModel(model, tokenizer, positive_label(model.config), **stored)
-
-
-def _tokenizer(field: str, folder: str, pad_token: str | None) -> Any:
-    """Return the tokenizer; one without EOS (an encoder's) only needs a pad token."""
-    return load_tokenizer(field, folder, pad_token)
 
 
 def positive_label(config: Any) -> int:

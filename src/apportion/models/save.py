@@ -47,7 +47,7 @@ def save_classifier(adapted: Any, tokenizer: Any, base: str, folder: Path, card:
     """Write a trained sequence classifier (float32, adapters merged) to `folder`, whole or not at all."""
     model = adapted
     if lora:
-        fresh = load_classifier("model", base, torch.float32, torch.device("cpu"), new_head=2)
+        fresh: Any = load_classifier("model", base, torch.float32, torch.device("cpu"), new_head=2)
         fresh.config.update(head_config(tokenizer))
         model = merged_copy(adapted, fresh)
     save_model(model, tokenizer, folder, card)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion.config import SamplingConfig
+from apportion.errors import ModelError, message
 from apportion.models.policy import Policy, contiguous_head
 from apportion.types import Rollouts
 
@@ -43,7 +44,8 @@ def sample(
     ids, mask = left_pad([p for p in prompts for _ in range(config.samples_per_prompt)], policy.tokenizer.pad_token_id)
     ids, mask = ids.to(device), mask.to(device)
     eos = policy.tokenizer.eos_token_id if config.stop == "eos" else None
-    tokens, logprobs, alive = _decode(policy, policy.model if model is None else model, ids, mask, config, eos, generator)
+    writer = policy.model if model is None else model
+    tokens, logprobs, alive = _decode(policy, writer, ids, mask, config, eos, generator)
     group = torch.arange(len(prompts), device=device).repeat_interleave(config.samples_per_prompt)
     ended = (tokens == eos).any(dim=1) if eos is not None else torch.zeros(len(ids), dtype=torch.bool, device=device)
     return Rollouts(
@@ -83,6 +85,7 @@ def _decode(
             )
         cache = out.past_key_values
         logp = policy.allowed(out.logits[:, -1]).log_softmax(dim=-1)
+        refuse_unlike_numbers(logp)
         choice = draw(logp, generator)
         tokens.append(torch.where(alive, choice.squeeze(1), pad))
         logprobs.append(torch.where(alive, logp.gather(1, choice).squeeze(1), 0.0))
@@ -93,6 +96,16 @@ def _decode(
         mask = torch.cat([mask, masks[-1][:, None]], dim=1)
         positions, step_ids = positions[:, -1:] + masks[-1][:, None], tokens[-1][:, None]
     return torch.stack(tokens, dim=1), torch.stack(logprobs, dim=1), torch.stack(masks, dim=1)
+
+
+def refuse_unlike_numbers(logp: Tensor) -> None:
+    """Raise ModelError for rows of log-probabilities (B,V) without a finite maximum; nothing can be sampled there."""
+    best = logp.amax(dim=-1)
+    if not torch.isfinite(best).all():
+        row = int((~torch.isfinite(best)).nonzero()[0])
+        mend = "Check its weights; if it was trained here, it diverged: lower optim.lr."
+        came = float(best[row])
+        raise ModelError(message(f"policy's log-probabilities in rollout {row}", came, "finite numbers", mend))
 
 
 def draw(logp: Tensor, generator: torch.Generator) -> Tensor:

@@ -26,4 +26,4 @@ def find(name: str) -> Callable[..., Segmenter]:
 def build(specs: list[tuple[str, dict[str, Any]]]) -> Segmenter:
     """Return the segmenter of exactly one (name, keyword arguments) pair."""
     name, kwargs = registry.single("segments", specs)
-    return registry.call("segments", name, find(name), kwargs)
+    return registry.method("segments", name, registry.call("segments", name, find(name), kwargs))

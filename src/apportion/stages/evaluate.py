@@ -27,7 +27,7 @@ BATCH = 32
 
 
 def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell = lambda line: None) -> dict[str, Any]:
-    """Write samples.jsonl and evaluation.json into the run folder and return what was measured.
+    """Write prompts.jsonl, samples.jsonl and evaluation.json into the run folder and return what was measured.
 
     Rewards, judge and KL come as {mean, low, high} with normal 95% intervals over prompts; `kl` is the policy's, in
     nats a sequence, on its own samples; perplexities are the start's, of each one's samples. The judge reads the
@@ -38,9 +38,12 @@ def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell 
     """
     run, settings = _open(config)
     sampling = SamplingConfig(**settings["sampling"])
+    texts = load_prompts(config.prompts, part)[: config.count]
+    context = context_of(locate("policy", settings["policy"]))
+    prompts = tokenize(texts, load_tokenizer("run", str(run.path / "final")), sampling, config.seed, context)
+    pad_token = settings["pad_token"]
+    reward = load_reward(settings["reward_model"], dtype="float32", device=config.device, pad_token=pad_token)
     policy, start = _policies(config, run, settings, sampling)
-    prompts = _prompts(config, policy, settings, sampling, part)
-    reward = load_reward(settings["reward_model"], dtype="float32", device=config.device)
     tell(f"writing on {len(prompts)} fresh prompts, before and after")
     before = _written(start, start, reward, prompts, sampling, config.seed)
     after = _written(policy, start, reward, prompts, sampling, config.seed)
@@ -55,16 +58,23 @@ def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell 
     for name, rows in (("before", before), ("after", after)):
         found |= _summary(name, rows, config.judge)
     found |= {"kl": mean_interval([row["kl"] for row in after]), "prompts": len(prompts), "seed": config.seed}
-    (run.path / "samples.jsonl").unlink(missing_ok=True)
-    run.append("samples.jsonl", [_pair(b, a) for b, a in zip(before, after, strict=True)])
+    used = [{"prompt": row["prompt"], "ids": ids} for row, ids in zip(before, prompts, strict=True)]
+    _rewrite(run, "prompts.jsonl", used)
+    _rewrite(run, "samples.jsonl", [_pair(b, a) for b, a in zip(before, after, strict=True)])
     run.write_json("evaluation.json", found)
     return found
+
+
+def _rewrite(run: Run, name: str, rows: list[dict[str, Any]]) -> None:
+    (run.path / name).unlink(missing_ok=True)
+    run.append(name, rows)
 
 
 def _open(config: EvaluateConfig) -> tuple[Run, dict[str, Any]]:
     run = Run(Path(config.run).expanduser(), "rl")
     stored = run.path / "config.yaml"
-    if not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
+    ours = run.read("status.json").get("stage") == "rl"
+    if not ours or not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
         mend = "Train one with `apportion rl`, or point to its folder."
         raise DataError(message("run", config.run, "the folder of a finished `apportion rl` run", mend))
     return run, yaml.safe_load(stored.read_text())
@@ -82,13 +92,6 @@ def _policies(
     models = [load_causal("run", where, dtype, device) for where in (folder, locate("policy", settings["policy"]))]
     trained, start = (Policy(model, tokenizer, banned, temperature=sampling.temperature) for model in models)
     return trained, start
-
-
-def _prompts(
-    config: EvaluateConfig, policy: Policy, settings: dict[str, Any], sampling: SamplingConfig, part: str
-) -> list[list[int]]:
-    texts = load_prompts(config.prompts, part)[: config.count]
-    return tokenize(texts, policy.tokenizer, sampling, config.seed, context_of(locate("policy", settings["policy"])))
 
 
 @torch.no_grad()

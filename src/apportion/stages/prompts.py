@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from apportion.config import RLConfig, SamplingConfig
-from apportion.errors import DataError, message
+from apportion.errors import ConfigError, DataError, message
+from apportion.models.load import load_settings
 
 
 def load_prompts(source: str, part: str) -> list[Any]:
@@ -18,7 +19,9 @@ def load_prompts(source: str, part: str) -> list[Any]:
     return list(prompts(source, part if source == "imdb" else None))
 
 
-def tokenize(texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int, context: int) -> list[list[int]]:
+def tokenize(
+    texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int, context: int
+) -> list[list[int]]:
     """Return prompts as ids: the chat template for conversations, cut to a seeded number of first tokens if asked.
 
     Raises:
@@ -31,27 +34,44 @@ def tokenize(texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, see
         cuts = torch.randint(low, high + 1, (len(rows),), generator=generator).tolist()
         rows = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
     limit = min(sampling.max_prompt_tokens, context - sampling.max_new_tokens)
+    if limit < 1:
+        expected = f"less than the policy's context of {context} tokens"
+        raise ConfigError(message("sampling.max_new_tokens", sampling.max_new_tokens, expected, "Lower it."))
     for number, row in enumerate(rows):
         if not row or len(row) > limit:
+            came = f"{len(row)} tokens: {str(texts[number])[:40]}…"
             expected = f"1 to {limit} tokens (max_prompt_tokens {sampling.max_prompt_tokens}, context {context})"
             mend = "Shorten it, or set sampling.prompt_tokens to keep only its beginning."
-            raise DataError(message(f"prompt {number + 1}", f"{len(row)} tokens", expected, mend))
+            raise DataError(message(f"prompt {number + 1}", came, expected, mend))
     return rows
 
 
 def _ids(text: Any, tokenizer: Any, sampling: SamplingConfig) -> list[int]:
     if not isinstance(text, str):
-        return list(tokenizer.apply_chat_template(text, add_generation_prompt=True, return_dict=False))
+        return _conversation(text, tokenizer)
     if sampling.prompt_tokens is not None:  # a token is never longer than 50 characters of ordinary text
         text = text[: 50 * sampling.prompt_tokens[1]]
     return list(tokenizer(text)["input_ids"])
 
 
-def context_of(folder: str) -> int:
-    """Return the longest sequence that the model in `folder` was made for, in tokens; reads its settings only."""
-    from transformers import AutoConfig
+def _conversation(turns: Any, tokenizer: Any) -> list[int]:
+    from jinja2 import TemplateError
 
-    config: Any = AutoConfig.from_pretrained(folder).get_text_config()
+    try:
+        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    except (ValueError, TemplateError) as error:
+        reason = str(error).splitlines()[0]
+        mend = "Give prompts as text, or use a policy whose tokenizer has a chat template for such turns."
+        raise DataError(message("prompts", f"a conversation ({reason})", "one that the policy reads", mend)) from error
+
+
+def context_of(folder: str, field: str = "policy") -> int:
+    """Return the longest sequence that the model in `folder` was made for, in tokens; reads its settings only.
+
+    Raises:
+        ModelError: settings that cannot be read.
+    """
+    config: Any = load_settings(field, folder).get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
 
 

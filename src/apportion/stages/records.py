@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from apportion import credit
+from apportion import credit, registry
 from apportion.masking import normalise
 from apportion.types import Advantages, Credit, Rollouts
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def comparisons(names: Iterable[str]) -> dict[str, Credit]:
     """Return the credit methods to log beside the one that is trained, by name. Raises ConfigError."""
-    return {name: credit.find(name)() for name in names}
+    return {name: registry.call("compare", name, registry.find("compare", name, credit.METHODS), {}) for name in names}
 
 
 def rollout_records(

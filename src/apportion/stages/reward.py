@@ -6,6 +6,7 @@ it can judge the short text that a policy writes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 
 from apportion.config import RewardConfig, to_dict
+from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
 from apportion.runs import Run, explained, need_space
 from apportion.stages.clips import Clip, batches, random_clips, right_pad, tokenized
+from apportion.stages.prompts import context_of
 from apportion.stages.records import memory_mb
-from apportion.stages.update import learning_rate
+from apportion.stages.update import finite_norm, learning_rate
 from apportion.statistics import calibration, mean_interval, proportion
 
 Tell = Callable[[int, int, dict[str, float]], None]
@@ -42,25 +45,37 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
     run = Run.open(config.output, "reward", to_dict(config), fresh=fresh)
     if run.finished:
         return run
+    with run.failing():
+        found = _train(run, config, tell)
+        run.write_json("evaluation.json", found)
+        run.status("finished", accuracy=found["accuracy"])
+    return run
+
+
+def _train(run: Run, config: RewardConfig, tell: Tell) -> dict[str, Any]:
+    """Train, write final/ and return what `evaluate` found. Cheap checks come before the model."""
     run.cut({})
     train_rows, test_rows = read_data(config)
     need_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
     tokenizer = load_tokenizer("model", folder, config.pad_token)
+    context = context_of(folder, "model")
+    if config.clip_tokens[1] > context:
+        expected = f"at most the model's context of {context} tokens"
+        raise ConfigError(message("clip_tokens", config.clip_tokens, expected, "Lower the second number."))
     clips = random_clips(*_ids(train_rows, tokenizer, config), config.clips, config.clip_tokens, config.seed)
     torch.manual_seed(config.seed)
     model = _model(config, folder, tokenizer, device)
     _fit(model, clips, config, tokenizer.pad_token_id, run, tell)
     card = model_card("Reward model", "reward-model", "R = logit(positive) − logit(negative).", to_dict(config))
-    save_classifier(model, tokenizer, folder, run.path / "final", card, lora=config.lora.rank > 0)
+    with explained(run.path):
+        save_classifier(model, tokenizer, folder, run.path / "final", card, lora=config.lora.rank > 0)
     del model
     found = evaluate(run.path / "final", test_rows, config)
     with explained(run.path):
         statistics = {"mean": found["score_mean"], "sd": found["score_sd"]}
         (run.path / "final" / STATISTICS).write_text(json.dumps(statistics))
-    run.write_json("evaluation.json", found)
-    run.status("finished", accuracy=found["accuracy"])
-    return run
+    return found
 
 
 def read_data(config: RewardConfig) -> tuple[list[Any], list[Any]]:
@@ -70,13 +85,23 @@ def read_data(config: RewardConfig) -> tuple[list[Any], list[Any]]:
     """
     from apportion.data import bucket, labelled
 
-    if config.test_data is not None:
-        return list(labelled(config.data, None)), list(labelled(config.test_data, None))[: config.test_texts]
-    if config.data == "imdb":
-        return list(labelled("imdb", "reward_train")), list(labelled("imdb", "reward_test"))[: config.test_texts]
-    rows = labelled(config.data, None)
-    held_out = [row for row in rows if bucket(row.text) < 10] or list(rows[:1])
-    return [row for row in rows if bucket(row.text) >= 10] or list(rows), held_out[: config.test_texts]
+    if config.data == "imdb" and config.test_data is None:
+        training, held_out = labelled("imdb", "reward_train"), labelled("imdb", "reward_test")
+    elif config.test_data is not None:
+        training, held_out = labelled(config.data), labelled(config.test_data, field="test_data")
+    else:
+        rows = labelled(config.data)
+        training = [row for row in rows if bucket(row.text) >= 10]
+        held_out = [row for row in rows if bucket(row.text) < 10]
+        if not training or not held_out:
+            mend = "Give more rows, or held-out ones of their own with --test_data."
+            raise DataError(message("data", f"{len(rows)} rows", "enough to hold a tenth of them out", mend))
+    if len({row.label for row in training}) < 2:
+        came = f"{len(training)} training rows, all with label {training[0].label}"
+        raise DataError(message("data", came, "rows of both labels", "Give texts of both kinds."))
+    # files are often sorted by label: take the held-out texts in an order that their hash gives
+    held_out = sorted(held_out, key=lambda row: hashlib.sha256(row.text.encode()).digest())
+    return list(training), held_out[: config.test_texts]
 
 
 def _ids(rows: Sequence[Any], tokenizer: Any, config: RewardConfig) -> tuple[list[list[int]], list[int]]:
@@ -95,7 +120,6 @@ def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.devi
 
 
 def _fit(model: Any, clips: list[Clip], config: RewardConfig, pad: int, run: Run, tell: Tell) -> None:
-    device = next(model.parameters()).device
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=config.optim.lr, eps=config.optim.eps, weight_decay=config.optim.weight_decay, fused=True
@@ -105,23 +129,34 @@ def _fit(model: Any, clips: list[Clip], config: RewardConfig, pad: int, run: Run
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step - 1, len(dealt))
-        ids, mask, labels = (t.to(device) for t in right_pad(batch, pad))
-        logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trainable, config.optim.max_grad_norm)
+        loss, hits = _accumulate(model, batch, config.micro_batch, pad)
+        norm = finite_norm(trainable, config.optim)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics = {
-            "loss/reward": float(loss.detach()),
-            "accuracy": float((logits.argmax(dim=1) == labels).float().mean()),
-            "policy/grad_norm": float(norm),
-            "policy/lr": optimizer.param_groups[0]["lr"],
+            "loss/reward": loss,
+            "accuracy": hits,
+            "grad_norm": float(norm),
+            "lr": optimizer.param_groups[0]["lr"],
             "time/total": time.perf_counter() - began,
             "memory/rss_mb": memory_mb(),
         }
         run.log(step, metrics)
         tell(step, len(dealt), metrics)
+
+
+def _accumulate(model: Any, batch: list[Clip], micro: int, pad: int) -> tuple[float, float]:
+    """Add one batch's gradient, a few clips at a time, and return (mean loss in nats, share of clips judged right)."""
+    device = next(model.parameters()).device
+    total, hits = 0.0, 0
+    for first in range(0, len(batch), micro):
+        ids, mask, labels = (t.to(device) for t in right_pad(batch[first : first + micro], pad))
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
+        loss.backward()
+        total += float(loss.detach())
+        hits += int((logits.argmax(dim=1) == labels).sum())
+    return total, hits / len(batch)
 
 
 def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:
@@ -130,7 +165,7 @@ def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[st
     ids, labels = _ids(rows, reward.tokenizer, config)
     clips = random_clips(ids, labels, len(rows), config.clip_tokens, config.seed + 1)
     scores, truth = scored(reward, clips), [c.label for c in clips]
-    probabilities = [1.0 / (1.0 + pow(2.718281828459045, -s)) for s in scores.tolist()]
+    probabilities = torch.sigmoid(scores).tolist()
     bins, error = calibration(probabilities, truth)
     by_length = {}
     for length in LENGTHS:

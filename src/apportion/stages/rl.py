@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 
-from apportion import algorithms, credit
+from apportion import credit
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig, to_dict
-from apportion.evidence import Models, plan
+from apportion.evidence import Models
 from apportion.masking import masked_mean, whiten
 from apportion.models.load import load_tokenizer, locate
 from apportion.models.policy import load_policy
 from apportion.models.reward import load_reward
 from apportion.models.save import save_policy
-from apportion.runs import Run, need_space
+from apportion.runs import Run, explained, need_space
 from apportion.sampling import sample
-from apportion.scoring import check_fit, score
+from apportion.scoring import check_decoder, check_vocabulary, score
 from apportion.stages.checkpoint import load_latest, save_checkpoint
 from apportion.stages.learner import Learner
+from apportion.stages.methods import build_method
 from apportion.stages.prompts import PromptStream, context_of, load_prompts
 from apportion.stages.records import comparisons, memory_mb, rollout_records
 from apportion.stages.update import learning_rate, make_targets, update
@@ -50,19 +51,21 @@ def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, me
     run = Run.open(config.output, "rl", config_dict, fresh=fresh)
     if run.finished:
         return run
-    learner = make_learner(config, method)
-    start = load_latest(run, learner)
-    for step, rollouts in experience(learner, config, start):
-        began = time.perf_counter()
-        metrics, records = learn(learner, rollouts, config, step)
-        metrics |= {"time/update": time.perf_counter() - began, **learner.clock, "memory/rss_mb": memory_mb()}
-        metrics["time/total"] = sum(metrics[k] for k in ("time/generate", "time/score", "time/update"))
-        run.log(step, metrics, records)
-        if config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
-            save_checkpoint(run, learner, step, keep=config.keep_checkpoints)
-        tell(step, metrics)
-    save_policy(learner.models.policy, locate("policy", config.policy), run.path / "final", config_dict)
-    run.status("finished", steps=config.steps)
+    with run.failing():
+        learner = make_learner(config, method)
+        start = load_latest(run, learner)
+        for step, rollouts in experience(learner, config, start):
+            began = time.perf_counter()
+            metrics, records = learn(learner, rollouts, config, step)
+            metrics |= {"time/update": time.perf_counter() - began, **learner.clock, "memory/rss_mb": memory_mb()}
+            metrics["time/total"] = sum(metrics[k] for k in ("time/generate", "time/score", "time/update"))
+            run.log(step, metrics, records)
+            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
+                save_checkpoint(run, learner, step, keep=config.keep_checkpoints)
+            tell(step, metrics)
+        with explained(run.path):
+            save_policy(learner.models.policy, locate("policy", config.policy), run.path / "final", config_dict)
+        run.status("finished", steps=config.steps)
     return run
 
 
@@ -137,36 +140,18 @@ def batch_metrics(rollouts: Rollouts, rewards: torch.Tensor) -> dict[str, float]
     return {k: float(v) for k, v in found.items()}
 
 
-def build_method(config: RLConfig) -> Method:
-    """Return the three choices of a run, checked, and settle what `ppo.truncated` means when it is not said.
-
-    Raises:
-        ConfigError: an unknown name, a bad setting, or a combination that means nothing. Loads no model.
-    """
-    method = algorithms.build(
-        config.algorithm,
-        credit_spec=config.credit,
-        segments_spec=config.segments,
-        advantages_spec=config.advantages,
-    )
-    plan(method.needs)
-    if config.ppo.truncated is None:
-        config.ppo.truncated = "terminal" if config.sampling.stop == "length" else "bootstrap"
-    return method
-
-
 def make_learner(config: RLConfig, method: Method) -> Learner:
     """Return everything that a run holds: models, prompts, optimizer, states. Cheap checks come before models."""
     torch.manual_seed(config.seed)
     need_space(Path(config.output).expanduser(), 200_000_000)
+    folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
     texts = load_prompts(config.prompts, "rl")
-    folder = locate("policy", config.policy)
-    locate("reward_model", config.reward_model)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
+    check_vocabulary(tokenizer, load_tokenizer("reward_model", judge, config.pad_token))
     stream = PromptStream(texts, tokenizer, config, context_of(folder))
-    reward = load_reward(config.reward_model, dtype=config.reward_dtype, device=config.device)
+    reward = load_reward(judge, dtype=config.reward_dtype, device=config.device, pad_token=config.pad_token)
+    check_decoder(reward)
     policy = load_policy(config)
-    check_fit(policy, reward)
     compare = comparisons(config.compare) if config.log_rollouts else {}
     needs = method.needs | {"values", "reference_logprobs"}
     needs |= frozenset[str]().union(*(c.needs for c in compare.values()))

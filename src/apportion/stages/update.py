@@ -64,16 +64,21 @@ def update(
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
             sums = _mini_batch(policy, rollouts, targets, config, rows)
-            sums["policy/grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.trainable(), optim.max_grad_norm)
-            if not torch.isfinite(sums["policy/grad_norm"]):
-                optimizer.zero_grad(set_to_none=True)
-                mend = "Lower optim.lr, or train in float32 (--dtype float32)."
-                raise ScoreError(message("gradient norm", float(sums["policy/grad_norm"]), "a finite number", mend))
+            sums["policy/grad_norm"] = finite_norm(policy.trainable(), optim)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             totals = {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
             steps += 1
     return {k: float(v) / steps for k, v in totals.items()}
+
+
+def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Tensor:
+    """Clip the gradient and return its norm before that. Raises ScoreError for one that is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    if not torch.isfinite(norm):
+        mend = "Lower optim.lr, or train in float32 (--dtype float32)."
+        raise ScoreError(message("gradient norm", float(norm), "a finite number", mend))
+    return norm
 
 
 def _mini_batch(

@@ -1,0 +1,7 @@
+"""`python -m apportion`: the command line."""
+
+import sys
+
+from apportion.cli import main
+
+sys.exit(main())

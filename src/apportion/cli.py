@@ -1,0 +1,84 @@
+"""The command line: finds the command, runs it, and shows an error as one message with its mend (exit code 2)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+
+from apportion.errors import ApportionError, ConfigError, unknown_name
+
+# name -> (module, one line of help)
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "demo": ("demo", "reward model, PPO with dense credit, an independent judge and a page, in minutes"),
+    "reward": ("reward", "train a reward model on labelled texts"),
+    "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
+    "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
+    "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
+    "report": ("report", "draw run folders on one page that works offline"),
+    "algorithms": ("algorithms", "list algorithms, credit methods, segments and estimators"),
+}
+
+USAGE = """usage: apportion COMMAND [options]
+
+Find out which tokens earned the reward, and train on it.
+
+{commands}
+
+`apportion COMMAND --help` explains a command and every setting. Start with:
+
+  apportion demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0 done, 2 a mistake whose mend was printed, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if arguments[0] == "--version":
+        from apportion import __version__
+
+        sys.stdout.write(f"apportion {__version__}\n")
+        return 0
+    quiet_libraries()
+    try:
+        return run(arguments[0], arguments[1:])
+    except ApportionError as error:
+        sys.stderr.write(f"apportion: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("apportion: interrupted; the same command goes on from the last checkpoint.\n")
+        return 130
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run command `name`. Raises ConfigError for an unknown one."""
+    if name not in COMMANDS:
+        raise ConfigError(unknown_name("command", name, COMMANDS))
+    module = importlib.import_module(f"apportion.commands.{COMMANDS[name][0]}")
+    code: int = module.run(list(arguments))
+    return code
+
+
+def usage() -> str:
+    """Return the help of the command line itself."""
+    width = max(map(len, COMMANDS))
+    return USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice out of the terminal, and switch telemetry off."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands of `apportion`, one file each; each has `run(arguments) -> exit code`."""

@@ -1,0 +1,34 @@
+"""`apportion algorithms`: list algorithms, credit methods, segments and estimators."""
+
+from __future__ import annotations
+
+import inspect
+
+from rich.console import Console
+from rich.table import Table
+
+from apportion import advantages, credit, segments
+from apportion.algorithms import ALGORITHMS
+from apportion.errors import ConfigError, message
+
+
+def run(arguments: list[str]) -> int:
+    """Print the tables. Takes no arguments but --help."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise ConfigError(message("argument", arguments[0], "no arguments", "Write `apportion algorithms`."))
+    console = Console(markup=False)
+    table = Table("algorithm", "reward of token t", "paper", title="--algorithm")
+    for name, algorithm in ALGORITHMS.items():
+        table.add_row(name, algorithm.formula, algorithm.paper)
+    console.print(table)
+    for title, module in (("credit", credit), ("segments", segments), ("advantages", advantages)):
+        table = Table("name", "settings", "what it is", title=f"--{title}")
+        for name, factory in module.METHODS.items():
+            settings = ", ".join(str(p).split(":")[0] + f"={p.default}" for p in _parameters(factory))
+            table.add_row(name, settings or "none", (inspect.getdoc(factory) or "").split("\n")[0])
+        console.print(table)
+    return 0
+
+
+def _parameters(factory: object) -> list[inspect.Parameter]:
+    return list(inspect.signature(factory).parameters.values())  # type: ignore[arg-type]

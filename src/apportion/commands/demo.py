@@ -1,0 +1,105 @@
+"""`apportion demo`: reward model, PPO with dense credit, an independent judge, and a page that shows it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from apportion.commands import reward as reward_command
+from apportion.commands import rl as rl_command
+from apportion.commands.evaluate import summary as evaluation_lines
+from apportion.commands.memory import PeakMemory
+from apportion.commands.settings import Parsed, parse, show
+from apportion.commands.terminal import interval, note
+from apportion.config import DemoConfig, EvaluateConfig, OptimConfig, RewardConfig, RLConfig
+from apportion.runs import Run
+
+EXAMPLES = """examples:
+  apportion demo
+  apportion demo --credit uniform --output runs/demo-uniform
+  apportion demo --steps 100 --fresh
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Run the stages that are not finished yet, write report.html and summary.json, and print the latter's path."""
+    parsed = parse(DemoConfig, "demo", arguments, EXAMPLES)
+    reward, rl = stages(parsed.config)
+    rl_command.check_method(rl)
+    if parsed.dry_run:
+        sys.stdout.write(show(parsed.config) + "---\n" + show(reward) + "---\n" + show(rl))
+        return 0
+    began = time.perf_counter()
+    with PeakMemory() as memory:
+        reward_run, rl_run, found = train(parsed, reward, rl)
+        report = write_report(parsed.config, reward_run, rl_run)
+    path = write_summary(parsed.config, reward_run, rl_run, found, report, time.perf_counter() - began, memory.peak_mb)
+    sys.stdout.write(evaluation_lines(found))
+    sys.stdout.write(f"report: {report}\n{path}\n")
+    return 0
+
+
+def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
+    """Return the settings of the two training stages: those that the demo was tuned with on validation prompts."""
+    root = Path(config.output).expanduser()
+    reward = RewardConfig(output=str(root / "reward"), clips=config.clips, seed=config.seed)
+    rl = RLConfig(
+        reward_model=str(root / "reward" / "final"),
+        output=str(root / "rl"),
+        credit=config.credit,
+        steps=config.steps,
+        seed=config.seed,
+        optim=OptimConfig(lr=config.lr),
+    )
+    return reward, rl
+
+
+def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[Run, Run, dict[str, Any]]:
+    """Run reward model, PPO and evaluation, each only if it is not finished; return their runs and the figures."""
+    from apportion.stages.evaluate import evaluate
+
+    reward_run = reward_command.train(Parsed(reward, parsed.fresh, False), "1/3 reward model")
+    accuracy = reward_run.read("evaluation.json")["accuracy"]
+    note(f"reward model: held-out accuracy {interval(accuracy, 3)} on clips of {reward.clip_tokens} tokens")
+    rl_run = rl_command.train(Parsed(rl, parsed.fresh, False), "2/3 PPO")
+    found = rl_run.read("evaluation.json")
+    asked = EvaluateConfig(run=str(rl_run.path), count=parsed.config.count, seed=parsed.config.seed + 1)
+    if found.get("prompts") != asked.count or found.get("seed") != asked.seed:
+        found = evaluate(asked, tell=lambda line: note(f"3/3 evaluation: {line}"))
+    return reward_run, rl_run, found
+
+
+def write_report(config: DemoConfig, reward_run: Run, rl_run: Run) -> Path:
+    """Write the page of both stages and return its path."""
+    from apportion.report.page import write_report as write_page
+
+    return write_page([rl_run.path, reward_run.path], Path(config.output).expanduser() / "report.html")
+
+
+def write_summary(
+    config: DemoConfig, reward_run: Run, rl_run: Run, found: dict[str, Any], report: Path, seconds: float, peak: float
+) -> Path:
+    """Write summary.json beside the report and return its path."""
+    folder = Run(report.parent, "demo")
+    measures = ("reward", "judge", "distinct2", "perplexity")
+    pairs = [f"{name}_{when}" for name in measures for when in ("before", "after")]
+    folder.write_json(
+        "summary.json",
+        {
+            "reward_model_accuracy": reward_run.read("evaluation.json")["accuracy"],
+            **{key: found[key] for key in ("kl", *pairs)},
+            "credit": config.credit,
+            "steps": config.steps,
+            "seed": config.seed,
+            "seconds": round(seconds, 1),
+            "peak_rss_mb": round(peak),
+            "policy": str(rl_run.path / "final"),
+            "reward_model": str(reward_run.path / "final"),
+            "prompts": str(rl_run.path / "prompts.jsonl"),
+            "samples": str(rl_run.path / "samples.jsonl"),
+            "report": str(report),
+        },
+    )
+    return folder.path / "summary.json"

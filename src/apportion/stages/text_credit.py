@@ -1,0 +1,101 @@
+"""Credit of any text under any reward model: tokens, the score, and what each method gives them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion import credit
+from apportion.errors import ConfigError, DataError, message
+from apportion.models.reward import RewardModel
+from apportion.types import Credit, Rollouts
+
+AVAILABLE = frozenset({"reward_attention"})  # what a reward model alone can tell
+
+
+class TextCredit(NamedTuple):
+    """One text apportioned: its tokens, score, each method's rewards a token, and the attention's kept mass."""
+
+    prompt: str
+    tokens: list[str]
+    ids: list[int]
+    score: float
+    methods: dict[str, list[float]]
+    kept_mass: float
+
+
+def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
+    """Return the credit methods by name. Raises ConfigError for one that needs more than a reward model."""
+    from apportion import registry
+
+    methods = {}
+    for name, kwargs in specs:
+        method = registry.call("method", name, credit.find(name), kwargs)
+        if method.needs - AVAILABLE:
+            lacking = ", ".join(sorted(method.needs - AVAILABLE))
+            mend = f"It needs {lacking}, which only a run has: use it in `apportion rl`."
+            raise ConfigError(message("--method", name, "attention, uniform or sparse", mend))
+        methods[name] = method
+    return methods
+
+
+def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[str, Credit]) -> TextCredit:
+    """Return the credit of `text` as a response to `prompt` ("" for none), in one forward of the reward model.
+
+    The special tokens that the tokenizer adds are read by the model and get no credit.
+
+    Raises:
+        DataError: the text is empty, or too long for the model.
+    """
+    ids, response = _encode(reward, prompt, text)
+    scores, row, _ = reward.score(ids, torch.ones_like(ids, dtype=torch.bool), attention=True)
+    assert row is not None
+    rollouts = _as_rollout(ids, response, scores, row)
+    chosen = ids[0, response].tolist()
+    by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
+    tokens = [reward.tokenizer.decode([i]) for i in chosen]
+    return TextCredit(prompt, tokens, chosen, float(scores[0]), by_method, float(row[0, response].sum()))
+
+
+def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor]:
+    """Return (ids (1,K), positions (n,) of the text's own tokens); prompt and text are tokenised as in a rollout."""
+    if not text.strip():
+        raise DataError(message("--text", text, "a text", "Write the response to apportion."))
+    tokenizer, device = reward.tokenizer, next(reward.model.parameters()).device
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    after = tokenizer(text, add_special_tokens=False)["input_ids"]
+    built = _with_special(tokenizer, [*before, *after])
+    limit = getattr(reward.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and len(built) > limit:
+        raise DataError(message("--text", f"{len(built)} tokens", f"at most {limit} tokens", "Shorten it."))
+    start = built.index(before[0]) if before else built.index(after[0])
+    first = start + len(before)
+    positions = torch.arange(first, first + len(after), device=device)
+    return torch.tensor([built], device=device), positions
+
+
+def _with_special(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return `ids` between the special tokens that the tokenizer puts around one sequence."""
+    marked = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+    return [*marked[:at], *ids, *marked[at + len(plain) :]]
+
+
+def _as_rollout(ids: Tensor, response: Tensor, scores: Tensor, row: Tensor) -> Rollouts:
+    mask = torch.ones(1, len(response), dtype=torch.bool, device=ids.device)
+    first = int(response[0])
+    return Rollouts(
+        prompt_ids=ids[:, :first],
+        prompt_mask=torch.ones(1, first, dtype=torch.bool, device=ids.device),
+        response_ids=ids[:, response],
+        mask=mask,
+        logprobs=torch.zeros(mask.shape, device=ids.device),
+        scores=scores,
+        group=torch.zeros(1, dtype=torch.int64, device=ids.device),
+        evidence={"reward_attention": row[:, response]},
+    )
+
+
