@@ -82,7 +82,6 @@ class PPOConfig:
         clip: policy ratio clip.
         value_clip: value clip; null for none.
         value_coef: weight of the value loss.
-        entropy_coef: weight of an entropy bonus.
         whiten_advantages: unit variance and no mean over the batch.
         whiten_rewards: unit variance, mean kept; it rescales dense credit, so off by default.
         value_model: "shared" (a head on the policy's trunk) or "separate" (a trunk of its own).
@@ -97,7 +96,6 @@ class PPOConfig:
     clip: float = 0.2
     value_clip: float | None = 0.2
     value_coef: float = 0.1
-    entropy_coef: float = 0.0
     whiten_advantages: bool = True
     whiten_rewards: bool = False
     value_model: str = "shared"
@@ -133,6 +131,7 @@ class RewardConfig:
         output: run folder.
         clips: training clips, each cut at random from a text.
         clip_tokens: shortest and longest clip, tokens.
+        probe_clips: clips to fit the head on by logistic regression before training; 0 starts from a random head.
         batch_size: clips an optimizer step.
         micro_batch: clips a forward and backward pass (memory only; it does not change the result).
         test_texts: held-out texts to evaluate on.
@@ -150,6 +149,7 @@ class RewardConfig:
     output: str = "runs/reward"
     clips: int = 6000
     clip_tokens: list[int] = field(default_factory=lambda: [8, 64])
+    probe_clips: int = 2000
     batch_size: int = 32
     micro_batch: int = 16
     test_texts: int = 1000
@@ -314,7 +314,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("rank", "checkpoint_every", "log_rollouts"), (0, _ANY, "a whole number >= 0")),
     "seed": (0, 2**31, "a whole number from 0 to 2^31"),
     **dict.fromkeys(("lr", "eps", "temperature", "max_grad_norm", "alpha"), (1e-12, _ANY, "a number > 0")),
-    **dict.fromkeys(("weight_decay", "value_coef", "entropy_coef"), (0, _ANY, "a number >= 0")),
+    **dict.fromkeys(("weight_decay", "value_coef"), (0, _ANY, "a number >= 0")),
     "clip": (1e-6, _ANY, "a number > 0"),
     "value_clip": (1e-6, _ANY, "a number > 0, or null"),
     "warmup": (0, 1, "a number in [0, 1]"),

@@ -38,6 +38,8 @@ def clipped_value(
     All tensors (B,T); `mask` marks the tokens whose value is regressed. `clip` None is the plain squared error.
     Denominator: the marked tokens. Source: Schulman et al. 2017's code; Huang et al. 2024 (arXiv 2403.17031).
     """
+    # replaced before squaring: what stands off the mask, NaN included, must not reach the gradient
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     plain = (values - returns) ** 2
     if clip is None:
         return 0.5 * torch.where(mask, plain, 0.0).sum(), {"loss/value_clipfrac": plain.new_zeros(())}

@@ -66,6 +66,9 @@ class Rollouts:
         if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
             found = f"{self.mask.dtype} {tuple(self.mask.shape)}"
             raise DataError(message("Rollouts.mask", found, "a bool tensor (B,T)", "Pass `mask.bool()`, (B,T)."))
+        if self.prompt_ids.dim() != 2:
+            came = tuple(self.prompt_ids.shape)
+            raise DataError(message("Rollouts.prompt_ids", came, "shape (B,P)", "Left-pad the prompts into a batch."))
         rows, length = self.mask.shape
         expected: dict[str, tuple[int, ...]] = {
             "prompt_ids": (rows, *self.prompt_ids.shape[1:2]),
@@ -81,7 +84,7 @@ class Rollouts:
                 )
         for key, tensor in self.evidence.items():
             came = tuple(tensor.shape)
-            if came != (rows,) and came[:2] != (rows, length):
+            if came != (rows,) and (came[:2] != (rows, length) or len(came) > 3):
                 mend = "Check the producer of this evidence."
                 raise DataError(message(f"evidence[{key!r}]", came, f"({rows},) or ({rows},{length}[,k])", mend))
 

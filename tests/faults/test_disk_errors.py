@@ -78,6 +78,18 @@ def test_a_disk_that_fills_up_and_is_emptied_again(tmp_path: Path, disk: Path, r
     assert (tmp_path / "kept" / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("more", [[], ["--checkpoint_every", "1", "--lora.rank", "0"]])
+def test_weights_that_cannot_be_written(tmp_path: Path, rl_flags: list[str], more: list[str]) -> None:
+    # the weights are larger than a file may be here, the logs are not: at the end, or at the first checkpoint
+    command = ["sh", "-c", f"ulimit -f 80; {RUN}", "sh", *rl_flags, *more]
+    environment = os.environ | ENVIRONMENT
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "apportion: output: got 'run (" in done.stderr and "File too large" in done.stderr
+    assert not (tmp_path / "run" / "final").exists() and not list(tmp_path.glob("run/checkpoints/step-?"))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+
+
 def test_a_folder_that_may_not_be_written_to(tmp_path: Path, rl_flags: list[str]) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     command = [sys.executable, "-m", "apportion", "rl", *rl_flags, "--output", "locked/run"]

@@ -19,7 +19,7 @@ def attention(
     """Return attention-based credit, r_t = β·α_t·Σr + (1−β)·r_t with β = `mix`.
 
     α (B,T) is evidence "reward_attention" (the last layer's attention of the position where the reward model reads
-    its score, averaged over heads), normalised over the response. It costs no extra forward pass. α looks at the
+    its score, averaged over heads), normalised over the response: no extra forward (measured). α looks at the
     whole response, so the credit is not causal and its policy gradient is biased, though each row's return is kept.
 
     Args:
@@ -66,7 +66,7 @@ def capped(share: Tensor, mask: Tensor, cap: float) -> Tensor:
     """Return shares (B,T), summing to 1, none above max(`cap`, 1/n): the excess goes to the rest pro rata."""
     count = mask.sum(dim=1, keepdim=True).clamp_min(1)
     limit = (1.0 / count).clamp_min(cap)
-    for _ in range(math.ceil(1.0 / cap)):  # each pass fixes at least one more token at the limit, 1/cap at most
+    for _ in range(min(math.ceil(1.0 / cap), mask.shape[1])):  # each pass fixes one more token at the limit
         full = share >= limit
         left = 1.0 - torch.where(full, limit, 0.0).sum(dim=1, keepdim=True)
         rest = torch.where(full | ~mask, 0.0, share)

@@ -38,7 +38,7 @@ def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal
     """Return the credit that spreads β = `mix` of each row's rewards in proportion to `weights(rollouts)` (B,T).
 
     The rest, 1−β, stays where it was. Row sums are kept for any β because the shares sum to 1: a row whose weights
-    have no mass falls back to uniform shares (counted in `credit/<label>/fallbacks`), a row without tokens stays 0.
+    have no mass falls back to uniform shares (counted in `credit/<label>/fallback_rate`), a row without tokens stays 0.
     Source: Chan et al. 2024 (arXiv 2402.00782), eq. for r_t with β and α.
     """
 
@@ -60,7 +60,7 @@ def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal
 
 
 def share_stats(raw: Tensor, mask: Tensor, label: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (sum, count) of kept mass, largest share, share entropy (nats) and fallbacks over rows with tokens."""
+    """Return (sum, count) of kept mass, largest share, share entropy (nats), fallback and empty rates over rows."""
     shares, fallback = normalise(raw, mask)
     full = mask.any(dim=1)
     rows = full.sum().float()
@@ -69,11 +69,7 @@ def share_stats(raw: Tensor, mask: Tensor, label: str) -> dict[str, tuple[Tensor
         "kept_mass": raw.sum(dim=1)[full].sum(),
         "max_share": shares.amax(dim=1)[full].sum(),
         "share_entropy": entropy[full].sum(),
-        "fallbacks": fallback.float().sum(),
-        "empty_rows": (~full).float().sum(),
+        "fallback_rate": fallback.float().sum(),
     }
-    return {f"credit/{label}/{k}": (v, torch.ones_like(rows) if k in _COUNTS else rows) for k, v in sums.items()}
-
-
-# totals a batch, not means over rows
-_COUNTS = {"fallbacks", "empty_rows"}
+    found = {f"credit/{label}/{k}": (v, rows) for k, v in sums.items()}
+    return found | {f"credit/{label}/empty_rate": ((~full).float().sum(), torch.ones_like(rows) * len(mask))}

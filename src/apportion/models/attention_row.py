@@ -20,7 +20,7 @@ from apportion.errors import ModelError, message
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time
 # keyword arguments that change the attention weights and that are not read here
-UNREAD = ("softcap", "s_aux", "position_bias")
+UNREAD = ("position_bias",)
 
 
 class Call(NamedTuple):
@@ -164,8 +164,14 @@ def _rows(call: Call, rows: Tensor) -> Tensor:
     scaling = call.settings.get("scaling")
     scores = query @ call.key.float().transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
     scores = scores.reshape(batch, heads, rows.shape[1], keys).transpose(1, 2)
+    cap = call.settings.get("softcap")
+    scores = scores if cap is None else torch.tanh(scores / cap) * cap
     visible, bias = _mask_rows(call, rows)
     scores = (scores if bias is None else scores + bias).masked_fill(~visible, -torch.inf)
+    sinks = call.settings.get("s_aux")
+    if sinks is not None:  # one more logit a head, which takes mass and is then dropped
+        column = sinks.detach().float().reshape(1, 1, -1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
     return scores.softmax(dim=-1).nan_to_num(0.0)  # a row that sees nothing has no mass
 
 

@@ -33,15 +33,11 @@ def locate(field: str, name: str) -> str:
         _check_folder(field, path)
         return str(path)
     expected = f"a built-in name ({', '.join(BUILTIN_MODELS)}), a model folder, or a hub id such as owner/name"
-    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parent.is_dir()
-    if (looks_local and not ("/" in name and _is_hub_like(name))) or not HUB_ID.fullmatch(name):
+    # owner/name is a hub id unless `owner` is a folder here, which makes it a mistyped path
+    local = path.exists() or name.startswith(".") or ("/" in name and Path(name.split("/")[0]).exists())
+    if local or not HUB_ID.fullmatch(name):
         raise ModelError(message(field, name, expected, "There is no such folder: check the path."))
     return name
-
-
-def _is_hub_like(name: str) -> bool:
-    """Whether an absent path such as owner/name reads as a hub id: its first part is no folder here."""
-    return HUB_ID.fullmatch(name) is not None and not Path(name.split("/")[0]).exists() and not name.startswith(".")
 
 
 def _check_folder(field: str, path: Path) -> None:

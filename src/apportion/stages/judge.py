@@ -6,7 +6,6 @@ shares nothing with it: other texts (part "judge" of `data.splits`), other featu
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from apportion.data import labelled
 from apportion.errors import DataError, ModelError, message
+from apportion.statistics import proportion
 
 # Chosen on a tenth of the part "judge", held out: log loss on clips of 20, 30 and 60 words, averaged. 0.500 for these;
 # 0.507 with C=1; 0.502 without ! and ?, and then 0.505 with 16 clips; 0.511 with C=1 and words of two letters or more.
@@ -86,7 +86,7 @@ class Judge:
         """
         _check(texts, labels)
         right = (self.probability(texts) >= 0.5) == (np.asarray(labels) == 1)
-        return _wilson(int(right.sum()), len(texts))
+        return proportion(int(right.sum()), len(texts))
 
 
 def fit_judge(source: str = "imdb", *, seed: int = 0, field: str = "judge") -> Judge:
@@ -119,9 +119,3 @@ def _check(texts: Sequence[str], labels: Sequence[int]) -> None:
     if strange is not None:
         raise DataError(message("Judge labels", strange, "0 or 1", "Give 1 for positive, 0 for negative."))
 
-
-def _wilson(right: int, number: int, z: float = 1.959964) -> dict[str, float]:
-    mean = right / number
-    middle = (mean + z * z / (2 * number)) / (1 + z * z / number)
-    half = z / (1 + z * z / number) * math.sqrt(mean * (1 - mean) / number + z * z / (4 * number * number))
-    return {"mean": mean, "low": middle - half, "high": middle + half}

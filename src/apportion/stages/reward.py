@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
 from apportion.runs import Run, explained, need_space
 from apportion.stages.clips import Clip, batches, random_clips, right_pad, tokenized
+from apportion.stages.probe import probe_head
 from apportion.stages.prompts import context_of
 from apportion.stages.records import memory_mb
 from apportion.stages.update import finite_norm, learning_rate
@@ -65,7 +67,7 @@ def _train(run: Run, config: RewardConfig, tell: Tell) -> dict[str, Any]:
         raise ConfigError(message("clip_tokens", config.clip_tokens, expected, "Lower the second number."))
     clips = random_clips(*_ids(train_rows, tokenizer, config), config.clips, config.clip_tokens, config.seed)
     torch.manual_seed(config.seed)
-    model = _model(config, folder, tokenizer, device)
+    model = _model(config, folder, tokenizer, device, clips)
     _fit(model, clips, config, tokenizer.pad_token_id, run, tell)
     card = model_card("Reward model", "reward-model", "R = logit(positive) − logit(negative).", to_dict(config))
     with explained(run.path):
@@ -109,13 +111,15 @@ def _ids(rows: Sequence[Any], tokenizer: Any, config: RewardConfig) -> tuple[lis
     return tokenized(texts, tokenizer, config.clip_tokens[1]), [row.label for row in rows]
 
 
-def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device) -> Any:
+def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device, clips: list[Clip]) -> Any:
     """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32."""
     lora = config.lora.rank > 0
     dtype = pick_dtype(config.dtype, device) if lora else torch.float32
     model: Any = load_classifier("model", folder, dtype, device, new_head=2)
     model.config.update(head_config(tokenizer))
     head = next(name for name, _ in model.named_children() if name in HEADS)
+    if config.probe_clips:
+        probe_head(model, model.get_submodule(head), clips[: config.probe_clips], tokenizer.pad_token_id)
     return add_adapter(model, config.lora, head=head).eval() if lora else model
 
 
@@ -129,7 +133,7 @@ def _fit(model: Any, clips: list[Clip], config: RewardConfig, pad: int, run: Run
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step - 1, len(dealt))
-        loss, hits = _accumulate(model, batch, config.micro_batch, pad)
+        loss, hits = _accumulate(model, batch, config.micro_batch, pad, _computing(config, model))
         norm = finite_norm(trainable, config.optim)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -145,13 +149,25 @@ def _fit(model: Any, clips: list[Clip], config: RewardConfig, pad: int, run: Run
         tell(step, len(dealt), metrics)
 
 
-def _accumulate(model: Any, batch: list[Clip], micro: int, pad: int) -> tuple[float, float]:
+def _computing(config: RewardConfig, model: Any) -> AbstractContextManager[Any]:
+    """Return the context of a forward: float32 weights compute in 16 bit where the processor has it."""
+    device = next(model.parameters()).device
+    dtype = pick_dtype(config.dtype, device)
+    if config.lora.rank > 0 or dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _accumulate(
+    model: Any, batch: list[Clip], micro: int, pad: int, context: AbstractContextManager[Any]
+) -> tuple[float, float]:
     """Add one batch's gradient, a few clips at a time, and return (mean loss in nats, share of clips judged right)."""
     device = next(model.parameters()).device
     total, hits = 0.0, 0
     for first in range(0, len(batch), micro):
         ids, mask, labels = (t.to(device) for t in right_pad(batch[first : first + micro], pad))
-        logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
+        with context:
+            logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
         loss.backward()
         total += float(loss.detach())
