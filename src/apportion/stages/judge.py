@@ -6,6 +6,7 @@ shares nothing with it: other texts (part "judge" of `data.splits`), other featu
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
