@@ -147,10 +147,10 @@ class RewardConfig:
     data: str = "imdb"
     test_data: str | None = None
     output: str = "runs/reward"
-    clips: int = 6000
+    clips: int = 8000
     clip_tokens: list[int] = field(default_factory=lambda: [8, 64])
     probe_clips: int = 2000
-    batch_size: int = 32
+    batch_size: int = 16
     micro_batch: int = 16
     test_texts: int = 1000
     pad_token: str | None = None
@@ -158,7 +158,7 @@ class RewardConfig:
     device: str = "auto"
     dtype: str = "auto"
     lora: LoraConfig = field(default_factory=LoraConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
 
 
 @dataclass
@@ -251,7 +251,7 @@ class DemoConfig:
     output: str = "runs/demo"
     steps: int = 40
     credit: Spec = "attention"
-    clips: int = 6000
+    clips: int = 8000
     count: int = 128
     lr: float = 5e-4
     seed: int = 0

@@ -139,7 +139,8 @@ class Run:
                 mend = "The training diverged: lower optim.lr, or train in float32 (--dtype float32)."
                 raise ScoreError(message(f"{name} at step {step}", float(value), "a finite number", mend))
         self.append("rollouts.jsonl", rollouts)
-        self.append("metrics.jsonl", [{"step": step, **{k: round(float(v), 6) for k, v in metrics.items()}}])
+        # significant digits, not decimals: learning rates and KL estimates are small
+        self.append("metrics.jsonl", [{"step": step, **{k: float(f"{v:.7g}") for k, v in metrics.items()}}])
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append JSON lines to file `name`."""

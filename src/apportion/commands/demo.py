@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -47,13 +48,19 @@ def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
     reward = RewardConfig(output=str(root / "reward"), clips=config.clips, seed=config.seed)
     rl = RLConfig(
         reward_model=str(root / "reward" / "final"),
-        output=str(root / "rl"),
+        output=str(root / rl_folder(config)),
         credit=config.credit,
         steps=config.steps,
         seed=config.seed,
         optim=OptimConfig(lr=config.lr),
     )
     return reward, rl
+
+
+def rl_folder(config: DemoConfig) -> str:
+    """Return the folder of the PPO stage: one for each credit and number of steps, so that they can be compared."""
+    parts = ["rl", re.sub(r"[^\w.]+", "-", str(config.credit)).strip("-")]
+    return "-".join([*parts, str(config.steps)] if config.steps != DemoConfig.steps else parts)
 
 
 def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[Run, Run, dict[str, Any]]:
@@ -72,10 +79,12 @@ def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[Run, Run,
 
 
 def write_report(config: DemoConfig, reward_run: Run, rl_run: Run) -> Path:
-    """Write the page of both stages and return its path."""
+    """Write the page of this run, the reward model and the folder's other finished PPO runs; return its path."""
     from apportion.report.page import write_report as write_page
 
-    return write_page([rl_run.path, reward_run.path], Path(config.output).expanduser() / "report.html")
+    root = Path(config.output).expanduser()
+    others = [p for p in sorted(root.glob("rl-*")) if p != rl_run.path and Run(p, "rl").finished]
+    return write_page([rl_run.path, *others, reward_run.path], root / "report.html")
 
 
 def write_summary(
@@ -89,7 +98,9 @@ def write_summary(
         "summary.json",
         {
             "reward_model_accuracy": reward_run.read("evaluation.json")["accuracy"],
-            **{key: found[key] for key in ("kl", *pairs)},
+            **{key: found[key] for key in pairs},
+            "kl": found["kl"]["mean"],  # nats a sequence
+            "kl_interval": found["kl"],
             "credit": config.credit,
             "steps": config.steps,
             "seed": config.seed,

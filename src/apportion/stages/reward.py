@@ -177,7 +177,7 @@ def _accumulate(
 
 def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:
     """Return accuracy with its interval, by clip length too, calibration, and mean and sd of R, on held-out texts."""
-    reward = load_reward(str(folder), dtype="float32", device=config.device, field="model")
+    reward = load_reward(str(folder), dtype=config.dtype, device=config.device, field="model")
     ids, labels = _ids(rows, reward.tokenizer, config)
     clips = random_clips(ids, labels, len(rows), config.clip_tokens, config.seed + 1)
     scores, truth = scored(reward, clips), [c.label for c in clips]

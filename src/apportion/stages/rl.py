@@ -86,7 +86,7 @@ def learn(
     learner: Learner, rollouts: Rollouts, config: RLConfig, step: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Apportion the scores of one batch, learn from it, and return (metrics, what to log of the rollouts)."""
-    method, ppo = learner.method, config.ppo
+    method, ppo, ended = learner.method, config.ppo, rollouts.ended
     rollouts = settle_truncated(rollouts, ppo)
     rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
     if ppo.whiten_rewards:
@@ -99,6 +99,7 @@ def learn(
     metrics = update(
         learner.models.policy, learner.optimizer, rollouts, targets, ppo, config.optim, learner.generator
     )
+    rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
     records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
     metrics |= batch_metrics(rollouts, rewards) | learner.move_controllers(rollouts, rewards)
     return metrics | {"policy/lr": learner.optimizer.param_groups[0]["lr"]}, records

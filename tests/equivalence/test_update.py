@@ -1,0 +1,273 @@
+"""The PPO update against one written out by hand from the paper: gradients, denominators, truncation, schedule."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from torch import Tensor
+
+from apportion.config import OptimConfig, PPOConfig, RLConfig, ScoreConfig
+from apportion.errors import ScoreError
+from apportion.evidence import Models
+from apportion.models.policy import Policy
+from apportion.scoring import score
+from apportion.segments import build as build_segments
+from apportion.stages.learner import Learner
+from apportion.stages.methods import build_method
+from apportion.stages.rl import experience, learn, make_learner, train
+from apportion.stages.update import Targets, first_of_action, learning_rate, make_targets, update
+from apportion.types import Advantages, Rollouts
+
+NO_CLIP = OptimConfig(max_grad_norm=1e9)
+NEEDS = {"values", "reference_logprobs", "bootstrap_values"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.world(tmp_path_factory.mktemp("world"))
+
+
+def scene(world: Path, **changes: Any) -> tuple[Policy, Rollouts, Targets]:
+    """Return a policy that has moved since it sampled, scored rollouts of unequal length, and random targets."""
+    settings = {"sampling.stop": "eos", "policy": world / "ending", **changes}
+    models = Models(tiny_runs.policy(world, stirred=False, **settings), tiny_runs.judge(world))
+    torch.nn.init.normal_(models.policy.value_head.weight, std=0.1)
+    batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(8), seed=2, stop="eos", max_new_tokens=9)
+    batch = score(models, batch, NEEDS, ScoreConfig())
+    tiny_runs.stir(models.policy, 0.03)
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn((2, *batch.mask.shape), generator=generator)
+    targets = Targets(noise[0], noise[1], batch.mask, batch.mask)
+    assert batch.mask.sum(dim=1).unique().numel() > 2
+    return models.policy, batch, targets
+
+
+def gradients(policy: Policy, batch: Rollouts, targets: Targets, ppo: PPOConfig) -> tuple[list[list[Tensor]], Any]:
+    """Return the gradients of each optimizer step of a real `update` that moves nothing, and its metrics."""
+    optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)
+    seen: list[list[Tensor]] = []
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.trainable()])
+    )
+    metrics = update(policy, optimizer, batch, targets, ppo, NO_CLIP, torch.Generator().manual_seed(0))
+    return seen, metrics
+
+
+def by_hand(policy: Policy, batch: Rollouts, targets: Targets, rows: list[int], ppo: PPOConfig) -> list[Tensor]:
+    """Return the gradient of one PPO step on `rows`, a row and a token at a time, in plain torch and float64."""
+    policy = copy.deepcopy(policy)
+    for module in (policy.model, policy.value_head, policy.value_trunk):
+        if module is not None:
+            module.double()
+    policy_terms, value_terms = [], []
+    for row in rows:
+        prompt, response = tiny_runs.alone(batch, row)
+        sequence = torch.tensor([prompt + response])
+        out = policy.model(sequence, output_hidden_states=True)
+        trunk = out.hidden_states[-1]
+        if policy.value_trunk is not None:
+            trunk = policy.value_trunk(sequence).last_hidden_state
+        for t, token in enumerate(response):
+            logits = out.logits[0, len(prompt) + t - 1] / policy.temperature
+            allowed = torch.ones(400, dtype=torch.bool)
+            allowed[policy.banned] = False
+            logp = logits[token] - torch.logsumexp(logits[allowed], dim=0)
+            ratio = torch.exp(logp - batch.old_logprobs[row, t])
+            advantage = targets.advantages[row, t]
+            if targets.policy_mask[row, t]:
+                clipped = min(max(ratio, 1 - ppo.clip), 1 + ppo.clip)
+                policy_terms.append(-min(ratio * advantage, clipped * advantage))
+            value = policy.value_head(trunk[0, len(prompt) + t - 1]).squeeze()
+            old, goal = batch.evidence["values"][row, t], targets.returns[row, t]
+            if targets.value_mask[row, t]:
+                near = old + min(max(value - old, -ppo.value_clip), ppo.value_clip)
+                value_terms.append(0.5 * max((value - goal) ** 2, (near - goal) ** 2))
+    loss = sum(policy_terms) / len(policy_terms) + ppo.value_coef * sum(value_terms) / len(value_terms)
+    found = torch.autograd.grad(loss, policy.trainable(), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(policy.trainable(), found, strict=True)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Check that two gradients differ by no more than float32 does: 1e-6 of their length, 5e-6 in any entry."""
+    one, two = (torch.cat([g.flatten().double() for g in gradient]) for gradient in (found, expected))
+    assert two.norm() > 0.1
+    print("REL", (one-two).norm()/two.norm(), (one-two).abs().max(), two.abs().max())
+    assert (one - two).norm() <= 1e-6 * two.norm()
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+@pytest.mark.parametrize("value_model", ["shared", "separate"])
+@pytest.mark.parametrize("rank", [4, 0])
+def test_the_gradient_is_that_of_ppo_written_out_by_hand(
+    world: Path, rank: int, value_model: str, temperature: float
+) -> None:
+    changes = {"lora.rank": rank, "ppo.value_model": value_model, "sampling.temperature": temperature}
+    policy, batch, targets = scene(world, **changes)
+    ppo = PPOConfig(epochs=1, mini_batch=8, micro_batch=3, clip=0.1, value_clip=0.05)
+    [found], metrics = gradients(policy, batch, targets, ppo)
+    assert 0.05 < metrics["policy/clipfrac"] < 0.95 and 0.05 < metrics["loss/value_clipfrac"] < 0.95
+    assert_same(found, by_hand(policy, batch, targets, list(range(8)), ppo))
+    flat = torch.cat([g.flatten() for g in found])
+    assert metrics["policy/grad_norm"] == pytest.approx(float(flat.norm()), rel=1e-5)
+
+
+def test_each_mini_batch_is_divided_by_its_own_tokens_and_all_rows_come_once_an_epoch(world: Path) -> None:
+    policy, batch, targets = scene(world)
+    value_mask = batch.mask & (torch.arange(batch.mask.shape[1]) % 2 == 0)  # another count than the policy's tokens
+    targets = targets._replace(value_mask=value_mask)
+    ppo = PPOConfig(epochs=2, mini_batch=3, micro_batch=2)
+    found, _ = gradients(policy, batch, targets, ppo)
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(8, generator=generator) for _ in range(2)]
+    assert not torch.equal(*orders), "the second epoch has no new order"
+    rows = [part.tolist() for order in orders for part in order.split(3)]
+    assert len(found) == len(rows) == 6
+    for gradient, chosen in zip(found, rows, strict=True):
+        assert_same(gradient, by_hand(policy, batch, targets, chosen, ppo))
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_the_size_of_micro_batches_changes_no_gradient(world: Path, rank: int) -> None:
+    policy, batch, targets = scene(world, **{"lora.rank": rank})
+    whole = gradients(policy, batch, targets, PPOConfig(epochs=1, mini_batch=8, micro_batch=8))
+    for micro in (1, 3, 5):
+        found, metrics = gradients(policy, batch, targets, PPOConfig(epochs=1, mini_batch=8, micro_batch=micro))
+        assert_same(found[0], whole[0][0])
+        assert metrics == pytest.approx(whole[1], rel=1e-4, abs=1e-6)
+
+
+def test_padding_of_a_longer_batch_changes_no_gradient(world: Path) -> None:
+    policy, batch, targets = scene(world)
+    ppo = PPOConfig(epochs=1, mini_batch=3, micro_batch=3)
+    rows = batch.mask.sum(dim=1).argsort()[:3]
+    longest = int(batch.mask[rows].sum(dim=1).max())
+    assert longest < batch.mask.shape[1]
+    padded = batch.select(rows)
+    values = {k: v[:, :longest] if v.dim() > 1 else v for k, v in padded.evidence.items()}
+    names = ("response_ids", "mask", "valid", "logprobs", "old_logprobs")
+    cut = replace(padded, **{n: getattr(padded, n)[:, :longest] for n in names}, evidence=values)
+    chosen = Targets(*(t[rows] for t in targets))
+    one, _ = gradients(policy, padded, chosen, ppo)
+    two, _ = gradients(policy, cut, Targets(*(t[:, :longest] for t in chosen)), ppo)
+    assert_same(one[0], two[0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_takes_no_step(world: Path, bad: float) -> None:
+    policy, batch, targets = scene(world)
+    advantages = targets.advantages.clone()
+    advantages[2, 0] = bad
+    before = [p.detach().clone() for p in policy.trainable()]
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=0.1)
+    with pytest.raises(ScoreError, match="gradient norm: got (nan|inf); expected a finite number"):
+        ppo, generator = PPOConfig(mini_batch=8), torch.Generator().manual_seed(0)
+        update(policy, optimizer, batch, targets._replace(advantages=advantages), ppo, NO_CLIP, generator)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+
+
+def learner_of(world: Path, truncated: str, **changes: Any) -> tuple[Learner, Rollouts, RLConfig]:
+    """Return a learner with values that are not 0, its first scored batch (some rows cut off), and its settings."""
+    settings = {
+        "policy": world / "ending",
+        "sampling.stop": "eos",
+        "sampling.batch_size": 16,
+        "sampling.max_new_tokens": 6,
+        "ppo.truncated": truncated,
+        "ppo.truncation_penalty": -3.0,
+        "log_rollouts": 16,
+    }
+    config = tiny_runs.config(world, **settings | changes)
+    learner = make_learner(config, build_method(config))
+    tiny_runs.stir(learner.models.policy)
+    _, batch = next(experience(learner, config, 0))
+    assert batch.ended.any() and not batch.ended.all()
+    return learner, batch, config
+
+
+def gae_by_hand(rewards: list[float], values: list[float], after: float) -> list[float]:
+    out, running, following = [], 0.0, after
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        running = reward + following - value + 0.95 * running
+        out.append(running)
+        following = value
+    return out[::-1]
+
+
+@pytest.mark.parametrize("truncated", ["terminal", "bootstrap", "mask", "penalty"])
+def test_truncated_says_what_a_response_without_eos_is_worth(world: Path, truncated: str) -> None:
+    learner, batch, config = learner_of(world, truncated)
+    policy = learner.models.policy
+    after = policy.forward(batch).after.tolist()
+    _, records = learn(learner, batch, config, 1)
+    for row, record in enumerate(records):
+        ended = bool(batch.ended[row])
+        assert record["ended"] == ended == (record["response_ids"][-1] == tiny_runs.EOS)
+        penalised = truncated == "penalty" and not ended
+        assert record["score"] == pytest.approx(-3.0 if penalised else record["raw_score"], abs=1e-5)
+        assert sum(record["credit"]) == pytest.approx(record["score"], abs=1e-5 * max(1, abs(record["score"])))
+        follows = after[row] if truncated == "bootstrap" and not ended else 0.0
+        assert abs(after[row]) > 1e-3
+        expected = gae_by_hand(record["reward"], record["value"], follows)
+        assert record["advantage"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_masked_truncated_rows_teach_nothing_and_count_nowhere(world: Path) -> None:
+    policy, batch, _ = scene(world)
+    ended = batch.mask.sum(dim=1) < 9
+    assert ended.any() and not ended.all()
+    batch = replace(batch, ended=ended)
+    noise = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(2)) * batch.mask
+    segments = torch.where(batch.mask, batch.mask.cumsum(dim=1) - 1, -1)
+    ppo = PPOConfig(epochs=1, mini_batch=8, micro_batch=8, truncated="mask")
+    targets = make_targets(Advantages(noise, noise), segments, batch, ppo)
+    wild = torch.where(ended[:, None], noise, 1e6 * noise)
+    one, _ = gradients(policy, batch, targets, ppo)
+    two, _ = gradients(policy, batch, make_targets(Advantages(wild, wild), segments, batch, ppo), ppo)
+    assert all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+    kept = ended.nonzero().squeeze(1)
+    alone = make_targets(Advantages(noise[kept], noise[kept]), segments[kept], batch.select(kept), ppo)
+    three, _ = gradients(policy, batch.select(kept), alone, ppo)
+    assert_same(one[0], three[0])
+
+
+def test_the_value_loss_counts_one_token_an_action(world: Path) -> None:
+    _, batch, _ = scene(world)
+    estimated = Advantages(torch.randn(batch.mask.shape), torch.randn(batch.mask.shape))
+    segments = torch.where(batch.mask, (batch.mask.cumsum(dim=1) - 1) // 3, -1)
+    targets = make_targets(estimated, segments, batch, PPOConfig())
+    lengths = batch.mask.sum(dim=1)
+    assert targets.value_mask.sum(dim=1).tolist() == [-(-int(n) // 3) for n in lengths]
+    assert torch.equal(targets.policy_mask, batch.mask) and torch.equal(first_of_action(segments), targets.value_mask)
+    white = targets.advantages[batch.mask]
+    assert white.mean().abs() < 1e-5 and white.std() == pytest.approx(1.0, abs=1e-4)
+    tokens = build_segments([("tokens", {})])(batch)
+    assert torch.equal(make_targets(estimated, tokens, batch, PPOConfig()).value_mask, batch.mask)
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero() -> None:
+    config = OptimConfig(lr=1.0, warmup=0.2)
+    rates = [learning_rate(config, step, 10) for step in range(11)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0])
+    without = [learning_rate(OptimConfig(lr=2.0, warmup=0.0), step, 4) for step in range(5)]
+    assert without == pytest.approx([2.0, 2.0, 4 / 3, 2 / 3, 0.0])
+
+
+def test_a_run_follows_the_schedule_and_logs_small_rates_exactly(world: Path, tmp_path: Path) -> None:
+    changes = {"steps": 4, "optim.lr": 1.41e-5, "optim.warmup": 0.5, "log_rollouts": 0}
+    run = train(tiny_runs.config(world, tmp_path / "run", **changes))
+    logged = [row["policy/lr"] for row in tiny_runs.read_lines(run.path / "metrics.jsonl")]
+    assert logged == pytest.approx([0.705e-5, 1.41e-5, 1.41e-5, 0.705e-5], rel=1e-5)
+
+
+def test_models_of_a_learner_are_the_runs(world: Path) -> None:
+    learner, _, config = learner_of(world, "mask")
+    assert isinstance(learner.models, Models) and learner.models.policy.temperature == config.sampling.temperature
+    rates = {group["eps"] for group in learner.optimizer.param_groups}
+    assert rates == {1e-5} and not any(m.training for m in learner.models.policy.model.modules())
