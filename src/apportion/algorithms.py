@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from apportion import advantages, credit, registry, segments
@@ -76,10 +76,12 @@ def build(
         "segments": registry.parse("segments", segments_spec or named.segments),
         "advantages": registry.parse("advantages", advantages_spec or named.advantages),
     }
-    refuse(parts)
-    method = credit.build(parts["credit"])
+    names = [name for name, _ in parts["credit"]]
+    credits = {name: credit.make(name, kwargs) for name, kwargs in parts["credit"]}
+    refuse(credits, names)
     specs = {k: [{name: kwargs} for name, kwargs in v] for k, v in parts.items()}
-    return Method(method, segments.build(parts["segments"]), advantages.build(parts["advantages"]), specs)
+    chain = credit.chain(*credits.values())
+    return Method(chain, segments.build(parts["segments"]), advantages.build(parts["advantages"]), specs)
 
 
 def merge(named: Spec, given: Spec) -> Spec:
@@ -92,33 +94,27 @@ def merge(named: Spec, given: Spec) -> Spec:
     return [given, *({name: kwargs} for name, kwargs in penalties if name not in dict(registry.parse("credit", given)))]
 
 
-def refuse(parts: Mapping[str, list[tuple[str, dict[str, Any]]]]) -> None:
-    """Raise ConfigError for a combination that means nothing; the table of them is `REFUSED`."""
-    names = {name for pairs in parts.values() for name, _ in pairs}
-    chain = [name for name, _ in parts["credit"]]
-    if len(set(chain)) < len(chain):
-        raise ConfigError(message("credit", chain, "each method once", "Drop the repeated one."))
-    for left, right, why in REFUSED:
-        if left in names and right in names:
-            raise ConfigError(message("credit × segments × advantages", f"{left} with {right}", "one of them", why))
+def refuse(credits: Mapping[str, Credit], names: Sequence[str]) -> None:
+    """Raise ConfigError for a credit chain that means nothing: a method twice, or two that redistribute."""
+    if len(set(names)) < len(names):
+        raise ConfigError(message("credit", list(names), "each method once", "Drop the repeated one."))
+    spreading = redistributors(credits)
+    if len(spreading) > 1:
+        came = " with ".join(spreading)
+        mend = "The second would spread what the first has spread. Choose one."
+        raise ConfigError(message("credit", came, "at most one redistributor", mend))
 
 
-# (one method, another, why they mean nothing together)
-REFUSED: tuple[tuple[str, str, str], ...] = (
-    ("attention", "uniform", "Two redistributors in a chain: the second spreads what the first spread. Choose one."),
-    ("attention", "policy_attention", "Two redistributors in a chain. Choose one."),
-    ("policy_attention", "uniform", "Two redistributors in a chain. Choose one."),
-)
-
-REDISTRIBUTORS = frozenset({"attention", "uniform", "policy_attention"})
+def redistributors(credits: Mapping[str, Credit]) -> list[str]:
+    """Return the names of the credits that redistribute, a user's too: those that declare a share."""
+    return [name for name, one in credits.items() if one.share is not None]
 
 
-def discount_warning(specs: Mapping[str, Any]) -> str | None:
+def discount_warning(method: Method) -> str | None:
     """Return a warning when γ < 1 meets a redistributing credit: the return is then no longer what was scored."""
-    gamma = next((kwargs.get("gamma", 1.0) for pair in specs["advantages"] for kwargs in pair.values()), 1.0)
-    spreading = [name for pair in specs["credit"] for name in pair if name in REDISTRIBUTORS]
-    if gamma >= 1.0 or not spreading:
+    gamma = getattr(method.estimate, "gamma", 1.0)
+    if gamma >= 1.0 or method.credit.share is None:
         return None
     expected = "1 with a redistributing credit"
-    mend = f"With γ < 1, {spreading[0]} changes the discounted return, so the optimum moves. Use gamma: 1."
+    mend = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."
     return message("advantages.gae.gamma", gamma, expected, mend)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,13 +27,27 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     module, _, attribute = name.partition(":")
     expected = "an importable package.module:function"
     try:
-        factory = getattr(importlib.import_module(module), attribute)
+        factory = getattr(_import(module), attribute)
     except Exception as error:  # whatever a user's module raises while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(message(field, name, expected, f"Importing it said: {reason}.")) from error
     if not callable(factory):
         raise ConfigError(message(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function."))
     return factory
+
+
+def _import(module: str) -> Any:
+    """Import `module`, from the working folder too: a console script does not look there by itself."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.split(".")[0]:
+            raise  # the module is there, and something it imports is not
+    sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.pop()
 
 
 def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> Any:

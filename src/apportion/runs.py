@@ -138,7 +138,9 @@ class Run:
             if not math.isfinite(value):
                 mend = "The training diverged: lower optim.lr, or train in float32 (--dtype float32)."
                 raise ScoreError(message(f"{name} at step {step}", float(value), "a finite number", mend))
-        self.append("rollouts.jsonl", rollouts)
+        rows = list(rollouts)
+        if rows:
+            self.append("rollouts.jsonl", rows)
         # significant digits, not decimals: learning rates and KL estimates are small
         self.append("metrics.jsonl", [{"step": step, **{k: float(f"{v:.7g}") for k, v in metrics.items()}}])
 

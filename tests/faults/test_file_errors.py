@@ -26,7 +26,7 @@ Command = Callable[..., Any]
         ("algorithm: abcc\n", ["algorithm: got 'abcc'", "Did you mean 'abc'"]),
         ("credit: atention\n", ["credit: got 'atention'", "Did you mean 'attention'"]),
         ("credit:\n  attention:\n    mixx: 1\n", ["credit.attention: got 'mixx'", "Did you mean 'mix'"]),
-        ("credit:\n- uniform\n- attention\n", ["got 'attention with uniform'"]),
+        ("credit:\n- uniform\n- attention\n", ["got 'uniform with attention'"]),
         ("credit.mix: 0.4\n", ["c.yaml: key: got 'credit.mix'", "nested keys", "attention: {mix: 0.4}"]),
         ("segments: {tokens: {n: 3}}\n", ["segments.tokens: got 'n'", "no settings", "Remove n"]),
         ("steps: 3\n  bad: [\n", ["--config: got 'c.yaml'", "valid YAML in UTF-8", "line 2"]),

@@ -25,9 +25,14 @@ def run(arguments: list[str]) -> int:
         table = Table("name", "settings", "what it is", title=f"--{title}")
         for name, factory in module.METHODS.items():
             settings = ", ".join(str(p).split(":")[0] + f"={p.default}" for p in _parameters(factory))
-            table.add_row(name, settings or "none", (inspect.getdoc(factory) or "").split("\n")[0])
+            table.add_row(name, settings or "none", _purpose(factory))
         console.print(table)
     return 0
+
+
+def _purpose(factory: object) -> str:
+    """Return the first line of the file that holds the method: what it is for."""
+    return (inspect.getmodule(factory).__doc__ or "").split("\n")[0]  # type: ignore[union-attr]
 
 
 def _parameters(factory: object) -> list[inspect.Parameter]:

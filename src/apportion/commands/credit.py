@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
     from apportion.stages.text_credit import apportion_text, text_methods
 
     methods = text_methods(specs)
-    text = sys.stdin.read() if options["text"] == "-" else options["text"]
+    text = sys.stdin.read().rstrip("\n") if options["text"] == "-" else options["text"]
     if not text.strip():
         raise DataError(message("--text", text, "a text that is not empty", "Write the response to apportion."))
     locate("--model", options["model"])

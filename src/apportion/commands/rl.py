@@ -36,7 +36,7 @@ def check_method(config: RLConfig) -> Method:
     from apportion.stages.methods import build_method
 
     method = build_method(config)
-    warning = discount_warning(method.specs)
+    warning = discount_warning(method)
     if warning is not None:
         note(f"warning: {warning}")
     return method

@@ -41,9 +41,9 @@ def parse(kind: type, command: str, arguments: Sequence[str], examples: str = ""
     """
     flags, switches = split_flags(arguments, keys_of(kind))
     methods, flags = fold_methods(flags, kind)
-    parser = _parser(kind, command, examples)
+    parser = _parser(kind, command)
     if "help" in switches:
-        parser.print_help()
+        sys.stdout.write(f"{parser.format_help()}\n{examples}")
         sys.exit(0)
     flags = sorted(flags, key=lambda flag: flag[0] != "config")  # flags win over the file, wherever they stand
     values = [text for name, value in flags for text in (f"--{name}", value)]
@@ -160,14 +160,13 @@ def merge_method(field: str, spec: Any, settings: list[tuple[str, Any]], algorit
     return [{name: kwargs} for name, kwargs in pairs]
 
 
-def _parser(kind: type, command: str, examples: str) -> Any:
+def _parser(kind: type, command: str) -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
         prog=f"apportion {command}",
         exit_on_error=False,
         description=(kind.__doc__ or "").split("\n\n")[0].strip(),
-        epilog=examples,
         usage=f"apportion {command} [--config FILE.yaml] [--name value ...]",
     )
     parser.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")

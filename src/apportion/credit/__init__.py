@@ -106,11 +106,14 @@ def apply(credit: Credit, rollouts: Rollouts, state: State | None = None) -> tup
     return credit.assign(rollouts, rewards, credit.init() if state is None else state)
 
 
-def build(specs: list[tuple[str, dict[str, Any]]]) -> Credit:
-    """Return the chain of (name, keyword arguments) pairs."""
-    parts = [registry.call("credit", name, find(name), kwargs) for name, kwargs in specs]
-    for (name, _), part in zip(specs, parts, strict=True):
-        if not isinstance(part, Credit):
-            mend = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
-            raise ConfigError(message("credit", f"{name}, which returned a {type(part).__name__}", "a Credit", mend))
-    return chain(*parts)
+def make(name: str, kwargs: dict[str, Any]) -> Credit:
+    """Return the credit of that name with these keyword arguments.
+
+    Raises:
+        ConfigError: an unknown name or key, a value out of range, or a user's function that returns something else.
+    """
+    made = registry.call("credit", name, find(name), kwargs)
+    if not isinstance(made, Credit):
+        mend = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
+        raise ConfigError(message("credit", f"{name}, which returned a {type(made).__name__}", "a Credit", mend))
+    return made

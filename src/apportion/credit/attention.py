@@ -13,9 +13,7 @@ from apportion.masking import last_index, normalise
 from apportion.types import Credit, Rollouts
 
 
-def attention(
-    *, mix: float = 0.8, floor: float = 0.0, cap: float | None = None, exclude_self: bool = False
-) -> Credit:
+def attention(*, mix: float = 0.8, floor: float = 0.0, cap: float | None = None, exclude_self: bool = False) -> Credit:
     """Return attention-based credit, r_t = β·α_t·Σr + (1−β)·r_t with β = `mix`.
 
     α (B,T) is evidence "reward_attention" (the last layer's attention of the position where the reward model reads

@@ -101,6 +101,4 @@ def _users(name: str) -> Producer:
             raise DataError(message(f"evidence[{name!r}]", type(made).__name__, "a tensor", mend))
         return {name: made}
 
-    return Producer(
-        frozenset({name}), getattr(function, "forwards", 0), getattr(function, "backwards", 0), produce
-    )
+    return Producer(frozenset({name}), getattr(function, "forwards", 0), getattr(function, "backwards", 0), produce)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -98,14 +99,26 @@ def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any
 
 
 def load_settings(field: str, folder: str) -> Any:
-    """Return the configuration of the model in `folder` (or hub id), without weights. Raises ModelError."""
+    """Return the configuration of the model in `folder` (or hub id), without weights: an adapter's base's.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(base_of(folder))
     except (OSError, ValueError, KeyError) as error:
         expected = "a config.json that transformers can read"
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
+
+
+def base_of(folder: str) -> str:
+    """Return the model that the adapter in `folder` was made for, or `folder` when it holds no adapter alone."""
+    adapter = Path(folder) / "adapter_config.json"
+    if not adapter.is_file() or (Path(folder) / "config.json").is_file():
+        return folder
+    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def _said(folder: str, error: Exception) -> str:
@@ -122,17 +135,21 @@ def load_causal(field: str, folder: str, dtype: torch.dtype, device: torch.devic
     from transformers import AutoModelForCausalLM
 
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        return _merged_adapter(folder, dtype).to(device).eval()
+        return own_memory(_merged_adapter(field, folder, dtype).to(device).eval())
     model, info = _from_pretrained(field, AutoModelForCausalLM, folder, dtype)
     _refuse_missing(field, folder, info)
     return own_memory(model.to(device).eval())
 
 
-def _merged_adapter(folder: str, dtype: torch.dtype) -> nn.Module:
+def _merged_adapter(field: str, folder: str, dtype: torch.dtype) -> nn.Module:
     from peft import AutoPeftModelForCausalLM
 
-    # merged in float32: merging in bfloat16 differs by 6e-3
-    return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).merge_and_unload().to(dtype)
+    try:
+        adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        expected = "an adapter whose base model can be loaded"
+        raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
+    return adapted.merge_and_unload().to(dtype)  # merged in float32: merging in bfloat16 differs by 6e-3
 
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:

@@ -24,14 +24,14 @@ class RewardModel:
     Attributes:
         model: the classifier; tokenizer: its own.
         positive: index of the positive label when there are two.
-        mean, sd: of R on the held-out set it was evaluated on; 0 and 1 when not stored.
+        mean, sd: of R on the held-out set it was evaluated on; None when they are not stored beside the weights.
     """
 
     model: Any
     tokenizer: Any
     positive: int = 1
-    mean: float = 0.0
-    sd: float = 1.0
+    mean: float | None = None
+    sd: float | None = None
 
     @torch.no_grad()
     def score(self, ids: Tensor, mask: Tensor, *, attention: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:

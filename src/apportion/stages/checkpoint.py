@@ -77,9 +77,8 @@ def _restore(learner: Learner, stored: dict[str, dict[str, Tensor]]) -> None:
                 for name, value in stored["optimizer"].items()
                 if name.partition(".")[0] == str(i)
             }
-            learner.optimizer.state[parameter] = {
-                k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
-            }
+            # `step` too: the fused optimizer counts on the parameter's device
+            learner.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
     state = dict(stored["state"])
     learner.generator.set_state(state.pop("generator"))
     learner.credit_state = state

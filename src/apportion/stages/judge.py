@@ -119,4 +119,3 @@ def _check(texts: Sequence[str], labels: Sequence[int]) -> None:
     strange = next((label for label in labels if label not in (0, 1)), None)
     if strange is not None:
         raise DataError(message("Judge labels", strange, "0 or 1", "Give 1 for positive, 0 for negative."))
-

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from apportion.stages.learner import Learner
 
 
+DECIMALS = 8  # with 6, the rounding of a hundred tokens' credit adds up to more than 1e-5 of the score
+
+
 def comparisons(names: Iterable[str]) -> dict[str, Credit]:
     """Return the credit methods to log beside the one that is trained, by name. Raises ConfigError."""
     return {name: registry.call("compare", name, registry.find("compare", name, credit.METHODS), {}) for name in names}
@@ -64,7 +67,7 @@ def _record(
     prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]]
 
     def numbers(values: Tensor) -> list[float]:
-        return [round(float(v), 6) for v in values[row][mask]]
+        return [round(float(v), DECIMALS) for v in values[row][mask]]
 
     assert rollouts.scores is not None
     return {
@@ -76,8 +79,8 @@ def _record(
         "prompt_ids": prompt.tolist(),
         "response_ids": ids.tolist(),
         "ended": None if rollouts.ended is None else bool(rollouts.ended[row]),
-        "score": round(float(rollouts.scores[row]), 6),
-        "raw_score": round(float(rollouts.evidence["raw_scores"][row]), 6),
+        "score": round(float(rollouts.scores[row]), DECIMALS),
+        "raw_score": round(float(rollouts.evidence["raw_scores"][row]), DECIMALS),
         **{name: numbers(values) for name, values in columns.items()},
         "methods": {name: numbers(values) for name, values in by_method.items()},
     }

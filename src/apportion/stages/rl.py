@@ -25,7 +25,7 @@ from apportion.models.reward import load_reward
 from apportion.models.save import save_policy
 from apportion.runs import Run, explained, need_space
 from apportion.sampling import sample
-from apportion.scoring import check_decoder, check_vocabulary, score
+from apportion.scoring import adjust, check_decoder, check_vocabulary, score
 from apportion.stages.checkpoint import load_latest, save_checkpoint
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
@@ -96,13 +96,12 @@ def learn(
     targets = make_targets(estimated, segments, rollouts, ppo)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config.optim, step - 1, config.steps)
-    metrics = update(
-        learner.models.policy, learner.optimizer, rollouts, targets, ppo, config.optim, learner.generator
-    )
+    metrics = update(learner.models.policy, learner.optimizer, rollouts, targets, ppo, config.optim, learner.generator)
     rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
     records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
     metrics |= batch_metrics(rollouts, rewards) | learner.move_controllers(rollouts, rewards)
-    return metrics | {"policy/lr": learner.optimizer.param_groups[0]["lr"]}, records
+    metrics |= {"policy/lr": learner.optimizer.param_groups[0]["lr"]}
+    return metrics | ({} if ended is None else {"objective/ended": float(ended.float().mean())}), records
 
 
 def settle_truncated(rollouts: Rollouts, config: PPOConfig) -> Rollouts:
@@ -133,8 +132,6 @@ def batch_metrics(rollouts: Rollouts, rewards: torch.Tensor) -> dict[str, float]
         "objective/length": lengths.mean(),
         "sampling/logprob_gap": masked_mean((rollouts.logprobs - rollouts.old_logprobs).abs(), rollouts.mask),
     }
-    if rollouts.ended is not None:
-        found["objective/ended"] = rollouts.ended.float().mean()
     if reference is not None:
         kl = torch.where(rollouts.mask, rollouts.logprobs - reference, 0.0).sum(dim=1)
         found["objective/kl"] = kl.mean()
@@ -152,6 +149,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     stream = PromptStream(texts, tokenizer, config, context_of(folder))
     reward = load_reward(judge, dtype=config.reward_dtype, device=config.device, pad_token=config.pad_token)
     check_decoder(reward)
+    adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config)
     compare = comparisons(config.compare) if config.log_rollouts else {}
     needs = method.needs | {"values", "reference_logprobs"}

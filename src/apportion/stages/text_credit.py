@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apportion import credit
 from apportion.errors import ConfigError, DataError, message
-from apportion.models.reward import RewardModel
+from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Credit, Rollouts
 
 AVAILABLE = frozenset({"reward_attention"})  # what a reward model alone can tell
@@ -47,11 +47,15 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
     The special tokens that the tokenizer adds are read by the model and get no credit.
 
     Raises:
-        DataError: the text is empty, or too long for the model.
+        DataError: the text is empty, too long for the model, or ends with its pad token.
     """
     ids, response = _encode(reward, prompt, text)
-    scores, row, _ = reward.score(ids, torch.ones_like(ids, dtype=torch.bool), attention=True)
+    scores, row, at = reward.score(ids, torch.ones_like(ids, dtype=torch.bool), attention=True)
     assert row is not None
+    if is_decoder(reward.model) and int(at) != ids.shape[1] - 1:
+        came = f"{text[-20:]!r}, which ends with the model's pad token"
+        mend = "Remove it: the model reads its score before it; or choose another --pad_token."
+        raise DataError(message("--text", came, "a text that is scored at its last token", mend))
     rollouts = _as_rollout(ids, response, scores, row)
     chosen = ids[0, response].tolist()
     by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
@@ -66,22 +70,24 @@ def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor
     tokenizer, device = reward.tokenizer, next(reward.model.parameters()).device
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     after = tokenizer(text, add_special_tokens=False)["input_ids"]
-    built = _with_special(tokenizer, [*before, *after])
+    if not after:
+        mend = "This tokenizer drops every character of it: write another text."
+        raise DataError(message("--text", text, "a text of at least one token", mend))
+    built, start = _with_special(tokenizer, [*before, *after])
     limit = getattr(reward.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(built) > limit:
         raise DataError(message("--text", f"{len(built)} tokens", f"at most {limit} tokens", "Shorten it."))
-    start = built.index(before[0]) if before else built.index(after[0])
     first = start + len(before)
     positions = torch.arange(first, first + len(after), device=device)
     return torch.tensor([built], device=device), positions
 
 
-def _with_special(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Return `ids` between the special tokens that the tokenizer puts around one sequence."""
+def _with_special(tokenizer: Any, ids: list[int]) -> tuple[list[int], int]:
+    """Return (`ids` between the special tokens that the tokenizer puts around one sequence, where `ids` begin)."""
     marked = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     at = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
-    return [*marked[:at], *ids, *marked[at + len(plain) :]]
+    return [*marked[:at], *ids, *marked[at + len(plain) :]], at
 
 
 def _as_rollout(ids: Tensor, response: Tensor, scores: Tensor, row: Tensor) -> Rollouts:
@@ -97,5 +103,3 @@ def _as_rollout(ids: Tensor, response: Tensor, scores: Tensor, row: Tensor) -> R
         group=torch.zeros(1, dtype=torch.int64, device=ids.device),
         evidence={"reward_attention": row[:, response]},
     )
-
-

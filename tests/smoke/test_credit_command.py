@@ -1,0 +1,197 @@
+"""`apportion credit` on tiny decoders and encoders: every number recomputed, and nothing given to what is not the text."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+
+from apportion.cli import main
+
+TEXT, PROMPT = "a great story, well told", "I rented this film because"
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that puts [CLS] and [SEP] around every text."""
+    tokens = tiny.tokenizer()
+    tokens.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    special = [("[CLS]", tokens.cls_token_id), ("[SEP]", tokens.sep_token_id)]
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    return tokens
+
+
+def save_bert(folder: Path) -> Path:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(3)
+    config = BertConfig(vocab_size=420, pad_token_id=0, initializer_range=0.3, num_labels=2, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny.save_reward(folder / "decoder")
+    tiny.save_reward(folder / "one-label", labels=1)
+    save_bert(folder / "encoder")
+    return folder
+
+
+def found(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """Run the command in this process with --json and return its one object."""
+    capsys.readouterr()
+    assert main(["credit", *map(str, arguments), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+@torch.no_grad()
+def by_hand(folder: Path, text: str, prompt: str) -> tuple[float, list[float]]:
+    """Return (R, attention of the position that is scored over the text's tokens) by eager attention, head by head."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
+    tokens = AutoTokenizer.from_pretrained(folder)
+    before, after = (tokens(t, add_special_tokens=False)["input_ids"] if t else [] for t in (prompt, text))
+    encoder = tokens.cls_token_id is not None
+    ids = [tokens.cls_token_id, *before, *after, tokens.sep_token_id] if encoder else [*before, *after]
+    first = len(before) + (1 if encoder else 0)
+    out = model(torch.tensor([ids]), output_attentions=True)
+    rows = [out.attentions[-1][0, h, 0 if encoder else -1] for h in range(4)]
+    mean = sum(rows) / 4
+    logits = out.logits[0]
+    return float(logits[1] - logits[0] if len(logits) == 2 else logits[0]), mean[first : first + len(after)].tolist()
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+@pytest.mark.parametrize("name", ["decoder", "one-label", "encoder"])
+def test_score_and_credit_are_the_models_own(
+    world: Path, capsys: pytest.CaptureFixture[str], name: str, prompt: str
+) -> None:
+    """Prompt and special tokens are read by the model and get nothing; the text's tokens share the whole score."""
+    flags = ["--prompt", prompt] if prompt else []
+    came = found(capsys, "--model", world / name, "--text", TEXT, *flags)
+    score, attention = by_hand(world / name, TEXT, prompt)
+    assert came["score"] == pytest.approx(score, abs=1e-5) and came["prompt"] == prompt
+    assert "".join(came["tokens"]) == TEXT and len(came["ids"]) == len(came["tokens"])
+    assert set(came["methods"]) == {"attention", "uniform", "sparse"}
+    for values in came["methods"].values():
+        assert len(values) == len(came["tokens"])
+        assert sum(values) == pytest.approx(came["score"], abs=1e-5 * max(1, abs(score)))
+    kept = sum(attention)
+    assert came["kept_mass"] == pytest.approx(kept, abs=1e-5) and (kept < 0.999 or (name != "encoder" and not prompt))
+    expected = [0.8 * a / kept * score for a in attention]
+    expected[-1] += 0.2 * score
+    assert came["methods"]["attention"] == pytest.approx(expected, abs=1e-5)
+    assert came["methods"]["sparse"] == pytest.approx([0.0] * (len(attention) - 1) + [score], abs=1e-5)
+    assert came["methods"]["uniform"] == pytest.approx([score / len(attention)] * len(attention), abs=1e-5)
+
+
+def test_the_prompt_is_read_though_it_gets_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", world / "decoder", "--text", TEXT]
+    alone, after = found(capsys, *flags), found(capsys, *flags, "--prompt", PROMPT)
+    assert alone["ids"] == after["ids"] and abs(alone["score"] - after["score"]) > 1e-3
+
+
+@pytest.mark.parametrize("prompt", ["[CLS] A story", "[SEP]", ""])
+@pytest.mark.parametrize("text", ["[CLS] a great story", "[SEP] told [SEP] [CLS]", "great"])
+def test_special_tokens_in_the_text_itself_do_not_move_the_credit(
+    world: Path, capsys: pytest.CaptureFixture[str], text: str, prompt: str
+) -> None:
+    """A text may begin with the very token that the tokenizer puts before it."""
+    flags = ["--prompt", prompt] if prompt else []
+    came = found(capsys, "--model", world / "encoder", "--text", text, *flags, "--method", "{attention: {mix: 1.0}}")
+    score, attention = by_hand(world / "encoder", text, prompt)
+    expected = [a / sum(attention) * score for a in attention]
+    assert came["methods"]["attention"] == pytest.approx(expected, abs=1e-5)
+    assert came["ids"] == bert_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def test_methods_take_settings(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = "[{attention: {mix: 1.0, exclude_self: true}}, sparse]"
+    came = found(capsys, "--model", world / "decoder", "--text", TEXT, "--method", spec)
+    assert set(came["methods"]) == {"attention", "sparse"} and came["methods"]["attention"][-1] == 0.0
+    assert sum(came["methods"]["attention"]) == pytest.approx(came["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("text", ["x", "naïve café 😀 — 中文", "line\nline\n\nlast", "  spaces  kept  ", "<pad> inside"])
+def test_odd_texts_keep_their_score(world: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    came = found(capsys, "--model", world / "decoder", "--text", text)
+    assert all(abs(sum(v) - came["score"]) <= 1e-5 * max(1, abs(came["score"])) for v in came["methods"].values())
+    assert came["ids"] == tiny.tokenizer()(text)["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["great <pad>", "great<pad><pad>"])
+def test_a_text_that_ends_with_the_models_pad_is_refused(
+    world: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """The model would read its score before the pad: credit from another position would be a silent error."""
+    assert main(["credit", "--model", str(world / "decoder"), "--text", text, "--json"]) == 2
+    said = capsys.readouterr().err
+    assert "pad" in said and "expected" in said and "Traceback" not in said
+
+
+def test_a_text_without_any_token_is_refused(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A tokenizer may drop characters, here every control character."""
+    from tokenizers import normalizers
+
+    folder = save_bert(tmp_path / "dropping")
+    tokens = bert_tokenizer()
+    tokens.backend_tokenizer.normalizer = normalizers.Replace("\x07", "")
+    tokens.save_pretrained(folder)
+    assert main(["credit", "--model", str(folder), "--text", "\x07\x07"]) == 2
+    said = capsys.readouterr().err
+    assert "--text" in said and "token" in said and "Traceback" not in said
+
+
+def test_text_from_standard_input(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TEXT}\n"))
+    piped = found(capsys, "--model", world / "decoder", "--text", "-")
+    assert piped == found(capsys, "--model", world / "decoder", "--text", TEXT), "the shell's newline is no token"
+
+
+def test_the_page_shows_every_token_and_method(world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "out" / "credit.html"
+    page.parent.mkdir()
+    text = "a <b>great</b> story & more"
+    came = found(capsys, "--model", world / "decoder", "--text", text, "--prompt", PROMPT, "--html", page)
+    html = page.read_text(encoding="utf-8")
+    assert html.lstrip().lower().startswith("<!doctype html") and "<b>great" not in html
+    assert all(method in html for method in came["methods"]) and PROMPT in html
+    assert "src=\"http" not in html and "href=\"http" not in html, "the page needs the network"
+
+
+def test_the_table_names_the_score_and_the_strongest_tokens(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    came = found(capsys, "--model", world / "decoder", "--text", TEXT)
+    assert main(["credit", "--model", str(world / "decoder"), "--text", TEXT]) == 0
+    out = capsys.readouterr().out
+    assert f"score {came['score']:+.3f}" in out and f"{len(came['tokens'])} tokens" in out
+    values = came["methods"]["attention"]
+    best = max(range(len(values)), key=lambda i: abs(values[i]))
+    assert f"{came['tokens'][best]!r} {values[best]:+.3f}" in out
+
+
+def test_the_command_as_a_process_reads_a_pipe(world: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "apportion", "credit", "--model", world / "encoder", "--text", "-", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, input=TEXT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    came = json.loads(done.stdout)
+    assert "".join(came["tokens"]) == TEXT
+    assert sum(came["methods"]["attention"]) == pytest.approx(came["score"], abs=1e-5)
