@@ -10,7 +10,7 @@ from apportion.advantages.gae import gae
 from apportion.types import Estimator
 
 METHODS: Mapping[str, Callable[..., Estimator]] = {f.__name__: f for f in (gae,)}
-__all__ = [*METHODS, "METHODS", "find", "names"]
+__all__ = ["METHODS", "build", "find", "gae", "names"]
 
 
 def names() -> tuple[str, ...]:

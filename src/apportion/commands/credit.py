@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from apportion import registry
-from apportion.commands.settings import split_flags
+from apportion.commands.settings import load_value, split_flags
 from apportion.commands.terminal import note
 from apportion.errors import ConfigError, DataError, message
 
@@ -72,7 +71,7 @@ def _check(options: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
     for name, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16"))):
         if name in options and options[name] not in known:
             raise ConfigError(message(f"--{name}", options[name], "one of " + ", ".join(known), "Choose one of them."))
-    return registry.parse("--method", yaml.safe_load(options.get("method", "[attention, uniform, sparse]")))
+    return registry.parse("--method", load_value("method", options.get("method", "[attention, uniform, sparse]")))
 
 
 def show(found: Any) -> None:

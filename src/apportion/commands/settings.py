@@ -123,15 +123,24 @@ def fold_methods(flags: list[tuple[str, str]], kind: type) -> tuple[dict[str, li
     for name, value in flags:
         base, _, key = name.partition(".")
         if base in METHODS and key:
-            methods.setdefault(base, []).append((key, _value(name, value)))
+            methods.setdefault(base, []).append((key, load_value(name, value)))
         else:
             others.append((name, value))
     return methods, others
 
 
-def _value(name: str, text: str) -> Any:
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 5e-4 as a number, as jsonargparse does; YAML 1.1 takes it for a word."""
+
+
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def load_value(name: str, text: str) -> Any:
+    """Return the YAML value of a flag. Raises ConfigError when it is none."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         expected = "a number, a word or other YAML"
         raise ConfigError(message(f"--{name}", text, expected, "Close what you opened, or quote it.")) from error

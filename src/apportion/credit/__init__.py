@@ -21,7 +21,19 @@ from apportion.types import Credit, Rollouts, State
 METHODS: Mapping[str, Callable[..., Credit]] = {
     f.__name__: f for f in (sparse, uniform, attention, policy_attention, kl_penalty)
 }
-__all__ = [*METHODS, "METHODS", "apply", "chain", "find", "names"]
+__all__ = [
+    "METHODS",
+    "apply",
+    "attention",
+    "chain",
+    "find",
+    "kl_penalty",
+    "make",
+    "names",
+    "policy_attention",
+    "sparse",
+    "uniform",
+]
 
 
 def names() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from apportion.segments.tokens import tokens
 from apportion.types import Segmenter
 
 METHODS: Mapping[str, Callable[..., Segmenter]] = {f.__name__: f for f in (tokens,)}
-__all__ = [*METHODS, "METHODS", "find", "names"]
+__all__ = ["METHODS", "build", "find", "names", "tokens"]
 
 
 def names() -> tuple[str, ...]:
