@@ -22,7 +22,7 @@ class Algorithm(NamedTuple):
     formula: str
 
 
-PENALTY = {"kl_penalty": {"coef": 0.05, "target": 10.0, "horizon": 400}}
+PENALTY = {"kl_penalty": {"coef": 0.12, "target": 8.0, "horizon": 400}}
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "ppo": Algorithm(["sparse", PENALTY], "tokens", "gae", "Ouyang et al. 2022", "r_t = R·1[t=last] − κ·kl_t"),

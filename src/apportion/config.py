@@ -253,7 +253,7 @@ class DemoConfig:
     credit: Spec = "attention"
     clips: int = 8000
     count: int = 128
-    lr: float = 5e-4
+    lr: float = 4e-4
     seed: int = 0
 
 

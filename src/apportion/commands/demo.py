@@ -14,7 +14,7 @@ from apportion.commands.evaluate import summary as evaluation_lines
 from apportion.commands.memory import PeakMemory
 from apportion.commands.settings import Parsed, parse, show
 from apportion.commands.terminal import interval, note
-from apportion.config import DemoConfig, EvaluateConfig, OptimConfig, RewardConfig, RLConfig
+from apportion.config import DemoConfig, EvaluateConfig, OptimConfig, PPOConfig, RewardConfig, RLConfig
 from apportion.runs import Run
 
 EXAMPLES = """examples:
@@ -52,6 +52,8 @@ def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
         credit=config.credit,
         steps=config.steps,
         seed=config.seed,
+        # two epochs, not four: the KL budget is spent before more passes over a batch pay for their time
+        ppo=PPOConfig(epochs=2),
         optim=OptimConfig(lr=config.lr),
     )
     return reward, rl

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from apportion.errors import ModelError, message
@@ -113,12 +113,24 @@ def load_settings(field: str, folder: str) -> Any:
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
 
 
+def _is_adapter(folder: str) -> bool:
+    """Whether `folder` holds an adapter and no whole model, with or without a config.json."""
+    path = Path(folder)
+    return (path / "adapter_config.json").is_file() and next(path.glob("model*.safetensors"), None) is None
+
+
 def base_of(folder: str) -> str:
-    """Return the model that the adapter in `folder` was made for, or `folder` when it holds no adapter alone."""
-    adapter = Path(folder) / "adapter_config.json"
-    if not adapter.is_file() or (Path(folder) / "config.json").is_file():
+    """Return the model that the adapter in `folder` was made for, or `folder` when it holds no adapter alone.
+
+    Raises:
+        ValueError: the adapter does not say.
+    """
+    if not _is_adapter(folder):
         return folder
-    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError("its adapter_config.json names no base model")
+    return str(base)
 
 
 def _said(folder: str, error: Exception) -> str:
@@ -134,7 +146,7 @@ def load_causal(field: str, folder: str, dtype: torch.dtype, device: torch.devic
     """
     from transformers import AutoModelForCausalLM
 
-    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+    if _is_adapter(folder):
         return own_memory(_merged_adapter(field, folder, dtype).to(device).eval())
     model, info = _from_pretrained(field, AutoModelForCausalLM, folder, dtype)
     _refuse_missing(field, folder, info)
@@ -150,6 +162,21 @@ def _merged_adapter(field: str, folder: str, dtype: torch.dtype) -> nn.Module:
         expected = "an adapter whose base model can be loaded"
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
     return adapted.merge_and_unload().to(dtype)  # merged in float32: merging in bfloat16 differs by 6e-3
+
+
+def _merged_classifier(field: str, folder: str, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
+    """Return (float32 classifier with the adapter in `folder` merged, {"missing_keys": stored in neither of both})."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = _from_pretrained(field, AutoModelForSequenceClassification, base_of(folder), torch.float32, **kwargs)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+        stored = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(message(field, _said(folder, error), "an adapter that fits its base model", MEND)) from error
+    missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
+    return adapted.merge_and_unload(), {"missing_keys": missing}
 
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
@@ -194,7 +221,11 @@ def load_classifier(
     if new_head is None and (labels := load_settings(field, folder).num_labels) not in (1, 2):
         mend = "Use a reward model (1 label) or a binary classifier (2 labels)."
         raise ModelError(message(field, f"{folder} with {labels} labels", "1 or 2 labels", mend))
-    model, info = _from_pretrained(field, AutoModelForSequenceClassification, folder, dtype, **kwargs)
+    if _is_adapter(folder):
+        model, info = _merged_classifier(field, folder, **kwargs)
+        model = model.to(dtype)
+    else:
+        model, info = _from_pretrained(field, AutoModelForSequenceClassification, folder, dtype, **kwargs)
     if new_head is None:
         _refuse_missing(field, folder, info)
     else:
