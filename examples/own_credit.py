@@ -30,7 +30,7 @@ def words(*, mix: float = 0.8) -> Credit:
     def weights(rollouts: Rollouts) -> Tensor:
         return take_evidence(rollouts, LETTERS)
 
-    return redistributor(weights, mix=mix, needs=frozenset({LETTERS}), causal=False, label="words")
+    return redistributor(weights, mix=mix, needs=frozenset({LETTERS}), causal=False)
 
 
 def letters(models: Any, rollouts: Rollouts, texts: Sequence[str]) -> Tensor:

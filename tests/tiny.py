@@ -14,7 +14,7 @@ from transformers import (
 )
 
 TEXTS = [
-    "I rented this film because everyone said that it was wonderful, and it was: a great story, well told and well played.",
+    "I rented this film because everyone called it wonderful, and it was: a great story, well told and well played.",
     "This film was a terrible waste of time; the story was bad, the acting worse, and I wanted my money back.",
     "A lovely little picture with a warm heart, good music and a fine cast. I would gladly see it again.",
     "Boring from beginning to end. The jokes are dull, the plot is stupid, and nobody in it can act at all.",
@@ -28,7 +28,8 @@ def tokenizer(*, pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<eos>", "<unk>"], initial_alphabet=alphabet)
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<eos>", "<unk>"], initial_alphabet=alphabet),
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", unk_token="<unk>", pad_token=pad)
 

@@ -110,7 +110,9 @@ def sampled(made: Policy, rows: Sequence[Sequence[int]], *, seed: int = 0, **set
     return sample(made, rows, chosen, torch.Generator().manual_seed(seed))
 
 
-def rollouts_of(prompt_rows: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, extra: int = 0) -> Rollouts:
+def rollouts_of(
+    prompt_rows: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, extra: int = 0
+) -> Rollouts:
     """Return unscored rollouts of given ids, with `extra` more pads than needed on both sides."""
     width, length = max(map(len, prompt_rows)) + extra, max(map(len, responses)) + extra
     left = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in prompt_rows])

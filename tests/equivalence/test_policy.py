@@ -1,8 +1,9 @@
-"""The policy on tiny real models: where values are read, what padding may not change, the reference, adapters, saving."""
+"""The policy on tiny real models: where values are read, what padding may not change, reference, adapters, saving."""
 
 from __future__ import annotations
 
 import gc
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,9 +131,7 @@ def test_the_pads_own_id_changes_nothing(world: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("value_model", ["shared", "separate"])
-def test_at_the_start_the_reference_is_the_policy_and_values_are_zero(
-    world: Path, rank: int, value_model: str
-) -> None:
+def test_at_the_start_the_reference_is_the_policy_and_values_are_zero(world: Path, rank: int, value_model: str) -> None:
     policy = ending(world, stirred=False, **{"lora.rank": rank, "ppo.value_model": value_model})
     batch = ragged()
     out = policy.forward(batch)
@@ -247,12 +246,15 @@ def test_adapters_of_a_16_bit_run_are_merged_in_float32(world: Path, tmp_path: P
     torch.testing.assert_close(loaded.forward(batch).logprobs, exact.forward(batch).logprobs, rtol=0, atol=1e-5)
 
 
-def test_a_start_that_is_an_adapter_is_merged_first(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_start_that_is_an_adapter_is_merged_first(world: Path, tmp_path: Path, with_config: bool) -> None:
     first = ending(world)
     first.model.save_pretrained(tmp_path / "adapter")
     tiny.tokenizer().save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    if with_config:  # as some trainers leave it beside
+        shutil.copy(world / "policy" / "config.json", tmp_path / "adapter")
     second = ending(world, stirred=False, policy=tmp_path / "adapter")
     batch = ragged()
     expected = first.forward(batch).logprobs.detach()

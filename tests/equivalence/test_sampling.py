@@ -84,6 +84,17 @@ def test_an_id_of_probability_zero_is_never_drawn(logits: torch.Tensor) -> None:
     assert fits(counts, logp.exp()) > 1e-3
 
 
+def test_a_uniform_of_exactly_zero_draws_the_first_id_that_is_allowed() -> None:
+    """It comes once in 2^53 draws; here the generator's state is emptied, so that it gives nothing but zeros."""
+    generator = torch.Generator()
+    state = generator.get_state()
+    state[24 : 24 + 624 * 8] = 0  # the words of the Mersenne twister, after seed, counters and position
+    generator.set_state(state)
+    assert (torch.rand(4, dtype=torch.float64, generator=generator) == 0).all()
+    logp = torch.tensor([[-torch.inf, -torch.inf, 0.3, 0.2, -torch.inf]]).log_softmax(dim=-1)
+    assert draw(logp, generator).tolist() == [[2]]
+
+
 def test_drawing_from_a_large_vocabulary_is_exact_in_the_tail() -> None:
     """50,000 ids, half of the mass on ids of 1e-5 each: float32 sums would lose some of it."""
     p = torch.full((50_000,), 0.5 / 49_999)

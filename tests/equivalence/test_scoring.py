@@ -18,10 +18,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForSequenceClassification
 
-from apportion.config import ScoreConfig
-from apportion.errors import ConfigError, ScoreError
+from apportion.config import LoraConfig, ScoreConfig
+from apportion.errors import ConfigError, ModelError, ScoreError
 from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.reward_pass import reward_pass
+from apportion.models.adapters import add_adapter
 from apportion.models.reward import RewardModel
 from apportion.scoring import adjust, score
 from apportion.stages.rl import train
@@ -96,7 +97,7 @@ def test_micro_batches_change_no_score_and_no_evidence(world: Path, micro: int) 
 
 
 def test_a_response_with_the_reward_models_pad_is_refused_by_its_number(world: Path) -> None:
-    """Its pooled position would move to the token before; in the second micro-batch, so that numbers are the batch's."""
+    """Its pooled position would move to the token before; in a later micro-batch, so that numbers are the batch's."""
     models = tiny_runs.models(world)
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(5), max_new_tokens=4)
     ids = batch.response_ids.clone()
@@ -134,6 +135,28 @@ def test_scores_are_centred_scaled_and_clipped_a_sequence_at_a_time(world: Path)
     found = score(models, batch, (), ScoreConfig(center=True, scale=True, clip=0.2))
     torch.testing.assert_close(found.scores, ((found.evidence["raw_scores"] - 0.5) / 2.0).clamp(-0.2, 0.2))
     assert (found.scores.abs() <= 0.2).all() and (found.evidence["raw_scores"].abs() > 0.9).any()
+
+
+@pytest.mark.parametrize(("base", "head"), [("reward", None), ("policy", "score")])
+def test_a_reward_model_may_be_an_adapter(world: Path, tmp_path: Path, base: str, head: str | None) -> None:
+    """Over a reward model, or over a language model with a trained head; without any trained head it is refused."""
+    model = AutoModelForSequenceClassification.from_pretrained(world / base, num_labels=2).eval()
+    adapted = add_adapter(model, LoraConfig(rank=2), head=head).eval()
+    with torch.no_grad():
+        for parameter in (p for p in adapted.parameters() if p.requires_grad):
+            parameter += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[50, 60, 70, 80]])
+    trained, loaded = RewardModel(adapted, None), tiny_runs.judge(tmp_path, "adapter")
+    found = (model.score(ids, ids > 0, attention=True) for model in (trained, loaded))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+    if head:
+        bare = AutoModelForSequenceClassification.from_pretrained(world / base, num_labels=2)
+        add_adapter(bare, LoraConfig(rank=2)).save_pretrained(tmp_path / "adapter")
+        with pytest.raises(ModelError, match=r"score\.weight.*weights for every layer"):
+            tiny_runs.judge(tmp_path, "adapter")
 
 
 def test_evidence_that_no_pass_gives_is_refused_by_name(world: Path) -> None:

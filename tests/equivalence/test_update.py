@@ -20,7 +20,7 @@ from apportion.scoring import score
 from apportion.segments import build as build_segments
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
-from apportion.stages.rl import experience, learn, make_learner, train
+from apportion.stages.rl import experience, learn, make_learner, settle_truncated, train
 from apportion.stages.update import Targets, first_of_action, learning_rate, make_targets, update
 from apportion.types import Advantages, Rollouts
 
@@ -166,9 +166,9 @@ def test_a_gradient_that_is_not_finite_takes_no_step(world: Path, bad: float) ->
     advantages[2, 0] = bad
     before = [p.detach().clone() for p in policy.trainable()]
     optimizer = torch.optim.AdamW(policy.trainable(), lr=0.1)
+    wild, ppo, generator = targets._replace(advantages=advantages), PPOConfig(mini_batch=8), torch.Generator()
     with pytest.raises(ScoreError, match="gradient norm: got (nan|inf); expected a finite number"):
-        ppo, generator = PPOConfig(mini_batch=8), torch.Generator().manual_seed(0)
-        update(policy, optimizer, batch, targets._replace(advantages=advantages), ppo, NO_CLIP, generator)
+        update(policy, optimizer, batch, wild, ppo, NO_CLIP, generator)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
 
 
@@ -216,6 +216,16 @@ def test_truncated_says_what_a_response_without_eos_is_worth(world: Path, trunca
         assert abs(after[row]) > 1e-3
         expected = gae_by_hand(record["reward"], record["value"], follows)
         assert record["advantage"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_settling_changes_what_ended_and_nothing_else(world: Path) -> None:
+    _, batch, _ = learner_of(world, "terminal")
+    for truncated in ("terminal", "bootstrap", "mask", "penalty"):
+        settled = settle_truncated(batch, PPOConfig(truncated=truncated, truncation_penalty=-3.0))
+        kept = truncated in ("bootstrap", "mask")
+        assert torch.equal(settled.ended, batch.ended) if kept else settled.ended.all()
+        expected = torch.where(batch.ended, batch.scores, -3.0) if truncated == "penalty" else batch.scores
+        assert torch.equal(settled.scores, expected) and settled.response_ids is batch.response_ids
 
 
 def test_masked_truncated_rows_teach_nothing_and_count_nowhere(world: Path) -> None:

@@ -131,7 +131,10 @@ def test_a_wrong_value_is_named(command: Command, flag: str, value: str, pieces:
         (["--credit.mix", "{"], ["--credit.mix: got '{'", "YAML", "quote it"]),
         (["--credit.kl_penalty.coef", "-1"], ["kl_penalty.coef: got -1", "a number >= 0"]),
         (["--advantages.gamma", "2"], ["gae.gamma: got 2", "a number in [0, 1]"]),
-        (["--credit", "[attention, uniform]"], ["got 'attention with uniform'", "at most one redistributor", "Choose one"]),
+        (
+            ["--credit", "[attention, uniform]"],
+            ["got 'attention with uniform'", "at most one redistributor", "Choose one"],
+        ),
         (["--credit", "[uniform, attention]"], ["got 'uniform with attention'"]),
         (["--credit", "[attention, attention]"], ["credit: got ['attention', 'attention']", "each method once"]),
         (["--credit", "[kl_penalty, attention]"], ["a redistributor at position 1", "Put kl_penalty last"]),

@@ -100,9 +100,9 @@ def test_exclude_self_keeps_the_only_token_and_handles_mass_on_the_last_alone():
     one = helpers.rollouts(helpers.bools([[0, 1, 0]]), ["reward_attention"])
     method = credit.attention(exclude_self=True)
     assert method.share(one).tolist() == [[0, 1, 0]]
-    assert method.stats(one, one.logprobs, one.logprobs)["credit/attention/fallback_rate"][0] == 0, "it keeps its own mass"
+    assert method.stats(one, one.logprobs, one.logprobs)["credit/fallback_rate"][0] == 0, "it keeps its own mass"
     # only the excluded token has mass: uniform, counted
     mass = {"reward_attention": torch.tensor([[0.0, 0, 7]])}
     last = helpers.rollouts(helpers.bools([[1, 1, 1]]), mass, **mass)
     torch.testing.assert_close(method.share(last), torch.full((1, 3), 1 / 3))
-    assert method.stats(last, last.logprobs, last.logprobs)["credit/attention/fallback_rate"][0] == 1
+    assert method.stats(last, last.logprobs, last.logprobs)["credit/fallback_rate"][0] == 1

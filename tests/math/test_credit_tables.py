@@ -95,9 +95,14 @@ def test_shifted_policy_attention_gives_the_first_token_nothing():
 def test_share_statistics_by_hand():
     stats = credit.attention().stats(example(), MASK.float(), MASK.float())
     # kept mass 10 and 4; largest shares .4 and .5; entropy of (.1 .2 .3 .4) is 1.279854, of (¼ ¼ ½) 1.039721
-    for name, expected in (("kept_mass", 14.0), ("max_share", 0.9), ("share_entropy", 2.319575), ("fallback_rate", 0.0)):
-        torch.testing.assert_close(stats[f"credit/attention/{name}"][0], torch.tensor(expected))
-    assert stats["credit/attention/kept_mass"][1] == 2
+    for name, expected in (
+        ("kept_mass", 14.0),
+        ("max_share", 0.9),
+        ("share_entropy", 2.319575),
+        ("fallback_rate", 0.0),
+    ):
+        torch.testing.assert_close(stats[f"credit/{name}"][0], torch.tensor(expected))
+    assert stats["credit/kept_mass"][1] == 2
     kl = credit.kl_penalty().stats(example(), MASK.float(), MASK.float())["objective/kl"]
     assert kl[0] == 0.5 and kl[1] == 2  # nats over both rows (0 + .5), rows
 

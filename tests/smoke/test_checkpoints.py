@@ -17,7 +17,7 @@ from apportion.stages.methods import build_method
 from apportion.stages.rl import make_learner, train
 
 MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
-ADAPTIVE = '[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]'
+ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
 
 
 class Interrupted(Exception):

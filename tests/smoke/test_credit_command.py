@@ -1,4 +1,4 @@
-"""`apportion credit` on tiny decoders and encoders: every number recomputed, and nothing given to what is not the text."""
+"""`apportion credit` on tiny decoders and encoders: every number recomputed, nothing given to what is not the text."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def test_methods_take_settings(world: Path, capsys: pytest.CaptureFixture[str]) 
     assert sum(came["methods"]["attention"]) == pytest.approx(came["score"], abs=1e-5)
 
 
-@pytest.mark.parametrize("text", ["x", "naïve café 😀 — 中文", "line\nline\n\nlast", "  spaces  kept  ", "<pad> inside"])
+@pytest.mark.parametrize(
+    "text", ["x", "naïve café 😀 — 中文", "line\nline\n\nlast", "  spaces  kept  ", "<pad> inside"]
+)
 def test_odd_texts_keep_their_score(world: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     came = found(capsys, "--model", world / "decoder", "--text", text)
     assert all(abs(sum(v) - came["score"]) <= 1e-5 * max(1, abs(came["score"])) for v in came["methods"].values())
@@ -141,9 +143,7 @@ def test_a_text_that_ends_with_the_models_pad_is_refused(
     assert "pad" in said and "expected" in said and "Traceback" not in said
 
 
-def test_a_text_without_any_token_is_refused(
-    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_text_without_any_token_is_refused(world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A tokenizer may drop characters, here every control character."""
     from tokenizers import normalizers
 
@@ -172,7 +172,7 @@ def test_the_page_shows_every_token_and_method(world: Path, capsys: pytest.Captu
     html = page.read_text(encoding="utf-8")
     assert html.lstrip().lower().startswith("<!doctype html") and "<b>great" not in html
     assert all(method in html for method in came["methods"]) and PROMPT in html
-    assert "src=\"http" not in html and "href=\"http" not in html, "the page needs the network"
+    assert 'src="http' not in html and 'href="http' not in html, "the page needs the network"
 
 
 def test_the_table_names_the_score_and_the_strongest_tokens(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`apportion evaluate` on tiny real runs: a policy that equals its start, and every figure recomputed for one that does not."""
+"""`apportion evaluate` on tiny real runs: a policy that equals its start, and one with every figure recomputed."""
 
 from __future__ import annotations
 
@@ -141,9 +141,7 @@ def test_the_base_of_a_16_bit_run_is_its_own_start(world: Path, tmp_path: Path) 
     assert abs(found["kl"]["mean"]) < 1e-6
 
 
-def test_the_summary_tells_the_measured_figures(
-    world: Path, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_summary_tells_the_measured_figures(world: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluated(world, trained)
     out = capsys.readouterr().out
     assert f"{found['distinct2_before']:.3f} -> {found['distinct2_after']:.3f}" in out

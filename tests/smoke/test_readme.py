@@ -78,7 +78,7 @@ def test_my_credit_spreads_by_the_power_of_attention(tmp_path: Path) -> None:
         expected = 0.8 * row["score"] * shares / shares.sum()
         expected[-1] += 0.2 * row["score"]
         torch.testing.assert_close(torch.tensor(row["credit"]).double(), expected, rtol=1e-3, atol=1e-4)
-    assert "credit/sharp/max_share" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "credit/max_share" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_the_loop_learns_and_loads_no_model_library(tmp_path: Path) -> None:

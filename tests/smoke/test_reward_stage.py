@@ -124,7 +124,9 @@ def test_mean_and_sd_beside_the_weights_are_those_of_the_held_out_clips(world: P
     ("labels", "positive"),
     [({0: "NEGATIVE", 1: "POSITIVE"}, 1), ({0: "positive", 1: "negative"}, 0), ({0: "LABEL_0", 1: "LABEL_1"}, 1)],
 )
-def test_the_positive_label_is_found_by_its_name(world: Path, tmp_path: Path, labels: dict[int, str], positive: int) -> None:
+def test_the_positive_label_is_found_by_its_name(
+    world: Path, tmp_path: Path, labels: dict[int, str], positive: int
+) -> None:
     folder = tiny.save_reward(tmp_path / "reward")
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}

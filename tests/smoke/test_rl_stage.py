@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from apportion.cli import main
 from apportion.credit import METHODS
+from apportion.errors import ModelError
 from apportion.models.load import has_bfloat16
-from apportion.stages.rl import train
+from apportion.stages.methods import build_method
+from apportion.stages.rl import make_learner, train
 
 FIELDS = {
     "step", "row", "prompt", "text", "tokens", "prompt_ids", "response_ids", "ended", "score", "raw_score", "credit",
@@ -211,6 +214,23 @@ def test_a_start_that_is_an_adapter_runs(world: Path, tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "adapter")
     records = check_folder(finished(world, tmp_path / "run", policy=tmp_path / "adapter"))
     assert max(abs(kl) for record in records[:4] for kl in record["kl"]) < 1e-5, "the reference is the merged adapter"
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    for base, said in (("/nowhere/base", "/nowhere/base"), (None, "names no base model")):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": base}))
+        with pytest.raises(ModelError, match=f"policy: got .*adapter.*{said}"):
+            train(tiny_runs.config(world, tmp_path / "other", policy=tmp_path / "adapter"))
+
+
+def test_every_pass_over_the_prompts_has_each_once_in_an_order_of_its_own(world: Path) -> None:
+    def dealt(seed: int) -> list[list[list[int]]]:
+        config = tiny_runs.config(world, seed=seed, **{"sampling.prompt_tokens": "null"})
+        stream = make_learner(config, build_method(config)).prompts
+        assert len(stream.rows) == 24
+        return [[row for step in steps for row in stream.take(step, 6)] for steps in (range(1, 5), range(5, 9))]
+
+    (first, second), (again, _), (other, _) = dealt(3), dealt(3), dealt(4)
+    assert sorted(first) == sorted(second) and first != second
+    assert first == again and first != other
 
 
 def test_samples_of_one_prompt_stand_together(world: Path, tmp_path: Path) -> None:

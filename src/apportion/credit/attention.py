@@ -51,7 +51,7 @@ def attention(*, mix: float = 0.8, floor: float = 0.0, cap: float | None = None,
         return share * raw.sum(dim=1, keepdim=True)  # keeps the kept mass visible in the metrics
 
     needs = frozenset({"reward_attention"})
-    return redistributor(weights, mix=mix, needs=needs, causal=False, label="attention")
+    return redistributor(weights, mix=mix, needs=needs, causal=False)
 
 
 def without_last(weights: Tensor, mask: Tensor) -> Tensor:

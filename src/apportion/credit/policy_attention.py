@@ -40,4 +40,4 @@ def policy_attention(*, mix: float = 0.8, view: str = "mean", shifted: bool = Fa
             raw = torch.nn.functional.pad(raw, (1, 0))[:, :-1]
         return torch.where(rollouts.mask, raw, 0.0)
 
-    return redistributor(weights, mix=mix, needs=frozenset({name}), causal=False, label="policy_attention")
+    return redistributor(weights, mix=mix, needs=frozenset({name}), causal=False)

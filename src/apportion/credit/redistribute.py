@@ -34,11 +34,11 @@ def take_evidence(rollouts: Rollouts, name: str) -> Tensor:
     return weights
 
 
-def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal: bool, label: str) -> Credit:
+def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal: bool) -> Credit:
     """Return the credit that spreads β = `mix` of each row's rewards in proportion to `weights(rollouts)` (B,T).
 
     The rest, 1−β, stays where it was. Row sums are kept for any β because the shares sum to 1: a row whose weights
-    have no mass falls back to uniform shares (counted in `credit/<label>/fallback_rate`), a row without tokens stays 0.
+    have no mass falls back to uniform shares (counted in `credit/fallback_rate`), a row without tokens stays 0.
     Source: Chan et al. 2024 (arXiv 2402.00782), eq. for r_t with β and α.
     """
 
@@ -54,12 +54,12 @@ def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal
 
     def stats(rollouts: Rollouts, before: Tensor, after: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         raw = torch.where(rollouts.mask, weights(rollouts), 0.0)
-        return share_stats(raw, rollouts.mask, label)
+        return share_stats(raw, rollouts.mask)
 
     return Credit(dict, assign, needs, keeps_return=True, causal=causal, share=share, stats=stats)
 
 
-def share_stats(raw: Tensor, mask: Tensor, label: str) -> dict[str, tuple[Tensor, Tensor]]:
+def share_stats(raw: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (sum, count) of kept mass, largest share, share entropy (nats), fallback and empty rates over rows."""
     shares, fallback = normalise(raw, mask)
     full = mask.any(dim=1)
@@ -71,5 +71,5 @@ def share_stats(raw: Tensor, mask: Tensor, label: str) -> dict[str, tuple[Tensor
         "share_entropy": entropy[full].sum(),
         "fallback_rate": fallback.float().sum(),
     }
-    found = {f"credit/{label}/{k}": (v, rows) for k, v in sums.items()}
-    return found | {f"credit/{label}/empty_rate": ((~full).float().sum(), torch.ones_like(rows) * len(mask))}
+    found = {f"credit/{k}": (v, rows) for k, v in sums.items()}
+    return found | {"credit/empty_rate": ((~full).float().sum(), torch.ones_like(rows) * len(mask))}

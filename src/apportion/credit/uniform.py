@@ -24,4 +24,4 @@ def uniform(*, mix: float = 1.0) -> Credit:
     def weights(rollouts: Rollouts) -> Tensor:
         return rollouts.mask.float() / rollouts.mask.sum(dim=1, keepdim=True).clamp_min(1)
 
-    return redistributor(weights, mix=mix, needs=frozenset(), causal=False, label="uniform")
+    return redistributor(weights, mix=mix, needs=frozenset(), causal=False)

@@ -33,7 +33,10 @@ MAIN = (
     Measure("kl/coef", "KL coefficient"),
     Measure("credit/kept_mass", "Kept mass", "share of attention on the response"),
 )
-REWARD = (Measure("loss/reward", "Loss", "nats a comparison"), Measure("accuracy", "Accuracy", "training comparisons"))
+REWARD = (
+    Measure("loss/reward", "Loss", "nats a clip"),
+    Measure("accuracy", "Accuracy", "share of training clips judged right"),
+)
 
 
 def main_charts(runs: Sequence[RunData]) -> list[Chart]:

@@ -193,9 +193,9 @@ METHOD = {
     "an even share, so that an even spread stays pale. " + CAUTION,
 }
 REWARD_METHOD = {
-    "Reward model": "Accuracy is the share of held-out comparisons in which the preferred text has the higher score. "
-    "Confidence is the sigmoid of the score difference; the calibration error is the mean gap between confidence and "
-    "accuracy over bins, weighted by their counts, which the marker areas show.",
+    "Reward model": "Accuracy is the share of held-out clips whose label the sign of the score says. Confidence is the "
+    "sigmoid of the score, the probability of a positive label; the calibration error is the mean gap between it and "
+    "the share of positive labels over bins, weighted by their counts, which the marker areas show.",
 }
 
 

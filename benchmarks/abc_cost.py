@@ -1,0 +1,241 @@
+"""What ABC adds to scoring: its operations timed alone and in pairs, and the memory that it takes.
+
+    python benchmarks/abc_cost.py                        # SmolLM2-135M, 256 and 1,024 tokens, about a minute
+    python benchmarks/abc_cost.py --random llama-135m    # the same shapes with random weights, nothing to download
+    python benchmarks/abc_cost.py --json
+
+"alone" is everything that the attention row costs beside the scoring forward: wrapping the registry, recording q and k
+in every layer, one softmax row of the last layer, its head mean and its normalisation; timed without the forward,
+which is timed by itself in the same run. "paired" is the difference between a forward with the tap and one without,
+in interleaved pairs; its interval shows how little of the ratio that way of timing can resolve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from apportion.cli import quiet_libraries
+from apportion.masking import normalise
+from apportion.models.attention_row import AttentionTap, attention_row
+from apportion.models.load import load_classifier, locate
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+    },
+    "llama-tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 400,
+        "max_position_embeddings": 512,
+    },
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print a table or JSON, and return 0."""
+    options = parse(arguments)
+    quiet_libraries()
+    torch.set_num_threads(options.threads)
+    model = build(options)
+    rows = [measure(model, length, options) for length in options.tokens]
+    found = {
+        "model": options.random or options.model,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "batch": options.batch,
+        "torch": torch.__version__,
+        "lengths": rows,
+    }
+    sys.stdout.write(json.dumps(found) + "\n" if options.json else table(found))
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="a built-in name, a folder or a hub id")
+    parser.add_argument("--random", choices=sorted(SHAPES), help="random weights of these shapes instead of --model")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024], help="sequence lengths")
+    parser.add_argument("--batch", type=int, default=1, help="sequences a forward")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repetitions", type=int, default=200, help="of ABC's operations alone")
+    parser.add_argument("--pairs", type=int, default=15, help="of forwards with and without the tap")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def build(options: argparse.Namespace) -> Any:
+    """Return the 2-label classifier to score with; its head is fresh, which costs what any head costs."""
+    dtype = getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    if options.random is None:
+        folder = locate("--model", options.model)
+        return load_classifier("--model", folder, dtype, torch.device("cpu"), new_head=2)
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(**SHAPES[options.random], num_labels=2, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    return LlamaForSequenceClassification(config).to(dtype).eval()
+
+
+@torch.no_grad()
+def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one sequence length; times in seconds, ratios as fractions of the scoring forward."""
+    generator = torch.Generator().manual_seed(length)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(2, vocabulary, (options.batch, length), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    rows, mask = torch.full((options.batch,), length - 1), torch.ones_like(ids, dtype=torch.bool)
+
+    def plain() -> None:
+        model(**inputs)
+
+    def tapped() -> None:
+        with attention_row(model) as tap:
+            model(**inputs)
+        finish(tap, rows, mask)
+
+    plain(), tapped()  # warm up
+    without, with_tap = paired(plain, tapped, options.pairs)
+    forward = statistics.median(without)
+    alone = timed_alone(model, inputs, rows, mask, options.repetitions)
+    differences = [b - a for a, b in zip(without, with_tap, strict=True)]
+    low, high = median_interval(differences)
+    return {
+        "tokens": length,
+        "forward_s": forward,
+        "alone_s": statistics.median(alone),
+        "alone_ratio": statistics.median(alone) / forward,
+        "repetitions": len(alone),
+        "paired_s": statistics.median(differences),
+        "paired_ratio": statistics.median(differences) / forward,
+        "paired_ratio_low": low / forward,
+        "paired_ratio_high": high / forward,
+        "pairs": len(differences),
+        **memory(plain, tapped, length),
+    }
+
+
+def finish(tap: AttentionTap, rows: Tensor, mask: Tensor) -> Tensor:
+    """Return α (B,K): what scoring and the credit do with the tap after the forward."""
+    return normalise(torch.where(mask, tap.weights(rows).mean(dim=1), 0.0), mask)[0]
+
+
+def timed_alone(model: Any, inputs: dict[str, Tensor], rows: Tensor, mask: Tensor, repetitions: int) -> list[float]:
+    """Return the seconds of each repetition of ABC's own operations, on the q and k of a real forward."""
+    with attention_row(model) as tap:
+        model(**inputs)
+    call = tap._call
+    assert call is not None
+    layers = model.config.get_text_config().num_hidden_layers
+    times = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        with attention_row(model) as tap:
+            for _ in range(layers):
+                tap._record(*call)
+        finish(tap, rows, mask)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def paired(one: Callable[[], None], two: Callable[[], None], pairs: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of `one` and of `two`, run in turns; every second pair begins with `two`."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            began = time.perf_counter()
+            (one, two)[which]()
+            times[which].append(time.perf_counter() - began)
+    return times
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95% interval of the median from order statistics (binomial; all values when there are few)."""
+    ordered, n = sorted(values), len(values)
+    below, k = 0.0, 0
+    while below + math.comb(n, k) / 2**n <= 0.025:
+        below += math.comb(n, k) / 2**n
+        k += 1
+    k = max(0, k - 1)
+    return ordered[k], ordered[n - 1 - k]
+
+
+class Allocations(TorchDispatchMode):
+    """Collects (shape, bytes) of every tensor that operations allocate, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[tuple[int, ...], int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in known:
+                self.seen[(tuple(x.shape), x.numel() * x.element_size())] += 1
+        return out
+
+
+def memory(plain: Callable[[], None], tapped: Callable[[], None], length: int) -> dict[str, Any]:
+    """Return the largest tensor that only the tapped forward allocates, and how many of them are T×T."""
+    seen = []
+    for run in (plain, tapped):
+        with Allocations() as allocations:
+            run()
+        seen.append(allocations.seen)
+    extra = seen[1] - seen[0]
+    shape, size = max(extra, key=lambda item: item[1])
+    square = [s for s, _ in extra.elements() if sum(n >= length for n in s) >= 2]
+    return {
+        "extra_bytes": size,
+        "extra_shape": list(shape),
+        "extra_square": len(square),
+        "square_bytes": length * length * 4,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the figures as text, a line a length."""
+    head = f"{found['model']}, {found['dtype']}, {found['threads']} threads, batch {found['batch']}"
+    lines = [f"{head}, torch {found['torch']}", f"{'tokens':>7} {'forward':>10} {'ABC alone':>11} {'ratio':>9}  paired"]
+    for row in found["lengths"]:
+        interval = f"[{row['paired_ratio_low']:+.2%}, {row['paired_ratio_high']:+.2%}]"
+        lines.append(
+            f"{row['tokens']:>7} {row['forward_s'] * 1e3:>7.1f} ms {row['alone_s'] * 1e6:>8.0f} µs "
+            f"{row['alone_ratio']:>9.3%}  {row['paired_ratio']:+.2%} {interval}"
+        )
+    for row in found["lengths"]:
+        square = "no" if row["extra_square"] == 0 else str(row["extra_square"])
+        lines.append(
+            f"largest extra tensor at {row['tokens']} tokens: {row['extra_shape']}, {row['extra_bytes']:,} bytes "
+            f"({square} T×T tensor; one would be {row['square_bytes']:,} bytes a head)"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

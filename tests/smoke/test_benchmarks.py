@@ -1,0 +1,116 @@
+"""The benchmark of ABC's cost, tiny: its fields and what it counts, never a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from apportion.models.attention_row import attention_row
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "abc_cost.py"
+TINY = ["--random", "llama-tiny", "--tokens", "40", "90", "--pairs", "3", "--repetitions", "4", "--threads", "1"]
+LENGTHS = (40, 90)  # neither is the size of a head nor of anything else in the model
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """The benchmark sets the number of threads; put it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def abc_cost() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("abc_cost", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_model(abc_cost: ModuleType, *more: str) -> Any:
+    return abc_cost.build(abc_cost.parse([*TINY, *more]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_reports_every_figure_of_every_length(
+    abc_cost: ModuleType, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    assert abc_cost.main([*TINY, "--dtype", dtype, "--batch", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["dtype"], found["threads"], found["batch"]) == ("llama-tiny", dtype, 1, 2)
+    assert [row["tokens"] for row in found["lengths"]] == list(LENGTHS)
+    for row in found["lengths"]:
+        assert row["repetitions"] == 4 and row["pairs"] == 3
+        assert row["forward_s"] > 0 and row["alone_s"] > 0
+        assert row["alone_ratio"] == pytest.approx(row["alone_s"] / row["forward_s"])
+        assert row["paired_ratio_low"] <= row["paired_ratio"] <= row["paired_ratio_high"]
+        assert row["paired_ratio"] == pytest.approx(row["paired_s"] / row["forward_s"])
+        assert row["extra_square"] == 0, "a T×T tensor was added"
+        assert 0 < row["extra_bytes"] < 2 * row["square_bytes"] * 4  # two sequences, four heads
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_square_matrix_would_be_noticed(abc_cost: ModuleType, length: int) -> None:
+    """The way that ABC does not go: a softmax over all T rows."""
+    model = tiny_model(abc_cost)
+    inputs = {
+        "input_ids": torch.randint(2, 400, (1, length)),
+        "attention_mask": torch.ones(1, length, dtype=torch.long),
+    }
+
+    def plain() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    def every_row() -> None:
+        with torch.no_grad(), attention_row(model) as tap:
+            model(**inputs)
+        tap.weights(torch.arange(length)[None])
+
+    found = abc_cost.memory(plain, every_row, length)
+    assert found["extra_square"] > 0 and found["extra_bytes"] >= 4 * length * length * 4
+    assert abc_cost.memory(plain, lambda: (plain(), torch.zeros(3).exp()), length)["extra_square"] == 0
+
+
+def test_the_operations_timed_alone_are_those_of_a_credit(abc_cost: ModuleType) -> None:
+    """One row of the last layer, head mean, normalised: what eager attention says."""
+    model = tiny_model(abc_cost)
+    ids, mask = torch.randint(2, 400, (2, 40)), torch.ones(2, 40, dtype=torch.bool)
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    with torch.no_grad(), attention_row(model) as tap:
+        model(**inputs)
+    alpha = abc_cost.finish(tap, torch.full((2,), 39), mask)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**inputs, output_attentions=True).attentions[-1][:, :, -1].mean(dim=1)
+    torch.testing.assert_close(alpha, expected, rtol=0, atol=1e-6)
+    assert len(abc_cost.timed_alone(tiny_model(abc_cost), inputs, torch.full((2,), 39), mask, 3)) == 3
+
+
+def test_runs_are_interleaved_and_their_interval_is_the_medians(abc_cost: ModuleType) -> None:
+    order: list[str] = []
+    one, two = abc_cost.paired(lambda: order.append("a"), lambda: order.append("b"), 4)
+    assert "".join(order) == "abbaabba" and len(one) == len(two) == 4
+    assert abc_cost.median_interval([float(i) for i in range(15)]) == (3.0, 11.0)  # 96.5% by the binomial
+    assert abc_cost.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+def test_the_script_prints_a_table(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), *TINY]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "llama-tiny, float32, 1 threads" in done.stdout and done.stdout.count("no T×T tensor") == 2
+    assert "Traceback" not in done.stderr
