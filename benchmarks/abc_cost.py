@@ -1,13 +1,13 @@
 """What ABC adds to scoring: its operations timed alone and in pairs, and the memory that it takes.
 
-    python benchmarks/abc_cost.py                        # SmolLM2-135M, 256 and 1,024 tokens, about a minute
+    python benchmarks/abc_cost.py                        # SmolLM2-135M, 256 and 1,024 tokens, a good minute
     python benchmarks/abc_cost.py --random llama-135m    # the same shapes with random weights, nothing to download
     python benchmarks/abc_cost.py --json
 
 "alone" is everything that the attention row costs beside the scoring forward: wrapping the registry, recording q and k
 in every layer, one softmax row of the last layer, its head mean and its normalisation; timed without the forward,
-which is timed by itself in the same run. "paired" is the difference between a forward with the tap and one without,
-in interleaved pairs; its interval shows how little of the ratio that way of timing can resolve.
+which is timed by itself in the same run. "paired" is the difference between a forward with the tap and one without, in
+interleaved rounds; "null" is that between two forwards without it, in the same rounds: what it is off by, "paired" is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="sequences a forward")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repetitions", type=int, default=200, help="of ABC's operations alone")
-    parser.add_argument("--pairs", type=int, default=15, help="of forwards with and without the tap")
+    parser.add_argument("--pairs", type=int, default=12, help="rounds of forwards with and without the tap")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
@@ -119,22 +119,18 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         finish(tap, rows, mask)
 
     plain(), tapped()  # warm up
-    without, with_tap = paired(plain, tapped, options.pairs)
-    forward = statistics.median(without)
+    without, with_tap, again = rounds((plain, tapped, plain), options.pairs)
+    forward = statistics.median(without + again)
     alone = timed_alone(model, inputs, rows, mask, options.repetitions)
-    differences = [b - a for a, b in zip(without, with_tap, strict=True)]
-    low, high = median_interval(differences)
     return {
         "tokens": length,
         "forward_s": forward,
         "alone_s": statistics.median(alone),
         "alone_ratio": statistics.median(alone) / forward,
         "repetitions": len(alone),
-        "paired_s": statistics.median(differences),
-        "paired_ratio": statistics.median(differences) / forward,
-        "paired_ratio_low": low / forward,
-        "paired_ratio_high": high / forward,
-        "pairs": len(differences),
+        "pairs": len(without),
+        **difference("paired", without, with_tap, forward),
+        **difference("null", without, again, forward),
         **memory(plain, tapped, length),
     }
 
@@ -162,15 +158,29 @@ def timed_alone(model: Any, inputs: dict[str, Tensor], rows: Tensor, mask: Tenso
     return times
 
 
-def paired(one: Callable[[], None], two: Callable[[], None], pairs: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of `one` and of `two`, run in turns; every second pair begins with `two`."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+def rounds(functions: Sequence[Callable[[], None]], count: int) -> list[list[float]]:
+    """Return the seconds of each function, all run in turns `count` times; each round begins with the next one."""
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(count):
+        for place in range(len(functions)):
+            which = (turn + place) % len(functions)
             began = time.perf_counter()
-            (one, two)[which]()
+            functions[which]()
             times[which].append(time.perf_counter() - began)
     return times
+
+
+def difference(name: str, one: list[float], two: list[float], forward: float) -> dict[str, float]:
+    """Return the median of `two` − `one` in seconds, and as a ratio to `forward` with its 95% interval."""
+    differences = [b - a for a, b in zip(one, two, strict=True)]
+    low, high = median_interval(differences)
+    median = statistics.median(differences)
+    return {
+        f"{name}_s": median,
+        f"{name}_ratio": median / forward,
+        f"{name}_ratio_low": low / forward,
+        f"{name}_ratio_high": high / forward,
+    }
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
@@ -221,12 +231,16 @@ def memory(plain: Callable[[], None], tapped: Callable[[], None], length: int) -
 def table(found: dict[str, Any]) -> str:
     """Return the figures as text, a line a length."""
     head = f"{found['model']}, {found['dtype']}, {found['threads']} threads, batch {found['batch']}"
-    lines = [f"{head}, torch {found['torch']}", f"{'tokens':>7} {'forward':>10} {'ABC alone':>11} {'ratio':>9}  paired"]
+    names = f"{'tokens':>7} {'forward':>10} {'ABC alone':>11} {'ratio':>8}   {'paired (95%)':26} null (95%)"
+    lines = [f"{head}, torch {found['torch']}", names]
     for row in found["lengths"]:
-        interval = f"[{row['paired_ratio_low']:+.2%}, {row['paired_ratio_high']:+.2%}]"
+        both = [
+            f"{row[f'{name}_ratio']:+.2%} [{row[f'{name}_ratio_low']:+.2%}, {row[f'{name}_ratio_high']:+.2%}]"
+            for name in ("paired", "null")
+        ]
         lines.append(
             f"{row['tokens']:>7} {row['forward_s'] * 1e3:>7.1f} ms {row['alone_s'] * 1e6:>8.0f} µs "
-            f"{row['alone_ratio']:>9.3%}  {row['paired_ratio']:+.2%} {interval}"
+            f"{row['alone_ratio']:>8.3%}   {both[0]:26} {both[1]}"
         )
     for row in found["lengths"]:
         square = "no" if row["extra_square"] == 0 else str(row["extra_square"])

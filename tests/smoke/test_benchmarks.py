@@ -55,8 +55,9 @@ def test_it_reports_every_figure_of_every_length(
         assert row["repetitions"] == 4 and row["pairs"] == 3
         assert row["forward_s"] > 0 and row["alone_s"] > 0
         assert row["alone_ratio"] == pytest.approx(row["alone_s"] / row["forward_s"])
-        assert row["paired_ratio_low"] <= row["paired_ratio"] <= row["paired_ratio_high"]
-        assert row["paired_ratio"] == pytest.approx(row["paired_s"] / row["forward_s"])
+        for name in ("paired", "null"):
+            assert row[f"{name}_ratio_low"] <= row[f"{name}_ratio"] <= row[f"{name}_ratio_high"]
+            assert row[f"{name}_ratio"] == pytest.approx(row[f"{name}_s"] / row["forward_s"])
         assert row["extra_square"] == 0, "a T×T tensor was added"
         assert 0 < row["extra_bytes"] < 2 * row["square_bytes"] * 4  # two sequences, four heads
 
@@ -101,8 +102,10 @@ def test_the_operations_timed_alone_are_those_of_a_credit(abc_cost: ModuleType) 
 
 def test_runs_are_interleaved_and_their_interval_is_the_medians(abc_cost: ModuleType) -> None:
     order: list[str] = []
-    one, two = abc_cost.paired(lambda: order.append("a"), lambda: order.append("b"), 4)
-    assert "".join(order) == "abbaabba" and len(one) == len(two) == 4
+    times = abc_cost.rounds([lambda name=name: order.append(name) for name in "abc"], 4)
+    assert "".join(order) == "abcbcacababc" and [len(t) for t in times] == [4, 4, 4]
+    found = abc_cost.difference("x", [1.0, 2.0, 3.0], [1.5, 2.25, 4.0], forward=10.0)
+    assert found == {"x_s": 0.5, "x_ratio": 0.05, "x_ratio_low": 0.025, "x_ratio_high": 0.1}
     assert abc_cost.median_interval([float(i) for i in range(15)]) == (3.0, 11.0)  # 96.5% by the binomial
     assert abc_cost.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
