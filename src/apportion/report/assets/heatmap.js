@@ -68,11 +68,8 @@
     }));
   }
 
-  // What was trained with comes first; without it, the last method given (the first one is usually sparse).
-  const initial = (data, all) => {
-    const first = Object.keys(data.quantities).length ? all[0] : all[all.length - 1];
-    return first ? first.id : null;
-  };
+  // What was trained with comes first; without it, the first method given.
+  const initial = (data, all) => (all.length ? all[0].id : null);
 
   function drawSwitches(data) {
     const box = find("switches");
