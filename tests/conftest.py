@@ -1,4 +1,4 @@
-"""Settings every test shares: two threads, quiet libraries, no network, and how many examples hypothesis draws."""
+"""Settings every test shares: one thread, quiet libraries, no network, and how many examples hypothesis draws."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 SLOW_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
 # "default" draws the same examples every time, so that a red run can be repeated; "long" draws new ones
