@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
 
 
 def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
-    """Return the settings of the two training stages: those that the demo was tuned with on validation prompts."""
+    """Return the settings of the two training stages: extrapolated from runs on validation prompts (LOG.md)."""
     root = Path(config.output).expanduser()
     reward = RewardConfig(output=str(root / "reward"), clips=config.clips, seed=config.seed)
     rl = RLConfig(
