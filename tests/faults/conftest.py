@@ -19,6 +19,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+ANEW = os.environ.get("APPORTION_LONG") == "1"  # long: every command is started anew, nothing is forked
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
 
 
@@ -32,7 +33,12 @@ class Result:
     folder: Path
     loaded: tuple[str, ...] | None = None  # None: the command did not live to say so
 
-    def refused(self, *pieces: str, before: str = "") -> None:
+    @property
+    def loads_nothing(self) -> bool:
+        """Whether no model library was loaded; a command started anew is not asked."""
+        return self.loaded == () or (ANEW and self.loaded is None)
+
+    def assert_refused(self, *pieces: str, before: str = "") -> None:
         """Check exit code 2, one message with all `pieces` after the output `before`, and no finished run."""
         assert self.code == 2, (self.code, self.out, self.err)
         assert "Traceback" not in self.err and self.out == ""
@@ -42,12 +48,12 @@ class Result:
         assert not [path for path in self.folder.rglob("final") if path.is_dir()]
         assert not [path for path in self.folder.rglob("status.json") if "finished" in path.read_text()]
 
-    def refused_early(self, *pieces: str) -> None:
-        """Check what `refused` does, and that no model library was loaded to find out."""
-        self.refused(*pieces)
-        assert self.loaded == ()
+    def assert_refused_early(self, *pieces: str) -> None:
+        """Check what `assert_refused` does, and that no model library was loaded to find out."""
+        self.assert_refused(*pieces)
+        assert self.loads_nothing
 
-    def done(self) -> None:
+    def assert_done(self) -> None:
         """Check that the command did what it was asked to."""
         assert self.code == 0 and "Traceback" not in self.err, (self.code, self.err)
 
@@ -64,6 +70,8 @@ class Server:
 
     def run(self, *arguments: object, cwd: Path, **environment: str) -> Result:
         """Run `apportion ARGUMENTS` in folder `cwd` and return what it left."""
+        if ANEW:
+            return run_python("-m", "apportion", *arguments, cwd=cwd, **environment)
         self.count += 1
         files = {name: self.folder / f"{self.count}.{name}" for name in ("out", "err", "loaded")}
         request: dict[str, Any] = {"argv": [str(a) for a in arguments], "cwd": str(cwd), "env": environment}
@@ -76,9 +84,9 @@ class Server:
         return Result(code, files["out"].read_text(), files["err"].read_text(), cwd, loaded)
 
 
-def run_python(*arguments: object, cwd: Path, timeout: float = 120) -> Result:
+def run_python(*arguments: object, cwd: Path, timeout: float = 120, **environment: str) -> Result:
     """Run a Python of its own, from its start, and return what it left."""
-    command, environment = [sys.executable, *map(str, arguments)], os.environ | ENVIRONMENT
+    command, environment = [sys.executable, *map(str, arguments)], os.environ | ENVIRONMENT | environment
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     return Result(done.returncode, done.stdout, done.stderr, cwd)
 
@@ -146,6 +154,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny: ModuleType) -> Path:
     tiny.save_prompts(folder / "prompts.jsonl")
     tiny.save_reviews(folder / "reviews.csv")
     return folder
+
+
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of models, each wrong in the way that its name says; made once and only read."""
+    from broken_models import save_broken
+
+    return save_broken(tmp_path_factory.mktemp("broken"))
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ sys.exit(code)
 
 def test_the_real_command_refuses_and_loads_no_model_library(python: Command) -> None:
     done = python("-m", "apportion", "rl", "--reward_model", "x", "--stepz", 3)
-    done.refused("flag: got '--stepz'", "--steps", "Did you mean '--steps'")
+    done.assert_refused("flag: got '--stepz'", "--steps", "Did you mean '--steps'")
     for arguments in (["rl", "--reward_model", "x", "--credit", "atention"], ["rl", "--help"]):
         done = python("-c", PROBE.format(listed=LISTED), *arguments)
         assert json.loads(done.err.partition("LOADED ")[2]) == []
@@ -36,18 +36,18 @@ def test_the_real_command_refuses_and_loads_no_model_library(python: Command) ->
 
 def test_version_and_help(command: Command) -> None:
     done = command("--version")
-    done.done()
+    done.assert_done()
     assert done.out.startswith("apportion ") and done.out.count("\n") == 1
     for arguments in ([], ["--help"], ["-h"], ["help"]):
         done = command(*arguments)
-        done.done()
+        done.assert_done()
         assert all(name in done.out for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_loads_no_model_library(command: Command, name: str) -> None:
     done = command(name, "--help")
-    done.done()
+    done.assert_done()
     assert done.out and done.loaded == ()
 
 
@@ -70,7 +70,7 @@ def test_help_of_a_command_loads_no_model_library(command: Command, name: str) -
     ],
 )
 def test_a_wrong_flag_is_named(command: Command, arguments: list[str], pieces: list[str]) -> None:
-    command(*arguments).refused_early(*pieces)
+    command(*arguments).assert_refused_early(*pieces)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_wrong_flag_is_named(command: Command, arguments: list[str], pieces: l
 )
 def test_a_wrong_value_is_named(command: Command, flag: str, value: str, pieces: list[str]) -> None:
     done = command("rl", "--reward_model", "x", f"--{flag}", value)
-    done.refused_early(*pieces)
+    done.assert_refused_early(*pieces)
     assert list(done.folder.iterdir()) == []
 
 
@@ -141,16 +141,16 @@ def test_a_wrong_value_is_named(command: Command, flag: str, value: str, pieces:
     ],
 )
 def test_a_wrong_method_is_named(command: Command, arguments: list[str], pieces: list[str]) -> None:
-    command("rl", "--reward_model", "x", *arguments).refused_early(*pieces)
+    command("rl", "--reward_model", "x", *arguments).assert_refused_early(*pieces)
 
 
 def test_discounting_a_redistributed_reward_is_a_warning(command: Command) -> None:
     flags = ("rl", "--reward_model", "x", "--dry_run", "--advantages.gamma", "0.9")
     done = command(*flags)
-    done.done()
+    done.assert_done()
     assert done.err.startswith("warning: advantages.gae.gamma: got 0.9; expected 1 with a redistributing credit.")
     assert "Use gamma: 1." in done.err and "gamma: 0.9" in done.out and done.loaded == ()
     for others in (["--credit", "sparse"], ["--advantages.gamma", "1.0"]):
         quiet = command(*flags, *others)
-        quiet.done()
+        quiet.assert_done()
         assert quiet.err == ""

@@ -15,7 +15,7 @@ from apportion.data import labelled, prompts, read_rows
 from apportion.errors import ConfigError, DataError
 
 
-def refused(source: Path | str, *expected: str, columns: tuple[str, ...] = ("text",)) -> None:
+def assert_refused(source: Path | str, *expected: str, columns: tuple[str, ...] = ("text",)) -> None:
     """Check that reading `source` fails with the field and all `expected` pieces of text."""
     with pytest.raises(DataError) as caught:
         read_rows(str(source), columns, field="reward.data")
@@ -57,49 +57,49 @@ def refused(source: Path | str, *expected: str, columns: tuple[str, ...] = ("tex
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, *expected)
+    assert_refused(tmp_path / name, *expected)
 
 
 def test_parquet_names_the_row(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
-    refused(tmp_path / "a.parquet", "a.parquet, row 2: text = None")
+    assert_refused(tmp_path / "a.parquet", "a.parquet, row 2: text = None")
     text = pyarrow.array([b"ok", b"na\xefve"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "b.parquet")
-    refused(tmp_path / "b.parquet", "b.parquet", "UTF-8")
+    assert_refused(tmp_path / "b.parquet", "b.parquet", "UTF-8")
 
 
 def test_an_absent_file_suggests_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "reviews.csv").write_text("text\nx\n")
-    refused(tmp_path / "review.csv", "review.csv", f"Did you mean '{tmp_path / 'reviews.csv'}'?")
-    refused(tmp_path / "nothing" / "a.csv", f"There is no folder '{tmp_path / 'nothing'}'")
-    refused("absent.jsonl", "'absent.jsonl'")
-    refused("./absent", "'./absent'")
-    refused("", "''")
+    assert_refused(tmp_path / "review.csv", "review.csv", f"Did you mean '{tmp_path / 'reviews.csv'}'?")
+    assert_refused(tmp_path / "nothing" / "a.csv", f"There is no folder '{tmp_path / 'nothing'}'")
+    assert_refused("absent.jsonl", "'absent.jsonl'")
+    assert_refused("./absent", "'./absent'")
+    assert_refused("", "''")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read every file")
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "a.csv").chmod(0)
-    refused(tmp_path / "a.csv", "a.csv: Permission denied")
+    assert_refused(tmp_path / "a.csv", "a.csv: Permission denied")
 
 
 def test_a_folder_without_tables_or_with_a_strange_file_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, "with nothing", "a folder with .csv")
+    assert_refused(tmp_path, "with nothing", "a folder with .csv")
     (tmp_path / "data").mkdir()
     (tmp_path / "README.md").write_text("a card")
-    refused(tmp_path, "with README.md, data", "in which the files themselves lie")
+    assert_refused(tmp_path, "with README.md, data", "in which the files themselves lie")
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "b.jsonl.gz").write_bytes(b"")
-    refused(tmp_path, "b.jsonl.gz", "ends in .csv")
+    assert_refused(tmp_path, "b.jsonl.gz", "ends in .csv")
     (tmp_path / "b.jsonl.gz").unlink()
     (tmp_path / "c.csv").write_text("text\n")
-    refused(tmp_path, "c.csv: no rows")
+    assert_refused(tmp_path, "c.csv: no rows")
 
 
 def test_a_hub_dataset_that_cannot_be_reached_is_one_error() -> None:
     # The tests run with the hub switched off, so this is what a machine without a network sees.
-    refused("nobody/no-such-dataset-here", "nobody/no-such-dataset-here", "or give a local file")
+    assert_refused("nobody/no-such-dataset-here", "nobody/no-such-dataset-here", "or give a local file")
 
 
 @pytest.mark.parametrize("label", ["2", "good", "true", "-1", "1.0"])

@@ -38,19 +38,21 @@ Command = Callable[..., Any]
 )
 def test_a_broken_configuration_is_named(command: Command, tmp_path: Path, content: str, pieces: list[str]) -> None:
     (tmp_path / "c.yaml").write_bytes(content.encode("latin1"))
-    command("rl", "--reward_model", "x", "--config", "c.yaml").refused_early(*pieces)
+    command("rl", "--reward_model", "x", "--config", "c.yaml").assert_refused_early(*pieces)
 
 
 def test_an_absent_configuration_is_named(command: Command, tmp_path: Path) -> None:
-    command("rl", "--config", "absent.yaml").refused_early("--config: got 'absent.yaml'", "There is no such file")
-    command("rl", "--config", ".").refused_early("--config: got '.'", "a YAML file")
+    command("rl", "--config", "absent.yaml").assert_refused_early(
+        "--config: got 'absent.yaml'", "There is no such file"
+    )
+    command("rl", "--config", ".").assert_refused_early("--config: got '.'", "a YAML file")
 
 
 def test_flags_win_over_the_file_wherever_they_stand(command: Command, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("reward_model: x\nsteps: 3\n")
     for arguments in (["--steps", 9, "--config", "c.yaml"], ["--config", "c.yaml", "--steps", 9]):
         done = command("rl", *arguments, "--dry_run")
-        done.done()
+        done.assert_done()
         assert "\nsteps: 9\n" in done.out
 
 
@@ -71,13 +73,13 @@ def test_broken_reviews_are_named(
     command: Command, tmp_path: Path, world: Path, name: str, content: bytes, pieces: list[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    command("reward", "--model", world / "policy", "--data", name, "--output", "run").refused_early(*pieces)
+    command("reward", "--model", world / "policy", "--data", name, "--output", "run").assert_refused_early(*pieces)
 
 
 def test_broken_test_data_is_named_as_such(command: Command, tmp_path: Path, world: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n")
     data = ("--data", world / "reviews.csv", "--test_data", "a.csv", "--output", "run")
-    command("reward", "--model", world / "policy", *data).refused_early("test_data: got 'a.csv: no rows'")
+    command("reward", "--model", world / "policy", *data).assert_refused_early("test_data: got 'a.csv: no rows'")
 
 
 @pytest.mark.parametrize(
@@ -97,15 +99,15 @@ def test_broken_prompts_are_named(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     given = name if name.startswith("p.") else "p.jsonl"
-    command("rl", *rl_flags, "--prompts", given).refused_early(*pieces)
+    command("rl", *rl_flags, "--prompts", given).assert_refused_early(*pieces)
 
 
 def test_a_mended_configuration_takes_the_place_of_a_failed_one(
     model_command: Command, tmp_path: Path, rl_flags: list[str]
 ) -> None:
-    model_command("rl", *rl_flags, "--prompts", "absent.jsonl").refused("prompts: got 'absent.jsonl'")
+    model_command("rl", *rl_flags, "--prompts", "absent.jsonl").assert_refused("prompts: got 'absent.jsonl'")
     status = (tmp_path / "run" / "status.json").read_text()
     assert '"failed"' in status and "absent.jsonl" in status
-    model_command("rl", *rl_flags).done()
+    model_command("rl", *rl_flags).assert_done()
     assert "absent" not in (tmp_path / "run" / "config.yaml").read_text()
     assert '"finished"' in (tmp_path / "run" / "status.json").read_text()

@@ -10,56 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertConfig
+from broken_models import changed
 
 Command = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def broken(tmp_path_factory: pytest.TempPathFactory, tiny: ModuleType) -> Path:
-    """Return a folder of models, each wrong in the way that its name says; made once and only read."""
-    folder = tmp_path_factory.mktemp("broken")
-    (folder / "empty").mkdir()
-    (tiny.save_policy(folder / "no-config") / "config.json").unlink()
-    (tiny.save_policy(folder / "no-weights") / "model.safetensors").unlink()
-    pickled = tiny.save_policy(folder / "pickled")
-    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
-    (pickled / "model.safetensors").unlink()
-    weights = tiny.save_reward(folder / "truncated") / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    (tiny.save_policy(folder / "no-json") / "config.json").write_text("{")
-    settings = tiny.save_policy(folder / "no-such-type") / "config.json"
-    settings.write_text(settings.read_text().replace('"llama"', '"llamma"'))
-    for file in tiny.save_policy(folder / "no-tokenizer").glob("tokenizer*"):
-        file.unlink()
-    tiny.tokenizer(pad=None).save_pretrained(tiny.save_policy(folder / "no-pad"))
-    for name, save in (("pad-is-eos", tiny.save_policy), ("reward-pad-is-eos", tiny.save_reward)):
-        tiny.tokenizer(pad="<eos>").save_pretrained(save(folder / name))
-    without_end = tiny.tokenizer()
-    without_end.eos_token = None
-    without_end.save_pretrained(tiny.save_policy(folder / "no-eos"))
-    more_words = tiny.tokenizer()
-    more_words.add_tokens(["hello"])
-    more_words.save_pretrained(tiny.save_reward(folder / "other-vocabulary"))
-    tiny.save_reward(folder / "three-labels", labels=3)
-    changed(tiny.save_policy(folder / "missing-layer"), lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
-    changed(tiny.save_policy(folder / "nan-policy"), lambda w: w["model.norm.weight"].fill_(torch.nan))
-    changed(tiny.save_reward(folder / "nan-head"), lambda w: w["score.weight"].fill_(torch.nan))
-    changed(tiny.save_reward(folder / "inf-head", labels=1), lambda w: w["score.weight"][0, 0].fill_(torch.inf))
-    (tiny.save_reward(folder / "damaged-statistics") / "reward.json").write_text("{}")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    encoder = BertConfig(vocab_size=400, pad_token_id=0, **sizes)
-    AutoModelForSequenceClassification.from_config(encoder).save_pretrained(folder / "encoder")
-    tiny.tokenizer().save_pretrained(folder / "encoder")
-    return folder
-
-
-def changed(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Apply `change` to the stored weights of `model`."""
-    weights = load_file(model / "model.safetensors")
-    change(weights)
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -75,9 +28,9 @@ def changed(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
 def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
     command: Command, broken: Path, rl_flags: list[str], name: str, pieces: list[str]
 ) -> None:
-    command("rl", *rl_flags, "--policy", broken / name).refused_early(*pieces)
+    command("rl", *rl_flags, "--policy", broken / name).assert_refused_early(*pieces)
     others = [piece.replace("policy:", "reward_model:") for piece in pieces]
-    command("rl", *rl_flags, "--reward_model", broken / name, "--fresh").refused_early(*others)
+    command("rl", *rl_flags, "--reward_model", broken / name, "--fresh").assert_refused_early(*others)
 
 
 @pytest.mark.parametrize(
@@ -101,34 +54,34 @@ def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
 def test_an_unfit_model_is_named(
     model_command: Command, broken: Path, rl_flags: list[str], flag: str, name: str, pieces: list[str]
 ) -> None:
-    model_command("rl", *rl_flags, f"--{flag}", broken / name).refused(*pieces)
+    model_command("rl", *rl_flags, f"--{flag}", broken / name).assert_refused(*pieces)
 
 
 def test_a_causal_model_is_no_reward_model(model_command: Command, world: Path, rl_flags: list[str]) -> None:
     done = model_command("rl", *rl_flags, "--reward_model", world / "policy")
-    done.refused("reward_model: got", "policy without ['score.weight']", "These weights would be random")
+    done.assert_refused("reward_model: got", "policy without ['score.weight']", "These weights would be random")
 
 
 def test_an_unknown_hub_id_without_a_network_is_one_error(model_command: Command, rl_flags: list[str]) -> None:
     done = model_command("rl", *rl_flags, "--policy", "nobody/no-such-model")
-    done.refused("policy: got", "nobody/no-such-model (", "a hub id needs the network or a cached copy")
+    done.assert_refused("policy: got", "nobody/no-such-model (", "a hub id needs the network or a cached copy")
 
 
 def test_a_pad_token_mends_the_tokenizer(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
     both = ("--policy", broken / "pad-is-eos", "--reward_model", broken / "reward-pad-is-eos")
     unknown = model_command("rl", *rl_flags, *both, "--pad_token", "<padd>")
-    unknown.refused("pad_token: got '<padd>'", "a token of the tokenizer's vocabulary", "'<pad>'")
+    unknown.assert_refused("pad_token: got '<padd>'", "a token of the tokenizer's vocabulary", "'<pad>'")
     same = model_command("rl", *rl_flags, *both, "--pad_token", "<eos>")
-    same.refused("policy's tokenizer: got \"pad '<eos>'", "distinct from EOS")
-    model_command("rl", *rl_flags, *both, "--pad_token", "<pad>").done()
+    same.assert_refused("policy's tokenizer: got \"pad '<eos>'", "distinct from EOS")
+    model_command("rl", *rl_flags, *both, "--pad_token", "<pad>").assert_done()
 
 
 def test_a_tokenizer_without_eos_can_only_write_fixed_lengths(
     model_command: Command, broken: Path, rl_flags: list[str]
 ) -> None:
     flags = (*rl_flags, "--policy", broken / "no-eos")
-    model_command("rl", *flags, "--sampling.stop", "eos").refused("no EOS token", "--sampling.stop length")
-    model_command("rl", *flags).done()
+    model_command("rl", *flags, "--sampling.stop", "eos").assert_refused("no EOS token", "--sampling.stop length")
+    model_command("rl", *flags).assert_done()
 
 
 @pytest.mark.parametrize(("flags", "pieces"), [
@@ -142,13 +95,13 @@ def test_a_prompt_that_does_not_fit_is_named(
     rows = [{"prompt": "short"}, {"prompt": "film" + " film" * 87}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     longer = ("--prompts", "p.jsonl", "--sampling.prompt_tokens", "null")
-    model_command("rl", *rl_flags, *longer, *flags).refused(*pieces)
+    model_command("rl", *rl_flags, *longer, *flags).assert_refused(*pieces)
 
 
 def test_a_conversation_needs_a_chat_template(model_command: Command, tmp_path: Path, rl_flags: list[str]) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": [{"role": "user", "content": "hello"}]}\n')
     done = model_command("rl", *rl_flags, "--prompts", "p.jsonl")
-    done.refused("prompts: got", "chat template", "Give prompts as text")
+    done.assert_refused("prompts: got", "chat template", "Give prompts as text")
 
 
 @pytest.mark.parametrize(("name", "came"), [("nan-head", "nan"), ("inf-head", "inf")])
@@ -156,7 +109,7 @@ def test_a_score_that_is_no_number_teaches_nothing(
     model_command: Command, tmp_path: Path, broken: Path, rl_flags: list[str], name: str, came: str
 ) -> None:
     done = model_command("rl", *rl_flags, "--reward_model", broken / name)
-    done.refused("score of rollout 0: got", came, "a finite number", "A failure never becomes a reward")
+    done.assert_refused("score of rollout 0: got", came, "a finite number", "A failure never becomes a reward")
     run = tmp_path / "run"
     assert not (run / "metrics.jsonl").exists() and not (run / "rollouts.jsonl").exists()
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
@@ -174,30 +127,32 @@ def test_the_rollout_of_a_bad_score_is_named_by_its_place_in_the_batch(
     assert place > 0  # the first one would be found without counting
     given = ("--reward_model", reward, "--prompts", "p.jsonl", "--sampling.prompt_tokens", "null")
     done = model_command("rl", *rl_flags, *given, "--scores.micro_batch", 1)
-    done.refused(f"score of rollout {place}: got nan")
+    done.assert_refused(f"score of rollout {place}: got nan")
 
 
 @pytest.mark.parametrize("flags", [["--lora.rank", "0"], ["--lora.rank", "4"]])
 def test_training_that_diverges_says_so(model_command: Command, rl_flags: list[str], flags: list[str]) -> None:
     done = model_command("rl", *rl_flags, *flags, "--optim.lr", "1e30", "--steps", "4")
     first = done.err.splitlines(keepends=True)[0]
-    done.refused("got nan", "finite number", "ower optim.lr", before=first)
+    done.assert_refused("got nan", "finite number", "ower optim.lr", before=first)
 
 
 def test_a_reward_model_that_diverges_says_so(model_command: Command, world: Path) -> None:
     flags = ("--data", world / "reviews.csv", "--output", "run", "--clips", 64, "--batch_size", 4, "--optim.lr", "1e30")
     done = model_command("reward", "--model", world / "policy", *flags)
-    done.refused("gradient norm: got nan", "Lower optim.lr", before=done.err[: done.err.index("apportion:")])
+    done.assert_refused("gradient norm: got nan", "Lower optim.lr", before=done.err[: done.err.index("apportion:")])
 
 
 def test_other_settings_that_do_not_fit_the_model(model_command: Command, world: Path, rl_flags: list[str]) -> None:
     done = model_command("rl", *rl_flags, "--lora.targets", "[q_proj, nope]")
-    done.refused("lora.targets: got ['q_proj', 'nope']", "v_proj", "Use attention, all")
+    done.assert_refused("lora.targets: got ['q_proj', 'nope']", "v_proj", "Use attention, all")
     data = ("--data", world / "reviews.csv", "--output", "reward", "--clip_tokens", "[8, 200]")
     done = model_command("reward", "--model", world / "policy", *data)
-    done.refused("clip_tokens: got [8, 200]", "context of 128 tokens", "Lower the second number")
+    done.assert_refused("clip_tokens: got [8, 200]", "context of 128 tokens", "Lower the second number")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_named(model_command: Command, rl_flags: list[str]) -> None:
-    model_command("rl", *rl_flags, "--device", "cuda").refused("device: got 'cuda'", "cpu or auto", "sees no GPU")
+    model_command("rl", *rl_flags, "--device", "cuda").assert_refused(
+        "device: got 'cuda'", "cpu or auto", "sees no GPU"
+    )

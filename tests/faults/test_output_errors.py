@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 @pytest.fixture
 def finished(model_command: Command, tmp_path: Path, rl_flags: list[str]) -> Path:
     """Return the folder `run` of a finished run of `rl_flags`."""
-    model_command("rl", *rl_flags).done()
+    model_command("rl", *rl_flags).assert_done()
     return tmp_path / "run"
 
 
@@ -38,7 +38,7 @@ def test_a_finished_run_is_reused(command: Command, finished: Path, rl_flags: li
     before = contents(finished)
     began = time.monotonic()
     again = command("rl", *rl_flags)
-    again.done()
+    again.assert_done()
     assert again.out == "run\n" and again.loaded == () and time.monotonic() - began < 10
     assert contents(finished) == before
 
@@ -52,7 +52,7 @@ def test_another_configuration_is_refused_by_its_key(
     assert "output: got 'run with steps 3'; expected the settings of the run in it (steps was 2)" in other.err
     nested = command("rl", *rl_flags, "--credit.mix", 0.5)
     assert nested.code == 2 and "credit" in nested.err and "mix" in nested.err and "pass --fresh" in nested.err
-    model_command("rl", *rl_flags, "--steps", 3, "--fresh").done()
+    model_command("rl", *rl_flags, "--steps", 3, "--fresh").assert_done()
     assert steps_in(finished / "metrics.jsonl") == [1, 2, 3]
 
 
@@ -72,10 +72,12 @@ def test_what_is_no_run_is_never_touched(
     (tmp_path / "thesis" / "thesis.tex").write_text("mine")
     before = contents(tmp_path)
     file = command("rl", *rl_flags, *switch, "--output", "file")
-    file.refused_early("output: got 'file'", "a folder", "It is a file: choose another name")
-    command("rl", *rl_flags, *switch, "--output", "file/run").refused_early("output: got 'file/run", "Not a directory")
+    file.assert_refused_early("output: got 'file'", "a folder", "It is a file: choose another name")
+    command("rl", *rl_flags, *switch, "--output", "file/run").assert_refused_early(
+        "output: got 'file/run", "Not a directory"
+    )
     foreign = command("rl", *rl_flags, *switch, "--output", "thesis")
-    foreign.refused_early("output: got 'thesis'", "a new folder or one of this run", "Choose another --output")
+    foreign.assert_refused_early("output: got 'thesis'", "a new folder or one of this run", "Choose another --output")
     assert contents(tmp_path) == before
 
 
@@ -87,7 +89,7 @@ def test_a_damaged_run_folder_is_named_and_fresh_mends_it(
     done = command("rl", *rl_flags)
     assert done.code == 2 and "Traceback" not in done.err and done.loaded == ()
     assert f"run/{name}" in done.err and "pass --fresh" in done.err
-    model_command("rl", *rl_flags, "--fresh").done()
+    model_command("rl", *rl_flags, "--fresh").assert_done()
 
 
 def test_evaluate_wants_a_finished_run_of_rl(command: Command, tmp_path: Path, finished: Path, world: Path) -> None:
@@ -109,7 +111,7 @@ def test_evaluate_wants_a_finished_run_of_rl(command: Command, tmp_path: Path, f
 
 def test_evaluate_works_on_it(model_command: Command, finished: Path, world: Path) -> None:
     given = ("--prompts", world / "prompts.jsonl", "--judge", "false", "--count", 4)
-    model_command("evaluate", "--run", "run", *given).done()
+    model_command("evaluate", "--run", "run", *given).assert_done()
     assert json.loads((finished / "evaluation.json").read_text())["prompts"] == 4
 
 
@@ -130,11 +132,11 @@ def test_a_killed_run_goes_on_without_gap_or_repetition(
     assert not (run / "final").exists() and json.loads((run / "status.json").read_text())["status"] == "running"
     with (run / "metrics.jsonl").open("a") as file:  # as if it had been killed in the middle of a line
         file.write('{"step": 99, "obj')
-    model_command("rl", *flags).done()
+    model_command("rl", *flags).assert_done()
     assert steps_in(run / "metrics.jsonl") == list(range(1, 41))
     assert sorted(set(steps_in(run / "rollouts.jsonl"))) == list(range(1, 41))
     assert len(steps_in(run / "rollouts.jsonl")) == 4 * 40
-    model_command("rl", *flags, "--output", "whole").done()
+    model_command("rl", *flags, "--output", "whole").assert_done()
     for mine, theirs in zip(*(read(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")), strict=True):
         assert mine == theirs
 

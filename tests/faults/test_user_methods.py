@@ -56,7 +56,7 @@ def mine(tmp_path: Path) -> Path:
 def test_a_credit_of_the_users_trains(model_command: Command, tmp_path: Path, mine: Path, rl_flags: list[str]) -> None:
     spec = "{'mine.good:first': {share: 0.25, needs: ['mine.good:lengths']}}"
     done = model_command("rl", *rl_flags, "--credit", spec, PYTHONPATH=str(mine))
-    done.done()
+    done.assert_done()
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} == {1, 2}
     for row in rows:
@@ -67,16 +67,16 @@ def test_a_credit_of_the_users_trains(model_command: Command, tmp_path: Path, mi
 
 def test_its_settings_are_flags_too(command: Command, mine: Path) -> None:
     flags = ("rl", "--reward_model", "x", "--credit", "mine.good:first", "--dry_run")
-    command(*flags, "--credit.share", 0.1, PYTHONPATH=str(mine)).done()
+    command(*flags, "--credit.share", 0.1, PYTHONPATH=str(mine)).assert_done()
     wrong = command(*flags, "--credit.shore", 0.1, PYTHONPATH=str(mine))
-    wrong.refused_early("credit.mine.good:first: got 'shore'", "Did you mean 'share'")
+    wrong.assert_refused_early("credit.mine.good:first: got 'shore'", "Did you mean 'share'")
 
 
 def test_unknown_evidence_lists_what_there_is(command: Command, mine: Path) -> None:
     spec = "{'mine.good:first': {needs: [reward_atention]}}"
     done = command("rl", "--reward_model", "x", "--credit", spec, PYTHONPATH=str(mine))
     known = ("policy_attention_mean", "reference_logprobs", "reward_attention", "values")
-    done.refused_early("evidence: got 'reward_atention'", *known, "Did you mean 'reward_attention'")
+    done.assert_refused_early("evidence: got 'reward_atention'", *known, "Did you mean 'reward_attention'")
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,12 @@ def test_unknown_evidence_lists_what_there_is(command: Command, mine: Path) -> N
 )
 def test_a_mistake_in_it_is_named(command: Command, mine: Path, name: str, pieces: list[str]) -> None:
     done = command("rl", "--reward_model", "x", "--credit", name, PYTHONPATH=str(mine))
-    done.refused_early("credit", *pieces)
+    done.assert_refused_early("credit", *pieces)
 
 
 def test_a_segmenter_or_estimator_that_is_none_is_named(command: Command, mine: Path) -> None:
     for kind in ("segments", "advantages"):
         done = command("rl", "--reward_model", "x", f"--{kind}", "mine.good:nothing", PYTHONPATH=str(mine))
-        done.refused_early(f"{kind}: got 'mine.good:nothing, which returned a str'", f"a method for {kind}", "`needs`")
+        done.assert_refused_early(
+            f"{kind}: got 'mine.good:nothing, which returned a str'", f"a method for {kind}", "`needs`"
+        )
