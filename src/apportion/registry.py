@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -78,6 +79,24 @@ def method(field: str, name: str, made: Any) -> Any:
         mend = "Return a function of rollouts with an attribute `needs`, a frozenset of evidence names."
         raise ConfigError(message(field, came, f"a method for {field}", mend))
     return made
+
+
+def ask(name: str, **settings: Any) -> str:
+    """Return the name of evidence made with `settings`: "name", or "name@key=value;key=value" in order of the keys.
+
+    A method that wants evidence made in another way than usual asks for it by such a name; its producer reads the
+    settings with `asked`. Values are JSON.
+    """
+    if not settings:
+        return name
+    return name + "@" + ";".join(f"{key}={json.dumps(settings[key])}" for key in sorted(settings))
+
+
+def asked(name: str) -> tuple[str, dict[str, Any]]:
+    """Return (name, settings) of what `ask` returned."""
+    base, _, tail = name.partition("@")
+    pairs = [part.partition("=") for part in tail.split(";") if part]
+    return base, {key: json.loads(value) for key, _, value in pairs}
 
 
 def parse(field: str, spec: object) -> list[tuple[str, dict[str, Any]]]:

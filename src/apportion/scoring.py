@@ -36,6 +36,7 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
         for producer, wanted in passes:
             with renumbered(int(rows[0])):
                 produced = producer.produce(models, some, wanted)
+            some = some.with_evidence(**{k: v for k, v in produced.items() if k not in ("scores", "old_logprobs")})
             for name, value in produced.items():
                 parts.setdefault(name, []).append(value)
     found = {name: torch.cat(values) for name, values in parts.items()}

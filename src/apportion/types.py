@@ -148,3 +148,20 @@ class Estimator(Protocol):
     needs: frozenset[str]
 
     def __call__(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Advantages: ...
+
+
+class PolicyLoss(NamedTuple):
+    """How a batch's advantages become a gradient: a sum, and what the caller divides it by.
+
+    `terms(logprobs (B,T), rollouts, advantages (B,T), mask (B,T), segments (B,T))` returns (the sum of the loss, sums
+    of statistics by name, each over tokens). `denominator(mask, segments)` returns the declared count of these rows, a
+    scalar tensor that may be added over micro-batches and processes: tokens, actions, sequences, or a constant a
+    sequence. It is taken once over the whole optimisation batch.
+
+    `ratio` says what one importance ratio covers ("token", "action" or "sequence"); `needs` is evidence, as elsewhere.
+    """
+
+    terms: Callable[[Tensor, Rollouts, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+    denominator: Callable[[Tensor, Tensor], Tensor]
+    ratio: str
+    needs: frozenset[str] = frozenset()

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from apportion import registry
+from apportion.config import SamplingConfig
 from apportion.errors import ConfigError, DataError, message, unknown_name
 from apportion.evidence.policy_pass import policy_pass
 from apportion.evidence.reference_pass import reference_pass
 from apportion.evidence.reward_pass import reward_pass
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
-from apportion.types import Rollouts
+from apportion.types import Rollouts, Segmenter
 
 
 @dataclass
 class Models:
-    """The models of a run that evidence can come from."""
+    """What evidence can come from.
+
+    Attributes:
+        policy, reward: the run's two models. segment: what counts as one action in this run.
+        sampling, generator: how the policy writes, for producers that let it write again (vine).
+        others: further models by the path in a setting, loaded when a producer first asks for one.
+    """
 
     policy: Policy
     reward: RewardModel
+    segment: Segmenter | None = None
+    sampling: SamplingConfig | None = None
+    generator: torch.Generator | None = None
+    others: dict[str, Any] = field(default_factory=dict)
 
 
 class Producer(NamedTuple):
     """One pass: the evidence it can give, the forwards and backwards it costs a micro-batch, and the pass itself.
 
-    `produce(models, rollouts, wanted)` returns {name: tensor} for the wanted names.
+    `produce(models, rollouts, wanted)` returns {name: tensor} for the wanted names, which carry their settings
+    (`registry.asked`). The rollouts hold what earlier producers gave.
     """
 
     gives: frozenset[str]
@@ -81,8 +94,10 @@ def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     """
     needs = frozenset(needs)
     known = frozenset[str]().union(*(p.gives for p in PRODUCERS.values()))
-    passes = [(p, p.gives & needs) for p in PRODUCERS.values() if p.gives & needs]
-    for name in sorted(needs - known):
+    base = {name: registry.asked(name)[0] for name in needs}
+    wanted = [(p, frozenset(n for n in needs if base[n] in p.gives)) for p in PRODUCERS.values()]
+    passes = [(producer, names) for producer, names in wanted if names]
+    for name in sorted(n for n in needs if base[n] not in known):
         if ":" not in name:
             raise ConfigError(unknown_name("evidence", name, known))
         passes.append((_users(name), frozenset({name})))
