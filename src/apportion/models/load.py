@@ -73,6 +73,20 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
 
 
+SHORT = 256  # tokens
+
+
+def quick_attention(model: Any, device: torch.device, longest: int) -> None:
+    """Let `model`, to be trained on at most `longest` tokens, use the attention that is quickest to train.
+
+    On a CPU the backward of sdpa costs more than the rest of a layer's for short sequences: a step of 16 × 40 tokens of
+    a 135M model takes 0.99 s with it and 0.65 s with eager attention, 4 × 256 take 1.32 s and 1.16 s. Eager attention
+    keeps (T,T) weights for its backward, so longer sequences stay with sdpa.
+    """
+    if device.type == "cpu" and longest <= SHORT and hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+
+
 def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any:
     """Return the tokenizer in `folder` (or hub id), with a pad token of its own, distinct from EOS.
 

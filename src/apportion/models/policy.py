@@ -16,7 +16,7 @@ from apportion.errors import ModelError, message
 from apportion.losses import entropy_of
 from apportion.masking import last_index
 from apportion.models.adapters import add_adapter
-from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype
+from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.types import Rollouts
 
 
@@ -173,6 +173,8 @@ def load_policy(config: RLConfig) -> Policy:
     lora = config.lora.rank > 0
     weights = dtype if lora else torch.float32
     model: Any = load_causal("policy", folder, weights, device)
+    pair = config.sampling.prompt_tokens or [0, config.sampling.max_prompt_tokens]
+    quick_attention(model, device, pair[1] + config.sampling.max_new_tokens)
     model.requires_grad_(not lora)
     reference = None if lora else copy.deepcopy(model).requires_grad_(False)
     trunk = None

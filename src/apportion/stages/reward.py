@@ -20,7 +20,7 @@ from torch import Tensor
 from apportion.config import RewardConfig, to_dict
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
-from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype
+from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
 from apportion.runs import Run, explained, need_space
@@ -118,6 +118,7 @@ def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.devi
     dtype = pick_dtype(config.dtype, device) if lora else torch.float32
     model: Any = load_classifier("model", folder, dtype, device, new_head=2)
     model.config.update(head_config(tokenizer))
+    quick_attention(model, device, config.clip_tokens[1])
     head = next(name for name, _ in model.named_children() if name in HEADS)
     if config.probe_clips:
         probe_head(model, model.get_submodule(head), clips[: config.probe_clips], tokenizer.pad_token_id)
