@@ -147,7 +147,7 @@ class RewardConfig:
     data: str = "imdb"
     test_data: str | None = None
     output: str = "runs/reward"
-    clips: int = 8000
+    clips: int = 10000
     clip_tokens: list[int] = field(default_factory=lambda: [8, 64])
     probe_clips: int = 2000
     batch_size: int = 16
@@ -251,7 +251,7 @@ class DemoConfig:
     output: str = "runs/demo"
     steps: int = 40
     credit: Spec = "attention"
-    clips: int = 8000
+    clips: int = 10000
     count: int = 128
     lr: float = 4e-4
     seed: int = 0
