@@ -1,87 +1,194 @@
-"""The named algorithms: few-line combinations of a credit, segments and an estimator, and what is refused."""
+"""The named algorithms: few-line combinations of a credit, segments, an estimator and a policy loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from apportion import advantages, credit, registry, segments
+from apportion import advantages, credit, losses, refusals, registry, segments
 from apportion.errors import ConfigError, message, unknown_name
-from apportion.types import Credit, Estimator, Segmenter
+from apportion.types import Credit, Estimator, PolicyLoss, Segmenter
 
 Spec = Any  # a name, {name: {key: value}}, or a list of these
+FIELDS = ("credit", "segments", "advantages", "loss")
 
 
 class Algorithm(NamedTuple):
-    """One named combination, with the paper it comes from and its reward in one line."""
+    """One named combination, with the paper it comes from and what it does in one line."""
 
     credit: Spec
     segments: Spec
     advantages: Spec
     paper: str
     formula: str
+    loss: Spec = "ppo"
 
 
-PENALTY = {"kl_penalty": {"coef": 0.12, "target": 8.0, "horizon": 400}}
+KL = {"kl_penalty": {"coef": 0.12, "target": 8.0, "horizon": 400}}
+ACTIONS = {"ngrams": {"n": 5}}
+WHOLE = "whole_response"
+ABC, MA, RLOO = "Chan et al. 2024, 2402.00782", "Chai et al. 2024, 2410.02743", "Ahmadian et al. 2024, 2402.14740"
+GRPO = "Shao et al. 2024, 2402.03300"
+
+
+def weighted(name: str) -> Spec:
+    """Return the group estimator `name` with its advantage spread by the credit's shares, β = 0.8."""
+    return {name: {"credit_mix": 0.8}}
+
 
 ALGORITHMS: Mapping[str, Algorithm] = {
-    "ppo": Algorithm(["sparse", PENALTY], "tokens", "gae", "Ouyang et al. 2022", "r_t = R·1[t=last] − κ·kl_t"),
-    "uniform": Algorithm(["uniform", PENALTY], "tokens", "gae", "Chan et al. 2024", "r_t = R/T − κ·kl_t"),
-    "abc": Algorithm(
-        ["attention", PENALTY], "tokens", "gae", "Chan et al. 2024", "r_t = β·α_t·R + (1−β)·R·1[t=last] − κ·kl_t"
-    ),
-    "abc-d": Algorithm(
-        ["policy_attention", PENALTY], "tokens", "gae", "Chan et al. 2024", "ABC with α from the policy, all steps"
-    ),
+    # one score on the last token, and where else it may land; token-level PPO
+    "ppo": Algorithm(["sparse", KL], "tokens", "gae", "Ouyang et al. 2022, 2203.02155", "r_t = R·1[t=last] − κ·kl_t"),
+    "uniform": Algorithm(["uniform", KL], "tokens", "gae", ABC, "r_t = R/T − κ·kl_t"),
+    "abc": Algorithm(["attention", KL], "tokens", "gae", ABC, "r_t = β·α_t·R + (1−β)·R·1[t=last] − κ·kl_t"),
+    "abc-d": Algorithm(["policy_attention", KL], "tokens", "gae", ABC, "ABC with α from the policy, all steps"),
     "abc-d2": Algorithm(
-        [{"policy_attention": {"view": "last"}}, PENALTY],
+        [{"policy_attention": {"view": "last"}}, KL], "tokens", "gae", ABC, "ABC with α from the policy, last step"
+    ),
+    "red": Algorithm(
+        ["prefix_difference", KL], "tokens", "gae", "Li et al. 2024, 2411.08302", "r_t = R(y≤t) − R(y<t) − κ·kl_t"
+    ),
+    "rto": Algorithm(
+        ["sparse", "implicit", {"kl_penalty": {"coef": 0.01}}],
         "tokens",
         "gae",
-        "Chan et al. 2024",
-        "ABC with α from the policy, last step",
+        "Zhong et al. 2024, 2404.18922",
+        "r_t = clip(β₁·log π_DPO/π_ref) + R·1[t=last] − κ·kl_t",
+    ),
+    "scar": Algorithm(
+        ["shapley", KL], "tokens", "gae", "Cao et al. 2025, 2505.20417", "r_t = Shapley value of its span"
+    ),
+    # macro actions
+    "ma-ppo": Algorithm(["sparse", KL], ACTIONS, "gae", MA, "PPO over 5-grams, V at their first token"),
+    "ma-ppo-paper": Algorithm(
+        ["sparse", KL], ACTIONS, {"gae": {"pooling": "mean"}}, MA, "PPO over 5-grams, V the mean of their tokens"
+    ),
+    "ma-ppo-code": Algorithm(
+        ["sparse", KL],
+        {"ngrams": {"n": 5, "reproduce": "ma-rlhf-code"}},
+        {"gae": {"pooling": "mean", "reproduce": "ma-rlhf-code"}},
+        MA,
+        "as the released code: mean reward, last token its own action",
+    ),
+    "abc-ma": Algorithm(["attention", KL], ACTIONS, "gae", f"{ABC}; {MA}", "ABC's rewards, summed over 5-grams"),
+    "bandit": Algorithm(["sparse", KL], WHOLE, "gae", MA, "one action a response: A = R − κ·kl − V"),
+    # several samples a prompt, no critic
+    "grpo": Algorithm(
+        ["sparse"], WHOLE, "group_relative", GRPO, "A = (R − mean)/std of the prompt", {"grpo": {"kl_coef": 0.04}}
+    ),
+    "abc-grpo": Algorithm(
+        ["attention"],
+        WHOLE,
+        weighted("group_relative"),
+        f"{ABC}; {GRPO}",
+        "A_t = A·((1−β) + β·n·α_t), at most 3·A",
+        {"grpo": {"kl_coef": 0.04}},
+    ),
+    "dr-grpo": Algorithm(
+        ["sparse"],
+        WHOLE,
+        {"group_relative": {"std": False}},
+        "Liu et al. 2025, 2503.20783",
+        "A = R − mean; the loss divided by a constant",
+        "dr_grpo",
+    ),
+    "dapo": Algorithm(
+        ["sparse"], WHOLE, "group_relative", "Yu et al. 2025, 2503.14476", "GRPO, clip 0.2/0.28, token mean", "dapo"
+    ),
+    "gspo": Algorithm(
+        ["sparse"], WHOLE, "group_relative", "Zheng et al. 2025, 2507.18071", "one ratio a response", "gspo"
+    ),
+    "cispo": Algorithm(
+        ["sparse"], WHOLE, "group_relative", "MiniMax 2025, 2506.13585", "clipped weight times log π", "cispo"
+    ),
+    "rloo": Algorithm(
+        ["sparse", KL], WHOLE, "leave_one_out", RLOO, "A = R − mean of the prompt's other samples", "reinforce"
+    ),
+    "abc-rloo": Algorithm(
+        ["attention", KL], WHOLE, weighted("leave_one_out"), f"{ABC}; {RLOO}", "RLOO, A spread by α", "reinforce"
+    ),
+    "reinforce": Algorithm(["sparse", KL], "tokens", "monte_carlo", "Williams 1992", "A_t = Σ_{i≥t} r_i", "reinforce"),
+    "reinforce++": Algorithm(
+        ["sparse", KL], "tokens", "reinforce_pp", "Hu et al. 2025, 2501.03262", "Σ_{i≥t} r_i, normalised over the batch"
+    ),
+    "reinforce++-baseline": Algorithm(
+        ["sparse", KL],
+        "tokens",
+        {"reinforce_pp": {"baseline": "group"}},
+        "Hu et al. 2025, 2501.03262",
+        "minus the prompt's mean first",
+    ),
+    "vineppo": Algorithm(
+        ["sparse", KL],
+        "sentences",
+        "vine",
+        "Kazemnejad et al. 2024, 2410.01679",
+        "A_k = r_k + V(s_{k+1}) − V(s_k), V by fresh rollouts",
     ),
 }
 
 
 class Method(NamedTuple):
-    """The three choices, built, beside their resolved specs (for the run folder)."""
+    """The four choices, built, beside their resolved specs (for the run folder)."""
 
     credit: Credit
     segment: Segmenter
     estimate: Estimator
+    loss: PolicyLoss
     specs: dict[str, Any]
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the names of all evidence that the three methods need."""
-        return self.credit.needs | self.segment.needs | self.estimate.needs
+        """Return the names of all evidence that the methods need from a model; the credit's shares need none."""
+        needed = self.credit.needs | self.segment.needs | self.estimate.needs | self.loss.needs
+        return needed - {"credit_share"}
+
+    @property
+    def critic(self) -> bool:
+        """Whether values are learned."""
+        return "values" in self.estimate.needs
+
+    @property
+    def group_wise(self) -> bool:
+        """Whether several rollouts of one prompt are compared."""
+        return bool(getattr(self.estimate, "group_wise", False))
 
 
 def build(
-    algorithm: str, *, credit_spec: Spec = None, segments_spec: Spec = None, advantages_spec: Spec = None
+    algorithm: str,
+    *,
+    credit_spec: Spec = None,
+    segments_spec: Spec = None,
+    advantages_spec: Spec = None,
+    loss_spec: Spec = None,
 ) -> Method:
-    """Return the method of that name, with any of its three choices replaced.
+    """Return the method of that name, with any of its choices replaced.
 
     A single credit in place of the algorithm's is followed by the algorithm's KL penalty; a list is the whole chain.
 
     Raises:
-        ConfigError: an unknown name or setting, or a combination that means nothing.
+        ConfigError: an unknown name or setting, or a combination that means nothing (`refusals`).
     """
     if algorithm not in ALGORITHMS:
         raise ConfigError(unknown_name("algorithm", algorithm, ALGORITHMS))
     named = ALGORITHMS[algorithm]
-    chosen = merge(named.credit, credit_spec)
+    given = (merge(named.credit, credit_spec), segments_spec, advantages_spec, loss_spec)
     parts = {
-        "credit": registry.parse("credit", chosen),
-        "segments": registry.parse("segments", segments_spec or named.segments),
-        "advantages": registry.parse("advantages", advantages_spec or named.advantages),
+        field: registry.parse(field, spec or getattr(named, field)) for field, spec in zip(FIELDS, given, strict=True)
     }
-    names = [name for name, _ in parts["credit"]]
+    refusals.refuse_repeated([name for name, _ in parts["credit"]])
     credits = {name: credit.make(name, kwargs) for name, kwargs in parts["credit"]}
-    refuse(credits, names)
-    specs = {k: [{name: kwargs} for name, kwargs in v] for k, v in parts.items()}
-    chain = credit.chain(*credits.values())
-    return Method(chain, segments.build(parts["segments"]), advantages.build(parts["advantages"]), specs)
+    refusals.refuse_credits(credits)
+    method = Method(
+        credit.chain(*credits.values()),
+        segments.build(parts["segments"]),
+        advantages.build(parts["advantages"]),
+        losses.build(parts["loss"]),
+        {field: [{name: kwargs} for name, kwargs in pairs] for field, pairs in parts.items()},
+    )
+    names = {field: pairs[0][0] for field, pairs in parts.items()}
+    refusals.refuse(refusals.Combination(credits, method.segment, method.estimate, method.loss, names))
+    return method
 
 
 def merge(named: Spec, given: Spec) -> Spec:
@@ -94,22 +201,6 @@ def merge(named: Spec, given: Spec) -> Spec:
     return [given, *({name: kwargs} for name, kwargs in penalties if name not in dict(registry.parse("credit", given)))]
 
 
-def refuse(credits: Mapping[str, Credit], names: Sequence[str]) -> None:
-    """Raise ConfigError for a credit chain that means nothing: a method twice, or two that redistribute."""
-    if len(set(names)) < len(names):
-        raise ConfigError(message("credit", list(names), "each method once", "Drop the repeated one."))
-    spreading = redistributors(credits)
-    if len(spreading) > 1:
-        came = " with ".join(spreading)
-        mend = "The second would spread what the first has spread. Choose one."
-        raise ConfigError(message("credit", came, "at most one redistributor", mend))
-
-
-def redistributors(credits: Mapping[str, Credit]) -> list[str]:
-    """Return the names of the credits that redistribute, a user's too: those that declare a share."""
-    return [name for name, one in credits.items() if one.share is not None]
-
-
 def discount_warning(method: Method) -> str | None:
     """Return a warning when γ < 1 meets a redistributing credit: the return is then no longer what was scored."""
     gamma = getattr(method.estimate, "gamma", 1.0)
@@ -117,4 +208,5 @@ def discount_warning(method: Method) -> str | None:
         return None
     expected = "1 with a redistributing credit"
     mend = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."
-    return message("advantages.gae.gamma", gamma, expected, mend)
+    name = next(iter(method.specs["advantages"][0]))
+    return message(f"advantages.{name}.gamma", gamma, expected, mend)

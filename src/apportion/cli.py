@@ -17,8 +17,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
     "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
     "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
+    "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),
+    "doctor": ("doctor", "check a credit method of your own against the contract"),
     "report": ("report", "draw run folders on one page that works offline"),
-    "algorithms": ("algorithms", "list algorithms, credit methods, segments and estimators"),
+    "algorithms": ("algorithms", "list algorithms, credit methods, segments, estimators and losses"),
 }
 
 USAGE = """usage: apportion COMMAND [options]

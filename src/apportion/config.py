@@ -54,7 +54,7 @@ class SamplingConfig:
 
     Attributes:
         batch_size: rollouts a step.
-        samples_per_prompt: rollouts of one prompt.
+        samples_per_prompt: rollouts of one prompt; null picks 1, and 4 for estimators that compare a prompt's rollouts.
         max_new_tokens: longest response, tokens.
         stop: "length" writes exactly max_new_tokens (EOS is never sampled); "eos" ends at EOS.
         temperature: divides the logits in sampling and in every log-probability.
@@ -63,7 +63,7 @@ class SamplingConfig:
     """
 
     batch_size: int = 32
-    samples_per_prompt: int = 1
+    samples_per_prompt: int | None = None
     max_new_tokens: int = 24
     stop: str = "length"
     temperature: float = 1.0
@@ -73,16 +73,15 @@ class SamplingConfig:
 
 @dataclass
 class PPOConfig:
-    """Proximal policy optimisation.
+    """The update.
 
     Attributes:
-        epochs: passes over each batch.
+        epochs: passes over each batch; null picks 4 with a critic and 1 without.
         mini_batch: rollouts an optimizer step.
         micro_batch: rollouts a forward and backward pass (memory only; it does not change the result).
-        clip: policy ratio clip.
         value_clip: value clip; null for none.
         value_coef: weight of the value loss.
-        whiten_advantages: unit variance and no mean over the batch.
+        whiten_advantages: unit variance and no mean over the batch; null picks what the estimator's paper does.
         whiten_rewards: unit variance, mean kept; it rescales dense credit, so off by default.
         value_model: "shared" (a head on the policy's trunk) or "separate" (a trunk of its own).
         truncated: what a response without EOS means: "terminal", "bootstrap", "mask" or "penalty"; null picks
@@ -90,13 +89,12 @@ class PPOConfig:
         truncation_penalty: score of a truncated response when truncated is "penalty".
     """
 
-    epochs: int = 4
+    epochs: int | None = None
     mini_batch: int = 16
     micro_batch: int = 16
-    clip: float = 0.2
     value_clip: float | None = 0.2
     value_coef: float = 0.1
-    whiten_advantages: bool = True
+    whiten_advantages: bool | None = None
     whiten_rewards: bool = False
     value_model: str = "shared"
     truncated: str | None = None
@@ -174,6 +172,7 @@ class RLConfig:
         credit: replaces the algorithm's credit: a name, {name: {key: value}}, or a list (the whole chain).
         segments: replaces its segments.
         advantages: replaces its estimator.
+        loss: replaces its policy loss.
         steps: batches to learn from.
         checkpoint_every: steps between checkpoints; 0 for none.
         keep_checkpoints: newest ones kept.
@@ -194,6 +193,7 @@ class RLConfig:
     credit: Spec = None
     segments: Spec = None
     advantages: Spec = None
+    loss: Spec = None
     steps: int = 40
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
@@ -232,6 +232,46 @@ class EvaluateConfig:
     seed: int = 1
     device: str = "auto"
     dtype: str = "auto"
+
+
+@dataclass
+class DiagnoseConfig:
+    """`apportion diagnose`: which credit suits this policy and this reward model, before any training.
+
+    Attributes:
+        policy: the policy as it is now: `smollm2`, a folder, or a hub id.
+        reward_model: any sequence classifier with 1 or 2 labels: a folder or a hub id.
+        prompts: `imdb`, a file or folder with a column prompt or text, or a hub id.
+        output: run folder.
+        methods: credits (a name or {name: {key: value}}) and named algorithms to compare.
+        count: prompts, the units over which intervals are taken.
+        samples: rollouts of each prompt; their mean is the baseline.
+        batch: rollouts of the batch that the signal-to-noise ratio is stated for.
+        lam: λ of the credits' reward-to-go; 1 judges the credit alone. A named algorithm keeps its own estimator.
+        width: gradients are taken by the last states; wider ones are projected to this many dimensions.
+        pad_token: a token of the tokenizer to pad with, when it has none of its own.
+        seed: random seed.
+        device: auto, cpu, cuda.
+        dtype: the policy's: auto (bfloat16 where the processor has it), float32, bfloat16.
+        reward_dtype: the reward model's.
+    """
+
+    policy: str = "smollm2"
+    reward_model: str = ""
+    prompts: str = "imdb"
+    output: str = "runs/diagnose"
+    methods: list[Any] = field(default_factory=lambda: ["sparse", "uniform", "attention", "prefix_difference"])
+    count: int = 64
+    samples: int = 16
+    batch: int = 32
+    lam: float = 1.0
+    width: int = 768
+    pad_token: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    reward_dtype: str = "float32"
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(batch_size=32))
 
 
 @dataclass
@@ -287,7 +327,7 @@ def _check_together(config: Any, where: str) -> None:
         _check_pair(where + "prompt_tokens", config.prompt_tokens)
     if hasattr(config, "clip_tokens"):
         _check_pair(where + "clip_tokens", config.clip_tokens)
-    if isinstance(config, SamplingConfig) and config.batch_size % config.samples_per_prompt:
+    if isinstance(config, SamplingConfig) and config.batch_size % (config.samples_per_prompt or 1):
         expected = f"a multiple of {where}samples_per_prompt ({config.samples_per_prompt})"
         mend = "A batch holds every sample of each of its prompts: change one of the two."
         raise ConfigError(message(f"{where}batch_size", config.batch_size, expected, mend))
@@ -317,7 +357,9 @@ RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("weight_decay", "value_coef"), (0, _ANY, "a number >= 0")),
     "clip": (1e-6, _ANY, "a number > 0"),
     "value_clip": (1e-6, _ANY, "a number > 0, or null"),
-    "warmup": (0, 1, "a number in [0, 1]"),
+    **dict.fromkeys(("warmup", "lam"), (0, 1, "a number in [0, 1]")),
+    **dict.fromkeys(("samples", "batch"), (2, _ANY, "a whole number >= 2")),
+    "width": (8, _ANY, "a whole number >= 8"),
     "truncation_penalty": (-_ANY, _ANY, "a finite number"),
 }
 NAMES = {  # field -> (what is expected, the mend), where more can be said than that it is a name or a path

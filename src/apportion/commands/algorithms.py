@@ -1,4 +1,4 @@
-"""`apportion algorithms`: list algorithms, credit methods, segments and estimators."""
+"""`apportion algorithms`: list algorithms, credit methods, segments, estimators and losses."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import inspect
 from rich.console import Console
 from rich.table import Table
 
-from apportion import advantages, credit, segments
+from apportion import advantages, credit, losses, segments
 from apportion.algorithms import ALGORITHMS
 from apportion.errors import ConfigError, message
+
+ROOMS = {"credit": credit, "segments": segments, "advantages": advantages, "loss": losses}
 
 
 def run(arguments: list[str]) -> int:
@@ -21,7 +23,7 @@ def run(arguments: list[str]) -> int:
     for name, algorithm in ALGORITHMS.items():
         table.add_row(name, algorithm.formula, algorithm.paper)
     console.print(table)
-    for title, module in (("credit", credit), ("segments", segments), ("advantages", advantages)):
+    for title, module in ROOMS.items():
         table = Table("name", "settings", "what it is", title=f"--{title}")
         for name, factory in module.METHODS.items():
             settings = ", ".join(str(p).split(":")[0] + f"={p.default}" for p in _parameters(factory))

@@ -17,7 +17,12 @@ from apportion.errors import ConfigError, message, unknown_name
 from apportion.runs import flat
 
 C = TypeVar("C")
-METHODS = ("credit", "segments", "advantages")  # fields whose value is a method: a name, {name: {key: value}}, a list
+METHODS = (
+    "credit",
+    "segments",
+    "advantages",
+    "loss",
+)  # fields whose value is a method: a name, {name: {key: value}}, a list
 SWITCHES = ("fresh", "dry_run")
 
 
@@ -32,7 +37,7 @@ class Parsed(NamedTuple):
 def parse(kind: type, command: str, arguments: Sequence[str], examples: str = "") -> Parsed:
     """Return the configuration of dataclass `kind` from `arguments`; prints help and exits when asked to.
 
-    Flags are the fields (`--ppo.clip 0.1`; `-` and `_` are the same), `--config FILE` reads YAML first. A method's
+    Flags are the fields (`--ppo.epochs 2`; `-` and `_` are the same), `--config FILE` reads YAML first. A method's
     keyword arguments are flags too: `--credit attention --credit.mix 0.5`, and `--credit.kl_penalty.coef 0.1` for a
     method further down the chain.
 

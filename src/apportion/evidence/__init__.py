@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.config import SamplingConfig
+from apportion.config import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError, DataError, message, unknown_name
 from apportion.evidence.policy_pass import policy_pass
 from apportion.evidence.reference_pass import reference_pass
@@ -27,6 +27,7 @@ class Models:
     Attributes:
         policy, reward: the run's two models. segment: what counts as one action in this run.
         sampling, generator: how the policy writes, for producers that let it write again (vine).
+        scores: what is done to a score before it is apportioned, for producers that score further texts.
         others: further models by the path in a setting, loaded when a producer first asks for one.
     """
 
@@ -35,6 +36,7 @@ class Models:
     segment: Segmenter | None = None
     sampling: SamplingConfig | None = None
     generator: torch.Generator | None = None
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
     others: dict[str, Any] = field(default_factory=dict)
 
 

@@ -12,6 +12,7 @@ from apportion.errors import ConfigError, message
 from apportion.report import summary
 from apportion.report.colours import run_colour
 from apportion.report.curves import charts_html, main_charts, other_charts, reward_charts
+from apportion.report.diagnosis import diagnosis_html, widest
 from apportion.report.document import asset, document, write_page
 from apportion.report.heatmap import CAUTION, viewer_html
 from apportion.report.numbers import number
@@ -45,6 +46,7 @@ def report_html(runs: Sequence[RunData]) -> str:
         ("summary", "Before and after", _summary(runs)),
         ("reward-model", "Reward model", _reward_model(runs, reward)),
         ("curves", "Learning curves", _curves(runs, curves, other)),
+        ("diagnosis", "Which credit points the true way", diagnosis_html(runs)),
         ("credit", "Where the reward lands", viewer),
         ("samples", "Samples", samples_html(runs)),
         ("settings", "Configuration", settings_html(runs)),
@@ -57,7 +59,7 @@ def report_html(runs: Sequence[RunData]) -> str:
     data: dict[str, Any] = {"chart-data": {"names": names, "colours": colours, "charts": charts}}
     if rollouts:
         data["rollout-data"] = rollouts
-    styles = [asset("base.css"), asset("report.css"), asset("heatmap.css"), _run_styles(len(runs))]
+    styles = [asset("base.css"), asset("report.css"), asset("heatmap.css"), _run_styles(max(len(runs), widest(runs)))]
     scripts = [_plotly(), asset("charts.js"), asset("heatmap.js")]
     return document("Run report: " + ", ".join(names), body, data=data, styles=styles, scripts=scripts)
 
@@ -115,9 +117,10 @@ def _summary(runs: Sequence[RunData]) -> str:
     if cards:
         key = "Hollow marks are before training, filled ones after; bars are 95% intervals over evaluation prompts."
         return f'{cards}<p class="note">{key}</p>'
-    if all(run.stage == "reward" for run in runs):
+    trained = [run for run in runs if run.stage not in ("reward", "diagnose")]
+    if not trained:
         return ""
-    lines = "".join(f"<p>{escape(run.name)}: {_training(run)}</p>" for run in runs if run.stage != "reward")
+    lines = "".join(f"<p>{escape(run.name)}: {_training(run)}</p>" for run in trained)
     return f'<div class="prose">{lines}<p>No evaluation yet: <code>apportion evaluate</code> adds one.</p></div>'
 
 
@@ -201,7 +204,7 @@ REWARD_METHOD = {
 
 def _method(runs: Sequence[RunData]) -> str:
     texts: dict[str, str] = {}
-    if any(run.stage != "reward" for run in runs):
+    if any(run.stage not in ("reward", "diagnose") for run in runs):
         texts |= METHOD
     if any(run.stage == "reward" for run in runs):
         texts |= REWARD_METHOD

@@ -13,7 +13,7 @@ import yaml
 from apportion.errors import DataError, message
 
 HOLDS = (
-    "a run folder with metrics.jsonl or evaluation.json "
+    "a run folder with metrics.jsonl, evaluation.json or diagnosis.json "
     "(beside config.yaml, status.json, rollouts.jsonl and samples.jsonl)"
 )
 
@@ -33,6 +33,7 @@ class RunData:
         rollouts: logged rollouts with per-token values.
         samples: the evaluation's samples before and after, in file order.
         evaluation: the evaluation's summary.
+        diagnosis: what `apportion diagnose` found.
         notes: what was absent, skipped or unreadable, as sentences for the reader of the page.
     """
 
@@ -46,6 +47,7 @@ class RunData:
     rollouts: tuple[Mapping[str, Any], ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    diagnosis: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -53,7 +55,7 @@ def read_run(path: Path) -> RunData:
     """Return what the run folder at `path` says.
 
     Raises:
-        DataError: `path` is not a folder, or holds neither metrics nor an evaluation.
+        DataError: `path` is not a folder, or holds no metrics, evaluation or diagnosis.
     """
     path = Path(path)
     if not path.is_dir():
@@ -62,7 +64,8 @@ def read_run(path: Path) -> RunData:
     notes: list[str] = []
     metrics = _lines(path / "metrics.jsonl", notes)
     evaluation = _mapping(path / "evaluation.json", notes)
-    if not metrics and not evaluation:
+    diagnosis = _mapping(path / "diagnosis.json", notes)
+    if not metrics and not evaluation and not diagnosis:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
         raise DataError(message("run", f"{path} ({found})", HOLDS, _mend(notes)))
     status = _mapping(path / "status.json", notes)
@@ -78,6 +81,7 @@ def read_run(path: Path) -> RunData:
         rollouts=_lines(path / "rollouts.jsonl", notes),
         samples=_lines(path / "samples.jsonl", notes),
         evaluation=evaluation,
+        diagnosis=diagnosis,
         notes=tuple(notes),
     )
 

@@ -40,7 +40,7 @@ Line = tuple[int, str, Interval | None, Interval]
 
 def cards_html(runs: Sequence[RunData], cards: Sequence[Card]) -> str:
     """Return the cards that have a number in some run's evaluation; empty where none has."""
-    built = [_card(card, lines, len(runs) > 1) for card in cards if (lines := _lines(runs, card))]
+    built = [card_html(card, lines, len(runs) > 1) for card in cards if (lines := _lines(runs, card))]
     return f'<div class="cards count-{len(built)}">{"".join(built)}</div>' if built else ""
 
 
@@ -54,7 +54,8 @@ def _lines(runs: Sequence[RunData], card: Card) -> list[Line]:
     return lines
 
 
-def _card(card: Card, lines: list[Line], named: bool) -> str:
+def card_html(card: Card, lines: list[Line], named: bool) -> str:
+    """Return one card with its `lines` (number of the colour, name, before, after), the names shown if `named`."""
     intervals = [v for _, _, before, after in lines for v in (before, after) if v is not None]
     low = min(v.mean if v.low is None else v.low for v in intervals)
     high = max(v.mean if v.high is None else v.high for v in intervals)

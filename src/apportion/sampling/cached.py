@@ -40,13 +40,13 @@ def sample(
         generator: the only source of randomness.
         model: sample from this model instead of the policy's (its reference, say).
     """
-    device = policy.device
-    ids, mask = left_pad([p for p in prompts for _ in range(config.samples_per_prompt)], policy.tokenizer.pad_token_id)
+    device, copies = policy.device, config.samples_per_prompt or 1
+    ids, mask = left_pad([p for p in prompts for _ in range(copies)], policy.tokenizer.pad_token_id)
     ids, mask = ids.to(device), mask.to(device)
     eos = policy.tokenizer.eos_token_id if config.stop == "eos" else None
     writer = policy.model if model is None else model
     tokens, logprobs, alive = _decode(policy, writer, ids, mask, config, eos, generator)
-    group = torch.arange(len(prompts), device=device).repeat_interleave(config.samples_per_prompt)
+    group = torch.arange(len(prompts), device=device).repeat_interleave(copies)
     ended = (tokens == eos).any(dim=1) if eos is not None else torch.zeros(len(ids), dtype=torch.bool, device=device)
     return Rollouts(
         prompt_ids=ids,

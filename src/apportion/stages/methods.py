@@ -1,16 +1,20 @@
-"""The three choices of a run, built and checked before any model library is loaded."""
+"""The choices of a run, built and checked before any model library is loaded."""
 
 from __future__ import annotations
 
 from apportion import algorithms
 from apportion.algorithms import Method
 from apportion.config import RLConfig
+from apportion.errors import ConfigError, message
 from apportion.evidence import plan
 from apportion.stages.records import comparisons
 
+GROUP = 4  # rollouts of one prompt where an estimator compares them
+EPOCHS = {True: 4, False: 1}  # passes over a batch, with a critic and without
+
 
 def build_method(config: RLConfig) -> Method:
-    """Return the three choices of a run, checked, and settle what `ppo.truncated` means when it is not said.
+    """Return the choices of a run, checked, and settle in `config` what was left to them (null).
 
     Raises:
         ConfigError: an unknown name, a bad setting, or a combination that means nothing. Loads no model.
@@ -20,8 +24,35 @@ def build_method(config: RLConfig) -> Method:
         credit_spec=config.credit,
         segments_spec=config.segments,
         advantages_spec=config.advantages,
+        loss_spec=config.loss,
     )
     plan(method.needs.union(*(compared.needs for compared in comparisons(config.compare).values())))
-    if config.ppo.truncated is None:
-        config.ppo.truncated = "terminal" if config.sampling.stop == "length" else "bootstrap"
+    settle(config, method)
     return method
+
+
+def settle(config: RLConfig, method: Method) -> None:
+    """Put the method's own value where a setting is null, and refuse settings that the method cannot work with."""
+    ppo, sampling, name = config.ppo, config.sampling, next(iter(method.specs["advantages"][0]))
+    if sampling.samples_per_prompt is None:
+        sampling.samples_per_prompt = GROUP if method.group_wise else 1
+    if sampling.batch_size % sampling.samples_per_prompt:
+        expected = f"a multiple of sampling.samples_per_prompt ({sampling.samples_per_prompt})"
+        mend = "A batch holds every sample of each of its prompts: change one of the two."
+        raise ConfigError(message("sampling.batch_size", sampling.batch_size, expected, mend))
+    if method.group_wise and sampling.samples_per_prompt < 2:
+        expected = f"at least 2 with {name}, which compares the rollouts of one prompt"
+        came = sampling.samples_per_prompt
+        raise ConfigError(message("sampling.samples_per_prompt", came, expected, f"Set it to {GROUP}, say."))
+    if ppo.truncated is None:
+        ppo.truncated = "bootstrap" if sampling.stop == "eos" and method.critic else "terminal"
+    if ppo.truncated == "bootstrap" and not method.critic:
+        expected = f"terminal, mask or penalty: {name} has no critic to ask what would have come"
+        raise ConfigError(message("ppo.truncated", "bootstrap", expected, "Choose one of them, or gae."))
+    if ppo.value_model == "separate" and not method.critic:
+        expected = f"shared: {name} learns no values"
+        raise ConfigError(message("ppo.value_model", "separate", expected, "Leave it out, or choose gae."))
+    if ppo.epochs is None:
+        ppo.epochs = EPOCHS[method.critic]
+    if ppo.whiten_advantages is None:
+        ppo.whiten_advantages = bool(getattr(method.estimate, "whitened", method.critic))

@@ -37,9 +37,10 @@ def rollout_records(
         "kl": kl,
         "reward": rewards[:rows],
         "advantage": estimated.advantages[:rows],
-        "value": some.evidence["values"],
         "logprob": some.logprobs,
     }
+    if "values" in some.evidence:
+        columns["value"] = some.evidence["values"]
     if "reward_attention" in some.evidence:
         columns["alpha"] = normalise(some.evidence["reward_attention"], some.mask)[0]
     return [_record(learner.models.policy.tokenizer, some, i, step, columns, by_method) for i in range(rows)]

@@ -71,7 +71,7 @@ def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, me
 
 def experience(learner: Learner, config: RLConfig, start: int) -> Iterator[tuple[int, Rollouts]]:
     """Yield (step from 1, scored rollouts) for the steps after `start`; a queue can take its place."""
-    per_prompt = config.sampling.samples_per_prompt
+    per_prompt = config.sampling.samples_per_prompt or 1
     for step in range(start + 1, config.steps + 1):
         began = time.perf_counter()
         prompts = learner.prompts.take(step, config.sampling.batch_size // per_prompt)
@@ -92,11 +92,14 @@ def learn(
     if ppo.whiten_rewards:
         rewards = whiten(rewards, rollouts.mask, keep_mean=True)
     segments = method.segment(rollouts)  # (B,T) ids from 0, -1 off the mask
+    if "credit_share" in method.estimate.needs and method.credit.share is not None:
+        rollouts = rollouts.with_evidence(credit_share=method.credit.share(rollouts))
     estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
     targets = make_targets(estimated, segments, rollouts, ppo)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config.optim, step - 1, config.steps)
-    metrics = update(learner.models.policy, learner.optimizer, rollouts, targets, ppo, config.optim, learner.generator)
+    models, chance = learner.models, learner.generator
+    metrics = update(models.policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance)
     rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
     records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
     metrics |= batch_metrics(rollouts, rewards) | learner.move_controllers(rollouts, rewards)
@@ -152,8 +155,9 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config)
     compare = comparisons(config.compare) if config.log_rollouts else {}
-    needs = method.needs | {"values", "reference_logprobs"}
+    needs = method.needs | {"reference_logprobs"}
     needs |= frozenset[str]().union(*(c.needs for c in compare.values()))
     needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
     generator = torch.Generator(device=policy.device).manual_seed(config.seed)
-    return Learner(Models(policy, reward), method, stream, needs, generator, config.optim, compare)
+    models = Models(policy, reward, method.segment, config.sampling, generator, config.scores)
+    return Learner(models, method, stream, needs, generator, config.optim, compare)

@@ -1,4 +1,4 @@
-"""The PPO update: a batch with its targets becomes a better policy."""
+"""The update: a batch with its targets becomes a better policy."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from torch import Tensor
 
 from apportion.config import OptimConfig, PPOConfig
 from apportion.errors import ScoreError, message
-from apportion.losses import clipped_policy, clipped_value
+from apportion.losses import clipped_value
 from apportion.masking import whiten
 from apportion.models.policy import Policy
-from apportion.types import Advantages, Rollouts
+from apportion.types import Advantages, PolicyLoss, Rollouts
 
 
 class Targets(NamedTuple):
-    """What a batch is learned towards, all (B,T): advantages, returns, and the tokens each loss counts."""
+    """What a batch is learned towards, all (B,T): advantages, returns, the tokens each loss counts, and actions."""
 
     advantages: Tensor
     returns: Tensor
     policy_mask: Tensor
     value_mask: Tensor
+    segments: Tensor
 
 
 def make_targets(estimated: Advantages, segments: Tensor, rollouts: Rollouts, config: PPOConfig) -> Targets:
@@ -33,7 +34,7 @@ def make_targets(estimated: Advantages, segments: Tensor, rollouts: Rollouts, co
     if config.truncated == "mask" and rollouts.ended is not None:
         learn = learn & rollouts.ended[:, None]
     advantages = whiten(estimated.advantages, learn) if config.whiten_advantages else estimated.advantages
-    return Targets(advantages, estimated.returns, learn, learn & first_of_action(segments))
+    return Targets(advantages, estimated.returns, learn, learn & first_of_action(segments), segments)
 
 
 def first_of_action(segments: Tensor) -> Tensor:
@@ -45,6 +46,7 @@ def first_of_action(segments: Tensor) -> Tensor:
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
+    loss: PolicyLoss,
     rollouts: Rollouts,
     targets: Targets,
     config: PPOConfig,
@@ -53,17 +55,18 @@ def update(
 ) -> dict[str, float]:
     """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
 
-    Each loss is divided by its own count of tokens over the whole mini-batch, so that micro-batches change nothing.
+    Each loss is divided by the count that it declares, taken over the whole mini-batch, so that micro-batches change
+    nothing. Values are learned where the rollouts carry some.
 
     Raises:
         ScoreError: the loss or gradient is not finite; no step is taken with it.
     """
     totals: dict[str, Tensor] = {}
     steps = 0
-    for _ in range(config.epochs):
+    for _ in range(config.epochs or 1):
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
-            sums = _mini_batch(policy, rollouts, targets, config, rows)
+            sums = _mini_batch(policy, loss, rollouts, targets, config, rows)
             sums["policy/grad_norm"] = finite_norm(policy.trainable(), optim)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -82,27 +85,27 @@ def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Te
 
 
 def _mini_batch(
-    policy: Policy, rollouts: Rollouts, targets: Targets, config: PPOConfig, rows: Tensor
+    policy: Policy, loss: PolicyLoss, rollouts: Rollouts, targets: Targets, config: PPOConfig, rows: Tensor
 ) -> dict[str, Tensor]:
     """Accumulate the gradient of one mini-batch and return its losses and statistics, already divided."""
     tokens = targets.policy_mask[rows].sum().clamp_min(1)
     actions = targets.value_mask[rows].sum().clamp_min(1)
+    denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
     sums: dict[str, Tensor] = {}
     for part in rows.split(config.micro_batch):
         batch = rollouts.select(part)
-        advantages, returns, policy_mask, value_mask = (t[part] for t in targets)
-        out = policy.forward(batch)
-        assert out.values is not None
-        policy_loss, policy_sums = clipped_policy(
-            out.logprobs, batch.old_logprobs, advantages, policy_mask, clip=config.clip
-        )
-        value_loss, value_sums = clipped_value(
-            out.values, batch.evidence["values"], returns, value_mask, clip=config.value_clip
-        )
-        loss = policy_loss / tokens + config.value_coef * value_loss / actions
-        loss.backward()  # type: ignore[no-untyped-call]
-        found = {k: v / tokens for k, v in policy_sums.items()} | {k: v / actions for k, v in value_sums.items()}
-        found |= {"loss/policy": policy_loss / tokens, "loss/value": value_loss / actions}
+        advantages, returns, policy_mask, value_mask, segments = (t[part] for t in targets)
+        out = policy.forward(batch, values="values" in batch.evidence)
+        policy_loss, found = loss.terms(out.logprobs, batch, advantages, policy_mask, segments)
+        total = policy_loss / denominator
+        found = {k: v / tokens for k, v in found.items()} | {"loss/policy": total}
+        if out.values is not None:
+            value_loss, value_sums = clipped_value(
+                out.values, batch.evidence["values"], returns, value_mask, clip=config.value_clip
+            )
+            total = total + config.value_coef * value_loss / actions
+            found |= {"loss/value": value_loss / actions} | {k: v / actions for k, v in value_sums.items()}
+        total.backward()  # type: ignore[no-untyped-call]
         sums = {k: sums.get(k, 0) + v.detach() for k, v in found.items()}
     return sums
 

@@ -1,0 +1,72 @@
+"""`apportion doctor`: check a credit method of one's own against the contract before a run relies on it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from apportion.commands.settings import load_value, split_flags
+from apportion.errors import ConfigError, message
+
+HELP = """usage: apportion doctor --credit NAME [--credit.key value ...]
+
+Check a credit method against the contract that every one must keep, and show the smallest batch on which it does not.
+
+  --credit   package.module:function of yours, or a built-in name; `--credit.key value` are its settings
+
+example:
+  apportion doctor --credit my_credits:words --credit.mix 0.5
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Check, print a table, and return 0 when every clause holds, else 2."""
+    flags, switches = split_flags(arguments, ["credit"])
+    if "help" in switches:
+        sys.stdout.write(HELP)
+        return 0
+    options = dict(flags)
+    if not options.get("credit"):
+        raise ConfigError(message("--credit", options.get("credit"), "a credit method", "Write package.module:function."))
+    from apportion import credit
+
+    settings = {name.partition(".")[2]: load_value(name, value) for name, value in flags if "." in name}
+    return report(options["credit"], credit.make(options["credit"], settings))
+
+
+def report(name: str, made: Any) -> int:
+    """Print what the contract says of a credit and return the exit code."""
+    from apportion.contract import CLAUSES, violations
+
+    broken = {found.clause: found for found in violations(made)}
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    table = Table("clause", "", title=f"contract of {name}")
+    for clause in CLAUSES:
+        table.add_row(clause, "FAIL" if clause in broken else "ok")
+    console.print(table)
+    for found in broken.values():
+        console.print(f"\n{found.clause}: {found.said}.\nThe smallest batch that shows it:")
+        console.print(describe(found.case))
+    return 2 if broken else 0
+
+
+def describe(case: Any) -> str:
+    """Return a small batch as Python that makes it again."""
+    rollouts = case.rollouts
+    lines = [
+        f"  mask    = {rollouts.mask.int().tolist()}",
+        f"  rewards = {rounded(case.rewards)}",
+        f"  scores  = {rounded(rollouts.scores)}",
+        f"  ids     = {rollouts.response_ids.tolist()}",
+    ]
+    return "\n".join(lines + [f"  evidence[{name!r}] = {rounded(value)}" for name, value in rollouts.evidence.items()])
+
+
+def rounded(values: Any) -> Any:
+    """Return a tensor as nested lists of numbers with 4 digits."""
+    if values.dim() > 1:
+        return [rounded(row) for row in values]
+    return [round(float(v), 4) for v in values]

@@ -1,0 +1,80 @@
+"""The panel of `apportion diagnose`: which credit's gradient points the true way, a line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from apportion.report.numbers import interval, number
+from apportion.report.read import RunData
+from apportion.report.summary import Card, Line, card_html
+
+CARDS = (
+    Card("Cosine", "of the expected policy gradient with the true one", None, "cosine"),
+    Card("Bias", "length of the difference from the true gradient, over its length", None, "bias"),
+    Card("Useful signal", "along the true gradient, over the noise of one batch", None, "useful_snr"),
+    Card("Stop bias", "added to the gradient of the EOS logit", None, "stop_bias"),
+)
+COLUMNS: Mapping[str, str] = {
+    "credit/kept_mass": "kept mass",
+    "credit/share_entropy": "entropy, nats",
+    "length_correlation": "r(last reward, length)",
+    "extra_ms": "extra ms a batch",
+    "extra_forwards": "extra forwards",
+    "extra_backwards": "extra backwards",
+}
+PROSE = (
+    "Every method apportions the same rollouts. The gradient is taken by a map on the policy's last states; the true "
+    "one weighs each response by its score minus the mean of the prompt's other responses. Products of expectations "
+    "leave out a prompt with itself, so noise does not bias them; 95% intervals are bootstrapped over prompts. A dash "
+    "is a figure that does not rise above the noise, or that does not apply."
+)
+
+
+def widest(runs: Sequence[RunData]) -> int:
+    """Return the largest number of methods that a diagnosis among `runs` compares."""
+    return max((len(run.diagnosis.get("methods") or {}) for run in runs), default=0)
+
+
+def diagnosis_html(runs: Sequence[RunData]) -> str:
+    """Return the panels of the runs that are diagnoses; empty where none is."""
+    found = [run for run in runs if run.diagnosis.get("methods")]
+    panels = [_panel(run.diagnosis, run.name if len(found) > 1 else "") for run in found]
+    return "".join(panels) + f'<p class="note">{escape(PROSE)}</p>' if panels else ""
+
+
+def _panel(found: Mapping[str, Any], name: str) -> str:
+    methods: Mapping[str, Mapping[str, Any]] = found["methods"]
+    cards = [card_html(card, lines, True) for card in CARDS if (lines := _lines(methods, card))]
+    said = "".join(f"<li><b>{escape(m)}</b>: {escape(str(v.get('verdict', '')))}.</li>" for m, v in methods.items())
+    chosen = escape(str(found.get("recommended") or "Nothing to recommend"))
+    head = f"<h3>{escape(name)}</h3>" if name else ""
+    size = f"{found.get('rollouts')} rollouts of {found.get('prompts')} prompts, batches of {found.get('batch')}"
+    return (
+        f'{head}<div class="prose"><p><b>{chosen}</b>: {escape(str(found.get("why", "")))} ({escape(size)}).</p>'
+        f'<ul>{said}</ul></div><div class="cards count-{len(cards)}">{"".join(cards)}</div>{_table(methods)}'
+    )
+
+
+def _lines(methods: Mapping[str, Mapping[str, Any]], card: Card) -> list[Line]:
+    lines = []
+    for i, (name, measured) in enumerate(methods.items()):
+        value = interval(measured.get(card.after))
+        if value is not None:
+            lines.append((i, name, None, value))
+    return lines
+
+
+def _table(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in COLUMNS.values())
+    rows = []
+    for name, measured in methods.items():
+        cells = "".join(f"<td>{_cell(measured.get(key))}</td>" for key in COLUMNS)
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    return f'<div class="scroll"><table class="diagnosis"><tr><th></th>{heads}</tr>{"".join(rows)}</table></div>'
+
+
+def _cell(value: Any) -> str:
+    measured = interval(value)
+    return number(None if measured is None else measured.mean)

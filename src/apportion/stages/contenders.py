@@ -1,0 +1,73 @@
+"""The methods that a diagnosis compares: a credit on its own, or a whole named algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from apportion import advantages, algorithms, credit, registry, segments
+from apportion.diagnosis import leave_one_out_baseline, reward_to_go
+from apportion.errors import ConfigError, unknown_name
+from apportion.evidence import plan
+from apportion.types import Credit, Estimator, Rollouts, Segmenter
+
+
+class Contender(NamedTuple):
+    """One method of a comparison: its credit without a KL penalty, its actions and its estimator."""
+
+    credit: Credit
+    segment: Segmenter
+    estimate: Estimator
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return the evidence that a model has to give; the values are a baseline that is made here."""
+        needed = self.credit.needs | self.segment.needs | self.estimate.needs
+        return needed - {"values", "credit_share", "bootstrap_values"}
+
+    def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Return (advantages, rewards), both (B,T).
+
+        The values are those of a critic that knows the position alone: the mean reward-to-go of the prompt's other
+        rollouts there. It depends on no action of the row, so it does not move the expected gradient at λ = 1.
+        """
+        rewards, _ = credit.apply(self.credit, rollouts)
+        returns = reward_to_go(rewards, rollouts.mask)
+        values = returns - leave_one_out_baseline(returns, rollouts.mask, rollouts.group)
+        given = {"values": values}
+        if self.credit.share is not None:
+            given["credit_share"] = self.credit.share(rollouts)
+        found = self.estimate(rewards, self.segment(rollouts), rollouts.with_evidence(**given))
+        return found.advantages, rewards
+
+
+def contenders(specs: Sequence[Any], lam: float) -> dict[str, Contender]:
+    """Return the methods to compare by name: credits with token-level GAE(1, λ), or named algorithms as they are.
+
+    Raises:
+        ConfigError: an unknown name (it lists both kinds), a bad setting, or a need that no producer gives.
+    """
+    found: dict[str, Contender] = {}
+    for spec in specs:
+        for name, kwargs in registry.parse("methods", spec):
+            label = name if not kwargs else f"{name}({', '.join(f'{k}={v}' for k, v in kwargs.items())})"
+            found[label] = _contender(name, kwargs, lam)
+    plan(frozenset[str]().union(*(c.needs for c in found.values())))
+    return found
+
+
+def _contender(name: str, kwargs: dict[str, Any], lam: float) -> Contender:
+    if name in credit.METHODS or ":" in name:
+        return Contender(credit.make(name, kwargs), segments.tokens(), advantages.gae(lam=lam))
+    if name not in algorithms.ALGORITHMS:
+        raise ConfigError(unknown_name("methods", name, [*credit.METHODS, *algorithms.ALGORITHMS]))
+    method = algorithms.build(name, credit_spec=_without_penalty(name))
+    return Contender(method.credit, method.segment, method.estimate)
+
+
+def _without_penalty(name: str) -> list[Any]:
+    """Return an algorithm's credit chain without its KL penalty, which is 0 while the policy is its own reference."""
+    pairs = registry.parse("credit", algorithms.ALGORITHMS[name].credit)
+    return [{one: kwargs} for one, kwargs in pairs if one != "kl_penalty"]

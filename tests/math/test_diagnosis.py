@@ -1,0 +1,163 @@
+"""The diagnosis against exact answers: sampled figures on enumerable problems, and each statistic by brute force."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent))  # importlib mode leaves a test's own folder out
+from mdp import EOS, Problem, World, enumerate_world, expected_gradient, random_scores, true_gradient
+
+from apportion import Rollouts, advantages, credit, diagnosis, segments
+from apportion.diagnosis import Gradients
+from apportion.stages.contenders import Contender
+
+PROBLEMS = {"fixed length": (3, 3, False), "free end": (3, 4, True)}
+UNITS, SAMPLES = 3000, 8
+CREDITS = {
+    "sparse": credit.sparse,
+    "uniform": credit.uniform,
+    "attention": lambda: credit.attention(mix=1.0),
+    "prefix_difference": credit.prefix_difference,
+}
+
+
+def sampled(world: World, seed: int) -> tuple[Rollouts, Tensor]:
+    """Return (rollouts drawn from the policy in groups, ∇ log π of each token (N,T,states·vocabulary))."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(world.probability.detach(), UNITS * SAMPLES, replacement=True, generator=generator)
+    rollouts = world.rollouts.select(drawn)
+    rollouts = replace(rollouts, group=torch.arange(UNITS).repeat_interleave(SAMPLES))
+    policy = world.problem.logits.detach().softmax(dim=1).float()
+    count, size = policy.shape
+    table = torch.zeros(*rollouts.mask.shape, count, size)
+    for row, ids in enumerate(world.problem.responses()):
+        for t, token in enumerate(ids):
+            state = world.problem.states[ids[:t]]
+            step = -policy[state].clone()
+            step[token] += 1.0
+            table[drawn == row, t, state] = step
+    return rollouts, table.flatten(2)
+
+
+def by_unit(rows: Tensor) -> Tensor:
+    return rows.reshape(UNITS, SAMPLES, *rows.shape[1:]).mean(dim=1)
+
+
+@pytest.fixture(scope="module", params=PROBLEMS, ids=list(PROBLEMS))
+def measured(request: pytest.FixtureRequest) -> tuple[World, Gradients, dict[str, Tensor], Tensor]:
+    """Return the world, its sampled gradients, each method's advantages, and ∇ log π."""
+    vocabulary, length, free_end = PROBLEMS[request.param]
+    world = enumerate_world(Problem(vocabulary, length, free_end, random_scores(vocabulary, length, 3), 3))
+    rollouts, steps = sampled(world, seed=0)
+    whole = diagnosis.centred_scores(rollouts.scores, rollouts.group)
+    found = {"true": torch.where(rollouts.mask, whole[:, None], 0.0)}
+    for name, make in CREDITS.items():
+        contender = Contender(make(), segments.tokens(), advantages.gae(lam=1.0))
+        found[name] = contender.advantages(rollouts)[0]
+    rows = {name: (a[..., None] * steps).sum(dim=1) for name, a in found.items()}
+    gradients = Gradients(
+        {name: by_unit(g) for name, g in rows.items()}, {name: by_unit(g.square().sum(dim=1)) for name, g in rows.items()}
+    )
+    return world, gradients, found, steps
+
+
+@pytest.mark.parametrize("name", CREDITS)
+def test_cosine_and_bias_are_the_exact_ones_within_their_own_error(measured, name: str) -> None:
+    world, gradients, _, _ = measured
+    exact, true = expected_gradient(world, CREDITS[name]()), true_gradient(world)
+    cosine = float((exact * true).sum() / (exact.norm() * true.norm()))
+    bias = float((exact - true).norm() / true.norm())
+    found = gradients.interval(lambda w: gradients.cosine(name, w))
+    half = (found["high"] - found["low"]) / 2
+    assert half < 0.06, "the interval is too wide for this test to say anything"
+    assert abs(found["mean"] - cosine) <= 1.6 * half + 1e-3, (found, cosine)
+    found = gradients.interval(lambda w: gradients.bias(name, w))
+    half = (found["high"] - found["low"]) / 2
+    assert half < 0.15
+    if bias < 1e-5:  # the sampled one is a norm: it cannot fall below 0
+        assert found["low"] < 0.05 and found["mean"] < 0.15
+    else:
+        assert abs(found["mean"] - bias) <= 1.6 * half, (found, bias)
+
+
+def test_biased_and_unbiased_credits_are_told_apart(measured) -> None:
+    _, gradients, _, _ = measured
+    cosine = {name: gradients.interval(lambda w, n=name: gradients.cosine(n, w)) for name in CREDITS}
+    assert diagnosis.direction(cosine["sparse"]) == diagnosis.direction(cosine["prefix_difference"])
+    assert diagnosis.direction(cosine["sparse"]) == diagnosis.VERDICTS[0]
+    assert cosine["uniform"]["high"] < cosine["sparse"]["low"]
+
+
+def test_the_stop_bias_is_the_exact_one_within_its_own_error(measured) -> None:
+    world, _, found, steps = measured
+    if not world.problem.free_end:
+        pytest.skip("responses of one length have no end to choose")
+    eos = steps.reshape(*steps.shape[:2], -1, world.problem.vocabulary)[..., EOS].sum(dim=-1)
+    stop = {name: by_unit((a * eos).sum(dim=1)) for name, a in found.items()}
+    true = float(true_gradient(world)[:, EOS].sum())
+    for name, make in CREDITS.items():
+        exact = float(expected_gradient(world, make())[:, EOS].sum()) - true
+        interval = diagnosis.mean_over_units(stop[name] - stop["true"])
+        half = (interval["high"] - interval["low"]) / 2
+        assert half < 0.05 and abs(interval["mean"] - exact) <= 1.6 * half, (name, interval, exact)
+
+
+def test_the_signal_to_noise_ratio_is_that_of_real_batches(measured) -> None:
+    """Means of 4 units, over and over: their spread around the mean is the noise that `snr` states."""
+    _, gradients, found, steps = measured
+    for name in ("sparse", "uniform"):
+        units = by_unit((found[name][..., None] * steps).sum(dim=1))
+        batches = units.reshape(-1, 4, units.shape[1]).mean(dim=1)
+        noise = (batches - batches.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+        expected = float(units.mean(dim=0).norm() / noise)
+        value = float(gradients.snr(name, torch.ones(1, UNITS, dtype=torch.float64), 4 * SAMPLES)[0])
+        assert value == pytest.approx(expected, rel=0.1)
+
+
+def test_inner_products_leave_a_unit_with_itself_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(5, 7, generator=generator) for _ in range(2))
+    gradients = Gradients({"true": one, "a": two}, {"true": torch.ones(5), "a": torch.ones(5)})
+    pairs = [(i, j) for i, j in itertools.product(range(5), repeat=2) if i != j]
+    expected = sum(float(one[i] @ two[j]) for i, j in pairs) / len(pairs)
+    found = gradients.inner("a", "true", torch.ones(1, 5, dtype=torch.float64))
+    assert float(found[0]) == pytest.approx(expected, abs=1e-6)
+    # a unit drawn twice is still one unit: its copies are not paired with each other
+    weights = torch.tensor([[2.0, 0, 1, 1, 1]], dtype=torch.float64)
+    chosen = [0, 0, 2, 3, 4]
+    pairs = [(i, j) for i, j in itertools.product(chosen, repeat=2) if i != j]
+    expected = sum(float(one[i] @ two[j]) for i, j in pairs) / len(pairs)
+    assert float(gradients.inner("a", "true", weights)[0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_pure_noise_is_not_resolved() -> None:
+    generator = torch.Generator().manual_seed(1)
+    noise = {name: torch.randn(40, 500, generator=generator) for name in ("true", "a")}
+    gradients = Gradients(noise, {name: x.square().sum(dim=1) for name, x in noise.items()})
+    found = gradients.interval(lambda w: gradients.cosine("a", w))
+    assert diagnosis.direction(found) == diagnosis.VERDICTS[3]
+
+
+def test_the_baseline_is_the_mean_of_the_others_that_have_the_position() -> None:
+    mask = helpers.bools([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]])
+    returns = torch.tensor([[6.0, 4, 2], [3, torch.nan, 0], [0, 2, torch.inf], [5, 5, 0]])
+    group = torch.tensor([7, 7, 7, 2])
+    found = diagnosis.leave_one_out_baseline(returns, mask, group)
+    expected = torch.tensor([[6 - 1.5, 4 - 2, 2 - 0], [3 - 3.0, 0, 0], [0 - 4.5, 2 - 4, 0], [5, 5, 0]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_squared_norms_are_those_of_the_outer_products() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(3, 4, generator=generator)
+    left, right = torch.randn(3, 4, 5, generator=generator), torch.randn(3, 4, 6, generator=generator)
+    outer = torch.einsum("bt,btd,bte->bde", weights, left, right)
+    torch.testing.assert_close(diagnosis.row_squares(weights, left, right), outer.square().sum(dim=(1, 2)))

@@ -1,0 +1,158 @@
+"""Every credit × segments × estimator × loss: what means nothing is refused by name, everything else runs two steps.
+
+The rules are written here once more, from what the methods are, and not read from the table that is tested. The whole
+product runs with APPORTION_LONG=1; otherwise a seeded sample that holds every pair of methods.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tiny_runs
+
+from apportion import advantages, algorithms, credit, losses, segments
+from apportion.errors import ConfigError
+from apportion.stages.methods import build_method
+from apportion.stages.rl import train
+
+
+class Choice(NamedTuple):
+    """One option of a field: its spec, and what of its nature the rules ask for."""
+
+    label: str
+    spec: Any
+    nature: frozenset[str] = frozenset()
+
+
+def nature(*words: str) -> frozenset[str]:
+    return frozenset(words)
+
+
+def credits(folder: Path) -> list[Choice]:
+    dense, shares = nature("dense"), nature("dense", "shares")
+    found = {
+        "sparse": Choice("sparse", "sparse"),
+        "uniform": Choice("uniform", "uniform", shares),
+        "attention": Choice("attention", "attention", shares),
+        "policy_attention": Choice("policy_attention", "policy_attention", shares),
+        "prefix_difference": Choice("prefix_difference", "prefix_difference", dense),
+        "attribution": Choice("attribution", "attribution", dense),
+        "shapley": Choice("shapley", {"shapley": {"budget": 8}}, dense),
+        "implicit": Choice("implicit", {"implicit": {"model": str(folder / "ending")}}),
+        "process": Choice("process", {"process": {"function": "combination_rewards:per_token"}}),
+        "length_penalty": Choice("length_penalty", "length_penalty"),
+        "kl_penalty": Choice("kl_penalty", ["sparse", "kl_penalty"], nature("kl")),
+    }
+    assert set(found) == set(credit.METHODS), "a credit without a line here"
+    return list(found.values())
+
+
+def others() -> tuple[list[Choice], list[Choice], list[Choice]]:
+    parts = [Choice(name, name) for name in segments.METHODS if name != "parsed"]
+    scalar, whole = nature("scalar"), nature("scalar", "weighs")
+    estimators = [
+        Choice("gae", "gae"),
+        Choice("monte_carlo", "monte_carlo"),
+        Choice("reinforce_pp", "reinforce_pp"),
+        Choice("reinforce_pp(group)", {"reinforce_pp": {"baseline": "group"}}),
+        Choice("vine", {"vine": {"samples": 1}}, nature("vine")),
+        Choice("group_relative", "group_relative", scalar),
+        Choice("leave_one_out", "leave_one_out", scalar),
+        Choice("group_relative(mix)", {"group_relative": {"credit_mix": 0.5}}, whole),
+        Choice("leave_one_out(mix)", {"leave_one_out": {"credit_mix": 0.5}}, whole),
+    ]
+    assert {c.label.split("(")[0] for c in estimators} == set(advantages.METHODS)
+    policy_losses = [
+        Choice("ppo", "ppo"),
+        Choice("ppo(action)", {"ppo": {"ratio": "action"}}, nature("action")),
+        Choice("grpo", "grpo"),
+        Choice("grpo(kl)", {"grpo": {"kl_coef": 0.04}}, nature("pays kl")),
+        Choice("dr_grpo", {"dr_grpo": {"length": 5}}),
+        Choice("dapo", "dapo"),
+        Choice("gspo", "gspo", nature("sequence")),
+        Choice("gspo(token)", {"gspo": {"token": True}}),
+        Choice("cispo", "cispo"),
+        Choice("reinforce", "reinforce"),
+    ]
+    assert {c.label.split("(")[0] for c in policy_losses} == set(losses.METHODS)
+    return parts, estimators, policy_losses
+
+
+def meaningless(one: Choice, estimator: Choice, loss: Choice) -> str | None:
+    """Return the field whose choice is refused, or None for a combination that means something."""
+    dense, weighs, scalar = "dense" in one.nature, "weighs" in estimator.nature, "scalar" in estimator.nature
+    if dense and scalar and not weighs:
+        return "credit"
+    if weighs and "shares" not in one.nature:
+        return "advantages"
+    if "sequence" in loss.nature and (weighs or not scalar):
+        return "loss"
+    if "action" in loss.nature and weighs:
+        return "loss"
+    if "vine" in estimator.nature and dense:
+        return "credit"
+    return "loss" if "pays kl" in loss.nature and "kl" in one.nature else None
+
+
+def chosen(folder: Path) -> list[tuple[Choice, Choice, Choice, Choice]]:
+    """Return the whole product, or a sample in which every pair of options of two fields stands."""
+    fields = (credits(folder), *others())
+    every = list(itertools.product(*fields))
+    if os.environ.get("APPORTION_LONG") == "1":
+        return every
+    random.Random(0).shuffle(every)
+    seen: set[tuple[str, str]] = set()
+    sample = []
+    for combination in every:
+        pairs = {(f"{i}{a.label}", f"{j}{b.label}") for (i, a), (j, b) in itertools.combinations(enumerate(combination), 2)}
+        if len(pairs - seen) >= 3 or len(sample) < 8:
+            sample.append(combination)
+            seen |= pairs
+    return sample
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.world(tmp_path_factory.mktemp("world"))
+
+
+def test_every_combination_is_refused_or_runs(world: Path, tmp_path: Path) -> None:
+    ran = refused = 0
+    for number, (one, parts, estimator, loss) in enumerate(chosen(world)):
+        config = tiny_runs.config(world, tmp_path / str(number), **{"sampling.stop": "eos", "policy": world / "ending"})
+        chain = one.spec if isinstance(one.spec, list) else [one.spec]
+        config.credit, config.segments, config.advantages, config.loss = chain, parts.spec, estimator.spec, loss.spec
+        config.sampling.batch_size, config.log_rollouts, config.compare = 4, 2, []
+        label = f"{one.label} × {parts.label} × {estimator.label} × {loss.label}"
+        field = meaningless(one, estimator, loss)
+        if field is None:
+            run = train(config)
+            assert run.finished, label
+            rows = tiny_runs.read_lines(run.path / "metrics.jsonl")
+            assert [row["step"] for row in rows] == [1, 2] and all(row["loss/policy"] == row["loss/policy"] for row in rows)
+            assert ("loss/value" in rows[0]) == (estimator.label == "gae"), label
+            ran += 1
+            continue
+        with pytest.raises(ConfigError) as caught:
+            build_method(config)
+        assert str(caught.value).startswith(f"{field}: got '"), (label, str(caught.value))
+        assert not (tmp_path / str(number)).exists()
+        refused += 1
+    assert ran > 20 and refused > 20
+
+
+@pytest.mark.parametrize("name", algorithms.ALGORITHMS)
+def test_every_named_algorithm_runs(world: Path, tmp_path: Path, name: str) -> None:
+    changes: dict[str, Any] = {"sampling.batch_size": 8, "algorithm": name}
+    if name == "rto":
+        changes["credit.implicit.model"] = str(world / "ending")
+    if name == "dr-grpo":
+        changes["loss.length"] = 5
+    run = train(tiny_runs.config(world, tmp_path / "run", **changes))
+    rows = tiny_runs.read_lines(run.path / "metrics.jsonl")
+    assert len(rows) == 2 and all(row["policy/grad_norm"] > 0 for row in rows)

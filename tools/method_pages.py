@@ -1,0 +1,199 @@
+"""Writes docs/methods/: one page a method, drawn from its docstring, with a picture of its credit on three responses.
+
+    python tools/method_pages.py            # write the pages and pictures
+    python tools/method_pages.py --check    # exit 1 and name the pages that are not what would be written
+
+What a docstring cannot know stands in two files beside the pages: responses.json (three responses of the demo's policy
+with what its reward model told of them; tools/record_responses.py writes it) and measured.json (what
+`apportion diagnose` found; copied from a run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from apportion import advantages, credit, losses, segments
+from apportion.algorithms import ALGORITHMS
+from apportion.registry import parse
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "methods"
+ROOMS: Mapping[str, tuple[str, ModuleType]] = {
+    "credit": ("Where does the reward land?", credit),
+    "segments": ("What counts as one action?", segments),
+    "advantages": ("How do returns become advantages?", advantages),
+    "loss": ("How do advantages become a gradient?", losses),
+}
+MARKS = ("Source", "Assumes", "Use it")
+
+
+def main() -> int:
+    """Write or check the pages."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only name the pages that would change")
+    options = parser.parse_args()
+    made = pages()
+    stale = [name for name, text in made.items() if not _same(FOLDER / name, text)]
+    unknown = sorted(p.name for p in FOLDER.glob("*.md") if p.name not in made)
+    if options.check:
+        print("\n".join([*stale, *unknown]) or "every page is up to date")
+        return int(bool(stale or unknown))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, text in made.items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+    print(f"{len(made)} pages, {len(stale)} of them new or changed")
+    return 0
+
+
+def _same(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def pages() -> dict[str, str]:
+    """Return {file name: text} of every page, the index too."""
+    found = {
+        f"{field}-{name}.md": page(field, name, factory)
+        for field, (_, room) in ROOMS.items()
+        for name, factory in room.METHODS.items()
+    }
+    return {"README.md": index(), **found}
+
+
+def index() -> str:
+    """Return the list of all pages."""
+    lines = ["# Methods", "", "Drawn from the docstrings by `python tools/method_pages.py`.", ""]
+    for field, (question, room) in ROOMS.items():
+        lines += [f"## `{field}`: {question}", "", "| name | what it is |", "|---|---|"]
+        lines += [f"| [`{n}`]({field}-{n}.md) | {purpose(f)} |" for n, f in room.METHODS.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def purpose(factory: Callable[..., Any]) -> str:
+    """Return the first line of the file that holds a method: what it is for."""
+    return (inspect.getmodule(factory).__doc__ or "").split("\n")[0]  # type: ignore[union-attr]
+
+
+def page(field: str, name: str, factory: Callable[..., Any]) -> str:
+    """Return the page of one method."""
+    signature = re.sub(r"'([^']*)'", r"\1", str(inspect.signature(factory)).split(" -> ")[0])
+    parts = [
+        f"# `{name}`",
+        f"*{field}.* {purpose(factory)}",
+        f"```python\nfrom apportion import {'losses' if field == 'loss' else field}\n\n{_room(field)}.{name}{signature}\n```",
+        body(inspect.getdoc(factory) or ""),
+        used_by(field, name),
+        measured(field, name),
+        picture(field, name),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _room(field: str) -> str:
+    return "losses" if field == "loss" else field
+
+
+def body(doc: str) -> str:
+    """Return a docstring as Markdown: indented formulas as code, arguments and errors as lists."""
+    out: list[str] = []
+    section = ""
+    for block in doc.split("\n\n"):
+        lines = block.split("\n")
+        head = re.fullmatch(r"(Args|Raises):(.*)", lines[0])
+        if head:
+            section = {"Args": "Settings", "Raises": "Errors"}[head[1]]
+            rest = [head[2].strip()] if head[2].strip() else []
+            out.append(f"**{section}**\n\n" + _listed([*rest, *lines[1:]]))
+        elif lines[0].startswith("    "):
+            out.append("```text\n" + "\n".join(line.removeprefix("    ") for line in lines) + "\n```")
+        else:
+            out.append("\n".join(re.sub(r"^(Sources?|Assumes|Use it[^:]*):", r"**\1:**", line) for line in lines))
+    return "\n\n".join(out)
+
+
+def _listed(lines: list[str]) -> str:
+    """Return `    name: text` lines as a list; deeper lines go on."""
+    items: list[str] = []
+    for line in lines:
+        text = line.strip()
+        if not line.startswith("     ") and re.match(r"[\w, ]+: ", text):
+            names, _, said = text.partition(": ")
+            items.append(f"- `{names}`: {said}")
+        elif items:
+            items[-1] += f" {text}"
+        else:
+            items.append(f"- {text}")
+    return "\n".join(items)
+
+
+def used_by(field: str, name: str) -> str:
+    """Return the named algorithms that hold this method."""
+    users = [a for a, spec in ALGORITHMS.items() if name in [n for n, _ in parse(field, getattr(spec, field))]]
+    return "**Algorithms that use it:** " + ", ".join(f"`{a}`" for a in users) if users else ""
+
+
+def measured(field: str, name: str) -> str:
+    """Return what a diagnosis found of this credit."""
+    path = FOLDER / "measured.json"
+    if field != "credit" or not path.is_file():
+        return ""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    found = stored["diagnosis"]["methods"].get(name)
+    if found is None:
+        return ""
+    rows = [
+        ("cosine of its expected gradient with the true one", _range(found["cosine"])),
+        ("bias, over the true gradient's length", _range(found["bias"])),
+        ("signal along the true gradient over the noise of a batch", _range(found["useful_snr"], 3)),
+        ("attention kept on the response", _number(found.get("credit/kept_mass"))),
+        ("entropy of its shares, nats", _number(found.get("credit/share_entropy"))),
+        ("extra ms a batch; forwards; backwards", _cost(found)),
+    ]
+    table = "\n".join(f"| {title} | {value} |" for title, value in rows)
+    return f"## Measured here\n\n{stored['how']}\n\n| figure | value |\n|---|---|\n{table}"
+
+
+def _cost(found: Mapping[str, Any]) -> str:
+    return f"{found['extra_ms']:.0f}; {found['extra_forwards']}; {found['extra_backwards']}"
+
+
+def _range(value: Mapping[str, float | None], digits: int = 2) -> str:
+    if value["mean"] is None:
+        return "does not rise above the noise"
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def picture(field: str, name: str) -> str:
+    """Return the credit of the three responses as shaded tokens, or the actions of a segmenter."""
+    from response_pictures import credit_picture, segments_picture
+
+    path = FOLDER / "responses.json"
+    if field not in ("credit", "segments") or not path.is_file():
+        return ""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    draw = credit_picture if field == "credit" else segments_picture
+    svg = draw(stored, name)
+    if svg is None:
+        return ""
+    file = FOLDER / "images" / f"{field}-{name}.svg"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not _same(file, svg):
+        file.write_text(svg, encoding="utf-8")
+    said = "Its credit" if field == "credit" else "Its actions"
+    return f"## {said} on the same three responses\n\n![{said}](images/{file.name})\n\n{stored['how']}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
