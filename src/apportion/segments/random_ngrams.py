@@ -50,7 +50,7 @@ def random_ngrams(lengths: Sequence[int] = (2, 3, 5, 10), seed: int = 0) -> Segm
 
 
 def _shuffled(sizes: list[int], count: Tensor, seeds: Tensor) -> Tensor:
-    """Return (B,N): for each row the repeated `sizes` in random order, zeros after as many as its `count` (B,) needs."""
+    """Return (B,N): each row's repeated `sizes` in random order, zeros after those that its `count` (B,) needs."""
     longest = int(count.max()) if len(count) else 0
     repeats = -(-longest // sum(sizes)) or 1
     drawn = torch.tensor(sizes, device=count.device).repeat(repeats)
