@@ -43,8 +43,8 @@ class Producer(NamedTuple):
     """One pass: the evidence it can give, the forwards and backwards it costs a micro-batch, and the pass itself.
 
     `produce(models, rollouts, wanted)` returns {name: tensor} for the wanted names, which carry their settings
-    (`registry.asked`). The rollouts hold what earlier producers gave. `ready(wanted)` raises ConfigError where a package
-    that they need is not installed; it is called before any model is loaded.
+    (`registry.asked`). The rollouts hold what earlier producers gave. `ready(wanted)` is called before any model is
+    loaded and raises ConfigError where a package that they need is not installed.
     """
 
     gives: frozenset[str]

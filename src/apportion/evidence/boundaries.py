@@ -45,6 +45,7 @@ def text_boundaries(
     """
     spans = spans or prefix_spans
     mask = rollouts.mask
+    phrased = any(registry.asked(name)[0] in (PHRASES, FALLBACK) for name in wanted)
     found = {name: torch.zeros(mask.shape, dtype=torch.bool) for name in wanted if name != FALLBACK}
     fallback = torch.zeros(len(mask))
     for row, columns in pieces(mask, rollouts.turn):
@@ -52,6 +53,7 @@ def text_boundaries(
         text, placed = decode(tokenizer, ids), spans(tokenizer, ids)
         anchors = [_anchor(text, *span) for span in placed]
         broken = "�" in text or anchors != sorted(anchors)
+        fallback[row] = max(float(fallback[row]), float(broken))
         for name, marks in found.items():
             base, settings = registry.asked(name)
             if base == SENTENCES:
@@ -59,11 +61,9 @@ def text_boundaries(
             else:
                 most = settings.get("max_tokens", MAX_TOKENS)
                 first = list(range(0, len(ids), most)) if broken else phrase_tokens(text, anchors, most)
-                fallback[row] = max(float(fallback[row]), float(broken))
             marks[row, [columns[i] for i in first]] = True
     device = mask.device
     made = {name: marks.to(device) for name, marks in found.items()}
-    phrased = any(registry.asked(name)[0] in (PHRASES, FALLBACK) for name in wanted)
     return made | ({FALLBACK: fallback.to(device)} if phrased else {})
 
 

@@ -33,15 +33,15 @@ def perplexity() -> Segmenter:
 
 
 def _starts(rollouts: Rollouts) -> Tensor:
-    mask, surprise = rollouts.mask, -numbers(rollouts, "reference_logprobs")
+    # doubles: sums of a row's float32 numbers are exact in them, so that equal means compare as equal
+    mask, surprise = rollouts.mask, -numbers(rollouts, "reference_logprobs").double()
     forced = turn_starts(mask, rollouts.turn)
     out = torch.zeros_like(mask)
-    mean, size = surprise.new_zeros(len(mask)), surprise.new_zeros(len(mask))
+    total, size = surprise.new_zeros(len(mask)), surprise.new_zeros(len(mask))
     for t in range(mask.shape[1]):  # a recursion over tokens, all rows at once
         x, on = surprise[:, t], mask[:, t]
-        starts = on & (forced[:, t] | (x > mean))
+        starts = on & (forced[:, t] | (x * size > total))
+        total = torch.where(starts, x, torch.where(on, total + x, total))
         size = torch.where(starts, 1.0, size + on)
-        # x/n + m·(n−1)/n would round: with equal numbers this keeps the mean exactly, and huge ones stay finite
-        mean = torch.where(starts, x, torch.where(on, mean + (x - mean) / size.clamp_min(1), mean))
         out[:, t] = starts
     return out
