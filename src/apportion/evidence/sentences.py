@@ -68,8 +68,9 @@ def _ends_sentence(text: str, begin: int, stop: re.Match[str]) -> bool:
         return False
     first = rest.lstrip(OPENERS)[:1]
     closed = mark.rstrip(CLOSERS) != mark
-    if mark.rstrip(CLOSERS) != ".":
-        soft = closed or "…" in mark or mark.startswith("..")
+    spaced = text[begin : stop.start()].rstrip().endswith(".")  # the last of ". . ."
+    if mark.rstrip(CLOSERS) != "." or spaced:
+        soft = closed or spaced or "…" in mark or mark.startswith("..")
         return not (soft and first.islower())
     if closed:
         return not first.islower()
