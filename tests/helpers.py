@@ -26,10 +26,15 @@ def poison(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def evidence(name: str, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Return plausible evidence `name` (B,T) for any method: attention is non-negative, log-probabilities negative."""
+    """Return plausible evidence `name` for any method: attention and entropy are non-negative, log-probabilities
+    negative, boundaries True or False."""
     if name == "bootstrap_values":
         return torch.randn(len(mask), generator=generator)
     noise = torch.randn(mask.shape, generator=generator)
+    if "boundaries" in name:
+        return noise > 0.5
+    if name == "entropy":
+        return noise.abs() * 2
     if "attention" in name:
         return noise.exp()
     return -noise.abs() if "logprobs" in name else noise

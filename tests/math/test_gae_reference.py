@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import helpers
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apportion import advantages, segments
@@ -68,3 +68,48 @@ def test_gae_is_its_definition(seed, rows, length, density, gamma, lam, pooling,
             expected_adv[tokens], expected_ret[tokens] = a, g
         torch.testing.assert_close(out.advantages[i], expected_adv, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(out.returns[i], expected_ret, rtol=1e-4, atol=1e-5)
+
+
+POOLINGS = ("first", "mean", "last", "decayed", "ma-rlhf-code")
+CUTS = (
+    segments.tokens(),
+    segments.ngrams(3),
+    segments.ngrams(3, reproduce="ma-rlhf-code"),
+    segments.random_ngrams((1, 2, 4)),
+    segments.entropy(1.0),
+    segments.turns(),
+    segments.whole_response(),
+)
+
+
+@settings(max_examples=200)
+@given(
+    seed=st.integers(0, 100_000),
+    length=st.integers(1, 12),
+    lam=FRACTION,
+    pooling=st.sampled_from(POOLINGS),
+    cut=st.sampled_from(CUTS),
+    turns=st.booleans(),
+)
+def test_macro_gae_over_every_segmenters_ragged_actions_is_its_definition(seed, length, lam, pooling, cut, turns):
+    """Rows of one batch are cut in different places; each is as by hand, to 1e-6 of its size in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(4, length, generator=generator) < torch.tensor([[1.0], [0.8], [0.4], [0.1]])
+    turn = (torch.rand(mask.shape, generator=generator) < 0.2).cumsum(dim=1) if turns else None
+    rollouts = helpers.rollouts(mask, ["values", "entropy"], seed=seed, turn=turn)
+    ids = cut(rollouts)
+    code = pooling == "ma-rlhf-code"
+    estimator = advantages.gae(1.0, lam, "mean" if code else pooling, reproduce=pooling if code else None)
+    rewards = helpers.poison(torch.randn(mask.shape, generator=generator), mask)
+    out = estimator(rewards, ids, rollouts)
+    for i in range(4):
+        actions = [(ids[i] == k).nonzero().squeeze(1).tolist() for k in range(int(ids[i].max()) + 1)]
+        v = [pooled(rollouts.evidence["values"][i, t].tolist(), "mean" if code else pooling) for t in actions]
+        r = [sum(rewards[i, t].tolist()) / (len(t) if code else 1) for t in actions]
+        adv, ret = by_definition(r, v, 0.0, 1.0, lam)
+        size = max([1.0, *map(abs, r), *map(abs, v), *map(abs, adv)])
+        expected = torch.zeros(2, length, dtype=torch.float64)
+        for t, a, g in zip(actions, adv, ret, strict=True):
+            expected[0, t], expected[1, t] = a, g
+        came = torch.stack([out.advantages[i], out.returns[i]]).double()
+        assert (came - expected).abs().max() <= 1e-6 * size

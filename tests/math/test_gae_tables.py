@@ -104,6 +104,39 @@ def test_macro_actions(pooling, values, adv, hole):
     check(run(advantages.gae(pooling=pooling), rewards, tokens, mask, ids), expected, ret)
 
 
+# the released code, n=5 on 7 tokens: actions of 5, 1 and 1 (the last token alone), V and R means with equal weights.
+# κ·kl is −.1 on each token, the score 2 on the last: R = (−.1, −.1, 1.9). V = mean(1..5) = 3, 6, 7
+# δ2 = 1.9 − 7 = −5.1; δ1 = −.1 + 7 − 6 = .9; δ0 = −.1 + 6 − 3 = 2.9
+# A2 = −5.1; A1 = .9 − .95·5.1 = −3.945; A0 = 2.9 − .95·3.945 = −.84775
+CODE = ((-0.84775, -3.945, -5.1), (3.0, 6.0, 7.0))
+# ours, ngrams(5): actions of 5 and 2, R sums: −.5 and −.1 + 1.9 = 1.8; V = 3, 6.5
+# δ1 = 1.8 − 6.5 = −4.7; δ0 = −.5 + 6.5 − 3 = 3; A0 = 3 − .95·4.7 = −1.465
+OURS = ((-1.465, -4.7), (3.0, 6.5))
+
+
+def test_the_released_code_of_ma_rlhf_beside_ours():
+    rewards, values = [-0.1] * 6 + [1.9], [1.0, 2, 3, 4, 5, 6, 7]
+    rollouts = helpers.rollouts(helpers.bools([[1] * 7]))
+    for reproduce, (adv, v) in (("ma-rlhf-code", CODE), (None, OURS)):
+        ids = segments.ngrams(reproduce=reproduce)(rollouts)[0].tolist()
+        came = run(advantages.gae(pooling="mean", reproduce=reproduce), rewards, values, ids=ids)
+        check(came, [adv[k] for k in ids], [adv[k] + v[k] for k in ids])
+
+
+def test_the_released_codes_mean_reward_loses_what_a_sum_keeps():
+    """With the score inside an action of n tokens, 1/n of it is left: hence its rule for the last token."""
+    ids = [0, 0, 0, 0]
+    code = run(advantages.gae(pooling="mean", reproduce="ma-rlhf-code"), [0, 0, 0, 1.0], [0.0] * 4, ids=ids)
+    check(code, [0.25] * 4, [0.25] * 4)
+    check(run(advantages.gae(pooling="mean"), [0, 0, 0, 1.0], [0.0] * 4, ids=ids), [1.0] * 4, [1.0] * 4)
+
+
+@pytest.mark.parametrize("kwargs", [{"reproduce": "paper", "pooling": "mean"}, {"reproduce": "ma-rlhf-code"}])
+def test_only_the_codes_own_pooling_is_reproduced(kwargs):
+    with pytest.raises(ConfigError, match=r"gae\.reproduce"):
+        advantages.gae(**kwargs)
+
+
 def test_ragged_rows_of_a_batch():
     """Row 0 has three actions, row 1 one, row 2 none: each as alone."""
     mask = helpers.bools([[1, 1, 1], [1, 1, 0], [0, 0, 0]])

@@ -10,9 +10,10 @@ from apportion.masking import segment_count, segment_sum, spread
 from apportion.types import Advantages, Estimator, Rollouts
 
 POOLINGS = ("first", "mean", "last", "decayed")
+REPRODUCE = "ma-rlhf-code"
 
 
-def gae(gamma: float = 1.0, lam: float = 0.95, pooling: str = "first") -> Estimator:
+def gae(gamma: float = 1.0, lam: float = 0.95, pooling: str = "first", *, reproduce: str | None = None) -> Estimator:
     """Return GAE(γ, λ) over actions k = 0..S−1 of each row:
 
         δ_k = R_k + γ·V_{k+1} − V_k,   A_k = δ_k + γλ·A_{k+1},   returns_k = A_k + V_k
@@ -26,12 +27,17 @@ def gae(gamma: float = 1.0, lam: float = 0.95, pooling: str = "first") -> Estima
         lam: λ in [0, 1].
         pooling: V of an action of several tokens: "first" (the state in which it is chosen), "mean", "last", or
             "decayed" (weights ∝ 1/(n−i) at position i of n). Equal for one-token actions.
+        reproduce: "ma-rlhf-code" pools rewards with the values' weights, as the released code does, so that R_k is
+            the **mean** of the action's token rewards: a penalty on every token shrinks to 1/n of itself, and a score
+            survives only where its token is an action of its own, which `ngrams(reproduce="ma-rlhf-code")` makes it.
+            With pooling="mean" alone; the code's other two poolings do not work.
 
     Needs evidence "values" (B,T): V before token t. "bootstrap_values" (B,), V after the last token, is used on rows
     whose `ended` is False.
 
     Raises:
-        ConfigError: γ, λ or pooling outside their range. DataError: "values" absent.
+        ConfigError: γ, λ or pooling outside their range, or `reproduce` without pooling="mean". DataError: "values"
+            absent.
 
     Sources: Schulman et al. 2016 (arXiv 1506.02438) eq. 16; Chai et al. 2024 (arXiv 2410.02743) for actions.
     """
@@ -39,21 +45,27 @@ def gae(gamma: float = 1.0, lam: float = 0.95, pooling: str = "first") -> Estima
     check_fraction("gae.lam", lam, "0.95 is usual.")
     if pooling not in POOLINGS:
         raise ConfigError(unknown_name("gae.pooling", str(pooling), POOLINGS))
-    return _Gae(float(gamma), float(lam), pooling)
+    if reproduce not in (None, REPRODUCE):
+        raise ConfigError(unknown_name("gae.reproduce", str(reproduce), (REPRODUCE,)))
+    if reproduce and pooling != "mean":
+        mend = "Set pooling: mean, the weights that the released code uses for values and rewards alike."
+        raise ConfigError(message("gae.reproduce", f"{reproduce} with pooling {pooling}", "pooling mean", mend))
+    return _Gae(float(gamma), float(lam), pooling, mean_rewards=reproduce == REPRODUCE)
 
 
 class _Gae:
     needs = frozenset({"values"})
 
-    def __init__(self, gamma: float, lam: float, pooling: str) -> None:
-        self.gamma, self.lam, self.pooling = gamma, lam, pooling
+    def __init__(self, gamma: float, lam: float, pooling: str, *, mean_rewards: bool = False) -> None:
+        self.gamma, self.lam, self.pooling, self.mean_rewards = gamma, lam, pooling, mean_rewards
 
     def __call__(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Advantages:
         if "values" not in rollouts.evidence:
             came = sorted(rollouts.evidence) or "no evidence"
             raise DataError(message("evidence['values']", came, "values (B,T)", "Give the run a value model."))
-        values = segment_sum(rollouts.evidence["values"].float() * pool_weights(segments, self.pooling), segments)
-        returns = segment_sum(rewards.float(), segments)
+        weights = pool_weights(segments, self.pooling)
+        values = segment_sum(rollouts.evidence["values"].float() * weights, segments)
+        returns = segment_sum(rewards.float() * weights if self.mean_rewards else rewards.float(), segments)
         count = segments.amax(dim=1) + 1 if segments.shape[1] else segments.new_zeros(len(segments))  # actions a row
         after = _values_after(rollouts, count)
         advantages = _backward(returns, values, count, after, self.gamma, self.lam)

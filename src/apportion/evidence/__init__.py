@@ -12,6 +12,7 @@ from torch import Tensor
 from apportion import registry
 from apportion.config import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError, DataError, message, unknown_name
+from apportion.evidence.boundaries import need, text_boundaries
 from apportion.evidence.policy_pass import policy_pass
 from apportion.evidence.reference_pass import reference_pass
 from apportion.evidence.reward_pass import reward_pass
@@ -44,13 +45,15 @@ class Producer(NamedTuple):
     """One pass: the evidence it can give, the forwards and backwards it costs a micro-batch, and the pass itself.
 
     `produce(models, rollouts, wanted)` returns {name: tensor} for the wanted names, which carry their settings
-    (`registry.asked`). The rollouts hold what earlier producers gave.
+    (`registry.asked`). The rollouts hold what earlier producers gave. `ready(wanted)` is called before any model is
+    loaded and raises ConfigError where a package that they need is not installed.
     """
 
     gives: frozenset[str]
     forwards: int
     backwards: int
     produce: Callable[[Models, Rollouts, frozenset[str]], Mapping[str, Tensor]]
+    ready: Callable[[frozenset[str]], None] = lambda wanted: None
 
 
 PRODUCERS: Mapping[str, Producer] = {
@@ -81,6 +84,13 @@ PRODUCERS: Mapping[str, Producer] = {
         0,
         lambda models, rollouts, wanted: reward_pass(models.reward, rollouts, wanted),
     ),
+    "text": Producer(
+        frozenset({"sentence_boundaries", "phrase_boundaries", "phrase_fallback"}),
+        0,
+        0,
+        lambda models, rollouts, wanted: text_boundaries(models.policy.tokenizer, rollouts, wanted),
+        need,
+    ),
 }
 
 
@@ -92,13 +102,15 @@ def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     and `backwards`.
 
     Raises:
-        ConfigError: a name that no producer gives; it lists those that are given.
+        ConfigError: a name that no producer gives, with those that are given; or a package that one needs is absent.
     """
     needs = frozenset(needs)
     known = frozenset[str]().union(*(p.gives for p in PRODUCERS.values()))
     base = {name: registry.asked(name)[0] for name in needs}
     wanted = [(p, frozenset(n for n in needs if base[n] in p.gives)) for p in PRODUCERS.values()]
     passes = [(producer, names) for producer, names in wanted if names]
+    for producer, names in passes:
+        producer.ready(names)
     for name in sorted(n for n in needs if base[n] not in known):
         if ":" not in name:
             raise ConfigError(unknown_name("evidence", name, known))

@@ -6,11 +6,48 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from apportion import registry
+from apportion.segments.boundaries import check
+from apportion.segments.entropy import entropy
+from apportion.segments.ngrams import ngrams
+from apportion.segments.parsed import parsed
+from apportion.segments.perplexity import perplexity
+from apportion.segments.random_ngrams import random_ngrams
+from apportion.segments.sentences import sentences
 from apportion.segments.tokens import tokens
+from apportion.segments.turns import turns
+from apportion.segments.whole_response import whole_response
 from apportion.types import Segmenter
 
-METHODS: Mapping[str, Callable[..., Segmenter]] = {f.__name__: f for f in (tokens,)}
-__all__ = ["METHODS", "build", "find", "names", "tokens"]
+METHODS: Mapping[str, Callable[..., Segmenter]] = {
+    f.__name__: f
+    for f in (
+        tokens,
+        turns,
+        ngrams,
+        random_ngrams,
+        parsed,
+        perplexity,
+        entropy,
+        sentences,
+        whole_response,
+    )
+}
+__all__ = [
+    "METHODS",
+    "build",
+    "check",
+    "entropy",
+    "find",
+    "names",
+    "ngrams",
+    "parsed",
+    "perplexity",
+    "random_ngrams",
+    "sentences",
+    "tokens",
+    "turns",
+    "whole_response",
+]
 
 
 def names() -> tuple[str, ...]:

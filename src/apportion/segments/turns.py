@@ -1,0 +1,25 @@
+"""Every turn is an action: what the policy wrote between two messages from outside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apportion.segments.boundaries import Cut
+from apportion.types import Rollouts, Segmenter
+
+
+def turns() -> Segmenter:
+    """Return the segmenter that makes each turn an action, (B,T) int64.
+
+    A turn is what `rollouts.turn` says. Where that is None, each run of the mask between two holes (a tool's output,
+    say) is one; then a response without holes is one action.
+    """
+    return Cut(_starts)
+
+
+def _starts(rollouts: Rollouts) -> Tensor:
+    mask = rollouts.mask
+    if rollouts.turn is not None or not mask.shape[1]:
+        return torch.zeros_like(mask)  # the turns themselves start an action, whatever stands here
+    return torch.cat([mask[:, :1], mask[:, 1:] & ~mask[:, :-1]], dim=1)

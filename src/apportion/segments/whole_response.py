@@ -1,0 +1,21 @@
+"""The whole response is one action: the bandit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apportion.segments.boundaries import Cut
+from apportion.types import Rollouts, Segmenter
+
+
+def whole_response() -> Segmenter:
+    """Return the segmenter that gives every token of a row id 0, -1 off the mask; (B,T) int64.
+
+    A response of several turns (`rollouts.turn`) has one action a turn: no action reaches over a turn.
+    """
+    return Cut(_starts)
+
+
+def _starts(rollouts: Rollouts) -> Tensor:
+    return torch.zeros_like(rollouts.mask)
