@@ -71,12 +71,12 @@ def _check(weights: Tensor, source: Tensor, target: Tensor) -> None:
         came = f"{weights.dtype} {tuple(weights.shape)}"
         raise DataError(message("weights", came, "a float tensor (B,K)", "Pass one weight a source token."))
     rows, tokens = weights.shape
-    for name, spans, shape in (("source", source, (rows, tokens, 2)), ("target", target, (rows, None, 2))):
-        came = tuple(spans.shape)
-        fits = len(came) == 3 and all(want in (None, have) for have, want in zip(came, shape, strict=True))
+    for name, spans, shape in (("source", source, (rows, tokens, 2)), ("target", target, (rows, "T", 2))):
+        found = tuple(spans.shape)
+        fits = len(found) == 3 and all(want in ("T", have) for have, want in zip(found, shape, strict=True))
         if not fits or spans.dtype != torch.int64:
-            expected = f"int64 of shape {shape}".replace("None", "T")
-            raise DataError(message(name, f"{spans.dtype} {came}", expected, "Spans follow the weights (B,K)."))
+            expected = f"int64 of shape ({', '.join(map(str, shape))})"
+            raise DataError(message(name, f"{spans.dtype} {found}", expected, "Spans follow the weights (B,K)."))
         wrong = (spans[..., 0] < 0) | (spans[..., 1] < spans[..., 0])
         if wrong.any():
             row, token = (int(i) for i in wrong.nonzero()[0])
