@@ -8,7 +8,7 @@ from pathlib import Path
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tokenizer
 
 
 def save_broken(folder: Path) -> Path:
@@ -43,8 +43,11 @@ def save_broken(folder: Path) -> Path:
     (tiny.save_reward(folder / "damaged-statistics") / "reward.json").write_text("{}")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     encoder = BertConfig(vocab_size=400, pad_token_id=0, **sizes)
-    AutoModelForSequenceClassification.from_config(encoder).save_pretrained(folder / "encoder")
-    tiny.tokenizer().save_pretrained(folder / "encoder")
+    short = BertConfig(vocab_size=400, pad_token_id=0, max_position_embeddings=6, **sizes)
+    for name, settings in (("encoder", encoder), ("short-encoder", short)):
+        AutoModelForSequenceClassification.from_config(settings).save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    ByT5Tokenizer().save_pretrained(tiny.save_reward(folder / "slow-tokenizer"))
     return folder
 
 

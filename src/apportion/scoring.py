@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from apportion.config import ScoreConfig
 from apportion.errors import ConfigError, ScoreError, message
 from apportion.evidence import Models, plan
-from apportion.models.reward import RewardModel, is_decoder
+from apportion.models.reward import RewardModel
 from apportion.types import Rollouts
 
 ALWAYS = frozenset({"scores", "old_logprobs", "entropy"})
@@ -69,19 +68,3 @@ def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
         scores = scores - reward.mean if config.center else scores
         scores = scores / max(reward.sd, 1e-6) if config.scale else scores
     return scores if config.clip is None else scores.clamp(-config.clip, config.clip)
-
-
-def check_vocabulary(policy_tokenizer: Any, reward_tokenizer: Any) -> None:
-    """Raise ConfigError when the reward model cannot read the policy's ids. Needs no weights."""
-    ours, theirs = policy_tokenizer.get_vocab(), reward_tokenizer.get_vocab()
-    if ours != theirs:
-        came = f"a reward model with another vocabulary ({len(theirs)} entries, the policy has {len(ours)})"
-        mend = "Train the reward model from the same base: `apportion reward --model <the policy's start>`."
-        raise ConfigError(message("reward_model", came, "the policy's own tokenizer", mend))
-
-
-def check_decoder(reward: RewardModel) -> None:
-    """Raise ConfigError for an encoder, which does not read its score at the response's last token."""
-    if not is_decoder(reward.model):
-        mend = "Use a decoder; `apportion credit` reads encoders too."
-        raise ConfigError(message("reward_model", type(reward.model).__name__, "a causal sequence classifier", mend))

@@ -45,8 +45,13 @@ def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
         ("policy", "missing-layer", ["missing-layer without ['model.layers.1.mlp.up_proj", "would be random"]),
         ("reward_model", "truncated", ["reward_model: got", "file not fully covered", "save it again"]),
         ("reward_model", "three-labels", ["three-labels with 3 labels", "1 or 2 labels", "binary classifier"]),
-        ("reward_model", "other-vocabulary", ["another vocabulary (401 entries", "the policy's own", "same base"]),
-        ("reward_model", "encoder", ["got 'BertForSequenceClassification'", "causal sequence classifier", "decoder"]),
+        ("reward_model", "other-vocabulary", ["reward_model's tokenizer: got", "ids up to 400'", "400 embeddings"]),
+        (
+            "reward_model",
+            "slow-tokenizer",
+            ["reward_model's tokenizer: got 'ByT5Tokenizer'", "a fast one", "tokenizer.json"],
+        ),
+        ("reward_model", "short-encoder", ["text of rollout", "at most 6, the reward model's context", "cut off"]),
         ("reward_model", "damaged-statistics", ["reward.json: got", '{"mean": number', "Delete the file"]),
         ("policy", "nan-policy", ["policy's log-probabilities in rollout 0: got nan", "Check its weights"]),
     ],
@@ -55,6 +60,11 @@ def test_an_unfit_model_is_named(
     model_command: Command, broken: Path, rl_flags: list[str], flag: str, name: str, pieces: list[str]
 ) -> None:
     model_command("rl", *rl_flags, f"--{flag}", broken / name).assert_refused(*pieces)
+
+
+def test_an_encoder_is_a_reward_model(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
+    """With the policy's vocabulary too: its score is not read at the last token, so it reads the text."""
+    model_command("rl", *rl_flags, "--reward_model", broken / "encoder").assert_done()
 
 
 def test_a_causal_model_is_no_reward_model(model_command: Command, world: Path, rl_flags: list[str]) -> None:

@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
     if not text.strip():
         raise DataError(message("--text", text, "a text that is not empty", "Write the response to apportion."))
     locate("--model", options["model"])
-    settings = {k: options[k] for k in ("device", "dtype", "pad_token") if k in options}
+    settings: dict[str, Any] = {k: options[k] for k in ("device", "dtype", "pad_token") if k in options}
     reward = load_reward(options["model"], field="--model", **settings)
     found = apportion_text(reward, options.get("prompt", ""), text, methods)
     if "html" in options:

@@ -6,25 +6,39 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ScoreError, message
-from apportion.masking import last_index
-from apportion.models.reward import RewardModel
+from apportion.evidence.text_reward import to_policy, translate
+from apportion.masking import first_index, last_index
+from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Rollouts
 
 
 def reward_pass(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
     """Return what is wanted of: scores (B,), reward_attention (B,T) (head mean over response columns, unnormalised).
 
+    A model with its own tokenizer reads the rollouts' text; the attention on its tokens is then carried over to the
+    policy's by characters, in its scale.
+
     Raises:
         ScoreError: a score is not finite, or the model pools it elsewhere than at the response's last token (a
             sampled pad id does that); it names the rollout.
     """
+    if reward.text is None:
+        return _read(reward, rollouts, wanted)
+    translation = translate(reward, rollouts)
+    return to_policy(_read(reward, translation.rollouts, wanted), translation)
+
+
+def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """Return what is wanted, from one forward over ids in the reward model's own vocabulary."""
     ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
     scores, row, positions = reward.score(ids, mask, attention="reward_attention" in wanted)
-    elsewhere = positions != last_index(mask)
+    # an encoder's first token is its score's position; without text (padded on the left) it is not to be had
+    reads = first_index(mask) if reward.text is not None and not is_decoder(reward.model) else last_index(mask)
+    elsewhere = positions != reads
     if elsewhere.any():
         at = int(elsewhere.nonzero()[0])
-        expected = f"{int(last_index(mask)[at])}, the last token of the response"
+        expected = f"{int(reads[at])}, the last token of the response"
         mend = "The reward model's pad id stands in the response: give it a pad token that is never sampled."
         raise ScoreError(message(f"pooled position of rollout {at}", int(positions[at]), expected, mend))
     found = {"scores": scores}

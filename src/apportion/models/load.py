@@ -93,12 +93,21 @@ def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any
     Raises:
         ModelError: there is none, it has no EOS, or its pad token is absent or equal to EOS.
     """
+    return with_pad(field, read_tokenizer(field, folder), pad_token)
+
+
+def read_tokenizer(field: str, folder: str) -> Any:
+    """Return the tokenizer in `folder` (or hub id) as it is stored. Raises ModelError when there is none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(message(field, _said(folder, error), "a folder or hub id with a tokenizer", MEND)) from error
+
+
+def with_pad(field: str, tokenizer: Any, pad_token: str | None) -> Any:
+    """Return `tokenizer` with `pad_token` as its pad token, or with its own. Raises ModelError as `load_tokenizer`."""
     if pad_token is not None:
         if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
             reserved = [str(t) for t in tokenizer.added_tokens_decoder.values()][:8]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from apportion.errors import ModelError, ScoreError, message
 from apportion.models.attention_row import attention_row
-from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype
+from apportion.models.load import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
+from apportion.models.own_tokenizer import check_model, check_tokenizer
+from apportion.models.token_text import PolicyText
 
 STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text
 
@@ -25,6 +27,7 @@ class RewardModel:
         model: the classifier; tokenizer: its own.
         positive: index of the positive label when there are two.
         mean, sd: of R on the held-out set it was evaluated on; None when they are not stored beside the weights.
+        text: how the policy's ids become text for a model with a tokenizer of its own; None: it reads them as they are.
     """
 
     model: Any
@@ -32,6 +35,7 @@ class RewardModel:
     positive: int = 1
     mean: float | None = None
     sd: float | None = None
+    text: PolicyText | None = None
 
     @torch.no_grad()
     def score(self, ids: Tensor, mask: Tensor, *, attention: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -92,21 +96,36 @@ def load_reward(
     device: str = "auto",
     pad_token: str | None = None,
     field: str = "reward_model",
+    policy: PolicyText | None = None,
 ) -> RewardModel:
     """Return the reward model called `name`: a folder or hub id of a sequence classifier with 1 or 2 labels.
 
+    Args:
+        policy: whose rollouts it is to score. A decoder with the policy's own vocabulary reads their ids; every other
+            model reads their text through its own tokenizer, with `pad_token` only if its vocabulary has that.
+
     Raises:
-        ModelError: it cannot be loaded, its head is not stored, or it has no pad token distinct from EOS.
+        ModelError: it cannot be loaded, its head is not stored, it has no pad token distinct from EOS, or it has a
+            tokenizer of its own that cannot say where its tokens stand in a text.
     """
     folder = locate(field, name)
     where = pick_device(device)
-    tokenizer = load_tokenizer(field, folder, pad_token)
+    tokenizer = read_tokenizer(field, folder)
+    foreign = policy is not None and tokenizer.get_vocab() != policy.tokenizer.get_vocab()
+    if foreign:
+        pad_token = pad_token if pad_token in tokenizer.get_vocab() else None
+        check_tokenizer(field, tokenizer)
+    tokenizer = with_pad(field, tokenizer, pad_token)
     model: Any = load_classifier(field, folder, pick_dtype(dtype, where), where)
     text_config = model.config.get_text_config()
     if pad_token is not None or text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
     stored = read_statistics(Path(folder))
-    return RewardModel(model, tokenizer, positive_label(model.config), **stored)
+    text = policy if foreign or not is_decoder(model) else None
+    if text is not None:
+        check_tokenizer(field, tokenizer)
+        check_model(field, model, tokenizer)
+    return RewardModel(model, tokenizer, positive_label(model.config), **stored, text=text)
 
 
 def positive_label(config: Any) -> int:

@@ -16,10 +16,11 @@ from apportion.evidence.reward_pass import reward_pass
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids
 from apportion.models.reward import RewardModel, load_reward
+from apportion.models.token_text import PolicyText
 from apportion.runs import Run
 from apportion.sampling import sample
 from apportion.stages.judge import fit_judge
-from apportion.stages.prompts import context_of, load_prompts, tokenize
+from apportion.stages.prompts import context_of, conversations, load_prompts, tokenize
 from apportion.statistics import distinct, mean_interval
 
 Tell = Callable[[str], None]
@@ -40,9 +41,11 @@ def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell 
     sampling = SamplingConfig(**settings["sampling"])
     texts = load_prompts(config.prompts, part)[: config.count]
     context = context_of(locate("policy", settings["policy"]))
-    prompts = tokenize(texts, load_tokenizer("run", str(run.path / "final")), sampling, config.seed, context)
-    pad_token = settings["pad_token"]
-    reward = load_reward(settings["reward_model"], dtype="float32", device=config.device, pad_token=pad_token)
+    tokenizer = load_tokenizer("run", str(run.path / "final"))
+    prompts = tokenize(texts, tokenizer, sampling, config.seed, context)
+    reads = PolicyText(tokenizer, conversations(texts, prompts, sampling))
+    loading = {"dtype": "float32", "device": config.device, "pad_token": settings["pad_token"]}
+    reward = load_reward(settings["reward_model"], **loading, policy=reads)
     policy, start = _policies(config, run, settings, sampling)
     tell(f"writing on {len(prompts)} fresh prompts, before and after")
     before = _written(start, start, reward, prompts, sampling, config.seed)

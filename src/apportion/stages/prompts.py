@@ -46,6 +46,18 @@ def tokenize(
     return rows
 
 
+def conversations(
+    texts: Sequence[Any], rows: Sequence[Sequence[int]], sampling: SamplingConfig
+) -> dict[tuple[int, ...], list[dict[str, Any]]]:
+    """Return the turns of prompts that are whole conversations, by their ids (`tokenize`'s `rows`).
+
+    A conversation that is cut to its first tokens is no conversation any more, but a text.
+    """
+    if sampling.prompt_tokens is not None:
+        return {}
+    return {tuple(row): text for text, row in zip(texts, rows, strict=True) if not isinstance(text, str)}
+
+
 def _ids(text: Any, tokenizer: Any, sampling: SamplingConfig) -> list[int]:
     if not isinstance(text, str):
         return _conversation(text, tokenizer)
@@ -81,6 +93,7 @@ class PromptStream:
     def __init__(self, texts: Sequence[Any], tokenizer: Any, config: RLConfig, context: int) -> None:
         self.seed = config.seed
         self.rows = tokenize(texts, tokenizer, config.sampling, config.seed, context)
+        self.conversations = conversations(texts, self.rows, config.sampling)
 
     def take(self, step: int, count: int) -> list[list[int]]:
         """Return the `count` prompts of batch `step` (from 1); each pass over the prompts has a new order."""

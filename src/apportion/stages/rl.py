@@ -23,9 +23,10 @@ from apportion.models.load import load_tokenizer, locate
 from apportion.models.policy import load_policy
 from apportion.models.reward import load_reward
 from apportion.models.save import save_policy
+from apportion.models.token_text import PolicyText
 from apportion.runs import Run, explained, need_space
 from apportion.sampling import sample
-from apportion.scoring import adjust, check_decoder, check_vocabulary, score
+from apportion.scoring import adjust, score
 from apportion.stages.checkpoint import load_latest, save_checkpoint
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
@@ -148,10 +149,10 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
     texts = load_prompts(config.prompts, "rl")
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
-    check_vocabulary(tokenizer, load_tokenizer("reward_model", judge, config.pad_token))
     stream = PromptStream(texts, tokenizer, config, context_of(folder))
-    reward = load_reward(judge, dtype=config.reward_dtype, device=config.device, pad_token=config.pad_token)
-    check_decoder(reward)
+    reads = PolicyText(tokenizer, stream.conversations)
+    settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
+    reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config)
     compare = comparisons(config.compare) if config.log_rollouts else {}

@@ -1,0 +1,106 @@
+"""A reward model with its own tokenizer: rollouts in its tokens, and what it tells of them in the policy's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion import registry
+from apportion.errors import ConfigError, ScoreError, message
+from apportion.models.offsets import carry
+from apportion.models.own_tokenizer import Encoded, Reading, context_limit, encode, read_as_text
+from apportion.models.reward import RewardModel
+from apportion.types import Rollouts
+
+CARRIED = frozenset({"reward_attention"})  # evidence that is an amount on each token, so that characters can share it
+
+
+class Translation(NamedTuple):
+    """Rollouts in the reward model's tokens (no prompt apart from the response), and where all tokens stand."""
+
+    rollouts: Rollouts
+    source: Tensor  # (B,K,2) int64, characters of the reward model's tokens
+    target: Tensor  # (B,T,2) int64, characters of the policy's response tokens in the same texts
+
+
+def translate(reward: RewardModel, rollouts: Rollouts) -> Translation:
+    """Return the rollouts as `reward` reads them: decoded, in its chat template where prompts are conversations.
+
+    Raises:
+        ScoreError: a text is empty, too long for the model (nothing is cut off), or changed by the chat template; it
+            names the rollout. ModelError: as `read_as_text`.
+    """
+    readings, encoded = [], []
+    limit = context_limit(reward.model, reward.tokenizer)
+    for row in range(len(rollouts)):
+        readings.append(_read(reward, rollouts, row))
+        encoded.append(encode(reward.tokenizer, readings[-1]))
+        _check_length(row, len(encoded[-1].ids), limit)
+    device = rollouts.mask.device
+    ids, source = _padded(encoded)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(one.ids)] for one in encoded])
+    target = torch.zeros(*rollouts.valid.shape, 2, dtype=torch.int64)
+    spans = [span for reading in readings for span in reading.spans]
+    target[rollouts.valid.cpu()] = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
+    return Translation(_as_rollouts(ids.to(device), mask.to(device)), source.to(device), target.to(device))
+
+
+def to_policy(found: Mapping[str, Tensor], translation: Translation) -> dict[str, Tensor]:
+    """Return evidence (B,) as it is, and amounts on the reward model's tokens (B,K) on the policy's (B,T).
+
+    The amounts keep their scale: what lies on the response's characters arrives there, the rest stays out.
+
+    Raises:
+        ConfigError: evidence a token that is no amount, which characters cannot share.
+    """
+    carried = {}
+    for name, value in found.items():
+        if value.dim() > 1 and (registry.asked(name)[0] not in CARRIED or value.dim() > 2):
+            mend = "Use a reward model with the policy's own tokenizer for this method."
+            expected = "one of " + ", ".join(sorted(CARRIED)) + " under a reward model with its own tokenizer"
+            raise ConfigError(message("evidence", name, expected, mend))
+        carried[name] = value if value.dim() == 1 else carry(value, translation.source, translation.target)
+    return carried
+
+
+def _read(reward: RewardModel, rollouts: Rollouts, row: int) -> Reading:
+    assert reward.text is not None
+    prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]].tolist()
+    response = rollouts.response_ids[row][rollouts.valid[row]].tolist()
+    try:
+        return read_as_text(reward.tokenizer, reward.text, prompt, response)
+    except ScoreError as error:
+        raise ScoreError(str(error).replace("rollout 0", f"rollout {row}", 1)) from error
+
+
+def _check_length(row: int, length: int, limit: int) -> None:
+    if length == 0:
+        mend = "The policy wrote special tokens alone after such a prompt: give prompts with text."
+        raise ScoreError(message(f"text of rollout {row}", "no tokens", "at least one for the reward model", mend))
+    if length > limit:
+        mend = "Nothing is cut off: shorten the prompts, or lower sampling.max_new_tokens."
+        expected = f"at most {limit}, the reward model's context"
+        raise ScoreError(message(f"text of rollout {row}", f"{length} tokens", expected, mend))
+
+
+def _padded(encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
+    """Return (ids (B,K), spans (B,K,2)) on the right of which shorter rows have 0 and (0, 0)."""
+    width = max(len(one.ids) for one in encoded)
+    ids = torch.tensor([one.ids + [0] * (width - len(one.ids)) for one in encoded])
+    spans = torch.tensor([one.spans + [(0, 0)] * (width - len(one.spans)) for one in encoded])
+    return ids, spans
+
+
+def _as_rollouts(ids: Tensor, mask: Tensor) -> Rollouts:
+    rows = len(ids)
+    return Rollouts(
+        prompt_ids=ids[:, :0],
+        prompt_mask=mask[:, :0],
+        response_ids=ids,
+        mask=mask,
+        logprobs=torch.zeros(mask.shape, device=ids.device),
+        group=torch.arange(rows, device=ids.device),
+    )

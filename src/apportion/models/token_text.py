@@ -1,0 +1,138 @@
+"""Where each token of a sequence stands in its decoded text, for any tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+BROKEN = "\ufffd"  # what bytes that are no character, or not yet one, decode to
+
+Span = tuple[int, int]
+
+
+class TokenText(NamedTuple):
+    """A response as text: what stands before it, the text itself, and each token's span [first, end) in it.
+
+    The spans are in order (neither the firsts nor the ends ever fall), lie in `text` and cover it; a token without
+    characters has an empty one. Tokens that make up a character between them overlap there.
+    """
+
+    before: str
+    text: str
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class PolicyText:
+    """How a policy's ids read as text.
+
+    Attributes:
+        tokenizer: the policy's, of any kind.
+        conversations: the turns ({role, content}) that prompts were made of, by the prompt's ids; {} for plain text.
+        special: ids that stand for no text: end of text, padding, turn markers and whatever is marked as such.
+    """
+
+    tokenizer: Any
+    conversations: Mapping[tuple[int, ...], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    special: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        marked = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        object.__setattr__(self, "special", frozenset(marked | set(self.tokenizer.all_special_ids)))
+
+    def read(self, prompt: Sequence[int], response: Sequence[int]) -> TokenText:
+        """Return the text of the ids `response` after the ids `prompt`, without special tokens, and where each is.
+
+        Both are decoded together, since many decoders treat the beginning of a text in their own way. The spans come
+        from decoding, never from encoding the text again, which may give other ids. A character that the prompt's
+        last token begins and the response completes belongs to the response.
+        """
+        before = [i for i in prompt if i not in self.special]
+        places = [place for place, i in enumerate(response) if i not in self.special]
+        whole, start, found = spans_after(self._decode, before, [response[place] for place in places])
+        spans: list[Span | None] = [None] * len(response)
+        for place, (first, end) in zip(places, found, strict=True):
+            spans[place] = (first - start, end - start)
+        return TokenText(whole[:start], whole[start:], _filled(spans))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _filled(spans: Iterable[Span | None]) -> list[Span]:
+    """Return `spans` with empty ones, at the end of what came before, for the tokens that have none."""
+    filled, end = [], 0
+    for span in spans:
+        first, end = (end, end) if span is None else (span[0], max(end, span[1]))
+        filled.append((first, end))
+    return filled
+
+
+def spans_after(
+    decode: Callable[[Sequence[int]], str], prompt: Sequence[int], response: Sequence[int]
+) -> tuple[str, int, list[Span]]:
+    """Return (text of both, where the response begins in it, span of each response token in it).
+
+    Decoding every prefix from the start is exact and quadratic. Most tokens need only what the one before them
+    decodes to, so that is tried first, and kept if the pieces put together are the text.
+    """
+    ids, begin = [*prompt, *response], len(prompt)
+    whole = decode(ids)
+    start = common(decode(prompt), whole) if response else len(whole)
+    spans = _stepwise(decode, ids, begin, start, whole)
+    if spans is None:
+        spans = group_spans([decode(ids[:end]) for end in range(begin + 1, len(ids))] + [whole], start)
+    return whole, start, spans
+
+
+def _stepwise(
+    decode: Callable[[Sequence[int]], str], ids: list[int], begin: int, start: int, whole: str
+) -> list[Span] | None:
+    """Return the spans of ids[begin:] by decoding a few tokens at a time, or None where the pieces do not fit.
+
+    A group is as few tokens as end on a whole character; the group before it is decoded again with it.
+    """
+    anchor, known, position = 0, whole[:start], start
+    spans: list[Span] = []
+    texts: list[str] = []
+    for end in range(begin + 1, len(ids) + 1):
+        texts.append(decode(ids[anchor:end]))
+        if texts[-1].endswith(BROKEN) and end < len(ids):
+            continue
+        piece = texts[-1][len(known) :]
+        if not texts[-1].startswith(known) or not whole.startswith(piece, position):
+            return None
+        shift = position - len(known)
+        spans += [(first + shift, last + shift) for first, last in group_spans(texts, len(known))]
+        position += len(piece)
+        anchor, texts = end - len(texts), []
+        known = decode(ids[anchor:end])
+    return spans if position == len(whole) else None
+
+
+def group_spans(texts: Sequence[str], start: int) -> list[Span]:
+    """Return the span of each token in texts[-1], given what is decoded after each of them; the first is at `start`.
+
+    What agrees with the final text is certain. A token after which more is decoded than that has begun a character
+    that a later one completes: both cover it. A token that adds nothing after a broken character belongs to it.
+    """
+    whole = texts[-1]
+    spans: list[Span] = []
+    certain, before = start, (start, start)
+    for text in texts:
+        agreed = common(text, whole)
+        first, certain = certain, max(certain, agreed)
+        end = min(certain + (agreed < len(text)), len(whole))
+        if end == first > start and whole[first - 1] == BROKEN:
+            first -= 1
+        before = max(first, before[0]), max(end, before[1])
+        spans.append(before)
+    return spans
+
+
+def common(one: str, two: str) -> int:
+    """Return the number of characters that both begin with."""
+    if two.startswith(one):
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
