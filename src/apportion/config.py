@@ -81,6 +81,8 @@ class PPOConfig:
         micro_batch: rollouts a forward and backward pass (memory only; it does not change the result).
         value_clip: value clip; null for none.
         value_coef: weight of the value loss.
+        value_tokens: where values are learned: "first" token of each action, where it is chosen, or "all" (as the
+            released MA-RLHF code does); null picks first unless the estimator pools values of other tokens.
         whiten_advantages: unit variance and no mean over the batch; null picks what the estimator's paper does.
         whiten_rewards: unit variance, mean kept; it rescales dense credit, so off by default.
         value_model: "shared" (a head on the policy's trunk) or "separate" (a trunk of its own).
@@ -94,6 +96,7 @@ class PPOConfig:
     micro_batch: int = 16
     value_clip: float | None = 0.2
     value_coef: float = 0.1
+    value_tokens: str | None = None
     whiten_advantages: bool | None = None
     whiten_rewards: bool = False
     value_model: str = "shared"
@@ -371,6 +374,7 @@ NAMES = {  # field -> (what is expected, the mend), where more can be said than 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "stop": ("length", "eos"),
     "value_model": ("shared", "separate"),
+    "value_tokens": (None, "first", "all"),
     "truncated": (None, "terminal", "bootstrap", "mask", "penalty"),
     "dtype": ("auto", "float32", "bfloat16"),
     "reward_dtype": ("auto", "float32", "bfloat16"),

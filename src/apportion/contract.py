@@ -36,7 +36,9 @@ class Violation(NamedTuple):
 Check = Callable[[Credit, Case], str | None]
 
 
-def violations(credit: Credit, extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] | None = None) -> list[Violation]:
+def violations(
+    credit: Credit, extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] | None = None
+) -> list[Violation]:
     """Return the broken clauses of `credit`, each with its smallest failing batch; nothing when it keeps them all.
 
     Args:
@@ -58,9 +60,7 @@ def violations(credit: Credit, extra: Mapping[str, Callable[[Tensor, torch.Gener
     return [found[name] for name in CLAUSES if name in found]
 
 
-def cases(
-    needs: frozenset[str], extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]]
-) -> Iterator[Case]:
+def cases(needs: frozenset[str], extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]]) -> Iterator[Case]:
     """Yield small batches in order of size: full rows, holes, empty rows, T = 1, scores of both signs and of size 0."""
     for size in range(1, 13):
         for rows in (r for r in (1, 2, 3) if size % r == 0):
@@ -140,7 +140,9 @@ def _finite(credit: Credit, case: Case) -> str | None:
     for factor in (1.0, 1e30):
         out = credit.assign(rollouts, _poisoned(case.rewards * factor, mask), credit.init())[0]
         if not torch.isfinite(out).all():
-            return f"it returned {out[~torch.isfinite(out)].tolist()}, with NaN off the mask and rewards times {factor:g}"
+            return (
+                f"it returned {out[~torch.isfinite(out)].tolist()}, with NaN off the mask and rewards times {factor:g}"
+            )
     return None
 
 
@@ -149,7 +151,11 @@ def _poisoned(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _unchanged(credit: Credit, case: Case) -> str | None:
-    before = [case.rewards.clone(), case.rollouts.logprobs.clone(), *(v.clone() for v in case.rollouts.evidence.values())]
+    before = [
+        case.rewards.clone(),
+        case.rollouts.logprobs.clone(),
+        *(v.clone() for v in case.rollouts.evidence.values()),
+    ]
     _assign(credit, case)
     after = [case.rewards, case.rollouts.logprobs, *case.rollouts.evidence.values()]
     names = ["the rewards", "the log-probabilities", *(f"evidence {k!r}" for k in case.rollouts.evidence)]

@@ -30,7 +30,9 @@ def run(arguments: list[str]) -> int:
         return 0
     options = dict(flags)
     if not options.get("credit"):
-        raise ConfigError(message("--credit", options.get("credit"), "a credit method", "Write package.module:function."))
+        raise ConfigError(
+            message("--credit", options.get("credit"), "a credit method", "Write package.module:function.")
+        )
     from apportion import credit
 
     settings = {name.partition(".")[2]: load_value(name, value) for name, value in flags if "." in name}

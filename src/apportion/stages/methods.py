@@ -52,6 +52,8 @@ def settle(config: RLConfig, method: Method) -> None:
     if ppo.value_model == "separate" and not method.critic:
         expected = f"shared: {name} learns no values"
         raise ConfigError(message("ppo.value_model", "separate", expected, "Leave it out, or choose gae."))
+    if ppo.value_tokens is None:
+        ppo.value_tokens = "first" if getattr(method.estimate, "pooling", "first") == "first" else "all"
     if ppo.epochs is None:
         ppo.epochs = EPOCHS[method.critic]
     if ppo.whiten_advantages is None:

@@ -27,6 +27,7 @@ from apportion.models.token_text import PolicyText
 from apportion.runs import Run, explained, need_space
 from apportion.sampling import sample
 from apportion.scoring import adjust, score
+from apportion.segments import check as check_segments
 from apportion.stages.checkpoint import load_latest, save_checkpoint
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
@@ -93,6 +94,7 @@ def learn(
     if ppo.whiten_rewards:
         rewards = whiten(rewards, rollouts.mask, keep_mean=True)
     segments = method.segment(rollouts)  # (B,T) ids from 0, -1 off the mask
+    check_segments(segments, rollouts.mask)
     if "credit_share" in method.estimate.needs and method.credit.share is not None:
         rollouts = rollouts.with_evidence(credit_share=method.credit.share(rollouts))
     estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
@@ -103,7 +105,7 @@ def learn(
     metrics = update(models.policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance)
     rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
     records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
-    metrics |= batch_metrics(rollouts, rewards) | learner.move_controllers(rollouts, rewards)
+    metrics |= batch_metrics(rollouts, rewards, segments) | learner.move_controllers(rollouts, rewards)
     metrics |= {"policy/lr": learner.optimizer.param_groups[0]["lr"]}
     return metrics | ({} if ended is None else {"objective/ended": float(ended.float().mean())}), records
 
@@ -124,8 +126,8 @@ def settle_truncated(rollouts: Rollouts, config: PPOConfig) -> Rollouts:
     return replace(rollouts, ended=ended)
 
 
-def batch_metrics(rollouts: Rollouts, rewards: torch.Tensor) -> dict[str, float]:
-    """Return the objective's metrics of one batch: raw scores, rewards, KL (nats a sequence), entropy, length."""
+def batch_metrics(rollouts: Rollouts, rewards: torch.Tensor, segments: torch.Tensor) -> dict[str, float]:
+    """Return one batch's metrics: raw scores, rewards, KL (nats a sequence), entropy, length, actions, fallbacks."""
     raw, lengths = rollouts.evidence["raw_scores"], rollouts.mask.sum(dim=1).float()
     reference = rollouts.evidence.get("reference_logprobs")
     found = {
@@ -134,8 +136,11 @@ def batch_metrics(rollouts: Rollouts, rewards: torch.Tensor) -> dict[str, float]
         "objective/rewards": rewards.sum(dim=1).mean(),
         "objective/entropy": masked_mean(rollouts.evidence["entropy"], rollouts.mask),
         "objective/length": lengths.mean(),
+        "segments/actions": (segments.amax(dim=1) + 1).float().mean(),
         "sampling/logprob_gap": masked_mean((rollouts.logprobs - rollouts.old_logprobs).abs(), rollouts.mask),
     }
+    if "phrase_fallback" in rollouts.evidence:
+        found["segments/fallback_rate"] = rollouts.evidence["phrase_fallback"].mean()
     if reference is not None:
         kl = torch.where(rollouts.mask, rollouts.logprobs - reference, 0.0).sum(dim=1)
         found["objective/kl"] = kl.mean()

@@ -26,7 +26,7 @@ class Targets(NamedTuple):
 
 
 def make_targets(estimated: Advantages, segments: Tensor, rollouts: Rollouts, config: PPOConfig) -> Targets:
-    """Return the targets: advantages whitened over the batch, values regressed at each action's first token.
+    """Return the targets: advantages whitened over the batch, values regressed where `config.value_tokens` says.
 
     With truncated="mask" the rows that were cut off teach nothing.
     """
@@ -34,7 +34,8 @@ def make_targets(estimated: Advantages, segments: Tensor, rollouts: Rollouts, co
     if config.truncated == "mask" and rollouts.ended is not None:
         learn = learn & rollouts.ended[:, None]
     advantages = whiten(estimated.advantages, learn) if config.whiten_advantages else estimated.advantages
-    return Targets(advantages, estimated.returns, learn, learn & first_of_action(segments), segments)
+    valued = learn if config.value_tokens == "all" else learn & first_of_action(segments)
+    return Targets(advantages, estimated.returns, learn, valued, segments)
 
 
 def first_of_action(segments: Tensor) -> Tensor:
