@@ -39,9 +39,11 @@ SIGNATURES = {
     },
     "advantages": {
         "gae": "(gamma=1.0, lam=0.95, pooling='first', *, reproduce=None)",
-        "group_relative": "(std=True, credit_mix=0.0)",
-        "leave_one_out": "(credit_mix=0.0)",
-        "monte_carlo": "()",
+        "group_relative": "(std=True, credit_mix=0.0, cap=3.0)",
+        "leave_one_out": "(credit_mix=0.0, cap=3.0)",
+        "monte_carlo": "(gamma=1.0)",
+        "reinforce_pp": "(baseline=None, gamma=1.0)",
+        "vine": "(samples=9)",
     },
 }
 FOLDERS = {"credit": credit, "segments": segments, "advantages": advantages}
@@ -62,6 +64,11 @@ NEEDS = {
     "sentences": {"sentence_boundaries"},
     "parsed": {"phrase_boundaries"},
     "gae": {"values"},
+    "group_relative": set(),
+    "leave_one_out": set(),
+    "monte_carlo": set(),
+    "reinforce_pp": set(),
+    "vine": {"vine_values"},
 }
 
 

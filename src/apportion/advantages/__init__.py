@@ -7,10 +7,28 @@ from typing import Any
 
 from apportion import registry
 from apportion.advantages.gae import gae
+from apportion.advantages.group_relative import group_relative
+from apportion.advantages.leave_one_out import leave_one_out
+from apportion.advantages.monte_carlo import monte_carlo
+from apportion.advantages.reinforce_pp import reinforce_pp
+from apportion.advantages.vine import vine
 from apportion.types import Estimator
 
-METHODS: Mapping[str, Callable[..., Estimator]] = {f.__name__: f for f in (gae,)}
-__all__ = ["METHODS", "build", "find", "gae", "names"]
+METHODS: Mapping[str, Callable[..., Estimator]] = {
+    f.__name__: f for f in (gae, group_relative, leave_one_out, monte_carlo, reinforce_pp, vine)
+}
+__all__ = [
+    "METHODS",
+    "build",
+    "find",
+    "gae",
+    "group_relative",
+    "leave_one_out",
+    "monte_carlo",
+    "names",
+    "reinforce_pp",
+    "vine",
+]
 
 
 def names() -> tuple[str, ...]:

@@ -1,0 +1,39 @@
+"""Monte-Carlo returns: each action is worth the rewards from it on; no critic."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from apportion.advantages.actions import action_rewards, to_go
+from apportion.errors import check_fraction
+from apportion.masking import spread
+from apportion.types import Advantages, Estimator, Rollouts
+
+
+def monte_carlo(gamma: float = 1.0) -> Estimator:
+    """Return A_k = G_k = R_k + γ·G_{k+1}, the reward-to-go of each action, on each of its tokens.
+
+    R_k is the sum of the action's token rewards, γ in [0, 1] counts per action. There is no baseline and no critic;
+    whitening in the update centres the batch. A response that was cut off has the rewards that were seen. The returns
+    are the same G_k. With γ = 1 and the score on the last token every token gets the score; GAE(γ, λ=1) with V = 0.
+
+    Raises:
+        ConfigError: γ outside [0, 1].
+
+    Source: Williams 1992; Sutton and Barto 2018, section 13.3.
+    """
+    return _MonteCarlo(check_fraction("monte_carlo.gamma", gamma, "1 is usual for text."))
+
+
+class _MonteCarlo:
+    needs: frozenset[str] = frozenset()
+    uses_share = False
+    group_wise = False
+    critic = False
+
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
+
+    def __call__(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Advantages:
+        returns = spread(to_go(action_rewards(rewards, segments), self.gamma), segments)
+        return Advantages(returns, returns.clone())

@@ -1,0 +1,64 @@
+"""Credit as weights of a row's tokens: mean 1, none above a cap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apportion.errors import DataError, message
+from apportion.masking import normalise
+from apportion.types import Rollouts
+
+SHARE = "credit_share"
+
+
+def share_of(rollouts: Rollouts, on: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (evidence "credit_share" (B,T) float32 with rows that sum to 1 over `on`, rows that fell back (B,)).
+
+    A row whose share has no mass becomes uniform.
+
+    Raises:
+        DataError: it is absent, or on the mask negative or not finite.
+    """
+    if SHARE not in rollouts.evidence:
+        came = sorted(rollouts.evidence) or "no evidence"
+        mend = "Use a credit that has a share (uniform, attention, …), or credit_mix: 0."
+        raise DataError(message(f"evidence['{SHARE}']", came, "a (B,T) tensor whose rows sum to 1", mend))
+    share = torch.where(on, rollouts.evidence[SHARE].float(), 0.0)
+    bad = (~torch.isfinite(share) | (share < 0)).any(dim=1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        came = f"{share[row].min().item()} .. {share[row].max().item()}"
+        mend = "A signed credit cannot weigh advantages: it would turn their sign."
+        raise DataError(message(f"evidence['{SHARE}'] of rollout {row}", came, "finite values >= 0", mend))
+    return normalise(share, on)
+
+
+def credit_weights(share: Tensor, on: Tensor, mix: float, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Return (weights (B,T) of each token: mean 1 over a row, none above `cap`; where the cap holds, (B,T) bool).
+
+    Uncapped, w = (1−β) + β·n·share with β = `mix` and n the row's tokens. Capped, w' = min(cap, c·w) with the one
+    c >= 1 that gives a mean of 1: what the cap cuts off goes to the tokens below it in proportion to their weights,
+    until none is above. Where those have no weight at all (β = 1 and a share of 0) it goes to them evenly. A mean of 1
+    is always possible because cap >= 1. 0 off the mask `on`.
+
+    c is found exactly, by sorting: with the k largest at the cap, c_k = (n − k·cap) ÷ (sum of the others), and the
+    smallest k with c_k·w_(k+1) <= cap is the one.
+    """
+    count = on.sum(dim=1, keepdim=True).float()
+    raw = torch.where(on, (1.0 - mix) + mix * count * share, 0.0)
+    if cap is None or raw.shape[1] == 0:
+        return raw, torch.zeros_like(on)
+    ordered = raw.sort(dim=1, descending=True).values
+    # the sum of all but the k largest, for k = 0..T−1, added from the small end so that no digits cancel
+    rest = ordered.flip(1).cumsum(dim=1).flip(1)
+    k = torch.arange(raw.shape[1], device=raw.device)
+    left = (count - k * cap).clamp_min(0.0)
+    fits = (left * ordered <= cap * rest * (1.0 + 1e-6)) | (ordered == 0)
+    held = fits.int().argmax(dim=1, keepdim=True)  # (B,1) tokens at the cap
+    left, rest = left.gather(1, held), rest.gather(1, held)
+    largest = ordered.gather(1, (held - 1).clamp_min(0))
+    full = on & (held > 0) & (raw >= largest)
+    even = left / (count - held).clamp_min(1.0)
+    below = torch.where(rest > 0, raw * (left / torch.where(rest > 0, rest, 1.0)), even).clamp_max(cap)
+    return torch.where(on, torch.where(full, cap, below), 0.0), full

@@ -1,0 +1,66 @@
+"""How do advantages become a gradient? Losses as sums over a batch; the caller divides by the declared denominator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from apportion import registry
+from apportion.errors import ConfigError, message
+from apportion.losses.cispo import cispo
+from apportion.losses.dapo import dapo, overlong_penalty
+from apportion.losses.dr_grpo import dr_grpo
+from apportion.losses.entropy import entropy_of
+from apportion.losses.grpo import grpo
+from apportion.losses.gspo import gspo
+from apportion.losses.ppo import clipped_policy, ppo
+from apportion.losses.ratios import Sums
+from apportion.losses.reinforce import reinforce
+from apportion.losses.value import clipped_value
+from apportion.types import PolicyLoss
+
+METHODS: Mapping[str, Callable[..., PolicyLoss]] = {
+    f.__name__: f for f in (ppo, grpo, dr_grpo, dapo, gspo, cispo, reinforce)
+}
+__all__ = [
+    "METHODS",
+    "Sums",
+    "build",
+    "cispo",
+    "clipped_policy",
+    "clipped_value",
+    "dapo",
+    "dr_grpo",
+    "entropy_of",
+    "find",
+    "grpo",
+    "gspo",
+    "names",
+    "overlong_penalty",
+    "ppo",
+    "reinforce",
+]
+
+
+def names() -> tuple[str, ...]:
+    """Return the built-in policy losses' names."""
+    return tuple(METHODS)
+
+
+def find(name: str) -> Callable[..., PolicyLoss]:
+    """Return the loss factory of that name, or "package.module:function". Raises ConfigError with suggestions."""
+    return registry.find("loss", name, METHODS)
+
+
+def build(specs: list[tuple[str, dict[str, Any]]]) -> PolicyLoss:
+    """Return the policy loss of exactly one (name, keyword arguments) pair.
+
+    Raises:
+        ConfigError: several, an unknown name or key, a value out of range, or a function that returns something else.
+    """
+    name, kwargs = registry.single("loss", specs)
+    made = registry.call("loss", name, find(name), kwargs)
+    if not isinstance(made, PolicyLoss):
+        mend = "Return apportion.types.PolicyLoss(terms, denominator, ratio, needs)."
+        raise ConfigError(message("loss", f"{name}, which returned a {type(made).__name__}", "a PolicyLoss", mend))
+    return made
