@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apportion import registry
+from apportion.credit.reading import EVIDENCE, asked_reading
 from apportion.errors import ScoreError, message
 from apportion.masking import last_index
 from apportion.models.reward import RewardModel
@@ -14,13 +16,18 @@ from apportion.types import Rollouts
 def reward_pass(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
     """Return what is wanted of: scores (B,), reward_attention (B,T) (head mean over response columns, unnormalised).
 
+    "reward_attention" may be asked for with settings (`credit.reading.Reading`), in several ways at once: all are
+    read from the same forward.
+
     Raises:
         ScoreError: a score is not finite, or the model pools it elsewhere than at the response's last token (a
             sampled pad id does that); it names the rollout.
+        ModelError: the model's attention cannot be read, or it has no layer of an asked number.
     """
     ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
-    scores, row, positions = reward.score(ids, mask, attention="reward_attention" in wanted)
+    asked = {name: asked_reading(name) for name in wanted if registry.asked(name)[0] == EVIDENCE}
+    scores, rows, positions = reward.read(ids, mask, list(asked.values()))
     elsewhere = positions != last_index(mask)
     if elsewhere.any():
         at = int(elsewhere.nonzero()[0])
@@ -28,6 +35,6 @@ def reward_pass(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str])
         mend = "The reward model's pad id stands in the response: give it a pad token that is never sampled."
         raise ScoreError(message(f"pooled position of rollout {at}", int(positions[at]), expected, mend))
     found = {"scores": scores}
-    if row is not None:
-        found["reward_attention"] = torch.where(rollouts.valid, row[:, rollouts.prompt_ids.shape[1] :], 0.0)
+    for name, row in zip(asked, rows, strict=True):
+        found[name] = torch.where(rollouts.valid, row[:, rollouts.prompt_ids.shape[1] :], 0.0)
     return found
