@@ -144,15 +144,16 @@ def timed_alone(model: Any, inputs: dict[str, Tensor], rows: Tensor, mask: Tenso
     """Return the seconds of each repetition of ABC's own operations, on the q and k of a real forward."""
     with attention_row(model) as tap:
         model(**inputs)
-    call = tap._call
-    assert call is not None
+    call = tap._calls[tap.layers[-1]]
     layers = model.config.get_text_config().num_hidden_layers
     times = []
     for _ in range(repetitions):
         began = time.perf_counter()
         with attention_row(model) as tap:
+            tap._begin(model, ())
             for _ in range(layers):
-                tap._record(*call)
+                tap._record(call)
+            tap._end(model, (), None)
         finish(tap, rows, mask)
         times.append(time.perf_counter() - began)
     return times

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 COMMON = {"vocab_size": 99, "pad_token_id": 0}
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -74,3 +76,20 @@ def positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return `inputs` with position ids that count real tokens, as left padding needs."""
     mask = inputs["attention_mask"]
     return inputs | {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+class Sizes(TorchDispatchMode):
+    """Records (op, shape) of every tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known = {leaf.untyped_storage().data_ptr() for leaf in given}
+        for leaf in tree_leaves(out):  # a view allocates nothing
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in known:
+                self.seen.append((str(func), tuple(leaf.shape)))
+        return out

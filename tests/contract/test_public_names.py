@@ -21,7 +21,9 @@ SIGNATURES = {
     "credit": {
         "sparse": "()",
         "uniform": "(*, mix=1.0)",
-        "attention": "(*, mix=0.8, floor=0.0, cap=None, exclude_self=False)",
+        "attention": (
+            "(*, mix=0.8, floor=0.0, cap=None, exclude_self=False, layers='last', heads='mean', rollout=False)"
+        ),
         "policy_attention": "(*, mix=0.8, view='mean', shifted=False)",
         "kl_penalty": "(*, coef=0.05, target=None, horizon=10000)",
         "prefix_difference": None,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from apportion.errors import ApportionError, ModelError
 from apportion.models.attention_row import attention_row
@@ -105,33 +103,19 @@ def test_two_models_may_be_tapped_at_once():
         assert torch.equal(alone.weights(last), nested.weights(last))
 
 
-def test_bloom_which_never_touches_the_registry_is_refused_by_name():
-    from transformers import BloomConfig, BloomForSequenceClassification
-
-    config = BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)
-    model = BloomForSequenceClassification(config)
+def test_layers_run_again_in_a_backward_pass_are_not_read():
+    """Gradient checkpointing runs them from the last to the first, so that the first would be taken for the last."""
+    model = tiny_models.build("llama (grouped queries)")
     inputs, last = tiny_models.batch("left")
+    plain = tiny_models.build("llama (grouped queries)")
+    with torch.no_grad(), attention_row(plain) as expected:
+        plain(**inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
     with attention_row(model) as seen:
-        model(**inputs)
-        with pytest.raises(ModelError, match="Bloom"):
-            seen.weights(last)
-
-
-class Sizes(TorchDispatchMode):
-    """Records (op, shape) of every tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        known = {leaf.untyped_storage().data_ptr() for leaf in given}
-        for leaf in tree_leaves(out):  # a view allocates nothing
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in known:
-                self.seen.append((str(func), tuple(leaf.shape)))
-        return out
+        model(**inputs, use_cache=False).logits.sum().backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+    torch.testing.assert_close(seen.weights(last), expected.weights(last), rtol=0, atol=1e-5)
 
 
 LENGTH, HEADS, HEAD_SIZE = 256, 4, 8
@@ -144,11 +128,11 @@ def test_no_square_matrix_is_allocated(name, padding):
     model = tiny_models.build(name)
     inputs, last = tiny_models.batch(padding, length=LENGTH)
     with torch.no_grad():
-        with Sizes() as plain:
+        with tiny_models.Sizes() as plain:
             model(**inputs)
-        with attention_row(model) as seen, Sizes() as tapped:
+        with attention_row(model) as seen, tiny_models.Sizes() as tapped:
             model(**inputs)
-        with Sizes() as reading:
+        with tiny_models.Sizes() as reading:
             seen.weights(last)
     assert sorted(tapped.seen) == sorted(plain.seen), "the tap allocated something during the forward"
     largest = max(reading.seen, key=lambda entry: torch.Size(entry[1]).numel())
@@ -160,6 +144,6 @@ def test_no_square_matrix_is_allocated(name, padding):
 def test_the_square_matrix_check_can_fail():
     model = tiny_models.build("gpt2", implementation="eager")
     inputs, _ = tiny_models.batch("left", length=LENGTH)
-    with torch.no_grad(), Sizes() as sizes:
+    with torch.no_grad(), tiny_models.Sizes() as sizes:
         model(**inputs, output_attentions=True)
     assert any(shape.count(LENGTH) > 1 for _, shape in sizes.seen)

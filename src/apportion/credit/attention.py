@@ -1,4 +1,4 @@
-"""ABC: the reward model's own last-layer attention spreads its score over the tokens it read."""
+"""ABC: the reward model's own attention, by default its last layer's, spreads its score over the tokens it read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ import math
 import torch
 from torch import Tensor
 
+from apportion.credit.reading import Layers, reading
 from apportion.credit.redistribute import redistributor, take_evidence
 from apportion.errors import ConfigError, check_fraction, message
 from apportion.masking import last_index, normalise
 from apportion.types import Credit, Rollouts
 
 
-def attention(*, mix: float = 0.8, floor: float = 0.0, cap: float | None = None, exclude_self: bool = False) -> Credit:
+def attention(
+    *,
+    mix: float = 0.8,
+    floor: float = 0.0,
+    cap: float | None = None,
+    exclude_self: bool = False,
+    layers: Layers = "last",
+    heads: str = "mean",
+    rollout: bool = False,
+) -> Credit:
     """Return attention-based credit, r_t = β·α_t·Σr + (1−β)·r_t with β = `mix`.
 
     α (B,T) is evidence "reward_attention" (the last layer's attention of the position where the reward model reads
@@ -26,20 +36,27 @@ def attention(*, mix: float = 0.8, floor: float = 0.0, cap: float | None = None,
         cap: largest share of one token in (0, 1]; the excess goes to the others in proportion. A row too short for
             the cap (cap·n < 1) becomes uniform.
         exclude_self: leave out the last token's attention to itself (the only token of a one-token row keeps it).
+        layers: "last" (the paper's), "all", a layer's number (−1 is the last) or several; these are averaged.
+        heads: "mean" (the paper's) or "max", the largest over the heads of each layer.
+        rollout: read the attention rollout over all layers instead (Abnar & Zuidema 2020, arXiv 2005.00928). It costs
+            about as much as the attention scores of a whole forward, O(T²); one row of a layer costs O(T).
+
+    With other layers or heads, or the rollout, the evidence is "reward_attention" asked for with these settings.
 
     Raises:
         ConfigError: a setting outside its range.
-        DataError: evidence "reward_attention" absent, negative or not finite.
+        DataError: the evidence is absent, negative or not finite.
 
     Source: Chan et al. 2024 (arXiv 2402.00782), section 3.
     """
+    name = reading(layers, heads, rollout).evidence
     check_fraction("attention.mix", mix)
     check_fraction("attention.floor", floor, "0 leaves attention as it is, 1 is uniform.")
     if cap is not None and (check_fraction("attention.cap", cap, "Use 0.2 for at most a fifth a token.") == 0.0):
         raise ConfigError(message("attention.cap", cap, "a number in (0, 1] or null", "Use 0.2 for a fifth a token."))
 
     def weights(rollouts: Rollouts) -> Tensor:
-        raw = take_evidence(rollouts, "reward_attention")
+        raw = take_evidence(rollouts, name)
         if exclude_self:
             raw = without_last(raw, rollouts.mask)
         if floor == 0.0 and cap is None:
@@ -50,8 +67,7 @@ def attention(*, mix: float = 0.8, floor: float = 0.0, cap: float | None = None,
         share = share if cap is None else capped(share, rollouts.mask, cap)
         return share * raw.sum(dim=1, keepdim=True)  # keeps the kept mass visible in the metrics
 
-    needs = frozenset({"reward_attention"})
-    return redistributor(weights, mix=mix, needs=needs, causal=False)
+    return redistributor(weights, mix=mix, needs=frozenset({name}), causal=False)
 
 
 def without_last(weights: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apportion import registry
+from apportion.credit.reading import EVIDENCE, asked_reading
 from apportion.errors import ScoreError, message
 from apportion.evidence.text_reward import to_policy, translate
 from apportion.masking import first_index, last_index
@@ -18,9 +20,13 @@ def reward_pass(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str])
     A model with its own tokenizer reads the rollouts' text; the attention on its tokens is then carried over to the
     policy's by characters, in its scale.
 
+    "reward_attention" may be asked for with settings (`credit.reading.Reading`), in several ways at once: all are
+    read from the same forward.
+
     Raises:
         ScoreError: a score is not finite, or the model pools it elsewhere than at the response's last token (a
             sampled pad id does that); it names the rollout.
+        ModelError: the model's attention cannot be read, or it has no layer of an asked number.
     """
     if reward.text is None:
         return _read(reward, rollouts, wanted)
@@ -32,7 +38,8 @@ def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> di
     """Return what is wanted, from one forward over ids in the reward model's own vocabulary."""
     ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
-    scores, row, positions = reward.score(ids, mask, attention="reward_attention" in wanted)
+    asked = {name: asked_reading(name) for name in wanted if registry.asked(name)[0] == EVIDENCE}
+    scores, rows, positions = reward.read(ids, mask, list(asked.values()))
     # an encoder's first token is its score's position; without text (padded on the left) it is not to be had
     reads = first_index(mask) if reward.text is not None and not is_decoder(reward.model) else last_index(mask)
     elsewhere = positions != reads
@@ -42,6 +49,6 @@ def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> di
         mend = "The reward model's pad id stands in the response: give it a pad token that is never sampled."
         raise ScoreError(message(f"pooled position of rollout {at}", int(positions[at]), expected, mend))
     found = {"scores": scores}
-    if row is not None:
-        found["reward_attention"] = torch.where(rollouts.valid, row[:, rollouts.prompt_ids.shape[1] :], 0.0)
+    for name, row in zip(asked, rows, strict=True):
+        found[name] = torch.where(rollouts.valid, row[:, rollouts.prompt_ids.shape[1] :], 0.0)
     return found

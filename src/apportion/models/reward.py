@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.credit.reading import Reading
 from apportion.errors import ModelError, ScoreError, message
-from apportion.models.attention_row import attention_row
+from apportion.models.attention_row import attention_row, union
 from apportion.models.load import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
 from apportion.models.own_tokenizer import check_model, check_tokenizer
 from apportion.models.token_text import PolicyText
@@ -37,7 +39,6 @@ class RewardModel:
     sd: float | None = None
     text: PolicyText | None = None
 
-    @torch.no_grad()
     def score(self, ids: Tensor, mask: Tensor, *, attention: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return (scores (B,), attention row (B,K) or None, positions (B,)) of padded sequences, in one forward.
 
@@ -47,6 +48,16 @@ class RewardModel:
 
         Raises:
             ScoreError: a score is not finite; it names the row.
+            ModelError: the model's attention cannot be read.
+        """
+        scores, rows, positions = self.read(ids, mask, [Reading()] if attention else [])
+        return scores, rows[0] if attention else None, positions
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor, readings: Sequence[Reading]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return (scores (B,), an attention row (B,K) for each of `readings`, positions (B,)), in one forward.
+
+        The rows are those of the position that is scored. Otherwise as `score`.
         """
         pad = self.model.config.get_text_config().pad_token_id
         ids = ids.masked_fill(~mask, pad)
@@ -54,14 +65,12 @@ class RewardModel:
         if is_decoder(self.model):
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
         positions = self.positions(ids)
-        row = None
-        if attention:
-            with attention_row(self.model) as tap:
-                logits = self.model(**inputs).logits
-            row = tap.weights(positions).mean(dim=1)
-        else:
+        if not readings:
+            return self.difference(self.model(**inputs).logits), [], positions
+        with attention_row(self.model, union(readings)) as tap:
             logits = self.model(**inputs).logits
-        return self.difference(logits), row, positions
+        scores = self.difference(logits)
+        return scores, [tap.read(one, positions) for one in readings], positions
 
     def difference(self, logits: Tensor) -> Tensor:
         """Return R (B,) float32 from logits (B, 1 or 2). Raises ScoreError for one that is not finite."""

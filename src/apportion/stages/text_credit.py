@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from apportion import credit
+from apportion.credit.reading import EVIDENCE, asked_reading
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Credit, Rollouts
 
-AVAILABLE = frozenset({"reward_attention"})  # what a reward model alone can tell
+AVAILABLE = frozenset({EVIDENCE})  # what a reward model alone can tell
 
 
 class TextCredit(NamedTuple):
@@ -33,8 +34,8 @@ def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
     methods = {}
     for name, kwargs in specs:
         method = registry.call("method", name, credit.find(name), kwargs)
-        if method.needs - AVAILABLE:
-            lacking = ", ".join(sorted(method.needs - AVAILABLE))
+        lacking = ", ".join(sorted(n for n in method.needs if registry.asked(n)[0] not in AVAILABLE))
+        if lacking:
             mend = f"It needs {lacking}, which only a run has: use it in `apportion rl`."
             raise ConfigError(message("--method", name, "attention, uniform or sparse", mend))
         methods[name] = method
@@ -50,17 +51,19 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
         DataError: the text is empty, too long for the model, or ends with its pad token.
     """
     ids, response = _encode(reward, prompt, text)
-    scores, row, at = reward.score(ids, torch.ones_like(ids, dtype=torch.bool), attention=True)
-    assert row is not None
+    names = sorted({EVIDENCE}.union(*(method.needs for method in methods.values())))
+    readings = [asked_reading(name) for name in names]
+    scores, rows, at = reward.read(ids, torch.ones_like(ids, dtype=torch.bool), readings)
+    found = dict(zip(names, rows, strict=True))
     if is_decoder(reward.model) and int(at) != ids.shape[1] - 1:
         came = f"{text[-20:]!r}, which ends with the model's pad token"
         mend = "Remove it: the model reads its score before it; or choose another --pad_token."
         raise DataError(message("--text", came, "a text that is scored at its last token", mend))
-    rollouts = _as_rollout(ids, response, scores, row)
+    rollouts = _as_rollout(ids, response, scores, found)
     chosen = ids[0, response].tolist()
     by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
     tokens = [reward.tokenizer.decode([i]) for i in chosen]
-    return TextCredit(prompt, tokens, chosen, float(scores[0]), by_method, float(row[0, response].sum()))
+    return TextCredit(prompt, tokens, chosen, float(scores[0]), by_method, float(found[EVIDENCE][0, response].sum()))
 
 
 def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor]:
@@ -90,7 +93,7 @@ def _with_special(tokenizer: Any, ids: list[int]) -> tuple[list[int], int]:
     return [*marked[:at], *ids, *marked[at + len(plain) :]], at
 
 
-def _as_rollout(ids: Tensor, response: Tensor, scores: Tensor, row: Tensor) -> Rollouts:
+def _as_rollout(ids: Tensor, response: Tensor, scores: Tensor, rows: dict[str, Tensor]) -> Rollouts:
     mask = torch.ones(1, len(response), dtype=torch.bool, device=ids.device)
     first = int(response[0])
     return Rollouts(
@@ -101,5 +104,5 @@ def _as_rollout(ids: Tensor, response: Tensor, scores: Tensor, row: Tensor) -> R
         logprobs=torch.zeros(mask.shape, device=ids.device),
         scores=scores,
         group=torch.zeros(1, dtype=torch.int64, device=ids.device),
-        evidence={"reward_attention": row[:, response]},
+        evidence={name: row[:, response] for name, row in rows.items()},
     )
