@@ -85,20 +85,17 @@ def purpose(factory: Callable[..., Any]) -> str:
 def page(field: str, name: str, factory: Callable[..., Any]) -> str:
     """Return the page of one method."""
     signature = re.sub(r"'([^']*)'", r"\1", str(inspect.signature(factory)).split(" -> ")[0])
+    room = "losses" if field == "loss" else field
     parts = [
         f"# `{name}`",
         f"*{field}.* {purpose(factory)}",
-        f"```python\nfrom apportion import {'losses' if field == 'loss' else field}\n\n{_room(field)}.{name}{signature}\n```",
+        f"```python\nfrom apportion import {room}\n\n{room}.{name}{signature}\n```",
         body(inspect.getdoc(factory) or ""),
         used_by(field, name),
         measured(field, name),
         picture(field, name),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _room(field: str) -> str:
-    return "losses" if field == "loss" else field
 
 
 def body(doc: str) -> str:

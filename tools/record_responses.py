@@ -12,6 +12,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,8 +21,8 @@ from apportion.config import DiagnoseConfig, SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError
 from apportion.evidence import plan
 from apportion.models.load import has_bfloat16
-from apportion.scoring import score
 from apportion.sampling import sample
+from apportion.scoring import score
 from apportion.stages.diagnose import open_models
 
 OUT = Path(__file__).parents[1] / "docs" / "methods" / "responses.json"
@@ -47,9 +48,10 @@ def main() -> int:
     decode = models.policy.tokenizer.decode
     rows = []
     for i in range(len(rollouts)):
-        ids = rollouts.response_ids[i][rollouts.mask[i]].tolist()
+        on = rollouts.mask[i]
+        ids = rollouts.response_ids[i][on].tolist()
         evidence = {
-            name: [round(float(v), 6) for v in value[i][rollouts.mask[i]]] if value.dim() > 1 else round(float(value[i]), 6)
+            name: numbers(value[i][on]) if value.dim() > 1 else numbers(value[i : i + 1])[0]
             for name, value in rollouts.evidence.items()
         }
         assert rollouts.scores is not None
@@ -59,7 +61,7 @@ def main() -> int:
                 "tokens": [decode([t]) for t in ids],
                 "ids": ids,
                 "score": round(float(rollouts.scores[i]), 6),
-                "logprobs": [round(float(v), 6) for v in rollouts.logprobs[i][rollouts.mask[i]]],
+                "logprobs": numbers(rollouts.logprobs[i][on]),
                 "evidence": evidence,
             }
         )
@@ -67,6 +69,11 @@ def main() -> int:
     OUT.write_text(json.dumps({"how": HOW, "responses": rows}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {OUT}")
     return 0
+
+
+def numbers(values: torch.Tensor) -> list[Any]:
+    """Return booleans as they are and numbers with six decimals."""
+    return [v if isinstance(v, bool) else round(v, 6) for v in values.tolist()]
 
 
 def wanted() -> frozenset[str]:

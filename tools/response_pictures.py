@@ -91,8 +91,7 @@ def _svg(stored: Mapping[str, Any], fills: list[list[str]], ids: list[list[int]]
             x += wide
         y += LINE + 10
     style = (
-        f"text{{font:{SIZE}px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}"
-        ".h{font-weight:600;fill:#5b6660}"
+        f"text{{font:{SIZE}px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}.h{{font-weight:600;fill:#5b6660}}"
     )
     size = f'viewBox="0 0 {WIDTH} {y - 10}" width="{WIDTH}" height="{y - 10}"'
     back = f'<rect width="{WIDTH}" height="{y - 10}" fill="#ffffff"/>'

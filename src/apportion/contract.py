@@ -1,4 +1,4 @@
-"""The contract of a credit method, checked on small batches in order of size, so that the first failure is the smallest.
+"""The contract of a credit method, checked on small batches in order of size: the first failure is the smallest.
 
 For methods of users: `apportion doctor --credit package.module:function`. Torch only; the built-in methods are tested
 against the same clauses with far more cases.
@@ -220,7 +220,8 @@ def _sum_kept(credit: Credit, case: Case) -> str | None:
     if not (some & (drift > limit)).any():
         return None
     row = int((drift * some).argmax())
-    return f"row {row} summed to {float(case.rewards[row].sum()):.4g} and sums to {float(_assign(credit, case)[row].sum()):.4g}"
+    was, now = float(case.rewards[row].sum()), float(_assign(credit, case)[row].sum())
+    return f"row {row} summed to {was:.4g} and now sums to {now:.4g}"
 
 
 def _causal(credit: Credit, case: Case) -> str | None:

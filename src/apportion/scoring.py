@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from apportion.config import ScoreConfig
-from apportion.errors import ConfigError, ScoreError, message
+from apportion.errors import ScoreError
 from apportion.evidence import Models, plan
-from apportion.models.reward import RewardModel
+from apportion.models.reward import adjust
 from apportion.types import Rollouts
 
 ALWAYS = frozenset({"scores", "old_logprobs", "entropy"})
@@ -52,19 +52,3 @@ def renumbered(first: int) -> Iterator[None]:
     except ScoreError as error:
         text = re.sub(r"rollout (\d+)", lambda found: f"rollout {int(found[1]) + first}", str(error), count=1)
         raise ScoreError(text) from error
-
-
-def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
-    """Return scores (B,) centred and scaled by the reward model's statistics, then clipped: a sequence at a time.
-
-    Raises:
-        ConfigError: centring or scaling is asked for, and the reward model's folder has no statistics.
-    """
-    if config.center or config.scale:
-        if reward.mean is None or reward.sd is None:
-            came = "a reward model without reward.json beside its weights"
-            mend = 'Write {"mean": m, "sd": s} of its scores there, or set scores.center and scores.scale to false.'
-            raise ConfigError(message("scores.center/scale", came, "its mean and sd", mend))
-        scores = scores - reward.mean if config.center else scores
-        scores = scores / max(reward.sd, 1e-6) if config.scale else scores
-    return scores if config.clip is None else scores.clamp(-config.clip, config.clip)

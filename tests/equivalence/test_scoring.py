@@ -24,8 +24,8 @@ from apportion.errors import ConfigError, ModelError, ScoreError
 from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.reward_pass import reward_pass
 from apportion.models.adapters import add_adapter
-from apportion.models.reward import RewardModel
-from apportion.scoring import adjust, score
+from apportion.models.reward import RewardModel, adjust
+from apportion.scoring import score
 from apportion.stages.rl import train
 
 BOTH = frozenset({"scores", "reward_attention"})

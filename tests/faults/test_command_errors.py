@@ -86,7 +86,7 @@ def test_a_wrong_flag_is_named(command: Command, arguments: list[str], pieces: l
         ("optim.lr", ".inf", ["optim.lr: got inf", "a number > 0"]),
         ("optim.lr", "fast", ["--optim.lr: got 'fast'", "type float"]),
         ("sampling.temperature", "0", ["sampling.temperature: got 0.0", "a number > 0"]),
-        ("loss.clip", "0", ["ppo.clip: got 0", "a number > 0"]),
+        ("loss.clip", "-1", ["ppo.clip: got -1"]),
         ("optim.warmup", "2", ["optim.warmup: got 2.0", "[0, 1]"]),
         ("seed", "99999999999", ["seed: got 99999999999", "from 0 to 2^31"]),
         ("ppo.whiten_advantages", "perhaps", ["--ppo.whiten_advantages: got 'perhaps'", "type bool"]),

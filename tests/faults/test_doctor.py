@@ -16,6 +16,9 @@ HEAD = """
 import torch
 from apportion import Credit
 
+def mean(r, x):
+    return torch.where(r.mask, x, 0).mean(1, True)
+
 def make(assign, *, keeps=True, causal=False, share=None, needs=(), init=dict, stats=None):
     return Credit(init, assign, frozenset(needs), keeps_return=keeps, causal=causal, share=share, stats=stats)
 """
@@ -24,19 +27,25 @@ BROKEN = {
     "dtype": ("make(lambda r, x, s: (x.float(), s))", "dtype kept"),
     "leaks": ("make(lambda r, x, s: (x + 0.5 - 0.5 * r.mask.to(x), s), keeps=False)", "zeros off the mask"),
     "product": ("make(lambda r, x, s: (x * r.mask, s))", "finite"),
-    "mutates": ("make(lambda r, x, s: (x.mul_(1.0), r.evidence['v'].zero_(), (x, s))[2], needs=('v',))", "inputs not changed"),
+    "mutates": (
+        "make(lambda r, x, s: (x.mul_(1.0), r.evidence['v'].zero_(), (x, s))[2], needs=('v',))",
+        "inputs not changed",
+    ),
     "moves": (
         "make(lambda r, x, s: (torch.where(r.mask, x, 0), {'n': s['n'] + 1}), init=lambda: {'n': torch.zeros(())})",
         "state moved by `update` only",
     ),
-    "width": ("make(lambda r, x, s: (torch.where(r.mask, x / x.shape[1], 0), s), keeps=False)", "padding does not matter"),
+    "width": (
+        "make(lambda r, x, s: (torch.where(r.mask, x / x.shape[1], 0), s), keeps=False)",
+        "padding does not matter",
+    ),
     "batch": (
         "make(lambda r, x, s: (torch.where(r.mask, x - torch.where(r.mask, x, 0).mean(), 0), s), keeps=False)",
         "rows do not depend on one another",
     ),
     "loses": ("make(lambda r, x, s: (torch.where(r.mask, 0.5 * x, 0), s))", "keeps_return as declared"),
     "looks": (
-        "make(lambda r, x, s: (torch.where(r.mask, torch.where(r.mask, x, 0).mean(1, True), 0).to(x), s), keeps=False, causal=True)",
+        "make(lambda r, x, s: (torch.where(r.mask, mean(r, x), 0).to(x), s), keeps=False, causal=True)",
         "causal as declared",
     ),
     "share": ("make(lambda r, x, s: (torch.where(r.mask, x, 0), s), share=lambda r: 0.3 * r.mask)", "shares sum to 1"),

@@ -64,7 +64,8 @@ def measured(request: pytest.FixtureRequest) -> tuple[World, Gradients, dict[str
         found[name] = contender.advantages(rollouts)[0]
     rows = {name: (a[..., None] * steps).sum(dim=1) for name, a in found.items()}
     gradients = Gradients(
-        {name: by_unit(g) for name, g in rows.items()}, {name: by_unit(g.square().sum(dim=1)) for name, g in rows.items()}
+        {name: by_unit(g) for name, g in rows.items()},
+        {name: by_unit(g.square().sum(dim=1)) for name, g in rows.items()},
     )
     return world, gradients, found, steps
 

@@ -109,7 +109,9 @@ def chosen(folder: Path) -> list[tuple[Choice, Choice, Choice, Choice]]:
     seen: set[tuple[str, str]] = set()
     sample = []
     for combination in every:
-        pairs = {(f"{i}{a.label}", f"{j}{b.label}") for (i, a), (j, b) in itertools.combinations(enumerate(combination), 2)}
+        pairs = {
+            (f"{i}{a.label}", f"{j}{b.label}") for (i, a), (j, b) in itertools.combinations(enumerate(combination), 2)
+        }
         if len(pairs - seen) >= 3 or len(sample) < 8:
             sample.append(combination)
             seen |= pairs
@@ -134,7 +136,9 @@ def test_every_combination_is_refused_or_runs(world: Path, tmp_path: Path) -> No
             run = train(config)
             assert run.finished, label
             rows = tiny_runs.read_lines(run.path / "metrics.jsonl")
-            assert [row["step"] for row in rows] == [1, 2] and all(row["loss/policy"] == row["loss/policy"] for row in rows)
+            assert [row["step"] for row in rows] == [1, 2] and all(
+                row["loss/policy"] == row["loss/policy"] for row in rows
+            )
             assert ("loss/value" in rows[0]) == (estimator.label == "gae"), label
             ran += 1
             continue

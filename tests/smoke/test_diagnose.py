@@ -74,7 +74,7 @@ def test_projected_states_keep_inner_products_in_expectation() -> None:
 
 
 def test_every_figure_is_there_and_says_what_it_must(found: tuple[Path, dict[str, Any]]) -> None:
-    folder, told = found
+    told = found[1]
     assert told["rollouts"] == 24 and told["prompts"] == 6 and told["samples"] == 4
     methods = told["methods"]
     assert set(methods) == {

@@ -46,6 +46,7 @@ def group_relative(std: bool = True, credit_mix: float = 0.0, cap: float | None 
 
 class _GroupRelative:
     group_wise = True
+    scalar = True  # it reads the sum of each row's rewards: where they land is lost on it
     critic = False
 
     def __init__(self, std: bool, mix: float, cap: float | None) -> None:

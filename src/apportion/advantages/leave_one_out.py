@@ -33,6 +33,7 @@ def leave_one_out(credit_mix: float = 0.0, cap: float | None = 3.0) -> Estimator
 
 class _LeaveOneOut:
     group_wise = True
+    scalar = True  # it reads the sum of each row's rewards: where they land is lost on it
     critic = False
 
     def __init__(self, mix: float, cap: float | None) -> None:

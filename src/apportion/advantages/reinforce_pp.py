@@ -39,6 +39,7 @@ def reinforce_pp(baseline: str | None = None, gamma: float = 1.0) -> Estimator:
 class _ReinforcePP:
     needs: frozenset[str] = frozenset()
     uses_share = False
+    whitened = True  # its normalisation over the batch is the update's
     critic = False
 
     def __init__(self, baseline: str | None, gamma: float) -> None:

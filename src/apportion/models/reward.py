@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.config import ScoreConfig
 from apportion.credit.reading import Reading
-from apportion.errors import ModelError, ScoreError, message
+from apportion.errors import ConfigError, ModelError, ScoreError, message
 from apportion.models.attention_row import attention_row, union
 from apportion.models.load import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
 from apportion.models.own_tokenizer import check_model, check_tokenizer
@@ -154,3 +155,19 @@ def read_statistics(folder: Path) -> dict[str, float]:
     except (ValueError, KeyError, TypeError) as error:
         mend = "Delete the file, or evaluate the reward model again."
         raise ModelError(message(str(path), str(error), '{"mean": number, "sd": number}', mend)) from error
+
+
+def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
+    """Return scores (B,) centred and scaled by the reward model's statistics, then clipped: a sequence at a time.
+
+    Raises:
+        ConfigError: centring or scaling is asked for, and the reward model's folder has no statistics.
+    """
+    if config.center or config.scale:
+        if reward.mean is None or reward.sd is None:
+            came = "a reward model without reward.json beside its weights"
+            mend = 'Write {"mean": m, "sd": s} of its scores there, or set scores.center and scores.scale to false.'
+            raise ConfigError(message("scores.center/scale", came, "its mean and sd", mend))
+        scores = scores - reward.mean if config.center else scores
+        scores = scores / max(reward.sd, 1e-6) if config.scale else scores
+    return scores if config.clip is None else scores.clamp(-config.clip, config.clip)

@@ -58,7 +58,7 @@ def _panel(found: Mapping[str, Any], name: str) -> str:
 
 
 def _lines(methods: Mapping[str, Mapping[str, Any]], card: Card) -> list[Line]:
-    lines = []
+    lines: list[Line] = []
     for i, (name, measured) in enumerate(methods.items()):
         value = interval(measured.get(card.after))
         if value is not None:

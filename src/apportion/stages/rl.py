@@ -21,12 +21,12 @@ from apportion.evidence import Models
 from apportion.masking import masked_mean, whiten
 from apportion.models.load import load_tokenizer, locate
 from apportion.models.policy import load_policy
-from apportion.models.reward import load_reward
+from apportion.models.reward import adjust, load_reward
 from apportion.models.save import save_policy
 from apportion.models.token_text import PolicyText
 from apportion.runs import Run, explained, need_space
 from apportion.sampling import sample
-from apportion.scoring import adjust, score
+from apportion.scoring import score
 from apportion.segments import check as check_segments
 from apportion.stages.checkpoint import load_latest, save_checkpoint
 from apportion.stages.learner import Learner
@@ -105,6 +105,9 @@ def learn(
     metrics = update(models.policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance)
     rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
     records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
+    if hasattr(method.estimate, "stats"):
+        counted = method.estimate.stats(rewards, segments, rollouts)
+        metrics |= {name: float(total / count.clamp_min(1)) for name, (total, count) in counted.items()}
     metrics |= batch_metrics(rollouts, rewards, segments) | learner.move_controllers(rollouts, rewards)
     metrics |= {"policy/lr": learner.optimizer.param_groups[0]["lr"]}
     return metrics | ({} if ended is None else {"objective/ended": float(ended.float().mean())}), records
