@@ -12,6 +12,7 @@ import tiny_runs
 import torch
 from torch import Tensor
 
+from apportion import losses
 from apportion.config import OptimConfig, PPOConfig, RLConfig, ScoreConfig
 from apportion.errors import ScoreError
 from apportion.evidence import Models
@@ -26,7 +27,14 @@ from apportion.types import Advantages, Rollouts
 
 NO_CLIP = OptimConfig(max_grad_norm=1e9)
 ROUNDING = 3e-6  # log-probabilities of float32 logits are off by 1e-6, and ratios with them
+CLIP = 0.1
+LOSS = losses.ppo(clip=CLIP)
 NEEDS = {"values", "reference_logprobs", "bootstrap_values"}
+
+
+def ppo_config(**changes: Any) -> PPOConfig:
+    """Return settings as `settle` leaves them for an estimator with a critic."""
+    return PPOConfig(**{"epochs": 4, "whiten_advantages": True, "value_tokens": "first", **changes})
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,9 @@ def scene(world: Path, **changes: Any) -> tuple[Policy, Rollouts, Targets]:
     tiny_runs.stir(models.policy, 0.03)
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn((2, *batch.mask.shape), generator=generator)
-    targets = Targets(noise[0], noise[1], batch.mask, batch.mask)
+    targets = Targets(
+        noise[0], noise[1], batch.mask, batch.mask, torch.where(batch.mask, batch.mask.cumsum(dim=1) - 1, -1)
+    )
     assert batch.mask.sum(dim=1).unique().numel() > 2
     return models.policy, batch, targets
 
@@ -56,7 +66,7 @@ def gradients(policy: Policy, batch: Rollouts, targets: Targets, ppo: PPOConfig)
     optimizer.register_step_pre_hook(
         lambda *_: seen.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in policy.trainable()])
     )
-    metrics = update(policy, optimizer, batch, targets, ppo, NO_CLIP, torch.Generator().manual_seed(0))
+    metrics = update(policy, optimizer, LOSS, batch, targets, ppo, NO_CLIP, torch.Generator().manual_seed(0))
     return seen, metrics
 
 
@@ -82,7 +92,7 @@ def by_hand(policy: Policy, batch: Rollouts, targets: Targets, rows: list[int], 
             ratio = torch.exp(logp - batch.old_logprobs[row, t])
             advantage = targets.advantages[row, t]
             if targets.policy_mask[row, t]:
-                clipped = min(max(ratio, 1 - ppo.clip), 1 + ppo.clip)
+                clipped = min(max(ratio, 1 - CLIP), 1 + CLIP)
                 policy_terms.append(-min(ratio * advantage, clipped * advantage))
             value = policy.value_head(trunk[0, len(prompt) + t - 1]).squeeze()
             old, goal = batch.evidence["values"][row, t], targets.returns[row, t]
@@ -110,7 +120,7 @@ def test_the_gradient_is_that_of_ppo_written_out_by_hand(
 ) -> None:
     changes = {"lora.rank": rank, "ppo.value_model": value_model, "sampling.temperature": temperature}
     policy, batch, targets = scene(world, **changes)
-    ppo = PPOConfig(epochs=1, mini_batch=8, micro_batch=3, clip=0.1, value_clip=0.05)
+    ppo = ppo_config(epochs=1, mini_batch=8, micro_batch=3, value_clip=0.05)
     [found], metrics = gradients(policy, batch, targets, ppo)
     assert 0.05 < metrics["policy/clipfrac"] < 0.95 and 0.05 < metrics["loss/value_clipfrac"] < 0.95
     assert_same(found, by_hand(policy, batch, targets, list(range(8)), ppo), ROUNDING)
@@ -122,7 +132,7 @@ def test_each_mini_batch_is_divided_by_its_own_tokens_and_all_rows_come_once_an_
     policy, batch, targets = scene(world)
     value_mask = batch.mask & (torch.arange(batch.mask.shape[1]) % 2 == 0)  # another count than the policy's tokens
     targets = targets._replace(value_mask=value_mask)
-    ppo = PPOConfig(epochs=2, mini_batch=3, micro_batch=2)
+    ppo = ppo_config(epochs=2, mini_batch=3, micro_batch=2)
     found, _ = gradients(policy, batch, targets, ppo)
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(8, generator=generator) for _ in range(2)]
@@ -136,16 +146,16 @@ def test_each_mini_batch_is_divided_by_its_own_tokens_and_all_rows_come_once_an_
 @pytest.mark.parametrize("rank", [4, 0])
 def test_the_size_of_micro_batches_changes_no_gradient(world: Path, rank: int) -> None:
     policy, batch, targets = scene(world, **{"lora.rank": rank})
-    whole = gradients(policy, batch, targets, PPOConfig(epochs=1, mini_batch=8, micro_batch=8))
+    whole = gradients(policy, batch, targets, ppo_config(epochs=1, mini_batch=8, micro_batch=8))
     for micro in (1, 3, 5):
-        found, metrics = gradients(policy, batch, targets, PPOConfig(epochs=1, mini_batch=8, micro_batch=micro))
+        found, metrics = gradients(policy, batch, targets, ppo_config(epochs=1, mini_batch=8, micro_batch=micro))
         assert_same(found[0], whole[0][0])
         assert metrics == pytest.approx(whole[1], rel=1e-4, abs=1e-6)
 
 
 def test_padding_of_a_longer_batch_changes_no_gradient(world: Path) -> None:
     policy, batch, targets = scene(world)
-    ppo = PPOConfig(epochs=1, mini_batch=3, micro_batch=3)
+    ppo = ppo_config(epochs=1, mini_batch=3, micro_batch=3)
     rows = batch.mask.sum(dim=1).argsort()[:3]
     longest = int(batch.mask[rows].sum(dim=1).max())
     assert longest < batch.mask.shape[1]
@@ -166,9 +176,9 @@ def test_a_gradient_that_is_not_finite_takes_no_step(world: Path, bad: float) ->
     advantages[2, 0] = bad
     before = [p.detach().clone() for p in policy.trainable()]
     optimizer = torch.optim.AdamW(policy.trainable(), lr=0.1)
-    wild, ppo, generator = targets._replace(advantages=advantages), PPOConfig(mini_batch=8), torch.Generator()
+    wild, ppo, generator = targets._replace(advantages=advantages), ppo_config(mini_batch=8), torch.Generator()
     with pytest.raises(ScoreError, match="gradient norm: got (nan|inf); expected a finite number"):
-        update(policy, optimizer, batch, wild, ppo, NO_CLIP, generator)
+        update(policy, optimizer, LOSS, batch, wild, ppo, NO_CLIP, generator)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
 
 
@@ -221,7 +231,7 @@ def test_truncated_says_what_a_response_without_eos_is_worth(world: Path, trunca
 def test_settling_changes_what_ended_and_nothing_else(world: Path) -> None:
     _, batch, _ = learner_of(world, "terminal")
     for truncated in ("terminal", "bootstrap", "mask", "penalty"):
-        settled = settle_truncated(batch, PPOConfig(truncated=truncated, truncation_penalty=-3.0))
+        settled = settle_truncated(batch, ppo_config(truncated=truncated, truncation_penalty=-3.0))
         kept = truncated in ("bootstrap", "mask")
         assert torch.equal(settled.ended, batch.ended) if kept else settled.ended.all()
         expected = torch.where(batch.ended, batch.scores, -3.0) if truncated == "penalty" else batch.scores
@@ -235,7 +245,7 @@ def test_masked_truncated_rows_teach_nothing_and_count_nowhere(world: Path) -> N
     batch = replace(batch, ended=ended)
     noise = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(2)) * batch.mask
     segments = torch.where(batch.mask, batch.mask.cumsum(dim=1) - 1, -1)
-    ppo = PPOConfig(epochs=1, mini_batch=8, micro_batch=8, truncated="mask")
+    ppo = ppo_config(epochs=1, mini_batch=8, micro_batch=8, truncated="mask")
     targets = make_targets(Advantages(noise, noise), segments, batch, ppo)
     wild = torch.where(ended[:, None], noise, 1e6 * noise)
     one, _ = gradients(policy, batch, targets, ppo)
@@ -251,14 +261,14 @@ def test_the_value_loss_counts_one_token_an_action(world: Path) -> None:
     _, batch, _ = scene(world)
     estimated = Advantages(torch.randn(batch.mask.shape), torch.randn(batch.mask.shape))
     segments = torch.where(batch.mask, (batch.mask.cumsum(dim=1) - 1) // 3, -1)
-    targets = make_targets(estimated, segments, batch, PPOConfig())
+    targets = make_targets(estimated, segments, batch, ppo_config())
     lengths = batch.mask.sum(dim=1)
     assert targets.value_mask.sum(dim=1).tolist() == [-(-int(n) // 3) for n in lengths]
     assert torch.equal(targets.policy_mask, batch.mask) and torch.equal(first_of_action(segments), targets.value_mask)
     white = targets.advantages[batch.mask]
     assert white.mean().abs() < 1e-5 and white.std() == pytest.approx(1.0, abs=1e-4)
     tokens = build_segments([("tokens", {})])(batch)
-    assert torch.equal(make_targets(estimated, tokens, batch, PPOConfig()).value_mask, batch.mask)
+    assert torch.equal(make_targets(estimated, tokens, batch, ppo_config()).value_mask, batch.mask)
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero() -> None:

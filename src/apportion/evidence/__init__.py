@@ -16,6 +16,8 @@ from apportion.evidence.boundaries import need, text_boundaries
 from apportion.evidence.policy_pass import policy_pass
 from apportion.evidence.reference_pass import reference_pass
 from apportion.evidence.reward_pass import reward_pass
+from apportion.evidence.vine_pass import GIVES as VINE
+from apportion.evidence.vine_pass import vine_pass
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts, Segmenter
@@ -83,6 +85,12 @@ PRODUCERS: Mapping[str, Producer] = {
         1,
         0,
         lambda models, rollouts, wanted: reward_pass(models.reward, rollouts, wanted),
+    ),
+    "vine": Producer(
+        VINE,
+        9,  # texts a state, or what the setting `samples` says; "vine_calls" counts them, a rollout
+        0,
+        vine_pass,
     ),
     "text": Producer(
         frozenset({"sentence_boundaries", "phrase_boundaries", "phrase_fallback"}),
