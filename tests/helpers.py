@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 
 from apportion import Rollouts
 
+# evidence of shape (B,); all other is (B,T)
+PER_ROW = ("bootstrap_values", "prompt_score", "shapley_empty", "shapley_error", "shapley_calls", "shapley_joined")
 POISON = (float("nan"), float("inf"), float("-inf"))
 
 
@@ -26,8 +28,9 @@ def poison(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def evidence(name: str, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Return plausible evidence `name` (B,T) for any method: attention is non-negative, log-probabilities negative."""
-    if name == "bootstrap_values":
+    """Return plausible evidence `name` for any method: attention is non-negative, log-probabilities negative."""
+    name = name.partition("@")[0]  # what stands after it says how it is made
+    if name in PER_ROW:
         return torch.randn(len(mask), generator=generator)
     noise = torch.randn(mask.shape, generator=generator)
     if "attention" in name:

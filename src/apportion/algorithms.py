@@ -106,14 +106,14 @@ def refuse(credits: Mapping[str, Credit], names: Sequence[str]) -> None:
 
 
 def redistributors(credits: Mapping[str, Credit]) -> list[str]:
-    """Return the names of the credits that redistribute, a user's too: those that declare a share."""
-    return [name for name, one in credits.items() if one.share is not None]
+    """Return the names of the credits that redistribute, a user's too: those that declare a share, or say so."""
+    return [name for name, one in credits.items() if one.share is not None or one.redistributes]
 
 
 def discount_warning(method: Method) -> str | None:
     """Return a warning when γ < 1 meets a redistributing credit: the return is then no longer what was scored."""
     gamma = getattr(method.estimate, "gamma", 1.0)
-    if gamma >= 1.0 or method.credit.share is None:
+    if gamma >= 1.0 or not (method.credit.share is not None or method.credit.redistributes):
         return None
     expected = "1 with a redistributing credit"
     mend = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."

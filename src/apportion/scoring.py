@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion import registry
 from apportion.config import ScoreConfig
 from apportion.errors import ConfigError, ScoreError, message
 from apportion.evidence import Models, plan
+from apportion.evidence.prefix_pass import GIVES as PREFIX
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Rollouts
 
@@ -24,7 +26,8 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
     """Return the rollouts with scores, old log-probabilities and all evidence in `needs`.
 
     Each model sees every token once, in micro-batches of `config.micro_batch` rows. `scores` is the sequence's score
-    after centring, scaling and clipping; evidence "raw_scores" (B,) is what the reward model said.
+    after centring, scaling and clipping; evidence "raw_scores" (B,) is what the reward model said. Evidence in units
+    of the score, such as "prefix_scores", is put through the same.
 
     Raises:
         ConfigError: a need that no producer gives. ScoreError: a score that is not one.
@@ -41,6 +44,7 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
                 parts.setdefault(name, []).append(value)
     found = {name: torch.cat(values) for name, values in parts.items()}
     raw, old = found.pop("scores"), found.pop("old_logprobs")
+    found |= in_score_units(found, models.reward, config)
     scored = replace(rollouts, scores=adjust(raw, models.reward, config), old_logprobs=old)
     return scored.with_evidence(**found, raw_scores=raw)
 
@@ -56,7 +60,8 @@ def renumbered(first: int) -> Iterator[None]:
 
 
 def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
-    """Return scores (B,) centred and scaled by the reward model's statistics, then clipped: a sequence at a time.
+    """Return scores (B,) centred and scaled by the reward model's statistics, then clipped: a sequence at a time
+    (or (B,T), a prefix at a time).
 
     Raises:
         ConfigError: centring or scaling is asked for, and the reward model's folder has no statistics.
@@ -69,6 +74,19 @@ def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
         scores = scores - reward.mean if config.center else scores
         scores = scores / max(reward.sd, 1e-6) if config.scale else scores
     return scores if config.clip is None else scores.clamp(-config.clip, config.clip)
+
+
+def in_score_units(found: Mapping[str, Tensor], reward: RewardModel, config: ScoreConfig) -> dict[str, Tensor]:
+    """Return the evidence that is a score, or part of one, centred, scaled and clipped as the scores are.
+
+    So a prefix's score is comparable with the response's: an affine map of a state potential is one as well. Parts of
+    a score (Shapley values and their errors) are scaled alone; what clipping took stays with the score.
+    """
+    whole = replace(config, clip=None)
+    how = dict.fromkeys(PREFIX, config) | {"shapley_empty": whole}
+    how |= dict.fromkeys(("shapley_values", "shapley_error"), replace(whole, center=False))
+    asked = {name: how.get(registry.asked(name)[0]) for name in found}
+    return {name: adjust(found[name], reward, chosen) for name, chosen in asked.items() if chosen is not None}
 
 
 def check_vocabulary(policy_tokenizer: Any, reward_tokenizer: Any) -> None:

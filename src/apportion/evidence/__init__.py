@@ -12,9 +12,13 @@ from torch import Tensor
 from apportion import registry
 from apportion.config import SamplingConfig
 from apportion.errors import ConfigError, DataError, message, unknown_name
+from apportion.evidence.attribution_pass import attribution_pass
+from apportion.evidence.implicit_pass import implicit_pass
 from apportion.evidence.policy_pass import policy_pass
+from apportion.evidence.process_pass import process_pass
 from apportion.evidence.reference_pass import reference_pass
 from apportion.evidence.reward_pass import reward_pass
+from apportion.evidence.shapley_pass import shapley_pass
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts, Segmenter
@@ -49,6 +53,7 @@ class Producer(NamedTuple):
     forwards: int
     backwards: int
     produce: Callable[[Models, Rollouts, frozenset[str]], Mapping[str, Tensor]]
+    requires: Mapping[str, str] = {}  # settings that a need must carry, each with the mend where it is absent
 
 
 PRODUCERS: Mapping[str, Producer] = {
@@ -74,10 +79,36 @@ PRODUCERS: Mapping[str, Producer] = {
         lambda models, rollouts, wanted: reference_pass(models.policy, rollouts),
     ),
     "reward": Producer(
-        frozenset({"scores", "reward_attention"}),
+        frozenset({"scores", "reward_attention", "prefix_scores", "prompt_score"}),
         1,
         0,
         lambda models, rollouts, wanted: reward_pass(models.reward, rollouts, wanted),
+    ),
+    "attribution": Producer(
+        frozenset({"reward_attribution"}),
+        1,
+        1,
+        lambda models, rollouts, wanted: attribution_pass(models.reward, rollouts),
+    ),
+    "shapley": Producer(
+        frozenset({"shapley_values", "shapley_empty", "shapley_error", "shapley_calls", "shapley_joined"}),
+        64,  # texts a rollout, or what the setting `budget` says: at most; "shapley_calls" counts them
+        0,
+        shapley_pass,
+    ),
+    "implicit": Producer(
+        frozenset({"implicit_logprobs"}),
+        1,
+        0,
+        implicit_pass,
+        {"model": "Set implicit.model to the model that DPO trained from the reference."},
+    ),
+    "process": Producer(
+        frozenset({"process_rewards"}),
+        0,
+        0,
+        process_pass,
+        {"function": "Set process.function to your package.module:function."},
     ),
 }
 
@@ -90,18 +121,29 @@ def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     and `backwards`.
 
     Raises:
-        ConfigError: a name that no producer gives; it lists those that are given.
+        ConfigError: a name that no producer gives (it lists those that are given), or one without a setting that its
+            producer requires.
     """
     needs = frozenset(needs)
     known = frozenset[str]().union(*(p.gives for p in PRODUCERS.values()))
     base = {name: registry.asked(name)[0] for name in needs}
     wanted = [(p, frozenset(n for n in needs if base[n] in p.gives)) for p in PRODUCERS.values()]
     passes = [(producer, names) for producer, names in wanted if names]
+    for producer, names in passes:
+        for name in sorted(names):
+            _check_settings(producer, name)
     for name in sorted(n for n in needs if base[n] not in known):
         if ":" not in name:
             raise ConfigError(unknown_name("evidence", name, known))
         passes.append((_users(name), frozenset({name})))
     return passes
+
+
+def _check_settings(producer: Producer, name: str) -> None:
+    given = registry.asked(name)[1]
+    for key, mend in producer.requires.items():
+        if given.get(key) is None:
+            raise ConfigError(message(f"evidence {name!r}", f"no {key}", f"the setting {key!r} of its method", mend))
 
 
 def _users(name: str) -> Producer:
