@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 
 from apportion import Rollouts
 
+# evidence of shape (B,); all other is (B,T)
+PER_ROW = ("bootstrap_values", "prompt_score", "shapley_empty", "shapley_error", "shapley_calls", "shapley_joined")
 POISON = (float("nan"), float("inf"), float("-inf"))
 
 
@@ -28,7 +30,8 @@ def poison(x: Tensor, mask: Tensor) -> Tensor:
 def evidence(name: str, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Return plausible evidence `name` for any method: attention and entropy are non-negative, log-probabilities
     negative, boundaries True or False."""
-    if name == "bootstrap_values":
+    name = name.partition("@")[0]  # what stands after it says how it is made
+    if name in PER_ROW:
         return torch.randn(len(mask), generator=generator)
     noise = torch.randn(mask.shape, generator=generator)
     if "boundaries" in name:

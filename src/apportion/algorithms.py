@@ -204,7 +204,7 @@ def merge(named: Spec, given: Spec) -> Spec:
 def discount_warning(method: Method) -> str | None:
     """Return a warning when γ < 1 meets a redistributing credit: the return is then no longer what was scored."""
     gamma = getattr(method.estimate, "gamma", 1.0)
-    if gamma >= 1.0 or method.credit.share is None:
+    if gamma >= 1.0 or not (method.credit.share is not None or method.credit.redistributes):
         return None
     expected = "1 with a redistributing credit"
     mend = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."

@@ -26,7 +26,7 @@ class Combination(NamedTuple):
     @property
     def spreading(self) -> list[str]:
         """The credits that declare how they share a score out."""
-        return redistributors(self.credits)
+        return [name for name, one in self.credits.items() if one.share is not None]
 
     @property
     def weighs(self) -> bool:
@@ -123,5 +123,5 @@ def refuse_credits(credits: Mapping[str, Credit]) -> None:
 
 
 def redistributors(credits: Mapping[str, Credit]) -> list[str]:
-    """Return the names of the credits that redistribute, a user's too: those that declare a share."""
-    return [name for name, one in credits.items() if one.share is not None]
+    """Return the names of the credits that redistribute, a user's too: those that declare a share, or say so."""
+    return [name for name, one in credits.items() if one.share is not None or one.redistributes]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from apportion import registry
 from apportion.config import ScoreConfig
 from apportion.errors import ScoreError
 from apportion.evidence import Models, plan
-from apportion.models.reward import adjust
+from apportion.evidence.prefix_pass import GIVES as PREFIX
+from apportion.models.reward import RewardModel, adjust
 from apportion.types import Rollouts
 
 ALWAYS = frozenset({"scores", "old_logprobs", "entropy"})
@@ -23,7 +25,8 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
     """Return the rollouts with scores, old log-probabilities and all evidence in `needs`.
 
     Each model sees every token once, in micro-batches of `config.micro_batch` rows. `scores` is the sequence's score
-    after centring, scaling and clipping; evidence "raw_scores" (B,) is what the reward model said.
+    after centring, scaling and clipping; evidence "raw_scores" (B,) is what the reward model said. Evidence in units
+    of the score, such as "prefix_scores", is put through the same.
 
     Raises:
         ConfigError: a need that no producer gives. ScoreError: a score that is not one.
@@ -40,6 +43,7 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
                 parts.setdefault(name, []).append(value)
     found = {name: torch.cat(values) for name, values in parts.items()}
     raw, old = found.pop("scores"), found.pop("old_logprobs")
+    found |= in_score_units(found, models.reward, config)
     scored = replace(rollouts, scores=adjust(raw, models.reward, config), old_logprobs=old)
     return scored.with_evidence(**found, raw_scores=raw)
 
@@ -52,3 +56,16 @@ def renumbered(first: int) -> Iterator[None]:
     except ScoreError as error:
         text = re.sub(r"rollout (\d+)", lambda found: f"rollout {int(found[1]) + first}", str(error), count=1)
         raise ScoreError(text) from error
+
+
+def in_score_units(found: Mapping[str, Tensor], reward: RewardModel, config: ScoreConfig) -> dict[str, Tensor]:
+    """Return the evidence that is a score, or part of one, centred, scaled and clipped as the scores are.
+
+    So a prefix's score is comparable with the response's: an affine map of a state potential is one as well. Parts of
+    a score (Shapley values and their errors) are scaled alone; what clipping took stays with the score.
+    """
+    whole = replace(config, clip=None)
+    how = dict.fromkeys(PREFIX, config) | {"shapley_empty": whole}
+    how |= dict.fromkeys(("shapley_values", "shapley_error"), replace(whole, center=False))
+    asked = {name: how.get(registry.asked(name)[0]) for name in found}
+    return {name: adjust(found[name], reward, chosen) for name, chosen in asked.items() if chosen is not None}

@@ -122,9 +122,10 @@ class Credit(NamedTuple):
     needs: frozenset[str]
     keeps_return: bool
     causal: bool
-    share: Callable[[Rollouts], Tensor] | None = None
+    share: Callable[[Rollouts], Tensor] | None = None  # a redistributor's; None where tokens' parts may be negative
     stats: Callable[[Rollouts, Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]] | None = None
     update: Callable[[State, dict[str, tuple[Tensor, Tensor]]], State] | None = None
+    redistributes: bool = False  # moves the row's sum along it with no share to show for it: signed parts
 
 
 class Advantages(NamedTuple):

@@ -26,7 +26,12 @@ SIGNATURES = {
         ),
         "policy_attention": "(*, mix=0.8, view='mean', shifted=False)",
         "kl_penalty": "(*, coef=0.05, target=None, horizon=10000)",
-        "prefix_difference": None,
+        "implicit": "(*, coef=0.05, clip=0.05, model=None)",
+        "attribution": "(*, mix=0.8, signed=True)",
+        "shapley": "(*, mix=1.0, spans='sentences', budget=64, seed=0)",
+        "process": "(*, function=None, unit='token', keep=False, causal=True)",
+        "length_penalty": "(*, coef=0.01, target=0, limit=None)",
+        "prefix_difference": "(*, mix=1.0, initial='first')",
     },
     "segments": {
         "tokens": "()",
@@ -56,6 +61,11 @@ NEEDS = {
     "attention": {"reward_attention"},
     "policy_attention": {"policy_attention_mean"},
     "kl_penalty": {"reference_logprobs"},
+    "prefix_difference": {"prefix_scores"},
+    "attribution": {"reward_attribution"},
+    "process": {"process_rewards"},
+    "length_penalty": set(),
+    "implicit": {"implicit_logprobs", "reference_logprobs"},
     "tokens": set(),
     "turns": set(),
     "ngrams": set(),
@@ -127,6 +137,11 @@ def test_the_flags_of_the_built_in_credits():
         "attention": (True, False, True),
         "policy_attention": (True, False, True),
         "kl_penalty": (False, True, False),
+        "prefix_difference": (True, True, False),
+        "attribution": (True, False, False),
+        "process": (False, True, False),
+        "length_penalty": (False, True, False),
+        "implicit": (False, True, False),
     }
     assert credit.policy_attention(view="last").needs == {"policy_attention_last"}
 

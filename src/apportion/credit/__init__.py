@@ -10,27 +10,50 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.credit.attention import attention
+from apportion.credit.attribution import attribution
+from apportion.credit.implicit import implicit
 from apportion.credit.kl_penalty import kl_penalty
+from apportion.credit.length_penalty import length_penalty
 from apportion.credit.policy_attention import policy_attention
+from apportion.credit.prefix_difference import prefix_difference
+from apportion.credit.process import process
+from apportion.credit.shapley import shapley
 from apportion.credit.sparse import sparse
 from apportion.credit.uniform import uniform
 from apportion.errors import ConfigError, DataError, ScoreError, message
 from apportion.masking import place_on_last
 from apportion.types import Credit, Rollouts, State
 
-METHODS: Mapping[str, Callable[..., Credit]] = {
-    f.__name__: f for f in (sparse, uniform, attention, policy_attention, kl_penalty)
-}
+FACTORIES = (
+    sparse,
+    uniform,
+    attention,
+    policy_attention,
+    prefix_difference,
+    attribution,
+    shapley,
+    implicit,
+    process,
+    kl_penalty,
+    length_penalty,
+)
+METHODS: Mapping[str, Callable[..., Credit]] = {f.__name__: f for f in FACTORIES}
 __all__ = [
     "METHODS",
     "apply",
     "attention",
+    "attribution",
     "chain",
     "find",
+    "implicit",
     "kl_penalty",
+    "length_penalty",
     "make",
     "names",
     "policy_attention",
+    "prefix_difference",
+    "process",
+    "shapley",
     "sparse",
     "uniform",
 ]
@@ -59,7 +82,7 @@ def chain(*credits: Credit, allow_redistributing_penalties: bool = False) -> Cre
         raise ConfigError(message("credit", "an empty chain", "at least one credit", "Use `sparse` for plain RLHF."))
     changed = False
     for position, one in enumerate(credits):
-        if one.share is not None and changed and not allow_redistributing_penalties:
+        if (one.share is not None or one.redistributes) and changed and not allow_redistributing_penalties:
             came = f"a redistributor at position {position}, after a credit that changes the return"
             mend = "Put kl_penalty last, or pass allow_redistributing_penalties=True."
             raise ConfigError(message("credit", came, "redistributors before penalties", mend))
@@ -97,6 +120,7 @@ def chain(*credits: Credit, allow_redistributing_penalties: bool = False) -> Cre
         share=next((c.share for c in reversed(credits) if c.share is not None), None),
         stats=stats,
         update=update,
+        redistributes=any(c.redistributes for c in credits),
     )
 
 

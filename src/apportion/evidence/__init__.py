@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +12,12 @@ from torch import Tensor
 from apportion import registry
 from apportion.config import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError, DataError, message, unknown_name
-from apportion.evidence.boundaries import need, text_boundaries
-from apportion.evidence.policy_pass import policy_pass
-from apportion.evidence.reference_pass import reference_pass
-from apportion.evidence.reward_pass import reward_pass
-from apportion.evidence.vine_pass import GIVES as VINE
-from apportion.evidence.vine_pass import vine_pass
+from apportion.evidence.producers import IDS_ALONE, PRODUCERS, Producer
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts, Segmenter
+
+__all__ = ["PRODUCERS", "Models", "Producer", "check_reading", "plan"]
 
 
 @dataclass
@@ -43,65 +40,6 @@ class Models:
     others: dict[str, Any] = field(default_factory=dict)
 
 
-class Producer(NamedTuple):
-    """One pass: the evidence it can give, the forwards and backwards it costs a micro-batch, and the pass itself.
-
-    `produce(models, rollouts, wanted)` returns {name: tensor} for the wanted names, which carry their settings
-    (`registry.asked`). The rollouts hold what earlier producers gave. `ready(wanted)` is called before any model is
-    loaded and raises ConfigError where a package that they need is not installed.
-    """
-
-    gives: frozenset[str]
-    forwards: int
-    backwards: int
-    produce: Callable[[Models, Rollouts, frozenset[str]], Mapping[str, Tensor]]
-    ready: Callable[[frozenset[str]], None] = lambda wanted: None
-
-
-PRODUCERS: Mapping[str, Producer] = {
-    "policy": Producer(
-        frozenset(
-            {
-                "old_logprobs",
-                "values",
-                "bootstrap_values",
-                "entropy",
-                "policy_attention_mean",
-                "policy_attention_last",
-            }
-        ),
-        1,
-        0,
-        lambda models, rollouts, wanted: policy_pass(models.policy, rollouts, wanted),
-    ),
-    "reference": Producer(
-        frozenset({"reference_logprobs"}),
-        1,
-        0,
-        lambda models, rollouts, wanted: reference_pass(models.policy, rollouts),
-    ),
-    "reward": Producer(
-        frozenset({"scores", "reward_attention"}),
-        1,
-        0,
-        lambda models, rollouts, wanted: reward_pass(models.reward, rollouts, wanted),
-    ),
-    "vine": Producer(
-        VINE,
-        9,  # texts a state, or what the setting `samples` says; "vine_calls" counts them, a rollout
-        0,
-        vine_pass,
-    ),
-    "text": Producer(
-        frozenset({"sentence_boundaries", "phrase_boundaries", "phrase_fallback"}),
-        0,
-        0,
-        lambda models, rollouts, wanted: text_boundaries(models.policy.tokenizer, rollouts, wanted),
-        need,
-    ),
-}
-
-
 def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     """Return the passes to run, each once, with what is wanted of it.
 
@@ -110,7 +48,8 @@ def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     and `backwards`.
 
     Raises:
-        ConfigError: a name that no producer gives, with those that are given; or a package that one needs is absent.
+        ConfigError: a name that no producer gives (it lists those that are given), one without a setting that its
+            producer requires, or a package that one needs is absent.
     """
     needs = frozenset(needs)
     known = frozenset[str]().union(*(p.gives for p in PRODUCERS.values()))
@@ -118,12 +57,31 @@ def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     wanted = [(p, frozenset(n for n in needs if base[n] in p.gives)) for p in PRODUCERS.values()]
     passes = [(producer, names) for producer, names in wanted if names]
     for producer, names in passes:
+        for name in sorted(names):
+            _check_settings(producer, name)
         producer.ready(names)
     for name in sorted(n for n in needs if base[n] not in known):
         if ":" not in name:
             raise ConfigError(unknown_name("evidence", name, known))
         passes.append((_users(name), frozenset({name})))
     return passes
+
+
+def check_reading(reward: RewardModel, needs: Iterable[str]) -> None:
+    """Raise ConfigError for evidence that a reward model which reads text cannot give: it knows no policy ids."""
+    lost = sorted(name for name in needs if registry.asked(name)[0] in IDS_ALONE)
+    if reward.text is not None and lost:
+        expected = f"a decoder with the policy's own tokenizer for {registry.asked(lost[0])[0]}"
+        mend = "Use such a reward model, or a credit that it can carry over: attention, uniform, sparse."
+        came = f"{type(reward.model).__name__}, which reads text"
+        raise ConfigError(message("reward_model", came, expected, mend))
+
+
+def _check_settings(producer: Producer, name: str) -> None:
+    given = registry.asked(name)[1]
+    for key, mend in producer.requires.items():
+        if given.get(key) is None:
+            raise ConfigError(message(f"evidence {name!r}", f"no {key}", f"the setting {key!r} of its method", mend))
 
 
 def _users(name: str) -> Producer:

@@ -8,6 +8,7 @@ from torch import Tensor
 from apportion import registry
 from apportion.credit.reading import EVIDENCE, asked_reading
 from apportion.errors import ScoreError, message
+from apportion.evidence.prefix_pass import GIVES, head_outputs, prefix_evidence
 from apportion.evidence.text_reward import to_policy, translate
 from apportion.masking import first_index, last_index
 from apportion.models.reward import RewardModel, is_decoder
@@ -15,7 +16,8 @@ from apportion.types import Rollouts
 
 
 def reward_pass(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """Return what is wanted of: scores (B,), reward_attention (B,T) (head mean over response columns, unnormalised).
+    """Return what is wanted of: scores (B,), reward_attention (B,T) (head mean over response columns, unnormalised),
+    prefix_scores (B,T) and prompt_score (B,), which a decoder's head gives in the same forward.
 
     A model with its own tokenizer reads the rollouts' text; the attention on its tokens is then carried over to the
     policy's by characters, in its scale.
@@ -39,7 +41,8 @@ def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> di
     ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
     asked = {name: asked_reading(name) for name in wanted if registry.asked(name)[0] == EVIDENCE}
-    scores, rows, positions = reward.read(ids, mask, list(asked.values()))
+    with head_outputs(reward.model, bool(wanted & GIVES)) as caught:
+        scores, rows, positions = reward.read(ids, mask, list(asked.values()))
     # an encoder's first token is its score's position; without text (padded on the left) it is not to be had
     reads = first_index(mask) if reward.text is not None and not is_decoder(reward.model) else last_index(mask)
     elsewhere = positions != reads
@@ -48,7 +51,7 @@ def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> di
         expected = f"{int(reads[at])}, the last token of the response"
         mend = "The reward model's pad id stands in the response: give it a pad token that is never sampled."
         raise ScoreError(message(f"pooled position of rollout {at}", int(positions[at]), expected, mend))
-    found = {"scores": scores}
+    found = {"scores": scores, **prefix_evidence(reward, rollouts, caught, wanted)}
     for name, row in zip(asked, rows, strict=True):
         found[name] = torch.where(rollouts.valid, row[:, rollouts.prompt_ids.shape[1] :], 0.0)
     return found

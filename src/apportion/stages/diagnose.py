@@ -17,7 +17,7 @@ from apportion import credit, diagnosis
 from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.diagnosis import Gradients, Interval
 from apportion.errors import ConfigError, message
-from apportion.evidence import Models, plan
+from apportion.evidence import Models, check_reading, plan
 from apportion.masking import last_index
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids, response_logits
@@ -93,6 +93,7 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Contender]) -> tup
     banned = banned_ids(tokenizer, config.sampling.stop)
     policy = Policy(model, tokenizer, banned, reference=model, temperature=config.sampling.temperature)
     reward = load_reward(judge, dtype=config.reward_dtype, device=config.device, pad_token=config.pad_token)
+    check_reading(reward, frozenset[str]().union(*(m.needs for m in methods.values())))
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
     return Models(policy, reward, segment, config.sampling, generator), prompts

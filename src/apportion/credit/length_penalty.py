@@ -1,0 +1,56 @@
+"""Length penalty: the last token pays for tokens beyond a target, without bound or as a soft overlong ramp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apportion.credit.given import check_number, is_last
+from apportion.errors import ConfigError, message
+from apportion.types import Credit, Rollouts, State
+
+
+def length_penalty(*, coef: float = 0.01, target: int = 0, limit: int | None = None) -> Credit:
+    """Return the rewards with each row's last token paying for the row's n sampled tokens:
+
+        −c·max(0, n − target)                                   without `limit`: c = `coef` a token
+        −c·clip((n − target) / (limit − target), 0, 1)          with `limit`: from 0 at target to c at limit and beyond
+
+    The second is DAPO's soft overlong punishment with target = L_max − L_cache, limit = L_max and coef = 1. It does
+    not keep the return. Causal: how many tokens there are is known at the last one. It comes after a redistributor in
+    a chain, and is not redistributed.
+
+    Args:
+        coef: c >= 0, in units of the score.
+        target: tokens that cost nothing, >= 0.
+        limit: tokens from which the ramp is full, > target; None for no ramp.
+
+    Raises:
+        ConfigError: a setting outside its range.
+
+    Sources: Singhal et al. 2023 (arXiv 2310.03716) for the first; Yu et al. 2025, DAPO (arXiv 2503.14476) eq. 13.
+    """
+    check_number("length_penalty.coef", coef, 0.0)
+    for field, value, least in (("target", target, 0), ("limit", limit, target + 1 if isinstance(target, int) else 1)):
+        if value is None and field == "limit":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            mend = "Count sampled tokens, EOS included."
+            raise ConfigError(message(f"length_penalty.{field}", value, f"a whole number >= {least}", mend))
+
+    def costs(rollouts: Rollouts) -> Tensor:
+        over = (rollouts.mask.sum(dim=1) - target).clamp_min(0).float()
+        return coef * (over if limit is None else (over / (limit - target)).clamp_max(1.0))
+
+    def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
+        paid = rewards.float() - torch.where(is_last(rollouts.mask), costs(rollouts)[:, None], 0.0)
+        return torch.where(rollouts.mask, paid, 0.0).to(rewards.dtype), state
+
+    def stats(rollouts: Rollouts, before: Tensor, after: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        cost, rows = costs(rollouts), rollouts.mask.any(dim=1).sum().float()
+        return {
+            "credit/length_cost": (cost.sum(), rows),
+            "credit/length_over_rate": ((cost > 0).sum().float(), rows),
+        }
+
+    return Credit(dict, assign, frozenset(), keeps_return=False, causal=True, stats=stats)

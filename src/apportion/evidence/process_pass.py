@@ -1,0 +1,111 @@
+"""A user's process rewards: lists of numbers, one a token or a step, checked and padded to (B,T)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from apportion import registry
+from apportion.errors import ConfigError, DataError, ScoreError, message
+from apportion.types import Rollouts
+
+if TYPE_CHECKING:
+    from apportion.evidence import Models
+
+
+def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """Return the process rewards (B,T) of each function that the wanted names ask for.
+
+    A function is called with (texts, rollouts, prompts), lists of the B rollouts' decoded responses and prompts.
+
+    Raises:
+        ConfigError: rewards of steps in a run whose segments are not known here.
+        DataError: another number of rows than rollouts. ScoreError: a row of the wrong length, or with something that
+            is not a finite number; it names the rollout.
+    """
+    decode = models.policy.tokenizer.decode
+    pairs = zip(rollouts.response_ids, rollouts.mask, strict=True)
+    texts = [decode(ids[mask]) for ids, mask in pairs]
+    prompts = [decode(ids[mask]) for ids, mask in zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)]
+    found = {}
+    for name in sorted(wanted):
+        settings = registry.asked(name)[1]
+        function = registry.find("process.function", settings["function"], {})
+        segments = None
+        if settings.get("unit") == "step":
+            if models.segment is None:
+                mend = "Use unit: token, or give Models the segmenter of the run."
+                raise ConfigError(message("process.unit", "step", "a run with segments", mend))
+            segments = models.segment(rollouts)
+        found[name] = laid_out(function(texts, rollouts, prompts), rollouts.mask, segments, settings["function"])
+    return found
+
+
+def laid_out(made: Any, mask: Tensor, segments: Tensor | None, source: str) -> Tensor:
+    """Return (B,T) float32 with the numbers in `made`, B rows, on the tokens of `mask` (B,T) that they belong to.
+
+    Args:
+        made: rows of one number a token of the row, or, with `segments` (B,T) ids, one a segment, which falls on the
+            segment's last token; or rows of pairs (token, number), the token counted among the row's own.
+        source: what the errors call it.
+
+    Raises:
+        DataError, ScoreError: as `process_pass` says.
+    """
+    made = made.tolist() if isinstance(made, Tensor) else made
+    if not _is_list(made) or len(made) != len(mask):
+        came = f"{len(made)} rows" if _is_list(made) else type(made).__name__
+        raise DataError(message(f"what {source} returned", came, f"a list of {len(mask)} rows", "One a rollout."))
+    out = torch.zeros(mask.shape, device=mask.device)
+    for row, given in enumerate(made):
+        field = f"process rewards of rollout {row} from {source}"
+        if not _is_list(given):
+            raise ScoreError(message(field, given, "a list of numbers", "Return one list a rollout."))
+        places = mask[row].nonzero()[:, 0]
+        if segments is not None:
+            places = _last_of_each(segments[row], places)
+        marked = len(given) > 0 and all(_is_list(item) for item in given)
+        spots, numbers = _pairs(given, mask[row].nonzero()[:, 0], field) if marked else (places, list(given))
+        if len(numbers) != len(spots):
+            what = "token" if segments is None else "step"
+            expected = f"{len(spots)} numbers, one a {what}"
+            raise ScoreError(message(field, f"{len(numbers)} numbers", expected, "Count what was sampled, EOS too."))
+        out[row, spots] = torch.tensor([_number(field, i, value) for i, value in enumerate(numbers)], device=out.device)
+    return out
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _number(field: str, place: int, value: object) -> float:
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(value, Real) or not math.isfinite(value):
+        mend = "A failure never becomes a reward: return a number for it, or raise an error."
+        raise ScoreError(message(f"{field}, number {place}", value, "a finite number", mend))
+    return float(value)
+
+
+def _last_of_each(ids: Tensor, places: Tensor) -> Tensor:
+    """Return (S,) where each segment of one row's `ids` (T,) ends."""
+    on = ids[places]
+    ends = torch.ones_like(on, dtype=torch.bool)
+    ends[:-1] = on[1:] != on[:-1]
+    return places[ends]
+
+
+def _pairs(given: Sequence[Any], places: Tensor, field: str) -> tuple[Tensor, list[Any]]:
+    """Return (positions, numbers) of pairs (token, number), the tokens rising. Raises ScoreError for other ones."""
+    tokens = [item[0] if len(item) == 2 else None for item in given]
+    least = -1
+    for place, token in enumerate(tokens):
+        if not isinstance(token, int) or isinstance(token, bool) or not least < token < len(places):
+            expected = f"pairs (token, number), tokens rising and below {len(places)}"
+            raise ScoreError(message(f"{field}, pair {place}", given[place], expected, "Count from 0 in each row."))
+        least = token
+    return places[torch.tensor(tokens, device=places.device)], [item[1] for item in given]

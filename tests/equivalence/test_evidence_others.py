@@ -1,0 +1,173 @@
+"""Evidence from a further model and from a user's function: loaded once, checked, and named when it is wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+
+from apportion import Rollouts, credit, registry, segments
+from apportion.config import ScoreConfig
+from apportion.errors import ConfigError, DataError, ModelError, ScoreError
+from apportion.evidence import Models, plan
+from apportion.evidence.process_pass import laid_out
+from apportion.scoring import score
+
+MASK = torch.tensor([[True, True, True, False], [True, False, True, True], [False] * 4])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_runs.world(tmp_path_factory.mktemp("world"))
+    tiny.save_policy(folder / "dpo", seed=9)
+    other = tiny.save_policy(folder / "foreign", seed=9)
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(other)
+    return folder
+
+
+class TestImplicit:
+    @pytest.mark.parametrize("changes", [{}, {"lora.rank": 0}, {"sampling.temperature": 0.7}])
+    def test_equals_a_plain_forward_and_loads_once(self, world: Path, changes: dict) -> None:
+        models = tiny_runs.models(world, **changes)
+        batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(5))
+        method = credit.implicit(model=str(world / "dpo"), clip=None, coef=1.0)
+        scored = score(models, batch, method.needs, ScoreConfig(micro_batch=2))
+        (held,) = models.others.values()
+        assert not any(p.requires_grad for p in held.model.parameters())
+        weights = tiny_runs.weights(world / "dpo")
+        assert all(torch.equal(v, weights[k]) for k, v in held.model.state_dict().items() if k in weights)
+        (name,) = (n for n in method.needs if n.startswith("implicit"))
+        for row in range(len(batch)):
+            prompt, response = tiny_runs.alone(batch, row)
+            with torch.no_grad():
+                logits = held.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            logits = logits / models.policy.temperature
+            logits[:, models.policy.banned] = -torch.inf
+            expected = logits.log_softmax(dim=-1)[range(len(response)), response]
+            torch.testing.assert_close(scored.evidence[name][row, : len(response)], expected, rtol=0, atol=1e-5)
+        rewards, _ = credit.apply(method, scored)
+        ratio = torch.where(batch.mask, scored.evidence[name] - scored.evidence["reference_logprobs"], 0.0)
+        torch.testing.assert_close(rewards.sum(dim=1), scored.scores + ratio.sum(dim=1), rtol=0, atol=1e-4)
+        score(models, batch, method.needs, ScoreConfig())
+        assert next(iter(models.others.values())) is held, "loaded a second time"
+
+    def test_without_a_model_it_says_what_to_set(self) -> None:
+        with pytest.raises(ConfigError, match=r"'implicit_logprobs': got 'no model'.* Set implicit.model"):
+            plan(credit.implicit().needs)
+        (made,) = (p for p, names in plan(credit.implicit(model="x").needs) if "implicit_logprobs" in p.gives)
+        assert (made.forwards, made.backwards) == (1, 0)
+
+    def test_a_model_that_cannot_be_read_is_named(self, world: Path) -> None:
+        models = tiny_runs.models(world)
+        batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(2))
+        for path, why in ((world / "foreign", "another"), (world / "nothing", "no such folder")):
+            method = credit.implicit(model=str(path))
+            with pytest.raises(ModelError, match=rf"implicit.model: got.*{why}"):
+                score(models, batch, method.needs, ScoreConfig())
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the name of a module with functions of a user's."""
+    (tmp_path / "own_rewards.py").write_text(
+        "def lengths(texts, rollouts, prompts):\n"
+        "    assert len(texts) == len(prompts) == len(rollouts)\n"
+        "    return [[float(len(texts[i]) + 100 * len(prompts[i]))] * int(n) for i, n in "
+        "enumerate(rollouts.mask.sum(dim=1))]\n\n\n"
+        "def steps(texts, rollouts, prompts):\n"
+        "    return [[1.0, -2.0] for _ in texts]\n\n\n"
+        "def broken(texts, rollouts, prompts):\n"
+        "    return [[float('nan') if text == texts[-1] else 0.0] * int(n) for text, n in "
+        "zip(texts, rollouts.mask.sum(dim=1))]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    return "own_rewards"
+
+
+class TestProcess:
+    def test_numbers_a_token(self, world: Path, mine: str) -> None:
+        models = tiny_runs.models(world)
+        batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(5))
+        method = credit.process(function=f"{mine}:lengths")
+        scored = score(models, batch, method.needs, ScoreConfig(micro_batch=2))
+        rewards, _ = credit.apply(method, scored)
+        decode = models.policy.tokenizer.decode
+        for row in range(len(batch)):
+            prompt, response = tiny_runs.alone(batch, row)
+            each = float(len(decode(response)) + 100 * len(decode(prompt)))
+            assert rewards[row].tolist() == [each if m else 0.0 for m in batch.mask[row].tolist()]
+
+    def test_numbers_a_step_of_the_runs_segments(self, world: Path, mine: str) -> None:
+        models = tiny_runs.models(world)
+        batch = tiny_runs.rollouts_of([[5], [6, 7]], [[50, 51, 52], [60, 61, 62, 63]])
+        method = credit.process(function=f"{mine}:steps", unit="step", keep=True)
+
+        def pairs(rollouts: Rollouts) -> torch.Tensor:
+            order = rollouts.mask.cumsum(dim=1) - 1
+            return torch.where(rollouts.mask, order // 2, -1)
+
+        pairs.needs = frozenset()
+        known = Models(models.policy, models.reward, pairs)
+        scored = score(known, batch, method.needs, ScoreConfig())
+        rewards, _ = credit.apply(method, scored)
+        a, b = scored.scores.tolist()
+        expected = torch.tensor([[0, 1, a - 2, 0], [0, 1, 0, b - 2]])
+        torch.testing.assert_close(rewards, expected)
+        with pytest.raises(ConfigError, match="process.unit: got 'step'; expected a run with segments"):
+            score(models, batch, method.needs, ScoreConfig())
+        with pytest.raises(ScoreError, match=r"rollout 0 from own_rewards:steps: got '2 numbers'; expected 3 numbers"):
+            score(Models(models.policy, models.reward, segments.tokens()), batch, method.needs, ScoreConfig())
+
+    def test_a_number_that_is_none_is_named_by_the_batchs_rollout(self, world: Path, mine: str) -> None:
+        models = tiny_runs.models(world)
+        batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(3))
+        with pytest.raises(ScoreError, match="rollout 2 from own_rewards:broken, number 0: got nan"):
+            score(models, batch.select(torch.tensor([0, 1, 2])), {asked(f"{mine}:broken")}, ScoreConfig(micro_batch=3))
+        with pytest.raises(ScoreError, match="rollout 0 from own_rewards:broken"):
+            score(models, batch, {asked(f"{mine}:broken")}, ScoreConfig(micro_batch=1))
+
+    def test_without_a_function_it_says_what_to_set(self) -> None:
+        with pytest.raises(ConfigError, match=r"'process_rewards': got 'no function'.* Set process.function"):
+            plan(credit.process().needs)
+
+    def test_rows_land_on_the_mask(self) -> None:
+        found = laid_out([[1, 2, 3.5], [torch.tensor(4.0), 5, 6], []], MASK, None, "f")
+        assert found.tolist() == [[1, 2, 3.5, 0], [4, 0, 5, 6], [0] * 4] and found.dtype == torch.float32
+        steps = torch.tensor([[0, 1, 1, -1], [0, -1, 0, 0], [-1] * 4])
+        found = laid_out([[1, 2], [3], []], MASK, steps, "f")
+        assert found.tolist() == [[1, 0, 2, 0], [0, 0, 0, 3], [0] * 4]
+        found = laid_out([[(1, 0.5)], [(0, 1), [2, -1]], []], MASK, None, "f")
+        assert found.tolist() == [[0, 0.5, 0, 0], [1, 0, 0, -1], [0] * 4]
+
+    @pytest.mark.parametrize(
+        ("made", "error", "text"),
+        [
+            (None, DataError, "what f returned: got 'NoneType'; expected a list of 3 rows"),
+            ([[1, 2, 3], [1, 2, 3]], DataError, "what f returned: got '2 rows'"),
+            ([[1, 2], [1, 2, 3], []], ScoreError, "rollout 0 from f: got '2 numbers'; expected 3 numbers, one a token"),
+            ([[1, 2, 3], 7.0, []], ScoreError, "rollout 1 from f: got 7.0; expected a list"),
+            ([[1, 2, 3], [1, 2, float("inf")], []], ScoreError, "rollout 1 from f, number 2: got inf"),
+            ([[1, 2, 3], [1, "2", 3], []], ScoreError, "rollout 1 from f, number 1: got '2'"),
+            ([[1, 2, 3], [1, None, 3], []], ScoreError, "rollout 1 from f, number 1: got None"),
+            ([[1, 2, 3], [1, 2, 3], [1]], ScoreError, "rollout 2 from f: got '1 numbers'; expected 0 numbers"),
+            ([[(0, 1), (0, 2)], [1, 2, 3], []], ScoreError, r"rollout 0 from f, pair 1: got \(0, 2\)"),
+            ([[(3, 1)], [1, 2, 3], []], ScoreError, r"rollout 0 from f, pair 0: got \(3, 1\)"),
+            ([[(1, 2, 3)], [1, 2, 3], []], ScoreError, r"rollout 0 from f, pair 0: got \(1, 2, 3\)"),
+            ([[(1, float("nan"))], [1, 2, 3], []], ScoreError, "rollout 0 from f, number 0: got nan"),
+            ([[1, (1, 2), 3], [1, 2, 3], []], ScoreError, r"rollout 0 from f, number 1: got \(1, 2\)"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, made: object, error: type[Exception], text: str) -> None:
+        with pytest.raises(error, match=text):
+            laid_out(made, MASK, None, "f")
+
+
+def asked(function: str) -> str:
+    return registry.ask("process_rewards", function=function, unit="token")
