@@ -40,6 +40,10 @@ def gae(gamma: float = 1.0, lam: float = 0.95, pooling: str = "first", *, reprod
             absent.
 
     Sources: Schulman et al. 2016 (arXiv 1506.02438) eq. 16; Chai et al. 2024 (arXiv 2410.02743) for actions.
+
+    Assumes: the critic learns what a state is worth.
+    Use it when there is a critic; λ trades its bias for the return's noise. With dense credit a smaller λ does less
+    harm.
     """
     check_fraction("gae.gamma", gamma, "1 is usual for text.")
     check_fraction("gae.lam", lam, "0.95 is usual.")

@@ -37,6 +37,9 @@ def group_relative(std: bool = True, credit_mix: float = 0.0, cap: float | None 
         ConfigError: a setting outside its range. DataError: "credit_share" absent, negative or not finite.
 
     Sources: Shao et al. 2024 (arXiv 2402.03300) section 4.1; Liu et al. 2025 (arXiv 2503.20783) without std.
+
+    Assumes: samples of one prompt compare with one another.
+    Use it when several samples a prompt are cheap and a critic is not wanted.
     """
     if not isinstance(std, bool):
         raise ConfigError(message("group_relative.std", std, "true or false", "GRPO is true, Dr. GRPO false."))

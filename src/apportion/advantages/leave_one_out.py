@@ -26,6 +26,9 @@ def leave_one_out(credit_mix: float = 0.0, cap: float | None = 3.0) -> Estimator
         ConfigError: a setting outside its range. DataError: "credit_share" absent, negative or not finite.
 
     Source: Kool et al. 2019; Ahmadian et al. 2024 (arXiv 2402.14740) eq. 7 for language models.
+
+    Assumes: samples of one prompt compare with one another.
+    Use it when an unbiased gradient without a critic is wanted, with two samples a prompt or more.
     """
     check_credit("leave_one_out", credit_mix, cap)
     return _LeaveOneOut(float(credit_mix), cap)

@@ -21,6 +21,9 @@ def monte_carlo(gamma: float = 1.0) -> Estimator:
         ConfigError: γ outside [0, 1].
 
     Source: Williams 1992; Sutton and Barto 2018, section 13.3.
+
+    Assumes: nothing.
+    Use it for: the plainest unbiased estimate is wanted, or a baseline for the others.
     """
     return _MonteCarlo(check_fraction("monte_carlo.gamma", gamma, "1 is usual for text."))
 

@@ -29,6 +29,9 @@ def reinforce_pp(baseline: str | None = None, gamma: float = 1.0) -> Estimator:
         ConfigError: a setting outside its range.
 
     Source: Hu et al. 2025 (arXiv 2501.03262).
+
+    Assumes: returns of different prompts are on one scale.
+    Use it for: one sample a prompt and no critic; whitening must be on.
     """
     if baseline not in (None, "group"):
         mend = "Use group with several samples a prompt."

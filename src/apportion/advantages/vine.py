@@ -30,6 +30,9 @@ def vine(samples: int = SAMPLES) -> Estimator:
         ConfigError: `samples` not a whole number >= 1. DataError: the evidence absent, or not finite where it is read.
 
     Source: Kazemnejad et al. 2024 (arXiv 2410.01679).
+
+    Assumes: fresh responses can be written and scored cheaply.
+    Use it when credit must be right and generation is fast: it costs `samples` responses an action.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ConfigError(message("vine.samples", samples, "a whole number >= 1", "The paper uses 9."))

@@ -48,6 +48,9 @@ def attention(
         DataError: the evidence is absent, negative or not finite.
 
     Source: Chan et al. 2024 (arXiv 2402.00782), section 3.
+
+    Assumes: where the reward model looks is where the score was earned; nothing guarantees it.
+    Use it when responses are long, the critic is weak, and `diagnose` shows that it points the true way.
     """
     name = reading(layers, heads, rollout).evidence
     check_fraction("attention.mix", mix)

@@ -34,6 +34,9 @@ def attribution(*, mix: float = 0.8, signed: bool = True) -> Credit:
 
     Sources: gradient × input (Shrikumar et al. 2017, arXiv 1704.02685); signed credit from attributions 2025
     (arXiv 2504.16272).
+
+    Assumes: the score is nearly linear between a token and the pad token.
+    Use it when signed credit is wanted and a backward of the reward model can be paid.
     """
     check_fraction("attribution.mix", mix)
     if not isinstance(signed, bool):

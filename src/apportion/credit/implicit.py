@@ -30,6 +30,10 @@ def implicit(*, coef: float = 0.05, clip: float | None = 0.05, model: str | None
         DataError: evidence absent, of the wrong shape or not finite.
 
     Source: Zhong et al. 2024, RTO (arXiv 2404.18922), eq. for r_t with β₁, β₂ (our `kl_penalty.coef`).
+
+    Assumes: the model that DPO trained ranks tokens as people would.
+    Use it when preference pairs are to be had beside the reward model; judge the result by something other than the
+    score.
     """
     check_number("implicit.coef", coef, 0.0)
     if clip is not None:

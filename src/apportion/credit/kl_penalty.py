@@ -26,6 +26,9 @@ def kl_penalty(*, coef: float = 0.05, target: float | None = None, horizon: floa
     Raises:
         ConfigError: a setting outside its range.
         DataError: "reference_logprobs" absent or not finite on the mask.
+
+    Assumes: the reference is worth staying near.
+    Use it for: always, in some form, when a learned reward model is trained against.
     """
     for name, value, least in (("coef", coef, 0.0), ("horizon", horizon, 1.0), ("target", target, 1e-6)):
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):

@@ -29,6 +29,9 @@ def length_penalty(*, coef: float = 0.01, target: int = 0, limit: int | None = N
         ConfigError: a setting outside its range.
 
     Sources: Singhal et al. 2023 (arXiv 2310.03716) for the first; Yu et al. 2025, DAPO (arXiv 2503.14476) eq. 13.
+
+    Assumes: length is a cost in itself.
+    Use it when responses grow without getting better, or are cut off at the limit.
     """
     check_number("length_penalty.coef", coef, 0.0)
     for field, value, least in (("target", target, 0), ("limit", limit, target + 1 if isinstance(target, int) else 1)):

@@ -28,6 +28,9 @@ def policy_attention(*, mix: float = 0.8, view: str = "mean", shifted: bool = Fa
         ConfigError: `mix` outside [0, 1] or an unknown `view`.
 
     Source: Chan et al. 2024 (arXiv 2402.00782), ABC-D and ABC-D2.
+
+    Assumes: what the policy attends to while it writes is what its response hangs on.
+    Use it for: an ablation of `attention`: it needs no attention from the reward model.
     """
     check_fraction("policy_attention.mix", mix)
     if view not in VIEWS:

@@ -39,6 +39,9 @@ def prefix_difference(*, mix: float = 1.0, initial: str = "first") -> Credit:
         DataError: evidence absent, of the wrong shape or not finite.
 
     Sources: R3HF/RED 2024 (arXiv 2411.08302); Ng et al. 1999 for shaping.
+
+    Assumes: the reward model's score of an unfinished text means something; read `by_length` of its evaluation.
+    Use it when dense rewards without bias are wanted and the reward model judges prefixes well.
     """
     check_fraction("prefix_difference.mix", mix)
     if initial not in INITIAL:

@@ -38,6 +38,9 @@ def process(*, function: str | None = None, unit: str = "token", keep: bool = Fa
         DataError: evidence absent, of the wrong shape or not finite.
 
     Source: Uesato et al. 2022 (arXiv 2211.14275) and Lightman et al. 2023 (arXiv 2305.20050), rewards of steps.
+
+    Assumes: your numbers judge the tokens or steps that they stand on.
+    Use it when steps can be checked: tests that pass, a calculator, a step-wise reward model.
     """
     if unit not in UNITS:
         raise ConfigError(unknown_name("process.unit", str(unit), UNITS))

@@ -39,6 +39,9 @@ def shapley(*, mix: float = 1.0, spans: str | int = "sentences", budget: int = 6
         ConfigError: a setting outside its range. DataError: evidence absent, of the wrong shape or not finite.
 
     Sources: Shapley 1953; SCAR 2025 (arXiv 2505.20417); antithetic orders: Mitchell et al. 2022 (arXiv 2104.12199).
+
+    Assumes: a text with spans cut out still means something to the reward model.
+    Use it when few spans matter, reward-model calls are cheap, and a fair division is wanted.
     """
     check_fraction("shapley.mix", mix)
     if spans not in SPANS and not (isinstance(spans, int) and not isinstance(spans, bool) and spans >= 1):

@@ -13,6 +13,9 @@ def sparse() -> Credit:
 
     The identity of `chain`; ABC with β = 0 equals it bit for bit. Causal: the reward at t depends on tokens up to t.
     Source: Ouyang et al. 2022 (arXiv 2203.02155).
+
+    Assumes: the critic can carry one late reward back to the tokens that earned it.
+    Use it for: the baseline of every comparison, and where responses are short; its gradient is unbiased.
     """
 
     def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:

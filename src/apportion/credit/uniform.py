@@ -18,6 +18,9 @@ def uniform(*, mix: float = 1.0) -> Credit:
 
     Raises:
         ConfigError: `mix` outside [0, 1].
+
+    Assumes: every token earned the score alike.
+    Use it for: the baseline that every dense credit has to beat: it recovers much of what they gain.
     """
     check_fraction("uniform.mix", mix)
 

@@ -83,18 +83,19 @@ PRODUCERS: Mapping[str, Producer] = {
         process_pass,
         {"function": "Set process.function to your package.module:function."},
     ),
-    "vine": Producer(
-        VINE,
-        9,  # texts an action, or what the setting `samples` says; "vine_calls" counts them, a rollout
-        0,
-        vine_pass,
-    ),
     "text": Producer(
         frozenset({"sentence_boundaries", "phrase_boundaries", "phrase_fallback"}),
         0,
         0,
         lambda models, rollouts, wanted: text_boundaries(models.policy.tokenizer, rollouts, wanted),
         ready=need,
+    ),
+    # last: it asks the run's segmenter, which may need what stands above
+    "vine": Producer(
+        VINE,
+        9,  # texts an action, or what the setting `samples` says; "vine_calls" counts them, a rollout
+        0,
+        vine_pass,
     ),
 }
 # made from the policy's ids by the reward model: not to be had from one that reads text

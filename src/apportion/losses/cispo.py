@@ -23,6 +23,9 @@ def cispo(clip_low: float = 1.0, clip_high: float = 4.0) -> PolicyLoss:
 
     Raises:
         ConfigError: a bound outside its range.
+
+    Assumes: a rare token's gradient is worth keeping after its ratio has moved.
+    Use it when few tokens decide and PPO's clip silences them.
     """
     check_clip("cispo.clip_low", clip_low, 1.0)
     check_clip("cispo.clip_high", clip_high)

@@ -22,6 +22,9 @@ def dapo(clip_low: float = 0.2, clip_high: float = 0.28) -> PolicyLoss:
 
     Raises:
         ConfigError: a bound outside its range.
+
+    Assumes: unlikely tokens should be able to grow.
+    Use it when entropy falls too fast under a symmetric clip.
     """
     check_clip("dapo.clip_low", clip_low, 1.0)
     check_clip("dapo.clip_high", clip_high)

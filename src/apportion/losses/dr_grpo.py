@@ -27,6 +27,9 @@ def dr_grpo(clip: float = 0.2, kl_coef: float = 0.0, length: int | None = None) 
 
     Raises:
         ConfigError: a setting outside its range.
+
+    Assumes: every token weighs the same, however long its response.
+    Use it when responses may grow: it takes no length for free.
     """
     check_clip("dr_grpo.clip", clip, 1.0)
     check_clip("dr_grpo.kl_coef", kl_coef)

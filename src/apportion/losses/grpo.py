@@ -34,6 +34,9 @@ def grpo(clip: float = 0.2, kl_coef: float = 0.0) -> PolicyLoss:
 
     Raises:
         ConfigError: a setting outside its range.
+
+    Assumes: every response weighs the same, however long.
+    Use it for: reproducing GRPO.
     """
     check_clip("grpo.clip", clip, 1.0)
     check_clip("grpo.kl_coef", kl_coef)

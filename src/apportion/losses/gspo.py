@@ -35,6 +35,9 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4, token: bool = False) -
 
     Raises:
         ConfigError: a bound outside its range.
+
+    Assumes: the reward judges the response, so its ratio should.
+    Use it for: mixture-of-experts policies, or a sampler whose numerics differ from the trainer's.
     """
     check_clip("gspo.clip_low", clip_low, 1.0)
     check_clip("gspo.clip_high", clip_high)

@@ -42,6 +42,9 @@ def ppo(clip: float = 0.2, ratio: str = "token") -> PolicyLoss:
         ConfigError: `clip` or `ratio` outside its range.
 
     Sources: Schulman et al. 2017 (arXiv 1707.06347) eq. 7; Chai et al. 2024 (arXiv 2410.02743) for actions.
+
+    Assumes: a step that moves a token's probability by more than ε is not to be trusted.
+    Use it for: the default, with several epochs a batch.
     """
     check_clip("ppo.clip", clip, 1.0)
     if ratio not in RATIOS:

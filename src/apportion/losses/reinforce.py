@@ -20,6 +20,9 @@ def reinforce() -> PolicyLoss:
     of the mean over sequences of Σ_t A_t·∇log π_t, at the scale of the other token losses.
 
     Sources: Williams 1992; Ahmadian et al. 2024 (arXiv 2402.14740) for RLOO.
+
+    Assumes: the batch was sampled by the policy that learns.
+    Use it for: one step a batch.
     """
 
     def terms(

@@ -29,6 +29,9 @@ def entropy(threshold: float = 1.75) -> Segmenter:
             shape, or not finite on the mask.
 
     Source: Yin et al. 2025 (arXiv 2501.02790).
+
+    Assumes: a decision is taken where the policy hesitates.
+    Use it for: long reasoning, where few tokens are open and many follow from them.
     """
     number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if not number or not math.isfinite(threshold) or threshold < 0:

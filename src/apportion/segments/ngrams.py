@@ -31,6 +31,10 @@ def ngrams(n: int = 5, *, reproduce: str | None = None) -> Segmenter:
         ConfigError: `n` below 1, or another name to reproduce.
 
     Source: Chai et al. 2024 (arXiv 2410.02743), section 3.2.1; the released code's `fixed_ngram_selection`.
+
+    Assumes: neighbouring tokens belong to one decision, wherever the cut falls.
+    Use it when macro actions are wanted with nothing to parse; n = 5, or 10 for long texts. Compare with `tokens`
+    at a matched λ.
     """
     positive_int("ngrams.n", n)
     if reproduce not in (None, REPRODUCE):

@@ -30,6 +30,9 @@ def parsed(max_tokens: int = MAX_TOKENS) -> Segmenter:
         ConfigError: `max_tokens` below 1. DataError: both are absent, or it is not bool (B,T).
 
     Source: Chai et al. 2024 (arXiv 2410.02743), section 3.2.1 and appendix B.4.
+
+    Assumes: a phrase is one decision; the text is English.
+    Use it when phrases matter more than the parser's time.
     """
     positive_int("parsed.max_tokens", max_tokens)
     settings = {} if max_tokens == MAX_TOKENS else {"max_tokens": max_tokens}

@@ -28,6 +28,9 @@ def perplexity() -> Segmenter:
 
     Source: Chai et al. 2024 (arXiv 2410.02743), section 3.2.1 and appendix B.4. The released code compares each token's
     perplexity with that of the token before, and takes row 0's boundaries for every row.
+
+    Assumes: tokens that the reference finds ever easier continue what was begun.
+    Use it when actions should follow what is predictable, in any language.
     """
     return Cut(_starts, frozenset({"reference_logprobs"}))
 

@@ -31,6 +31,9 @@ def random_ngrams(lengths: Sequence[int] = (2, 3, 5, 10), seed: int = 0) -> Segm
         ConfigError: no length, one below 1, or a seed that is not a whole number.
 
     Source: Chai et al. 2024 (arXiv 2410.02743), section 3.2.1 and appendix B.4.
+
+    Assumes: no length of an action is better than another.
+    Use it when a fixed n might line up with the text; lengths are mixed instead.
     """
     if isinstance(lengths, (str, int)) or not list(lengths):
         raise ConfigError(message("random_ngrams.lengths", lengths, "a list of lengths", "Example: [2, 3, 5, 10]."))

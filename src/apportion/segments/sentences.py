@@ -19,6 +19,9 @@ def sentences() -> Segmenter:
 
     Raises:
         DataError: both are absent, or it is not bool (B,T).
+
+    Assumes: a sentence is one decision.
+    Use it for: long answers, and the states of `vine`.
     """
 
     def starts(rollouts: Rollouts) -> Tensor:

@@ -9,7 +9,11 @@ from apportion.types import Rollouts, Segmenter
 
 
 def tokens() -> Segmenter:
-    """Return the segmenter that numbers each row's masked tokens 0, 1, 2, …; -1 off the mask. (B,T) int64."""
+    """Return the segmenter that numbers each row's masked tokens 0, 1, 2, …; -1 off the mask. (B,T) int64.
+
+    Assumes: each token is a decision of its own.
+    Use it for: the default: token-level PPO.
+    """
     return _Tokens()
 
 

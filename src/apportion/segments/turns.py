@@ -14,6 +14,9 @@ def turns() -> Segmenter:
 
     A turn is what `rollouts.turn` says. Where that is None, each run of the mask between two holes (a tool's output,
     say) is one; then a response without holes is one action.
+
+    Assumes: a turn is one decision.
+    Use it when responses of several turns, with a tool's or a user's text between them.
     """
     return Cut(_starts)
 

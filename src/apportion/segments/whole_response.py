@@ -13,6 +13,9 @@ def whole_response() -> Segmenter:
     """Return the segmenter that gives every token of a row id 0, -1 off the mask; (B,T) int64.
 
     A response of several turns (`rollouts.turn`) has one action a turn: no action reaches over a turn.
+
+    Assumes: the response is one decision.
+    Use it for: group methods, and the bandit that macro actions of growing length end in.
     """
     return Cut(_starts)
 
