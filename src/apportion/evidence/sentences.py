@@ -37,7 +37,8 @@ def sentence_starts(text: str) -> list[int]:
     ellipsis or a closing quote, where the text goes on in lower case. Decimals, addresses and versions have no space
     after the stop.
     """
-    starts, begin = [], 0
+    starts: list[int] = []
+    begin = 0
     for stop in STOP.finditer(text):
         if _ends_sentence(text, begin, stop):
             _add(starts, text, begin, stop.end())

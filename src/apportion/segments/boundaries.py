@@ -144,5 +144,5 @@ def check(ids: Tensor, mask: Tensor, turn: Tensor | None = None) -> Tensor:
     row, at = worst.nonzero()[0].tolist()
     expected, mend = next(text for wrong, *text in clauses if wrong[row, at])
     low, high = max(0, at - AROUND), at + AROUND + 1
-    came = {"ids": ids[row, low:high].tolist(), "mask": mask[row, low:high].int().tolist(), "from token": low}
-    raise DataError(message(f"segments of rollout {row}, token {at}", came, expected, mend))
+    shown = {"ids": ids[row, low:high].tolist(), "mask": mask[row, low:high].int().tolist(), "from token": low}
+    raise DataError(message(f"segments of rollout {row}, token {at}", shown, expected, mend))
