@@ -37,7 +37,8 @@ def text_boundaries(
     that are no characters), so that n-grams of `max_tokens` stand in for its phrases.
 
     The text is what the policy wrote, each turn by itself; holes in the mask are left out. A token belongs to the
-    sentence or phrase of its first character other than white space.
+    sentence or phrase of its first character other than white space; one of white space alone stays with what comes
+    before it.
 
     Args:
         wanted: names of evidence; "phrase_boundaries" may carry `max_tokens` (5).

@@ -77,37 +77,72 @@ def _pipeline() -> Any:
 def actions(heads: Sequence[int], tokens: Sequence[int], most: int) -> list[int]:
     """Return the first word of each action of one sentence, in order; the first is word 0.
 
-    Depth first from the root: a phrase (a word with all that depends on it) of at most `most` tokens is one action; a
-    longer one is taken apart into its head word and the phrases that depend on it. A part of one word, or of one token,
-    joins the action before it, and starts one only at the sentence's start. A phrase that other words interrupt (not
-    projective) is taken apart too. Source: Chai et al. 2024 (arXiv 2410.02743), appendix B.4, with constituents read
-    off a dependency tree.
+    The dependency tree is read as a constituency tree with two branches a node: a head first takes the phrases to its
+    right, the nearest first, then those to its left, as in (The (old ((man) (who lived here)))). Depth first from the
+    root, a node of at most `most` tokens is one action; a larger one is taken apart. A node of one word, or of one
+    token, joins the action before it, and starts one only at the sentence's start. Where the words of a phrase do not
+    lie together (not projective), its head and the phrases below it are taken one by one.
+
+    Source: Chai et al. 2024 (arXiv 2410.02743), appendix B.4; constituents read off a dependency tree are ours.
 
     Args:
         heads: the index of each word's head in the sentence; the root's is its own.
         tokens: how many tokens each word has, 0 where a token of the word before holds it.
         most: C, at least 1.
     """
-    children: list[list[int]] = [[] for _ in heads]
-    for word, head in enumerate(heads):
-        if head != word:
-            children[head].append(word)
-    below = [word for word, head in enumerate(heads) if head == word]  # from the roots down
-    for word in below:
-        below.extend(children[word])
-    left, right, words, size = list(range(len(heads))), list(range(len(heads))), [1] * len(heads), list(tokens)
-    for word in reversed(below):
-        for child in children[word]:
-            left[word], right[word] = min(left[word], left[child]), max(right[word], right[child])
-            words[word], size[word] = words[word] + words[child], size[word] + size[child]
-    parts: list[tuple[int, bool]] = []  # (first word, whether it is a phrase rather than a leaf)
-    stack = [word for word, head in enumerate(heads) if head == word]
+    below = _Subtrees(heads, tokens)
+    found = {0}  # the first words of phrases; a leaf joins what is before it
+    stack = list(below.roots)
     while stack:
         word = stack.pop()
-        whole = right[word] - left[word] + 1 == words[word]
-        if whole and size[word] <= most:
-            parts.append((left[word], words[word] > 1 and size[word] > 1))
-        else:
-            parts.append((word, False))
-            stack.extend(children[word])
-    return [first for first, phrase in sorted(parts) if phrase or first == 0]
+        first, words, size, apart = below.largest(word, most)
+        if words > 1 and size > 1:
+            found.add(first)
+        stack.extend(apart)
+    return sorted(found)
+
+
+class _Subtrees:
+    """Of each word and all that depends on it: the edges, the number of words, the number of tokens."""
+
+    def __init__(self, heads: Sequence[int], tokens: Sequence[int]) -> None:
+        self.roots = [word for word, head in enumerate(heads) if head == word]
+        self.children: list[list[int]] = [[] for _ in heads]
+        for word, head in enumerate(heads):
+            if head != word:
+                self.children[head].append(word)
+        self.left, self.right = list(range(len(heads))), list(range(len(heads)))
+        self.words, self.size, self.own = [1] * len(heads), list(tokens), tokens
+        downwards = list(self.roots)
+        for word in downwards:
+            downwards.extend(self.children[word])
+        for word in reversed(downwards):
+            for child in self.children[word]:
+                self.left[word] = min(self.left[word], self.left[child])
+                self.right[word] = max(self.right[word], self.right[child])
+                self.words[word] += self.words[child]
+                self.size[word] += self.size[child]
+
+    def whole(self, word: int) -> bool:
+        """Return whether the words of this phrase lie together."""
+        return self.right[word] - self.left[word] + 1 == self.words[word]
+
+    def largest(self, word: int, most: int) -> tuple[int, int, int, list[int]]:
+        """Return (first word, words, tokens) of the largest node with this head that fits, and the phrases beside it.
+
+        Where none fits, or the words do not lie together, it is the head alone.
+        """
+        children = self.children[word]
+        if not all(map(self.whole, (word, *children))):
+            return word, 1, self.own[word], children
+        first, words, size = self.left[word], self.words[word], self.size[word]
+        before = [child for child in children if child < word]
+        after = [child for child in reversed(children) if child > word]
+        apart = []
+        for child in (*before, *after):
+            if size <= most:
+                break
+            apart.append(child)
+            words, size = words - self.words[child], size - self.size[child]
+            first = self.right[child] + 1 if child < word else first
+        return first, words, size, apart

@@ -142,7 +142,7 @@ def check(ids: Tensor, mask: Tensor, turn: Tensor | None = None) -> Tensor:
     if not worst.any():
         return ids
     row, at = worst.nonzero()[0].tolist()
-    expected, mend = next((clause[1], clause[2]) for clause in clauses if clause[0][row, at])
+    expected, mend = next(text for wrong, *text in clauses if wrong[row, at])
     low, high = max(0, at - AROUND), at + AROUND + 1
-    seen = {"ids": ids[row, low:high].tolist(), "mask": mask[row, low:high].int().tolist(), "from token": low}
-    raise DataError(message(f"segments of rollout {row}, token {at}", seen, expected, mend))
+    shown = {"ids": ids[row, low:high].tolist(), "mask": mask[row, low:high].int().tolist(), "from token": low}
+    raise DataError(message(f"segments of rollout {row}, token {at}", shown, expected, mend))

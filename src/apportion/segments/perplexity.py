@@ -36,15 +36,26 @@ def perplexity() -> Segmenter:
 
 
 def _starts(rollouts: Rollouts) -> Tensor:
+    mask = rollouts.mask
+    longest = int(mask.sum(dim=1).max()) if len(mask) else 0
+    # each row's tokens without holes between them, so that nothing has to be stepped over; time first
+    packed = mask.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
     # doubles: sums of a row's float32 numbers are exact in them, so that equal means compare as equal
-    mask, surprise = rollouts.mask, -numbers(rollouts, "reference_logprobs").double()
-    forced = turn_starts(mask, rollouts.turn)
-    out = torch.zeros_like(mask)
-    total, size = surprise.new_zeros(len(mask)), surprise.new_zeros(len(mask))
-    for t in range(mask.shape[1]):  # a recursion over tokens, all rows at once
-        x, on = surprise[:, t], mask[:, t]
-        starts = on & (forced[:, t] | (x * size > total))
-        total = torch.where(starts, x, torch.where(on, total + x, total))
-        size = torch.where(starts, 1.0, size + on)
-        out[:, t] = starts
-    return out
+    surprise = -numbers(rollouts, "reference_logprobs").double().gather(1, packed).T
+    forced = turn_starts(mask, rollouts.turn).gather(1, packed).T
+    starts = _new_actions(surprise, forced)
+    return torch.zeros_like(mask).scatter_(1, packed, starts.T) & mask
+
+
+def _new_actions(x: Tensor, forced: Tensor) -> Tensor:
+    """Return (T,B) bool, True where x_t (T,B) lies above the mean of its action so far, or `forced` (T,B) is True."""
+    pairs = torch.stack([x, torch.ones_like(x)], dim=1)  # (T,2,B): what a token adds to its action's sum and size
+    against = torch.where(forced, torch.inf, x)
+    state = torch.ones_like(pairs[0]) if len(x) else x  # (2,B); the first token is forced, whatever stands here
+    found = []
+    for pair, value in zip(pairs.unbind(), against.unbind(), strict=True):  # a recursion over tokens, all rows at once
+        total, size = state.unbind()
+        above = torch.addcmul(total, value, size, value=-1) < 0  # x·size > total
+        state = torch.where(above, pair, state + pair)
+        found.append(above)
+    return torch.stack(found) if found else forced
