@@ -99,7 +99,7 @@ def test_gspo_by_hand_where_the_clip_holds():
     # −A: .312630 against .9997/3 = .333233; −.353553 against −.25·1.0004 = −.2501: nothing is left to learn
     logprobs, rollouts, adv, mask, ids = example()
     loss, sums = losses.gspo().terms(logprobs.requires_grad_(), rollouts, -adv, mask, ids)
-    assert float(loss) == pytest.approx(0.083133, abs=1e-5) and sums["policy/clipfrac"] == 5
+    assert loss.item() == pytest.approx(0.083133, abs=1e-5) and sums["policy/clipfrac"] == 5
     (grad,) = torch.autograd.grad(loss, logprobs)
     assert (grad == 0).all()
 
