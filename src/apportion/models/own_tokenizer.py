@@ -109,16 +109,12 @@ def encode(tokenizer: Any, reading: Reading) -> Encoded:
         reading.text,
         add_special_tokens=not reading.templated,
         return_offsets_mapping=True,
-        return_special_tokens_mask=True,
         truncation=False,
         padding=False,
         verbose=False,
     )
     spans, end = [], 0
-    for (first, last), added in zip(found["offset_mapping"], found["special_tokens_mask"], strict=True):
-        if added:
-            spans.append((0, 0))
-            continue
+    for first, last in found["offset_mapping"]:  # (0, 0) for the special tokens that the tokenizer adds
         spans.append((min(first, end), last) if first == last else (first, last))
         end = max(end, last)
     return Encoded(found["input_ids"], spans)
