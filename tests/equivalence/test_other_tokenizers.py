@@ -8,24 +8,32 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
+import foreign_models
 import pytest
 import tiny
 import tiny_runs
 import tiny_tokenizers
 import torch
+from foreign_models import (
+    BOTH,
+    SAID,
+    batch_of,
+    decoder,
+    encoder,
+    judge,
+    logged,
+    policy_text,
+    save_model,
+)
 from hypothesis import given
 from tiny_tokenizers import FAMILIES, TEXTS
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     ByT5Tokenizer,
-    LlamaConfig,
     RobertaConfig,
 )
 
@@ -35,72 +43,12 @@ from apportion.evidence.reward_pass import reward_pass
 from apportion.evidence.text_reward import to_policy, translate
 from apportion.models.offsets import carry
 from apportion.models.own_tokenizer import Reading, encode
-from apportion.models.reward import RewardModel, load_reward
-from apportion.models.token_text import PolicyText
-from apportion.types import Rollouts
-
-BOTH = frozenset({"scores", "reward_attention"})
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SAID = [
-    ("I rented this", " film, and it was a great story 😀!"),
-    ("A lovely", " Ｐicture wi\u0301th music\n\nﬁne"),
-    ("Boring", " שלום 👩🏽\u200d👩\u200d👧 end"),
-    ("No", "!"),
-]
-CHATML = (
-    "{% for m in messages %}<eos>{{ m.role }}\n{{ m.content | trim }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<eos>assistant\n{% endif %}"
-)
-BRACKETS = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }} #{% endif %}{% endfor %}"
-)
-
-
-def save_model(folder: Path, tokenizer: Any, config: Any, seed: int = 3) -> Path:
-    """Write a random classifier, its attention far from flat, with `tokenizer`."""
-    torch.manual_seed(seed)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def decoder(**more: Any) -> LlamaConfig:
-    wide = SIZES | {"num_key_value_heads": 2, "vocab_size": 400, "max_position_embeddings": 512, "num_labels": 1}
-    return LlamaConfig(**wide | {"pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.3} | more)
-
-
-def encoder(kind: Any = BertConfig, **more: Any) -> Any:
-    return kind(**SIZES | {"vocab_size": 210, "pad_token_id": 0, "initializer_range": 0.4, "num_labels": 2} | more)
+from apportion.models.reward import load_reward
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny_runs.world(tmp_path_factory.mktemp("world"))
-    save_model(folder / "encoder", tiny_tokenizers.wordpiece(), encoder())
-    save_model(folder / "other", tiny_tokenizers.byte_fallback(), decoder())
-    save_model(folder / "trimming", tiny_tokenizers.trimming(), decoder(), seed=4)
-    chatty = tiny_tokenizers.byte_fallback()
-    chatty.chat_template = BRACKETS
-    save_model(folder / "chat", chatty, decoder(), seed=5)
-    return folder
-
-
-@cache
-def policy_text() -> PolicyText:
-    return PolicyText(tiny.tokenizer())
-
-
-def judge(folder: Path, name: str, **more: Any) -> RewardModel:
-    return load_reward(str(folder / name), device="cpu", policy=replace(policy_text(), **more))
-
-
-def batch_of(said: Sequence[tuple[str, str]], *, eos: bool = True, extra: int = 0) -> Rollouts:
-    """Return rollouts of the policy's ids of (prompt, response), with an EOS at the end."""
-    tokenizer = policy_text().tokenizer
-    prompts, responses = ([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-                          for texts in zip(*said, strict=True))  # fmt: skip
-    return tiny_runs.rollouts_of(prompts, [r + [tiny_runs.EOS] * eos for r in responses], extra=extra)
+    return foreign_models.world(tmp_path_factory.mktemp("world"))
 
 
 @torch.no_grad()
@@ -199,76 +147,6 @@ def test_blanks_that_offsets_leave_out_are_found_again() -> None:
     assert any(a == b for a, b in given), "which its tokenizer does not say"
 
 
-CHAT = [{"role": "user", "content": "Say: RESPONSE0RESPONSE"}]
-
-
-@pytest.mark.parametrize("name", ["chat", "encoder"])
-def test_a_conversation_goes_through_the_reward_models_own_template(world: Path, name: str) -> None:
-    """Also where the word that marks the response's place stands in the prompt; without a template, line by line."""
-    tokenizer = policy_text().tokenizer
-    prompt = tokenizer("<eos>user\nSay: RESPONSE0RESPONSE\n<eos>assistant\n", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("  RESPONSE, a film!", add_special_tokens=False)["input_ids"]
-    batch = tiny_runs.rollouts_of([prompt], [ids])
-    reward = judge(world, name, conversations={tuple(prompt): CHAT})
-    theirs = translate(reward, batch)
-    before = "[INST] Say: RESPONSE0RESPONSE [/INST] " if name == "chat" else "Say: RESPONSE0RESPONSE\n"
-    text = before + "  RESPONSE, a film!" + (" #" if name == "chat" else "")
-    own = reward.tokenizer(text, add_special_tokens=name != "chat")["input_ids"]
-    assert theirs.rollouts.response_ids.tolist() == [own]
-    spans = [(a, b) for a, b in theirs.target[0].tolist()]
-    assert "".join(text[a:b] for a, b in spans) == "  RESPONSE, a film!" and spans[0][0] == len(before)
-    found = reward_pass(reward, batch, BOTH)
-    assert 0 < float(found["reward_attention"].sum()) < 1
-
-
-@pytest.mark.parametrize("content", ["RESPONSE", "Say RESPONSE0 RESPONSE", "RESPONSE0RESPONSE1RESPONS"])
-def test_the_mark_is_not_mistaken_for_what_stands_beside_it(world: Path, content: str) -> None:
-    reward = judge(world, "chat")
-    reward.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    batch = batch_of([("hello", "E0RESPONSE")], eos=False)
-    turns = {tuple(tiny_runs.alone(batch, 0)[0]): [{"role": "user", "content": content}]}
-    theirs = translate(replace(reward, text=replace(policy_text(), conversations=turns)), batch)
-    assert theirs.target[0, 0, 0] == len(content) and theirs.target[0, -1, 1] == len(content) + len("E0RESPONSE")
-
-
-@pytest.mark.parametrize(("template", "response", "shown"), [
-    (CHATML, "  trimmed \n", "trimmed"),
-    (CHATML, " \n ", ""),
-    ("{% for m in messages %}<{{ m.content.split('|')[-1] }}>{% endfor %}", "thought|said", "said"),
-])  # fmt: skip
-def test_what_a_template_trims_gets_nothing(world: Path, template: str, response: str, shown: str) -> None:
-    reward = judge(world, "chat")
-    reward.tokenizer.chat_template = template
-    batch = batch_of([("hello", response)])
-    prompt = tuple(tiny_runs.alone(batch, 0)[0])
-    reward = replace(reward, text=replace(policy_text(), conversations={prompt: CHAT}))
-    theirs = translate(reward, batch)
-    found = carry(torch.ones(theirs.source.shape[:2]), theirs.source, theirs.target)[0]
-    skipped = response.index(shown) if shown else len(response)
-    given = policy_text().read([], tiny_runs.alone(batch, 0)[1]).spans
-    for value, (a, b) in zip(found.tolist(), given, strict=False):
-        assert (value > 0) == (b > skipped and a < skipped + len(shown) and b > a)
-
-
-@pytest.mark.parametrize(("template", "error", "said"), [
-    ("{% for m in messages %}{{ m.role }}{% endfor %}", ModelError, "one that shows a response 0 times"),
-    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", ModelError, "shows a response 2 times"),
-    ("{{ raise_exception('no such role') }}", ModelError, "no such role"),
-    ("{% for m in messages %}{{ m.content | replace('film', 'FILM') }}{% endfor %}", ScoreError,
-     "response of rollout 1: got 'a film'; expected a response that the reward model's chat template shows as it is"),
-    ("{% for m in messages %}{{ m.content.split('-')[0] }}{% endfor %}", ScoreError, "rollout 0: got 'a-a-a'"),
-])  # fmt: skip
-def test_a_response_whose_place_is_not_certain_is_refused(
-    world: Path, template: str, error: type[Exception], said: str
-) -> None:
-    reward = judge(world, "chat")
-    reward.tokenizer.chat_template = template
-    batch = batch_of([("hello", "a-a-a" if "split" in template else "a b"), ("hello", "a film")], eos=False)
-    prompt = tuple(tiny_runs.alone(batch, 0)[0])
-    with pytest.raises(error, match=said):
-        translate(replace(reward, text=replace(policy_text(), conversations={prompt: CHAT})), batch)
-
-
 def test_texts_that_the_model_cannot_read_are_refused_by_number(world: Path, tmp_path: Path) -> None:
     said = [("a", "b"), ("a", "film " * 60)]
     for config, limit in ((encoder(max_position_embeddings=40), 40),
@@ -302,6 +180,18 @@ def test_an_eos_alone_gets_the_fallback(world: Path) -> None:
     assert [float(total) for total, _ in fallback.values()] == [1.0]
 
 
+def test_the_choice_between_ids_and_text_is_made_at_load(world: Path, tmp_path: Path) -> None:
+    """Ids for a decoder with the policy's vocabulary; an encoder with that vocabulary reads text all the same."""
+    save_model(tmp_path / "same", tiny.tokenizer(), encoder(vocab_size=400))
+    assert judge(tmp_path, "same").text == policy_text() and judge(world, "reward").text is None
+    loaded = {name: load_reward(str(world / name), device="cpu", policy=policy_text(), pad_token="Ġwas")
+              for name in ("reward", "other")}  # fmt: skip
+    assert loaded["reward"].tokenizer.pad_token == "Ġwas" and loaded["other"].tokenizer.pad_token == "<pad>"
+    assert loaded["reward"].model.config.pad_token_id == loaded["reward"].tokenizer.pad_token_id
+    with pytest.raises(ModelError, match="pad_token: got 'nowhere'"):
+        load_reward(str(world / "reward"), device="cpu", policy=policy_text(), pad_token="nowhere")
+
+
 def test_unfit_models_are_refused_at_load(world: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "slow", ByT5Tokenizer(), decoder())
     with pytest.raises(ModelError, match=r"tokenizer: got 'ByT5Tokenizer'; expected .*a fast one.*tokenizer\.json"):
@@ -322,12 +212,6 @@ def test_evidence_that_characters_cannot_share_is_refused(world: Path) -> None:
     assert found["reward_attention@layers=1"].shape == theirs.target.shape[:2]
     with pytest.raises(ConfigError, match="evidence: got 'prefix_scores'; expected one of reward_attention"):
         to_policy({"prefix_scores": torch.ones(rows, tokens)}, theirs)
-
-
-def logged(world: Path, output: Path, **changes: Any) -> list[dict[str, Any]]:
-    """Run `apportion rl` for two steps and return its logged rollouts."""
-    assert main(["rl", *tiny_runs.flags(world, output, **{"policy": world / "ending", **changes})]) == 0
-    return tiny_runs.read_lines(output / "rollouts.jsonl")
 
 
 @pytest.mark.parametrize("name", ["encoder", "other", "trimming"])
@@ -351,25 +235,6 @@ def test_a_run_whose_credit_is_recomputed(world: Path, tmp_path: Path, name: str
     assert checked >= 2
     assert main(["evaluate", "--run", str(tmp_path / "run"), "--prompts", str(world / "prompts.jsonl"), "--count", "3",
                  "--judge", "false", "--device", "cpu"]) == 0  # fmt: skip
-
-
-def test_a_run_on_conversations(world: Path, tmp_path: Path) -> None:
-    """A policy and a reward model, each with a chat template of its own."""
-    chatty = tiny.tokenizer()
-    chatty.chat_template = CHATML
-    shutil.copytree(world / "ending", tmp_path / "policy")
-    chatty.save_pretrained(tmp_path / "policy")
-    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "A film?"}]}\n' * 3)
-    changes = {"policy": tmp_path / "policy", "prompts": tmp_path / "p.jsonl", "sampling.prompt_tokens": "null"}
-    records = logged(world, tmp_path / "run", reward_model=world / "chat", credit="attention", **changes)
-    reward = AutoModelForSequenceClassification.from_pretrained(world / "chat").eval()
-    tokenizer = AutoTokenizer.from_pretrained(world / "chat")
-    for record in records:
-        said = chatty.decode(record["response_ids"], skip_special_tokens=True)
-        ids = tokenizer(f"[INST] A film? [/INST] {said} #", add_special_tokens=False, return_tensors="pt")
-        with torch.no_grad():
-            assert record["raw_score"] == pytest.approx(float(reward(**ids).logits), abs=1e-5)
-    assert len({record["raw_score"] for record in records}) > 4
 
 
 def test_one_forward_of_the_reward_model(world: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from apportion import registry
 from apportion.errors import ConfigError, ScoreError, message
 from apportion.models.offsets import carry
-from apportion.models.own_tokenizer import Encoded, Reading, context_limit, encode, read_as_text
+from apportion.models.own_tokenizer import Encoded, context_limit, encode, read_as_text
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts
 
@@ -33,11 +33,14 @@ def translate(reward: RewardModel, rollouts: Rollouts) -> Translation:
         ScoreError: a text is empty, too long for the model (nothing is cut off), or changed by the chat template; it
             names the rollout. ModelError: as `read_as_text`.
     """
+    assert reward.text is not None
+    tokenizer, limit = reward.tokenizer, context_limit(reward.model, reward.tokenizer)
+    prompts = _rows(rollouts.prompt_ids, rollouts.prompt_mask)
+    responses = _rows(rollouts.response_ids, rollouts.valid)
     readings, encoded = [], []
-    limit = context_limit(reward.model, reward.tokenizer)
-    for row in range(len(rollouts)):
-        readings.append(_read(reward, rollouts, row))
-        encoded.append(encode(reward.tokenizer, readings[-1]))
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        readings.append(read_as_text(tokenizer, reward.text, prompt, response, row=row))
+        encoded.append(encode(tokenizer, readings[-1]))
         _check_length(row, len(encoded[-1].ids), limit)
     device = rollouts.mask.device
     ids, source = _padded(encoded)
@@ -66,14 +69,9 @@ def to_policy(found: Mapping[str, Tensor], translation: Translation) -> dict[str
     return carried
 
 
-def _read(reward: RewardModel, rollouts: Rollouts, row: int) -> Reading:
-    assert reward.text is not None
-    prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]].tolist()
-    response = rollouts.response_ids[row][rollouts.valid[row]].tolist()
-    try:
-        return read_as_text(reward.tokenizer, reward.text, prompt, response)
-    except ScoreError as error:
-        raise ScoreError(str(error).replace("rollout 0", f"rollout {row}", 1)) from error
+def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Return each row's ids on the mask."""
+    return [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
 def _check_length(row: int, length: int, limit: int) -> None:

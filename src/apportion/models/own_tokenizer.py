@@ -11,7 +11,9 @@ from torch import nn
 from apportion.errors import ModelError, ScoreError, message
 from apportion.models.token_text import PolicyText, Span
 
-MARK = "RESPONSE{}"  # stands for the response while a chat template is asked where it puts it; begins as it never ends
+# stands for the response while a chat template is asked where it puts it; no end of it is also a beginning of it, so
+# that it cannot be found a few characters off, together with what stands beside it
+MARK = "RESPONSE{}"
 
 
 class Reading(NamedTuple):
@@ -29,8 +31,10 @@ class Encoded(NamedTuple):
     spans: list[Span]
 
 
-def read_as_text(tokenizer: Any, policy: PolicyText, prompt: Sequence[int], response: Sequence[int]) -> Reading:
-    """Return what the reward model with `tokenizer` reads of a rollout.
+def read_as_text(
+    tokenizer: Any, policy: PolicyText, prompt: Sequence[int], response: Sequence[int], *, row: int = 0
+) -> Reading:
+    """Return what the reward model with `tokenizer` reads of a rollout; `row` is its number, for errors.
 
     A prompt that was given as text is followed by the response. A prompt that was a conversation goes, with the
     response as its next turn, through the reward model's own chat template; without one its turns are joined by line
@@ -43,7 +47,7 @@ def read_as_text(tokenizer: Any, policy: PolicyText, prompt: Sequence[int], resp
     said = policy.read(prompt, response)
     turns = policy.conversations.get(tuple(prompt))
     if turns is not None and tokenizer.chat_template:
-        text, start, skipped, length = _templated(tokenizer, turns, said.text)
+        text, start, skipped, length = _templated(tokenizer, turns, said.text, row)
         spans = [tuple(start + min(max(at - skipped, 0), length) for at in span) for span in said.spans]
         return Reading(text, spans, True)  # type: ignore[arg-type]
     before = said.before if turns is None else "".join(f"{turn['content']}\n" for turn in turns)
@@ -51,7 +55,9 @@ def read_as_text(tokenizer: Any, policy: PolicyText, prompt: Sequence[int], resp
     return Reading(before + said.text, [(start + first, start + end) for first, end in said.spans], False)
 
 
-def _templated(tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str) -> tuple[str, int, int, int]:
+def _templated(
+    tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str, row: int
+) -> tuple[str, int, int, int]:
     """Return (text, where the response begins in it, characters missing at the response's front, characters shown)."""
     mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(turn) for turn in turns))
     marked = _rendered(tokenizer, turns, mark)
@@ -67,7 +73,7 @@ def _templated(tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str
     if before + shown + after != text or skipped is None:
         expected = "a response that the reward model's chat template shows as it is, or trimmed"
         mend = "The template changes it (text in thinking tags, say), and credit would land in the wrong place."
-        raise ScoreError(message("response of rollout 0", response[:60], expected, mend))
+        raise ScoreError(message(f"response of rollout {row}", response[:60], expected, mend))
     return text, len(before), skipped, length
 
 
@@ -103,15 +109,12 @@ def encode(tokenizer: Any, reading: Reading) -> Encoded:
         reading.text,
         add_special_tokens=not reading.templated,
         return_offsets_mapping=True,
-        return_special_tokens_mask=True,
         truncation=False,
         padding=False,
+        verbose=False,
     )
     spans, end = [], 0
-    for (first, last), added in zip(found["offset_mapping"], found["special_tokens_mask"], strict=True):
-        if added:
-            spans.append((0, 0))
-            continue
+    for first, last in found["offset_mapping"]:  # (0, 0) for the special tokens that the tokenizer adds
         spans.append((min(first, end), last) if first == last else (first, last))
         end = max(end, last)
     return Encoded(found["input_ids"], spans)

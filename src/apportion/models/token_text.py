@@ -14,8 +14,8 @@ Span = tuple[int, int]
 class TokenText(NamedTuple):
     """A response as text: what stands before it, the text itself, and each token's span [first, end) in it.
 
-    The spans are in order (neither the firsts nor the ends ever fall), lie in `text` and cover it; a token without
-    characters has an empty one. Tokens that make up a character between them overlap there.
+    The spans lie in `text` and cover it, in order (neither firsts nor ends ever fall); tokens that make up a character
+    between them overlap there. A token without characters has an empty span, which stands in no order.
     """
 
     before: str

@@ -10,6 +10,7 @@ from torch import Tensor
 from apportion import credit
 from apportion.credit.reading import EVIDENCE, asked_reading
 from apportion.errors import ConfigError, DataError, message
+from apportion.models.own_tokenizer import context_limit
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Credit, Rollouts
 
@@ -77,8 +78,8 @@ def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor
         mend = "This tokenizer drops every character of it: write another text."
         raise DataError(message("--text", text, "a text of at least one token", mend))
     built, start = _with_special(tokenizer, [*before, *after])
-    limit = getattr(reward.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and len(built) > limit:
+    limit = context_limit(reward.model, tokenizer)
+    if len(built) > limit:
         raise DataError(message("--text", f"{len(built)} tokens", f"at most {limit} tokens", "Shorten it."))
     first = start + len(before)
     positions = torch.arange(first, first + len(after), device=device)
