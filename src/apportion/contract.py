@@ -16,6 +16,10 @@ from torch import Tensor
 from apportion.types import Credit, Rollouts
 
 TOLERANCE = 1e-5
+# evidence of built-in producers that is one number a rollout
+PER_ROW = frozenset(
+    {"bootstrap_values", "prompt_score", "shapley_empty", "shapley_error", "shapley_calls", "shapley_joined"}
+)
 
 
 class Case(NamedTuple):
@@ -52,12 +56,19 @@ def violations(
             if name in found:
                 continue
             try:
-                said = check(credit, case)
+                said = check(credit, copied(case))
             except Exception as error:  # whatever a user's function raises is what is to be reported
                 said = f"it raised {type(error).__name__}: {error}"
             if said is not None:
                 found[name] = Violation(name, said, case)
     return [found[name] for name in CLAUSES if name in found]
+
+
+def copied(case: Case) -> Case:
+    """Return a batch of its own, so that a credit that changes its inputs spoils no other check."""
+    evidence = {name: value.clone() for name, value in case.rollouts.evidence.items()}
+    own = {name: getattr(case.rollouts, name).clone() for name in ("mask", "logprobs", "scores", "response_ids")}
+    return Case(replace(case.rollouts, valid=own["mask"], evidence=evidence, **own), case.rewards.clone())
 
 
 def cases(needs: frozenset[str], extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]]) -> Iterator[Case]:
@@ -103,7 +114,8 @@ def _evidence(
 ) -> Tensor:
     if name in extra:
         return extra[name](mask, generator)
-    noise = torch.rand(mask.shape, generator=generator)
+    base = name.partition("@")[0]
+    noise = torch.rand(len(mask) if base in PER_ROW else mask.shape, generator=generator)
     return -noise if "logprobs" in name else noise
 
 
@@ -230,8 +242,7 @@ def _causal(credit: Credit, case: Case) -> str | None:
     out = _assign(credit, case)
     for cut in range(case.rewards.shape[1] - 1):
         later = torch.arange(case.rewards.shape[1]) > cut
-        mask = case.rollouts.mask.clone()
-        mask[:, cut + 1 :] = ~mask[:, cut + 1 :]
+        mask = _other_later(case.rollouts.mask, cut)
         changed = {k: _later(v, later, mask) for k, v in case.rollouts.evidence.items()}
         ids = torch.where(later, case.rollouts.response_ids + 1, case.rollouts.response_ids)
         lower = torch.where(later, case.rollouts.logprobs - 0.5, case.rollouts.logprobs)
@@ -242,6 +253,16 @@ def _causal(credit: Credit, case: Case) -> str | None:
         if gap > TOLERANCE:
             return f"declared causal, but rewards up to token {cut} moved by {float(gap):.3g} when later tokens changed"
     return None
+
+
+def _other_later(mask: Tensor, cut: int) -> Tensor:
+    """Return `mask` with other tokens after `cut`; whether any come is known at `cut`, since a response ends itself."""
+    other = mask.clone()
+    other[:, cut + 1 :] = ~mask[:, cut + 1 :]
+    some = mask[:, cut + 1 :].any(dim=1)
+    other[:, cut + 1 :] &= some[:, None]
+    other[:, cut + 1] |= some & ~other[:, cut + 1 :].any(dim=1)
+    return other
 
 
 def _later(values: Tensor, later: Tensor, mask: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ from apportion.masking import last_index
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids, response_logits
 from apportion.models.reward import load_reward
+from apportion.models.token_text import PolicyText
 from apportion.runs import Run
 from apportion.sampling import sample
 from apportion.scoring import ALWAYS, score
 from apportion.stages.contenders import Contender, contenders
-from apportion.stages.prompts import context_of, load_prompts, tokenize
+from apportion.stages.prompts import context_of, conversations, load_prompts, tokenize
 from apportion.types import Rollouts
 
 Tell = Callable[[int, int], None]
@@ -92,7 +93,9 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Contender]) -> tup
     model: Any = load_causal("policy", folder, pick_dtype(config.dtype, device), device)
     banned = banned_ids(tokenizer, config.sampling.stop)
     policy = Policy(model, tokenizer, banned, reference=model, temperature=config.sampling.temperature)
-    reward = load_reward(judge, dtype=config.reward_dtype, device=config.device, pad_token=config.pad_token)
+    reads = PolicyText(tokenizer, conversations(texts, prompts, config.sampling))
+    settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
+    reward = load_reward(judge, **settings, policy=reads)
     check_reading(reward, frozenset[str]().union(*(m.needs for m in methods.values())))
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
