@@ -7,6 +7,7 @@ from torch import Tensor
 
 from apportion.errors import ScoreError, message
 from apportion.evidence.prefix_pass import every_position
+from apportion.evidence.text_reward import to_policy, translate
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Rollouts
 
@@ -15,11 +16,18 @@ def attribution_pass(reward: RewardModel, rollouts: Rollouts) -> dict[str, Tenso
     """Return {"reward_attribution": (B,T)} float32, signed: (e_t − e_null)·∂R/∂e_t, 0 where `valid` is False.
 
     e_t is what the model's embedding layer gives for token t, e_null what it gives for the pad token, R the score.
-    Weights get no gradient.
+    Weights get no gradient. What a model with its own tokenizer says of its tokens is carried over by characters.
 
     Raises:
-        ScoreError: a score or an attribution is not finite; it names the rollout.
+        ScoreError: a score or an attribution is not finite, or a text cannot be read; it names the rollout.
     """
+    if reward.text is None:
+        return _attribute(reward, rollouts)
+    translation = translate(reward, rollouts)
+    return to_policy(_attribute(reward, translation.rollouts), translation)
+
+
+def _attribute(reward: RewardModel, rollouts: Rollouts) -> dict[str, Tensor]:
     model, before = reward.model, rollouts.prompt_ids.shape[1]
     mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
     pad = model.config.get_text_config().pad_token_id

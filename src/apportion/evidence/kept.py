@@ -1,15 +1,18 @@
-"""Scores of texts with tokens left out: what is left is moved together and read as a text of its own."""
+"""Scores of responses with tokens left out: what is left is moved together and read as a text of its own."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from apportion.errors import ScoreError
+from apportion.evidence.text_reward import translate
 from apportion.models.reward import RewardModel
+from apportion.types import Rollouts
 
 ROWS_AT_ONCE = 64
 
@@ -26,22 +29,33 @@ def compact(ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score_kept(reward: RewardModel, ids: Tensor, keep: Tensor, owners: Tensor) -> Tensor:
-    """Return R (N,) of each row of `ids` (N,K) with only the tokens in `keep` (N,K) bool, at least one a row.
+def score_kept(reward: RewardModel, rollouts: Rollouts, owners: Tensor, keep: Tensor) -> Tensor:
+    """Return R (N,) of N versions of rollouts: `owners` (N,) int64 says of which, `keep` (N,T) what the response keeps.
 
-    Rows are read in order of length, `ROWS_AT_ONCE` in a forward, padded on the right. `owners` (N,) int64 is the
-    rollout that each row belongs to.
+    Rows are read in order of length, `ROWS_AT_ONCE` in a forward; a model with its own tokenizer reads their text.
 
     Raises:
-        ScoreError: a score is not finite; it names the rollout.
+        ScoreError: a score is not finite, or a text cannot be read; it names the rollout.
     """
-    out = torch.zeros(len(ids), device=ids.device)
-    for rows in keep.sum(dim=1).argsort(stable=True).split(ROWS_AT_ONCE):
+    bare = replace(rollouts, evidence={})
+    out = torch.zeros(len(owners), device=keep.device)
+    lengths = rollouts.prompt_mask.sum(dim=1)[owners] + keep.sum(dim=1)
+    for rows in lengths.argsort(stable=True).split(ROWS_AT_ONCE):
+        some = replace(bare.select(owners[rows]), mask=keep[rows], valid=keep[rows])
         try:
-            out[rows] = reward.score(*compact(ids[rows], keep[rows]))[0]
+            out[rows] = reward.score(*_as_read(reward, some))[0]
         except ScoreError as error:  # it counts the rows of this forward
             raise ScoreError(renamed(str(error), owners[rows].tolist())) from error
     return out
+
+
+def _as_read(reward: RewardModel, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Return (ids, mask), both (N,K'), as the model reads prompt and kept response."""
+    if reward.text is not None:
+        translated = translate(reward, rollouts).rollouts
+        return translated.response_ids, translated.mask
+    ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
+    return compact(ids, torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1))
 
 
 def renamed(text: str, owners: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""The score of every prefix: a decoder gives all in the forward that scores the response, an encoder reads each."""
+"""The score of every prefix: a decoder that reads ids gives all in the scoring forward, other models read each."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def prefix_evidence(
     """Return what is wanted of prefix_scores (B,T), after token t, 0 off the mask, and prompt_score (B,).
 
     Args:
-        caught: the head's outputs of the forward that scored the rollouts; nothing for an encoder, which then reads
-            every prefix as a row of its own: n + 1 rows for n tokens, as `prefix_rows` counts.
+        caught: the head's outputs of the forward that scored the rollouts; nothing for an encoder or a model with its
+            own tokenizer, which then reads every prefix as a row of its own, as `prefix_rows` counts.
 
     Raises:
         ScoreError: a prefix score is not finite, or a prompt is empty and its score is wanted; it names the rollout.
@@ -95,23 +95,18 @@ def check_prompts(rollouts: Rollouts) -> None:
 
 
 def prefix_rows(rollouts: Rollouts, prompt: bool) -> int:
-    """Return how many rows an encoder reads for `rollouts`: one a token, and one a prompt if its score is wanted."""
+    """Return how many further rows such a model reads: one a token, and one a prompt if its score is wanted."""
     return int(rollouts.mask.sum()) + (len(rollouts) if prompt else 0)
 
 
 def _each_prefix(reward: RewardModel, rollouts: Rollouts, with_prompt: bool) -> tuple[Tensor, Tensor]:
     """Return (prompt score (B,), prefix scores (B,T)) with each prefix read as a text of its own."""
-    ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
-    real = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
-    before = rollouts.prompt_ids.shape[1]
     rows, ends = rollouts.mask.nonzero(as_tuple=True)
-    ends = ends + before
-    if with_prompt:
-        every = torch.arange(len(rollouts), device=rows.device)
-        rows, ends = torch.cat([every, rows]), torch.cat([torch.full_like(every, before - 1), ends])
-    keep = real[rows] & (torch.arange(ids.shape[1], device=ids.device) <= ends[:, None])
-    said = score_kept(reward, ids[rows], keep, rows)
     count = len(rollouts) if with_prompt else 0
+    every = torch.arange(count, device=rows.device)
+    rows, ends = torch.cat([every, rows]), torch.cat([torch.full_like(every, -1), ends])
+    keep = rollouts.valid[rows] & (torch.arange(rollouts.mask.shape[1], device=ends.device) <= ends[:, None])
+    said = score_kept(reward, rollouts, rows, keep)
     scores = torch.zeros(rollouts.mask.shape, device=said.device)
     scores[rollouts.mask] = said[count:]
     return (said[:count] if with_prompt else said.new_zeros(len(rollouts))), scores

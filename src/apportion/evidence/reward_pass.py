@@ -17,7 +17,8 @@ from apportion.types import Rollouts
 
 def reward_pass(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
     """Return what is wanted of: scores (B,), reward_attention (B,T) (head mean over response columns, unnormalised),
-    prefix_scores (B,T) and prompt_score (B,), which a decoder's head gives in the same forward.
+    prefix_scores (B,T) and prompt_score (B,), which a decoder's head gives in the same forward (a model with its own
+    tokenizer reads each prefix).
 
     A model with its own tokenizer reads the rollouts' text; the attention on its tokens is then carried over to the
     policy's by characters, in its scale.
@@ -33,7 +34,8 @@ def reward_pass(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str])
     if reward.text is None:
         return _read(reward, rollouts, wanted)
     translation = translate(reward, rollouts)
-    return to_policy(_read(reward, translation.rollouts, wanted), translation)
+    found = to_policy(_read(reward, translation.rollouts, wanted - GIVES), translation)
+    return found | prefix_evidence(reward, rollouts, [], wanted)  # its tokens end elsewhere: prefixes are texts
 
 
 def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:

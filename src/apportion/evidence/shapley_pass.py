@@ -53,16 +53,15 @@ def _one(models: Models, rollouts: Rollouts, row: int, settings: dict[str, Any])
         return torch.zeros(rollouts.mask.shape[1], device=device), zero, zero, zero, zero
     players = min(count, most_players(settings["budget"]))
     spans = torch.where(spans >= 0, spans * players // count, -1)  # neighbours are joined, as evenly as may be
-    prompt, sampled = rollouts.prompt_mask[row], rollouts.mask[row]
-    ids = torch.cat([rollouts.prompt_ids[row], rollouts.response_ids[row]])
-    always = torch.cat([prompt, rollouts.valid[row] & ~sampled])
+    sampled, read = rollouts.mask[row], rollouts.valid[row]
 
     def value(coalitions: Tensor) -> Tensor:
         chosen = coalitions.to(device)[:, spans.clamp_min(0)] & sampled
-        keep = torch.nn.functional.pad(chosen, (len(prompt), 0)) | always
-        return score_kept(models.reward, ids.expand(len(keep), -1), keep, torch.full((len(keep),), row, device=device))
+        keep = chosen | (read & ~sampled)
+        return score_kept(models.reward, rollouts, torch.full((len(keep),), row, device=device), keep)
 
-    game = shapley_values(value, players, settings["budget"], seeded(settings["seed"], ids[-len(sampled) :][sampled]))
+    generator = seeded(settings["seed"], rollouts.response_ids[row][sampled])
+    game = shapley_values(value, players, settings["budget"], generator)
     size = torch.bincount(spans[sampled], minlength=players)
     each = (game.values.to(device) / size)[spans.clamp_min(0)]
     told = [game.empty, game.errors.max(), torch.tensor(float(game.calls)), torch.tensor(float(count - players))]

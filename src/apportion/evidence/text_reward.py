@@ -15,7 +15,8 @@ from apportion.models.own_tokenizer import Encoded, context_limit, encode, read_
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts
 
-CARRIED = frozenset({"reward_attention"})  # evidence that is an amount on each token, so that characters can share it
+# evidence that is an amount on each token, so that characters can share it
+CARRIED = frozenset({"reward_attention", "reward_attribution"})
 
 
 class Translation(NamedTuple):
