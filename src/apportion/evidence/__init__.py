@@ -12,12 +12,12 @@ from torch import Tensor
 from apportion import registry
 from apportion.config import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError, DataError, message, unknown_name
-from apportion.evidence.producers import IDS_ALONE, PRODUCERS, Producer
+from apportion.evidence.producers import PRODUCERS, Producer
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts, Segmenter
 
-__all__ = ["PRODUCERS", "Models", "Producer", "check_reading", "plan"]
+__all__ = ["PRODUCERS", "Models", "Producer", "plan"]
 
 
 @dataclass
@@ -65,16 +65,6 @@ def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
             raise ConfigError(unknown_name("evidence", name, known))
         passes.append((_users(name), frozenset({name})))
     return passes
-
-
-def check_reading(reward: RewardModel, needs: Iterable[str]) -> None:
-    """Raise ConfigError for evidence that a reward model which reads text cannot give: it knows no policy ids."""
-    lost = sorted(name for name in needs if registry.asked(name)[0] in IDS_ALONE)
-    if reward.text is not None and lost:
-        expected = f"a decoder with the policy's own tokenizer for {registry.asked(lost[0])[0]}"
-        mend = "Use such a reward model, or a credit that it can carry over: attention, uniform, sparse."
-        came = f"{type(reward.model).__name__}, which reads text"
-        raise ConfigError(message("reward_model", came, expected, mend))
 
 
 def _check_settings(producer: Producer, name: str) -> None:

@@ -98,5 +98,3 @@ PRODUCERS: Mapping[str, Producer] = {
         vine_pass,
     ),
 }
-# made from the policy's ids by the reward model: not to be had from one that reads text
-IDS_ALONE = PRODUCERS["attribution"].gives | PRODUCERS["shapley"].gives | {"prefix_scores", "prompt_score"}

@@ -17,7 +17,7 @@ from apportion import credit, diagnosis
 from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.diagnosis import Gradients, Interval
 from apportion.errors import ConfigError, message
-from apportion.evidence import Models, check_reading, plan
+from apportion.evidence import Models, plan
 from apportion.masking import last_index
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids, response_logits
@@ -96,7 +96,6 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Contender]) -> tup
     reads = PolicyText(tokenizer, conversations(texts, prompts, config.sampling))
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=reads)
-    check_reading(reward, frozenset[str]().union(*(m.needs for m in methods.values())))
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
     return Models(policy, reward, segment, config.sampling, generator), prompts

@@ -17,7 +17,7 @@ import torch
 from apportion import credit
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig, to_dict
-from apportion.evidence import Models, check_reading
+from apportion.evidence import Models
 from apportion.masking import masked_mean, whiten
 from apportion.models.load import load_tokenizer, locate
 from apportion.models.policy import load_policy
@@ -161,7 +161,6 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     reads = PolicyText(tokenizer, stream.conversations)
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
-    check_reading(reward, method.needs)
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config)
     compare = comparisons(config.compare) if config.log_rollouts else {}
