@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from response_pictures import credit_picture, segments_picture
+
 from apportion import advantages, credit, losses, segments
 from apportion.algorithms import ALGORITHMS
 from apportion.registry import parse
@@ -32,7 +34,6 @@ ROOMS: Mapping[str, tuple[str, ModuleType]] = {
     "advantages": ("How do returns become advantages?", advantages),
     "loss": ("How do advantages become a gradient?", losses),
 }
-MARKS = ("Source", "Assumes", "Use it")
 
 
 def main() -> int:
@@ -42,11 +43,12 @@ def main() -> int:
     options = parser.parse_args()
     made = pages()
     stale = [name for name, text in made.items() if not _same(FOLDER / name, text)]
-    unknown = sorted(p.name for p in FOLDER.glob("*.md") if p.name not in made)
+    written = [*FOLDER.glob("*.md"), *FOLDER.glob("images/*.svg")]
+    unknown = sorted(str(p.relative_to(FOLDER)) for p in written if str(p.relative_to(FOLDER)) not in made)
     if options.check:
         print("\n".join([*stale, *unknown]) or "every page is up to date")
         return int(bool(stale or unknown))
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "images").mkdir(parents=True, exist_ok=True)
     for name, text in made.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
     print(f"{len(made)} pages, {len(stale)} of them new or changed")
@@ -58,13 +60,15 @@ def _same(path: Path, text: str) -> bool:
 
 
 def pages() -> dict[str, str]:
-    """Return {file name: text} of every page, the index too."""
-    found = {
-        f"{field}-{name}.md": page(field, name, factory)
-        for field, (_, room) in ROOMS.items()
-        for name, factory in room.METHODS.items()
-    }
-    return {"README.md": index(), **found}
+    """Return {path in docs/methods: text} of every page and picture, the index too."""
+    found = {"README.md": index()}
+    for field, (_, room) in ROOMS.items():
+        for name, factory in room.METHODS.items():
+            drawing = picture(field, name)
+            if drawing is not None:
+                found[f"images/{field}-{name}.svg"] = drawing
+            found[f"{field}-{name}.md"] = page(field, name, factory, drawing is not None)
+    return found
 
 
 def index() -> str:
@@ -82,18 +86,18 @@ def purpose(factory: Callable[..., Any]) -> str:
     return (inspect.getmodule(factory).__doc__ or "").split("\n")[0]  # type: ignore[union-attr]
 
 
-def page(field: str, name: str, factory: Callable[..., Any]) -> str:
-    """Return the page of one method."""
-    signature = re.sub(r"'([^']*)'", r"\1", str(inspect.signature(factory)).split(" -> ")[0])
+def page(field: str, name: str, factory: Callable[..., Any], drawn: bool) -> str:
+    """Return the page of one method; `drawn` says whether it has a picture."""
+    given = ", ".join(f"{p.name}={p.default!r}" for p in inspect.signature(factory).parameters.values())
     room = "losses" if field == "loss" else field
     parts = [
         f"# `{name}`",
         f"*{field}.* {purpose(factory)}",
-        f"```python\nfrom apportion import {room}\n\n{room}.{name}{signature}\n```",
+        f"```python\nfrom apportion import {room}\n\n{room}.{name}({given})\n```",
         body(inspect.getdoc(factory) or ""),
         used_by(field, name),
         measured(field, name),
-        picture(field, name),
+        pictured(field, name) if drawn else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -112,7 +116,8 @@ def body(doc: str) -> str:
         elif lines[0].startswith("    "):
             out.append("```text\n" + "\n".join(line.removeprefix("    ") for line in lines) + "\n```")
         else:
-            out.append("\n".join(re.sub(r"^(Sources?|Assumes|Use it[^:]*):", r"**\1:**", line) for line in lines))
+            marked = [re.sub(r"^(Sources?:|Assumes:|Use it (?:when|for:?))", r"\n**\1**", line) for line in lines]
+            out.append("\n".join(marked).strip("\n"))
     return "\n\n".join(out)
 
 
@@ -172,24 +177,20 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def picture(field: str, name: str) -> str:
-    """Return the credit of the three responses as shaded tokens, or the actions of a segmenter."""
-    from response_pictures import credit_picture, segments_picture
+def pictured(field: str, name: str) -> str:
+    """Return the section that shows a method's picture and says where the responses come from."""
+    stored = json.loads((FOLDER / "responses.json").read_text(encoding="utf-8"))
+    said = "Its credit" if field == "credit" else "Its actions"
+    return f"## {said} on the same three responses\n\n![{said}](images/{field}-{name}.svg)\n\n{stored['how']}"
 
+
+def picture(field: str, name: str) -> str | None:
+    """Return the credit of the three responses as shaded tokens, or a segmenter's actions; None for other methods."""
     path = FOLDER / "responses.json"
     if field not in ("credit", "segments") or not path.is_file():
-        return ""
+        return None
     stored = json.loads(path.read_text(encoding="utf-8"))
-    draw = credit_picture if field == "credit" else segments_picture
-    svg = draw(stored, name)
-    if svg is None:
-        return ""
-    file = FOLDER / "images" / f"{field}-{name}.svg"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not _same(file, svg):
-        file.write_text(svg, encoding="utf-8")
-    said = "Its credit" if field == "credit" else "Its actions"
-    return f"## {said} on the same three responses\n\n![{said}](images/{file.name})\n\n{stored['how']}"
+    return (credit_picture if field == "credit" else segments_picture)(stored, name)
 
 
 if __name__ == "__main__":

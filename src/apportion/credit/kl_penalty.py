@@ -21,11 +21,13 @@ def kl_penalty(*, coef: float = 0.05, target: float | None = None, horizon: floa
 
     Needs evidence "reference_logprobs" (B,T). It is never redistributed, so it comes after a redistributor in a
     chain. State: {"coef": ()}; `update` multiplies κ by 1 + clip(kl/target − 1, ±0.2)·n/horizon once a batch, n the
-    batch's rollouts (Ziegler et al. 2019, arXiv 1909.08593, eq. for the controller).
+    batch's rollouts.
 
     Raises:
         ConfigError: a setting outside its range.
         DataError: "reference_logprobs" absent or not finite on the mask.
+
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), the penalty and its controller.
 
     Assumes: the reference is worth staying near.
     Use it for: always, in some form, when a learned reward model is trained against.
