@@ -1,4 +1,4 @@
-"""A credit method of the user's, given as package.module:function: it works end to end, and its mistakes are named."""
+"""Methods of the user's, given as package.module:function: one file each, end to end, and their mistakes named."""
 
 from __future__ import annotations
 
@@ -40,6 +40,60 @@ def lengths(models, rollouts, texts):
 NUMBER = 3
 '''
 
+HALVES = '''
+"""Two actions a response: its first half and its second."""
+import torch
+
+
+def halves(*, at: float = 0.5):
+    return Halves(at)
+
+
+class Halves:
+    needs = frozenset()
+
+    def __init__(self, at):
+        self.at = at
+
+    def __call__(self, rollouts):
+        order, count = rollouts.mask.cumsum(dim=1) - 1, rollouts.mask.sum(dim=1, keepdim=True)
+        return torch.where(rollouts.mask, (order >= self.at * count).long(), -1)
+'''
+CENTRED = '''
+"""The score minus the mean of the batch, on every token."""
+import torch
+from apportion import Advantages
+
+
+def centred(*, scale: float = 1.0):
+    return Centred(scale)
+
+
+class Centred:
+    needs = frozenset()
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, rewards, segments, rollouts):
+        total = rewards.sum(dim=1, keepdim=True)
+        flat = torch.where(rollouts.mask, self.scale * (total - total.mean()), 0.0)
+        return Advantages(flat, torch.where(rollouts.mask, total, 0.0))
+'''
+PLAIN = '''
+"""−A·log π, divided by the sequences."""
+import torch
+from apportion import PolicyLoss
+
+
+def plain(*, weight: float = 1.0):
+    def terms(logprobs, rollouts, advantages, mask, segments):
+        assert int(segments.max()) == 1
+        return -weight * torch.where(mask, advantages * logprobs, 0.0).sum(), {"mine/tokens": mask.sum().float()}
+
+    return PolicyLoss(terms, lambda mask, segments: mask.any(dim=1).sum(), "token")
+'''
+
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
@@ -48,6 +102,8 @@ def mine(tmp_path: Path) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "good.py").write_text(MODULE)
+    for name, text in (("halves", HALVES), ("centred", CENTRED), ("plain", PLAIN)):
+        (package / f"{name}.py").write_text(text)
     (package / "unimportable.py").write_text("import no_such_library\n")
     (package / "wrong.py").write_text("def first(:\n")
     return package.parent
@@ -103,3 +159,30 @@ def test_a_segmenter_or_estimator_that_is_none_is_named(command: Command, mine: 
         done.assert_refused_early(
             f"{kind}: got 'mine.good:nothing, which returned a str'", f"a method for {kind}", "`needs`"
         )
+
+
+def test_a_segmenter_an_estimator_and_a_loss_are_one_file_each(
+    model_command: Command, tmp_path: Path, mine: Path, rl_flags: list[str]
+) -> None:
+    chosen = ("--segments", "mine.halves:halves", "--segments.at", 0.25, "--advantages", "mine.centred:centred")
+    more = ("--advantages.scale", 2.0, "--loss", "mine.plain:plain", "--loss.weight", 0.5)
+    model_command("rl", *rl_flags, *chosen, *more, PYTHONPATH=str(mine)).assert_done()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["segments/actions"] for row in rows] == [2.0, 2.0]
+    assert all("loss/value" not in row and row["mine/tokens"] == 1.0 for row in rows)  # a token each, over the tokens
+    settled = (tmp_path / "run" / "config.yaml").read_text()
+    assert all(name in settled for name in ("mine.halves:halves", "mine.centred:centred", "mine.plain:plain"))
+
+
+def test_ids_that_a_segmenter_got_wrong_are_named(
+    model_command: Command, tmp_path: Path, mine: Path, rl_flags: list[str]
+) -> None:
+    wrong = HALVES.replace("(order >= self.at * count).long()", "1 - (order >= self.at * count).long()")
+    (mine / "mine" / "falling.py").write_text(wrong)
+    done = model_command("rl", *rl_flags, "--segments", "mine.falling:halves", PYTHONPATH=str(mine))
+    done.assert_refused("segments of rollout 0, token 0", "0 on the row's first token")
+
+
+def test_a_loss_that_is_none_is_named(command: Command, mine: Path) -> None:
+    done = command("rl", "--reward_model", "x", "--loss", "mine.good:nothing", PYTHONPATH=str(mine))
+    done.assert_refused_early("loss: got 'mine.good:nothing, which returned a str'", "PolicyLoss")
