@@ -44,7 +44,7 @@ def evaluated(world: Path, run: Path, *more: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run that moved far from its start, evaluated."""
-    run = run_of(world, tmp_path_factory.mktemp("trained") / "run", steps=6, **{"optim.lr": 0.02, "loss.clip": 10.0})
+    run = run_of(world, tmp_path_factory.mktemp("trained") / "run", steps=6, **{"optim.lr": 0.02, "loss.clip": 1.0})
     evaluated(world, run)
     return run
 

@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from apportion.cli import main
-from apportion.credit import METHODS
+from apportion.config import RLConfig
 from apportion.errors import ModelError
 from apportion.models.load import has_bfloat16
 from apportion.stages.methods import build_method
@@ -86,7 +86,7 @@ def test_two_steps_of_every_kind_of_training(
     assert moved == ({name for name in start if "self_attn" in name} if rank else set(start))
 
 
-@pytest.mark.parametrize("credit", sorted(METHODS.keys() - {"kl_penalty"}))
+@pytest.mark.parametrize("credit", RLConfig().compare)
 @pytest.mark.parametrize("penalty", ["kl_penalty", "{kl_penalty: {coef: 0.2, target: 1.0, horizon: 30}}"])
 def test_two_steps_with_every_credit_and_penalty(world: Path, tmp_path: Path, credit: str, penalty: str) -> None:
     run = finished(world, tmp_path / "run", credit=f"[{credit}, {penalty}]")

@@ -225,6 +225,10 @@ def _explain(error: BaseException) -> str:
         name, expected, came = found.groups()
         expected = re.sub(r"<class '(\w+)'>", r"\1", expected)
         return message(f"--{name}", came, f"a value of type {expected}", f"Write --{name} with such a value.")
+    union = re.search(r'[Kk]ey "([^"]+)".*?Subtypes: \[(.+?)\].*Given value: (.*)', text)
+    if union:
+        kinds = " or ".join(re.findall(r"'(\w+)'", union[2])).replace("NoneType", "null")
+        return message(f"--{union[1]}", union[3], f"a value of type {kinds}", f"Write --{union[1]} with such a value.")
     return message("settings", text, "values of the types that --help lists", "See `--help`.")
 
 
