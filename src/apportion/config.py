@@ -264,8 +264,8 @@ class DiagnoseConfig:
     prompts: str = "imdb"
     output: str = "runs/diagnose"
     methods: list[Any] = field(default_factory=lambda: ["sparse", "uniform", "attention", "prefix_difference"])
-    count: int = 64
-    samples: int = 16
+    count: int = 128
+    samples: int = 32
     batch: int = 32
     lam: float = 1.0
     width: int = 768
@@ -273,8 +273,8 @@ class DiagnoseConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    reward_dtype: str = "float32"
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(batch_size=32))
+    reward_dtype: str = "auto"
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(batch_size=128))
 
 
 @dataclass

@@ -64,9 +64,10 @@ class Gradients:
         return cross / (weights.sum(dim=1) ** 2 - (weights**2).sum(dim=1)).clamp_min(1e-12)
 
     def cosine(self, name: str, weights: Tensor) -> Tensor:
-        """Return cos(E g, ∇J) (R,); NaN where the sampled norms do not rise above the noise."""
-        norms = self.inner(name, name, weights) * self.inner("true", "true", weights)
-        return self.inner(name, "true", weights) / torch.where(norms > 0, norms, torch.nan).sqrt()
+        """Return cos(E g, ∇J) (R,); NaN where one of the norms does not rise above the noise."""
+        mine, true = self.inner(name, name, weights), self.inner("true", "true", weights)
+        resolved = (mine > 0) & (true > 0)
+        return self.inner(name, "true", weights) / torch.where(resolved, mine * true, torch.nan).sqrt()
 
     def bias(self, name: str, weights: Tensor) -> Tensor:
         """Return ‖E g − ∇J‖/‖∇J‖ (R,), 0 where the difference does not rise above the noise."""

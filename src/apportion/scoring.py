@@ -21,8 +21,10 @@ from apportion.types import Rollouts
 ALWAYS = frozenset({"scores", "old_logprobs", "entropy"})
 
 
-def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: ScoreConfig) -> Rollouts:
-    """Return the rollouts with scores, old log-probabilities and all evidence in `needs`.
+def score(
+    models: Models, rollouts: Rollouts, needs: Iterable[str], config: ScoreConfig, always: frozenset[str] = ALWAYS
+) -> Rollouts:
+    """Return the rollouts with scores and all evidence in `needs`, and with old log-probabilities if `always` says so.
 
     Each model sees every token once, in micro-batches of `config.micro_batch` rows. `scores` is the sequence's score
     after centring, scaling and clipping; evidence "raw_scores" (B,) is what the reward model said. Evidence in units
@@ -31,7 +33,7 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
     Raises:
         ConfigError: a need that no producer gives. ScoreError: a score that is not one.
     """
-    passes = plan(ALWAYS | frozenset(needs))
+    passes = plan(always | frozenset(needs))
     parts: dict[str, list[Tensor]] = {}
     for rows in torch.arange(len(rollouts), device=rollouts.mask.device).split(config.micro_batch):
         some = rollouts.select(rows)
@@ -42,7 +44,7 @@ def score(models: Models, rollouts: Rollouts, needs: Iterable[str], config: Scor
             for name, value in produced.items():
                 parts.setdefault(name, []).append(value)
     found = {name: torch.cat(values) for name, values in parts.items()}
-    raw, old = found.pop("scores"), found.pop("old_logprobs")
+    raw, old = found.pop("scores"), found.pop("old_logprobs", rollouts.old_logprobs)
     found |= in_score_units(found, models.reward, config)
     scored = replace(rollouts, scores=adjust(raw, models.reward, config), old_logprobs=old)
     return scored.with_evidence(**found, raw_scores=raw)

@@ -20,11 +20,23 @@ EXAMPLES = """examples:
   apportion diagnose --reward_model my/reward --policy my/model --prompts prompts.jsonl --sampling.prompt_tokens null \\
       --sampling.stop eos --methods '[sparse, attention, {attention: {exclude_self: true}}, ma-ppo]' --json
 
-What the columns mean: `cosine` of the method's expected policy gradient with the true one; `bias`, the length of their
+What the rows mean: `cosine` of the method's expected policy gradient with the true one; `bias`, the length of their
 difference over the true one's; `signal`, the length of the expected gradient over the noise of one batch; `useful`, the
 same along the true gradient; `stop bias`, what it adds to the gradient of the EOS logit.
 """
-COLUMNS = ("method", "cosine", "bias", "signal", "useful", "stop bias", "kept", "entropy", "r(length)", "ms", "passes")
+ROWS = {  # what a row shows: its key, and how it is written
+    "cosine": ("cosine", 2),
+    "bias": ("bias", 2),
+    "signal": ("snr", 3),
+    "useful": ("useful_snr", 3),
+    "stop bias": ("stop_bias", 3),
+    "kept mass": ("credit/kept_mass", 2),
+    "entropy": ("credit/share_entropy", 2),
+    "r(length)": ("length_correlation", 2),
+    "extra ms": ("extra_ms", 0),
+    "forwards": ("extra_forwards", 0),
+    "backwards": ("extra_backwards", 0),
+}
 
 
 def run(arguments: list[str]) -> int:
@@ -59,34 +71,26 @@ def check(config: DiagnoseConfig) -> None:
 
 
 def print_table(found: Mapping[str, Any]) -> None:
-    """Print a row a method, the verdicts and the recommendation."""
-    console = Console(markup=False, highlight=False)
-    table = Table(*COLUMNS)
-    for name, measured in found["methods"].items():
-        table.add_row(name, *cells(measured))
+    """Print a column a method, the verdicts and the recommendation."""
+    methods = found["methods"]
+    table = Table("", *methods)
+    for title, (key, digits) in ROWS.items():
+        table.add_row(title, *(cell(measured.get(key), digits) for measured in methods.values()))
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:  # a file is as wide as it has to be
+        console.width = 14 + 26 * len(methods)
     console.print(table)
-    for name, measured in found["methods"].items():
-        console.print(f"{name}: {measured['verdict']}.", soft_wrap=True)
-    console.print(f"\n{found['recommended'] or 'nothing to recommend'}: {found['why']}", soft_wrap=True)
+    for name, measured in methods.items():
+        console.print(f"{name}: {measured['verdict']}.")
+    console.print(f"\n{found['recommended'] or 'nothing to recommend'}: {found['why']}")
     size = f"{found['rollouts']} rollouts of {found['prompts']} prompts, 95% intervals over prompts"
-    console.print(f"({size}; signal for batches of {found['batch']})", soft_wrap=True)
+    console.print(f"({size}; signal for batches of {found['batch']})")
 
 
-def cells(measured: Mapping[str, Any]) -> list[str]:
-    """Return the table's cells of one method after its name."""
-    first = [ranged(measured[key]) for key in ("cosine", "bias", "snr", "useful_snr", "stop_bias")]
-    rest = [plain(measured.get(key), 2) for key in ("credit/kept_mass", "credit/share_entropy", "length_correlation")]
-    passes = f"{measured['extra_forwards']:.0f}+{measured['extra_backwards']:.0f}"
-    return [*first, *rest, plain(measured["extra_ms"], 0), passes]
-
-
-def ranged(value: Mapping[str, float | None] | None) -> str:
-    """Return "mean [low, high]", or a dash for what was not resolved or does not apply."""
-    if value is None or value["mean"] is None:
+def cell(value: Any, digits: int) -> str:
+    """Return a number or "mean [low, high]"; a dash for what was not resolved or does not apply."""
+    if not isinstance(value, Mapping):
+        return "–" if value is None else f"{value:.{digits}f}"
+    if value["mean"] is None:
         return "–"
-    return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
-
-
-def plain(value: float | None, digits: int) -> str:
-    """Return a number, or a dash for none."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"

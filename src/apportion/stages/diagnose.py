@@ -25,12 +25,14 @@ from apportion.models.reward import load_reward
 from apportion.models.token_text import PolicyText
 from apportion.runs import Run
 from apportion.sampling import sample
-from apportion.scoring import ALWAYS, score
+from apportion.scoring import score
 from apportion.stages.contenders import Contender, contenders
 from apportion.stages.prompts import context_of, conversations, load_prompts, tokenize
 from apportion.types import Rollouts
 
 Tell = Callable[[int, int], None]
+SCORED = frozenset({"scores"})  # what every method is given
+ROWS = 32  # rollouts whose (ROWS,T,V) probabilities are held at a time, and whose scoring is timed
 TIMED = 5  # passes over one batch that a method's extra time is the median of
 
 
@@ -68,7 +70,7 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
         for rollouts in _rollouts(config, models, prompts):
             if not costs:
                 costs = {name: _cost(models, rollouts, method.needs) for name, method in methods.items()}
-            rollouts = score(models, rollouts, needs, ScoreConfig())
+            rollouts = score(models, rollouts, needs, ScoreConfig(), SCORED)
             blocks.append(block(models.policy, rollouts, methods, config.width))
             _add_stats(sums, methods, rollouts)
             tell(len(blocks), -(-len(prompts) // _prompts_a_block(config)))
@@ -143,16 +145,33 @@ def score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Ten
     v h^T is the gradient by a map on the last states, and EOS that of its logit, None where EOS is never sampled.
     States wider than `width` are projected at random, which keeps inner products in expectation.
     """
+    parts = [_score_functions(policy, rollouts.select(r), width) for r in _rows(rollouts)]
+    left, right = (torch.cat([part[i] for part in parts]) for i in range(2))
+    return left, right, torch.cat([p[2] for p in parts]) if can_stop(policy) else None
+
+
+def can_stop(policy: Policy) -> bool:
+    """Whether the policy may write EOS."""
+    eos = policy.tokenizer.eos_token_id
+    return eos is not None and eos not in policy.banned
+
+
+def _rows(rollouts: Rollouts) -> tuple[Tensor, ...]:
+    return torch.arange(len(rollouts), device=rollouts.mask.device).split(ROWS)
+
+
+def _score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Tensor, Tensor, Tensor]:
     with policy.autocast():
         logits, states = response_logits(policy.model, rollouts)
     probabilities = policy.allowed(logits[:, :-1]).softmax(dim=-1)
-    chosen = torch.zeros_like(probabilities).scatter_(-1, rollouts.response_ids[..., None], 1.0)
-    gap = torch.where(rollouts.mask[..., None], chosen - probabilities, 0.0)
+    gap = probabilities.neg_().scatter_add_(
+        -1, rollouts.response_ids[..., None], torch.ones_like(rollouts.logprobs)[..., None]
+    )
+    gap = gap.masked_fill_(~rollouts.mask[..., None], 0.0)
     weight = policy.model.get_output_embeddings().weight
     left = (gap.to(weight.dtype) @ weight).float() / policy.temperature
     right = torch.where(rollouts.mask[..., None], states[:, :-1].float(), 0.0)
-    eos = policy.tokenizer.eos_token_id
-    stop = None if eos is None or eos in policy.banned else gap[..., eos]
+    stop = gap[..., policy.tokenizer.eos_token_id] if can_stop(policy) else gap[..., 0]
     return projected(left, width, 0), projected(right, width, 1), stop
 
 
@@ -199,14 +218,15 @@ def _cost(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str
     if not needs:
         return {"extra_ms": 0.0, "extra_forwards": 0, "extra_backwards": 0}
     extra = []
+    some = rollouts.select(torch.arange(min(ROWS, len(rollouts)), device=rollouts.mask.device))
     for _ in range(TIMED):
         times = []
         for asked in (frozenset[str](), needs):
             began = time.perf_counter()
-            score(models, rollouts, asked, ScoreConfig())
+            score(models, some, asked, ScoreConfig(), SCORED)
             times.append(time.perf_counter() - began)
         extra.append(1000 * (times[1] - times[0]))
-    plain, more = plan(ALWAYS), plan(ALWAYS | needs)
+    plain, more = plan(SCORED), plan(SCORED | needs)
     found = {"extra_ms": float(torch.tensor(extra).median())}
     for kind in ("forwards", "backwards"):
         found[f"extra_{kind}"] = sum(getattr(p, kind) for p, _ in more) - sum(getattr(p, kind) for p, _ in plain)
