@@ -76,5 +76,7 @@ def _table(methods: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return str(value)
     measured = interval(value)
     return number(None if measured is None else measured.mean)

@@ -50,7 +50,7 @@ def report_html(runs: Sequence[RunData]) -> str:
         ("credit", "Where the reward lands", viewer),
         ("samples", "Samples", samples_html(runs)),
         ("settings", "Configuration", settings_html(runs)),
-        ("method", "How the numbers were computed", f'<div class="prose">{_method(runs)}</div>'),
+        ("method", "How the numbers were computed", _method(runs)),
     ]
     present = [section for section in sections if section[2]]
     body = _header(runs, present) + "<main>" + "".join(_section(s) for s in present) + "</main>"
@@ -208,4 +208,5 @@ def _method(runs: Sequence[RunData]) -> str:
         texts |= METHOD
     if any(run.stage == "reward" for run in runs):
         texts |= REWARD_METHOD
-    return "".join(f"<p><b>{name}.</b> {text}</p>" for name, text in texts.items())
+    said = "".join(f"<p><b>{name}.</b> {text}</p>" for name, text in texts.items())
+    return f'<div class="prose">{said}</div>' if said else ""
