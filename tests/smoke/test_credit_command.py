@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -122,6 +123,31 @@ def test_methods_take_settings(world: Path, capsys: pytest.CaptureFixture[str]) 
     came = found(capsys, "--model", world / "decoder", "--text", TEXT, "--method", spec)
     assert set(came["methods"]) == {"attention", "sparse"} and came["methods"]["attention"][-1] == 0.0
     assert sum(came["methods"]["attention"]) == pytest.approx(came["score"], abs=1e-5)
+
+
+def test_methods_that_read_more_than_attention(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prefix scores are those of the text cut short; every method's credit sums to the score."""
+    spec = "[prefix_difference, attribution, {shapley: {spans: 3}}]"
+    flags = ["--model", world / "decoder", "--prompt", PROMPT, "--text", TEXT, "--method", spec]
+    came = found(capsys, *flags)
+    assert set(came["methods"]) == {"prefix_difference", "attribution", "shapley"}
+    for values in came["methods"].values():
+        assert sum(values) == pytest.approx(came["score"], abs=1e-4 * max(1, abs(came["score"])))
+    tokenizer = AutoTokenizer.from_pretrained(world / "decoder")
+    model = AutoModelForSequenceClassification.from_pretrained(world / "decoder").eval()
+    before = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = [model(torch.tensor([before + came["ids"][:n]])).logits[0] for n in range(1, len(came["ids"]) + 1)]
+    scores = [float(row[1] - row[0]) for row in logits]
+    moves = [scores[0], *(b - a for a, b in itertools.pairwise(scores))]
+    assert came["methods"]["prefix_difference"] == pytest.approx(moves, abs=1e-4)
+
+
+def test_an_encoder_gives_attention_alone(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["credit", "--model", str(world / "encoder"), "--text", TEXT, "--method", "attribution"]
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert "--method: got 'reward_attribution'" in said and "Use a decoder, or attention" in said
 
 
 @pytest.mark.parametrize(

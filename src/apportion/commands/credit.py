@@ -21,7 +21,7 @@ Score a text with any reward model and show how its score is apportioned over th
   --model    a sequence classifier with 1 or 2 labels: a folder or a hub id
   --text     the response to apportion; `-` reads it from standard input
   --prompt   what it responds to (read by the model, given no credit)
-  --method   attention, uniform, sparse, or a list such as [attention, uniform]; a method with settings:
+  --method   attention, prefix_difference, attribution, shapley, uniform, sparse, or a list; a method with settings:
              '{attention: {mix: 1.0, exclude_self: true}}' (default: [attention, uniform, sparse])
   --json     print one JSON object
   --html     also write a page with a method switch, such as --html credit.html

@@ -7,14 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apportion import credit
+from apportion import credit, registry
+from apportion.config import ScoreConfig
 from apportion.credit.reading import EVIDENCE, asked_reading
 from apportion.errors import ConfigError, DataError, message
+from apportion.evidence import PRODUCERS, Models
 from apportion.models.own_tokenizer import context_limit
+from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel, is_decoder
+from apportion.scoring import score
 from apportion.types import Credit, Rollouts
 
-AVAILABLE = frozenset({EVIDENCE})  # what a reward model alone can tell
+# what a reward model alone can tell: the attention in the forward that scores, the rest of a decoder in passes more
+FURTHER = PRODUCERS["attribution"].gives | PRODUCERS["shapley"].gives | {"prefix_scores", "prompt_score"}
+AVAILABLE = FURTHER | {EVIDENCE}
 
 
 class TextCredit(NamedTuple):
@@ -30,29 +36,37 @@ class TextCredit(NamedTuple):
 
 def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
     """Return the credit methods by name. Raises ConfigError for one that needs more than a reward model."""
-    from apportion import registry
-
     methods = {}
     for name, kwargs in specs:
         method = registry.call("method", name, credit.find(name), kwargs)
-        lacking = ", ".join(sorted(n for n in method.needs if registry.asked(n)[0] not in AVAILABLE))
+        lacking = ", ".join(sorted(n for n in method.needs if not _told(n)))
         if lacking:
             mend = f"It needs {lacking}, which only a run has: use it in `apportion rl`."
-            raise ConfigError(message("--method", name, "attention, uniform or sparse", mend))
+            known = ", ".join(n for n, f in credit.METHODS.items() if all(_told(need) for need in f().needs))
+            raise ConfigError(message("--method", name, f"one of {known}", mend))
         methods[name] = method
     return methods
+
+
+def _told(need: str) -> bool:
+    """Whether a reward model alone can tell the evidence `need`."""
+    return registry.asked(need)[0] in AVAILABLE
 
 
 def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[str, Credit]) -> TextCredit:
     """Return the credit of `text` as a response to `prompt` ("" for none), in one forward of the reward model.
 
-    The special tokens that the tokenizer adds are read by the model and get no credit.
+    The special tokens that the tokenizer adds are read by the model and get no credit. Methods that need more than
+    attention (prefix scores, attributions, Shapley values) take further passes, of a decoder.
 
     Raises:
-        DataError: the text is empty, too long for the model, or ends with its pad token.
+        DataError: the text is empty, too long for the model, or ends with its pad token. ConfigError: such a method
+            with an encoder.
     """
     ids, response = _encode(reward, prompt, text)
-    names = sorted({EVIDENCE}.union(*(method.needs for method in methods.values())))
+    wanted = frozenset({EVIDENCE}).union(*(method.needs for method in methods.values()))
+    further = frozenset(name for name in wanted if registry.asked(name)[0] in FURTHER)
+    names = sorted(wanted - further)
     readings = [asked_reading(name) for name in names]
     scores, rows, at = reward.read(ids, torch.ones_like(ids, dtype=torch.bool), readings)
     found = dict(zip(names, rows, strict=True))
@@ -61,10 +75,21 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
         mend = "Remove it: the model reads its score before it; or choose another --pad_token."
         raise DataError(message("--text", came, "a text that is scored at its last token", mend))
     rollouts = _as_rollout(ids, response, scores, found)
+    if further:
+        rollouts = _with_further(reward, rollouts, further)
     chosen = ids[0, response].tolist()
     by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
     tokens = [reward.tokenizer.decode([i]) for i in chosen]
     return TextCredit(prompt, tokens, chosen, float(scores[0]), by_method, float(found[EVIDENCE][0, response].sum()))
+
+
+def _with_further(reward: RewardModel, rollouts: Rollouts, needs: frozenset[str]) -> Rollouts:
+    """Return the rollout with evidence of further passes beside what it has."""
+    if not is_decoder(reward.model):
+        mend = "Use a decoder, or attention, uniform or sparse."
+        raise ConfigError(message("--method", ", ".join(sorted(needs)), "evidence that an encoder can give", mend))
+    reader = Policy(None, reward.tokenizer, [])  # nothing is written: it lends its tokenizer
+    return score(Models(reader, reward), rollouts, needs, ScoreConfig(), frozenset({"scores"}))
 
 
 def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor]:
