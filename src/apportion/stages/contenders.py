@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apportion import advantages, algorithms, credit, registry, segments
 from apportion.diagnosis import leave_one_out_baseline, reward_to_go
-from apportion.errors import ConfigError, unknown_name
+from apportion.errors import ConfigError, message, unknown_name
 from apportion.evidence import plan
 from apportion.types import Credit, Estimator, Rollouts, Segmenter
 
@@ -47,8 +47,11 @@ def contenders(specs: Sequence[Any], lam: float) -> dict[str, Contender]:
     """Return the methods to compare by name: credits with token-level GAE(1, λ), or named algorithms as they are.
 
     Raises:
-        ConfigError: an unknown name (it lists both kinds), a bad setting, or a need that no producer gives.
+        ConfigError: none at all, an unknown name (it lists both kinds), a bad setting, settings of a named algorithm,
+            or a need that no producer gives.
     """
+    if not specs:
+        raise ConfigError(message("methods", specs, "at least one credit or named algorithm", "Example: [sparse]."))
     found: dict[str, Contender] = {}
     for spec in specs:
         for name, kwargs in registry.parse("methods", spec):
@@ -63,6 +66,9 @@ def _contender(name: str, kwargs: dict[str, Any], lam: float) -> Contender:
         return Contender(credit.make(name, kwargs), segments.tokens(), advantages.gae(lam=lam))
     if name not in algorithms.ALGORITHMS:
         raise ConfigError(unknown_name("methods", name, [*credit.METHODS, *algorithms.ALGORITHMS]))
+    if kwargs:
+        mend = f"A named algorithm is compared as it is: write {name} alone, or a credit with its settings."
+        raise ConfigError(message(f"methods.{name}", next(iter(kwargs)), "no settings", mend))
     method = algorithms.build(name, credit_spec=_without_penalty(name))
     return Contender(method.credit, method.segment, method.estimate)
 
