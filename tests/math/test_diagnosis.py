@@ -147,6 +147,40 @@ def test_pure_noise_is_not_resolved() -> None:
     assert diagnosis.direction(found) == diagnosis.VERDICTS[3]
 
 
+def test_noise_that_a_method_shares_with_the_true_gradient_is_not_a_direction() -> None:
+    """Both norms are 0, and their unbiased estimates fall below 0 together: the product of two such says nothing."""
+    generator = torch.Generator().manual_seed(1)
+    resolved, below = 0, 0
+    for _ in range(40):
+        true = torch.randn(40, 300, generator=generator)
+        noise = {"true": true, "a": true + 0.1 * torch.randn(40, 300, generator=generator)}
+        gradients = Gradients(noise, {name: x.square().sum(dim=1) for name, x in noise.items()})
+        norm = float(gradients.inner("true", "true", torch.ones(1, 40, dtype=torch.float64)))
+        found = gradients.interval(lambda w, g=gradients: g.cosine("a", w))
+        assert norm > 0 or found["mean"] is None, (norm, found)
+        below += norm < 0
+        resolved += diagnosis.direction(found) != diagnosis.VERDICTS[3]
+    assert below > 10 and resolved <= 4  # a figure that 95% of the resamples resolve: 1 in 20 by chance
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.95, 1.0, 0),
+        (0.94, 1.0, 1),
+        (0.7, 0.9, 1),
+        (0.5, 0.9, 2),
+        (-0.2, 0.1, 2),
+        (0.55, 1.0, 3),
+        (0.4, 0.95, 3),
+        (0.3, 0.9, 3),
+    ],
+)
+def test_a_verdict_is_what_the_whole_interval_says(low: float, high: float, verdict: int) -> None:
+    found = diagnosis.direction({"mean": (low + high) / 2, "low": low, "high": high})
+    assert found == diagnosis.VERDICTS[verdict]
+
+
 def test_the_baseline_is_the_mean_of_the_others_that_have_the_position() -> None:
     mask = helpers.bools([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]])
     returns = torch.tensor([[6.0, 4, 2], [3, torch.nan, 0], [0, 2, torch.inf], [5, 5, 0]])
