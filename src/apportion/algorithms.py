@@ -174,7 +174,8 @@ def build(
     named = ALGORITHMS[algorithm]
     given = (merge(named.credit, credit_spec), segments_spec, advantages_spec, loss_spec)
     parts = {
-        field: registry.parse(field, spec or getattr(named, field)) for field, spec in zip(FIELDS, given, strict=True)
+        field: registry.parse(field, getattr(named, field) if spec is None else spec)
+        for field, spec in zip(FIELDS, given, strict=True)
     }
     refusals.refuse_repeated([name for name, _ in parts["credit"]])
     credits = {name: credit.make(name, kwargs) for name, kwargs in parts["credit"]}
