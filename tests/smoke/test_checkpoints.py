@@ -102,9 +102,14 @@ def test_a_run_that_goes_on_twice_is_still_the_same(world: Path, tmp_path: Path)
 def test_every_kind_of_algorithm_goes_on_and_is_repeated_by_its_own_settings(
     world: Path, tmp_path: Path, algorithm: str
 ) -> None:
-    """Bit for bit, with nothing learned by a critic that is not there; config.yaml holds what was left to the method."""
-    changes = {"algorithm": algorithm, "sampling.batch_size": 8, "optim.weight_decay": 0.1, "steps": 4, "credit": None}
-    changes = {k: "null" if v is None else v for k, v in changes.items()}
+    """Bit for bit, nothing learned by a critic that is not there; config.yaml holds what was left to the method."""
+    changes = {
+        "algorithm": algorithm,
+        "sampling.batch_size": 8,
+        "optim.weight_decay": 0.1,
+        "steps": 4,
+        "credit": "null",
+    }
     whole = train(settings(world, tmp_path / "whole", **changes))
     with pytest.raises(Interrupted):
         train(settings(world, tmp_path / "parts", **changes), tell=stop_after(3))

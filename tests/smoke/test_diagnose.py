@@ -83,6 +83,9 @@ def test_every_figure_is_there_and_says_what_it_must(found: tuple[Path, dict[str
     for name, measured in methods.items():
         for key in (*FIGURES, "stop", "stop_bias"):
             value = measured[key]
+            if name == "abc-grpo" and key in ("bias", "stop_bias"):  # divided by the group's standard deviation
+                assert value is None
+                continue
             assert set(value) == {"mean", "low", "high"}
             assert value["mean"] is None or value["low"] <= value["high"], (name, key)
         assert measured["verdict"].startswith("its expected gradient ")
