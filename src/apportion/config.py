@@ -87,7 +87,7 @@ class PPOConfig:
         whiten_rewards: unit variance, mean kept; it rescales dense credit, so off by default.
         value_model: "shared" (a head on the policy's trunk) or "separate" (a trunk of its own).
         truncated: what a response without EOS means: "terminal", "bootstrap", "mask" or "penalty"; null picks
-            terminal when stop is length and bootstrap when it is eos.
+            bootstrap when stop is eos and there is a critic, else terminal.
         truncation_penalty: score of a truncated response when truncated is "penalty".
     """
 

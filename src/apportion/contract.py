@@ -246,7 +246,11 @@ def _causal(credit: Credit, case: Case) -> str | None:
         changed = {k: _later(v, later, mask) for k, v in case.rollouts.evidence.items()}
         ids = torch.where(later, case.rollouts.response_ids + 1, case.rollouts.response_ids)
         lower = torch.where(later, case.rollouts.logprobs - 0.5, case.rollouts.logprobs)
-        other = replace(case.rollouts, mask=mask, valid=mask, response_ids=ids, logprobs=lower, evidence=changed)
+        assert case.rollouts.scores is not None
+        goes_on = case.rollouts.mask[:, cut + 1 :].any(dim=1)  # the score of a response that has ended is known
+        scores = torch.where(goes_on, case.rollouts.scores + 0.9, case.rollouts.scores)
+        tokens = {"response_ids": ids, "mask": mask, "valid": mask, "logprobs": lower}
+        other = replace(case.rollouts, scores=scores, evidence=changed, **tokens)
         rewards = torch.where(mask, torch.where(later, case.rewards + 1.0, case.rewards), 0.0)
         found = credit.assign(other, rewards, credit.init())[0]
         gap = (found[:, : cut + 1] - out[:, : cut + 1]).abs().max()

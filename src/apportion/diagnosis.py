@@ -13,6 +13,7 @@ from torch import Tensor
 
 Interval = dict[str, float | None]
 RESAMPLES = 1000
+RESOLVED = 0.95  # part of the resamples in which a figure must be one
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -64,10 +65,11 @@ class Gradients:
         return cross / (weights.sum(dim=1) ** 2 - (weights**2).sum(dim=1)).clamp_min(1e-12)
 
     def cosine(self, name: str, weights: Tensor) -> Tensor:
-        """Return cos(E g, ∇J) (R,); NaN where one of the norms does not rise above the noise."""
-        mine, true = self.inner(name, name, weights), self.inner("true", "true", weights)
-        resolved = (mine > 0) & (true > 0)
-        return self.inner(name, "true", weights) / torch.where(resolved, mine * true, torch.nan).sqrt()
+        """Return cos(E g, ∇J) (R,); NaN where the sampled norms do not rise above the noise."""
+        one, two = self.inner(name, name, weights), self.inner("true", "true", weights)
+        risen = (one > 0) & (two > 0)  # two that have fallen below 0 together have a positive product
+        found = self.inner(name, "true", weights) / torch.where(risen, one * two, torch.nan).sqrt()
+        return found.clamp(-1.0, 1.0)  # a ratio of estimates may leave what a cosine can be
 
     def bias(self, name: str, weights: Tensor) -> Tensor:
         """Return ‖E g − ∇J‖/‖∇J‖ (R,), 0 where the difference does not rise above the noise."""
@@ -92,12 +94,13 @@ class Gradients:
     def interval(self, statistic: Callable[[Tensor], Tensor], seed: int = 0) -> Interval:
         """Return {mean, low, high} of `statistic(weights (R,U))`: at all units, and 95% over bootstrapped units.
 
-        None where it is not a number: more than half of the resamples did not resolve it.
+        None where it is not a number, or not one in more than 5% of the resamples: what they leave out would otherwise
+        bend the interval of the rest.
         """
         value = statistic(torch.ones(1, self.count, dtype=torch.float64))[0]
         drawn = statistic(bootstrap(self.count, RESAMPLES, seed))
         kept = drawn[torch.isfinite(drawn)]
-        if not torch.isfinite(value) or len(kept) < RESAMPLES / 2:
+        if not torch.isfinite(value) or len(kept) < RESOLVED * RESAMPLES:
             return {"mean": None, "low": None, "high": None}
         low, high = torch.quantile(kept, torch.tensor([0.025, 0.975], dtype=kept.dtype)).tolist()
         return {"mean": float(value), "low": low, "high": high}
@@ -139,10 +142,10 @@ VERDICTS = ("points the true way", "mostly points the true way", "points elsewhe
 
 
 def direction(cosine: Interval) -> str:
-    """Return in words what an interval of a cosine says."""
+    """Return in words what an interval of a cosine says: "elsewhere" is one that holds no direction near the true."""
     low, high = cosine["low"], cosine["high"]
     if low is None or high is None or high - low > 0.5:
         return VERDICTS[3]
-    if low >= 0.95:
-        return VERDICTS[0]
-    return VERDICTS[1] if low >= 0.7 else VERDICTS[2]
+    if low >= 0.7:
+        return VERDICTS[0] if low >= 0.95 else VERDICTS[1]
+    return VERDICTS[2] if high < 0.95 else VERDICTS[3]

@@ -20,8 +20,17 @@ class Combination(NamedTuple):
 
     @property
     def dense(self) -> list[str]:
-        """The credits that move a reward to other tokens and keep the return: only where it lands is theirs to say."""
-        return [name for name, one in self.credits.items() if name != "sparse" and one.keeps_return]
+        """The credits that move a reward to other tokens: where it lands is all that they say, up to a constant."""
+        return [
+            name
+            for name, one in self.credits.items()
+            if name != "sparse" and (one.keeps_return or one.share is not None or one.redistributes)
+        ]
+
+    @property
+    def beyond_the_score(self) -> list[str]:
+        """The credits that a mean score of fresh rollouts does not foresee; a KL penalty is paid as it comes."""
+        return [name for name in self.credits if name not in ("sparse", "kl_penalty")]
 
     @property
     def spreading(self) -> list[str]:
@@ -70,11 +79,13 @@ TABLE: tuple[Refusal, ...] = (
         "Choose such a credit, or set advantages.credit_mix to 0.",
     ),
     Refusal(
-        lambda c: c.loss.ratio == "sequence" and (c.weighs or not c.scalar),
+        lambda c: (
+            c.loss.ratio == "sequence" and (c.weighs or not (c.scalar or c.names["segments"] == "whole_response"))
+        ),
         "loss",
         lambda c: f"{c.names['loss']} with the token-wise advantages of {c.names['advantages']}",
         "one advantage a response: its ratio covers the whole response",
-        "Use gspo's token form (loss: {gspo: {token: true}}), or group_relative with credit_mix 0.",
+        "Use gspo's token form (loss: {gspo: {token: true}}), segments: whole_response, or credit_mix 0.",
     ),
     Refusal(
         lambda c: c.loss.ratio == "action" and c.weighs,
@@ -84,10 +95,10 @@ TABLE: tuple[Refusal, ...] = (
         "Use ratio: token, or set advantages.credit_mix to 0.",
     ),
     Refusal(
-        lambda c: c.names["advantages"] == "vine" and bool(c.dense),
+        lambda c: c.names["advantages"] == "vine" and bool(c.beyond_the_score),
         "credit",
-        lambda c: f"{c.dense[0]} with vine",
-        "sparse: vine's values are returns of whole fresh rollouts, which no redistribution spread",
+        lambda c: f"{c.beyond_the_score[0]} with vine",
+        "sparse, with kl_penalty at most: vine's values are mean scores of fresh rollouts, and nothing else is in them",
         "Use sparse with vine, or gae with this credit.",
     ),
     Refusal(

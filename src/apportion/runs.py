@@ -73,7 +73,8 @@ class Run:
     @property
     def started(self) -> bool:
         """Whether anything was learned in it; until then a mended configuration may take its place."""
-        return any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
+        # a diagnosis learns nothing: it is its end that must not pass for that of other settings
+        return self.finished or any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
 
     @contextmanager
     def failing(self) -> Iterator[None]:

@@ -48,6 +48,10 @@ BROKEN = {
         "make(lambda r, x, s: (torch.where(r.mask, mean(r, x), 0).to(x), s), keeps=False, causal=True)",
         "causal as declared",
     ),
+    "foresees": (
+        "make(lambda r, x, s: (torch.where(r.mask, x + r.scores[:, None], 0).to(x), s), keeps=False, causal=True)",
+        "causal as declared",
+    ),
     "share": ("make(lambda r, x, s: (torch.where(r.mask, x, 0), s), share=lambda r: 0.3 * r.mask)", "shares sum to 1"),
     "stats": (
         "make(lambda r, x, s: (torch.where(r.mask, x, 0), s), stats=lambda r, b, a: {'m': (b.sum() / 0, b.sum())})",

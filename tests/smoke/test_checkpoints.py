@@ -11,6 +11,7 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 
+from apportion.cli import main
 from apportion.runs import Run
 from apportion.stages.checkpoint import load_latest, save_checkpoint
 from apportion.stages.methods import build_method
@@ -95,6 +96,30 @@ def test_a_run_that_goes_on_twice_is_still_the_same(world: Path, tmp_path: Path)
     parts = train(settings(world, tmp_path / "parts"))
     assert metrics(whole.path) == metrics(parts.path)
     assert_equal(tiny_runs.weights(whole.path / "final"), tiny_runs.weights(parts.path / "final"))
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "abc-rloo", "reinforce++-baseline", "vineppo", "abc-ma"])
+def test_every_kind_of_algorithm_goes_on_and_is_repeated_by_its_own_settings(
+    world: Path, tmp_path: Path, algorithm: str
+) -> None:
+    """Bit for bit, nothing learned by a critic that is not there; config.yaml holds what was left to the method."""
+    changes = {
+        "algorithm": algorithm,
+        "sampling.batch_size": 8,
+        "optim.weight_decay": 0.1,
+        "steps": 4,
+        "credit": "null",
+    }
+    whole = train(settings(world, tmp_path / "whole", **changes))
+    with pytest.raises(Interrupted):
+        train(settings(world, tmp_path / "parts", **changes), tell=stop_after(3))
+    parts = train(settings(world, tmp_path / "parts", **changes))
+    stored = str(whole.path / "config.yaml")
+    assert main(["rl", "--config", stored, "--output", str(tmp_path / "again")]) == 0
+    assert main(["rl", "--config", stored]) == 0  # the same settings in the same folder: left alone
+    for other in (parts.path, tmp_path / "again"):
+        assert metrics(whole.path) == metrics(other)
+        assert_equal(tiny_runs.weights(whole.path / "final"), tiny_runs.weights(other / "final"))
 
 
 def test_a_finished_run_is_left_alone(world: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from apportion.cli import main
-from apportion.config import RLConfig
 from apportion.errors import ModelError
 from apportion.models.load import has_bfloat16
 from apportion.stages.methods import build_method
@@ -86,10 +85,10 @@ def test_two_steps_of_every_kind_of_training(
     assert moved == ({name for name in start if "self_attn" in name} if rank else set(start))
 
 
-@pytest.mark.parametrize("credit", RLConfig().compare)
+@pytest.mark.parametrize("credit", sorted(name for name, make in METHODS.items() if make().keeps_return))
 @pytest.mark.parametrize("penalty", ["kl_penalty", "{kl_penalty: {coef: 0.2, target: 1.0, horizon: 30}}"])
 def test_two_steps_with_every_credit_and_penalty(world: Path, tmp_path: Path, credit: str, penalty: str) -> None:
-    run = finished(world, tmp_path / "run", credit=f"[{credit}, {penalty}]")
+    run = finished(world, tmp_path / "run", credit=f"[{credit}, {penalty}]", compare=f"[attention, {credit}]")
     for record in check_folder(run):
         assert sum(record["credit"]) == pytest.approx(record["score"], abs=1e-5 * max(1, abs(record["score"])))
         assert record["credit"] == pytest.approx(record["methods"][credit], abs=1e-5)
@@ -141,6 +140,41 @@ def test_logged_credit_is_recomputed_from_the_saved_reward_model(
         assert record["alpha"] == pytest.approx(alpha, abs=1e-5)
         assert record["credit"] == pytest.approx(credit, abs=1e-5)
     assert max(len(set(record["alpha"])) for record in records) > 2
+
+
+@pytest.mark.parametrize("compare", ["[]", "[attention]"])
+@pytest.mark.parametrize("reading", ["{layers: 0}", "{heads: max}", "{rollout: true}"])
+def test_logged_alpha_is_the_reading_that_the_run_used(world: Path, tmp_path: Path, reading: str, compare: str) -> None:
+    run = finished(world, tmp_path / "run", credit=f"{{attention: {reading}}}", compare=compare)
+    for record in tiny_runs.read_lines(run / "rollouts.jsonl"):
+        expected = [0.8 * a * record["score"] for a in record["alpha"]]
+        expected[-1] += 0.2 * record["score"]
+        assert record["credit"] == pytest.approx(expected, abs=1e-5)
+
+
+COEF = """
+import torch
+from apportion import Credit
+
+def mine(*, coef=3.0):
+    state = {"coef": torch.tensor(coef)}
+    return Credit(lambda: dict(state), lambda r, x, s: (torch.where(r.mask, x + 1, 0), s), frozenset(), False, True)
+"""
+
+
+def test_a_coefficient_of_ones_own_is_no_kl_penalty(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "coef_credit.py").write_text(COEF)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, chain in (("alone", "[coef_credit:mine]"), ("both", "[coef_credit:mine, {kl_penalty: {coef: 0.25}}]")):
+        run = finished(world, tmp_path / name, credit=chain)
+        metrics = tiny_runs.read_lines(run / "metrics.jsonl")
+        assert [row.get("kl/coef") for row in metrics] == ([None] * 2 if name == "alone" else [0.25] * 2)
+        for record in tiny_runs.read_lines(run / "rollouts.jsonl"):
+            expected = [1.0] * len(record["tokens"])
+            expected[-1] += record["score"]
+            assert record["credit"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_logged_credit_adds_up_to_the_score_of_long_responses(world: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ def monte_carlo(gamma: float = 1.0) -> Estimator:
     """Return A_k = G_k = R_k + γ·G_{k+1}, the reward-to-go of each action, on each of its tokens.
 
     R_k is the sum of the action's token rewards, γ in [0, 1] counts per action. There is no baseline and no critic;
-    whitening in the update centres the batch. A response that was cut off has the rewards that were seen. The returns
-    are the same G_k. With γ = 1 and the score on the last token every token gets the score; GAE(γ, λ=1) with V = 0.
+    whitening in the update (`ppo.whiten_advantages`, off unless asked for) would centre the batch. A response that was
+    cut off has the rewards that were seen. The returns are the same G_k. With γ = 1 and the score on the last token
+    every token gets the score; GAE(γ, λ=1) with V = 0.
 
     Raises:
         ConfigError: γ outside [0, 1].

@@ -74,7 +74,8 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
             blocks.append(block(models.policy, rollouts, methods, config.width))
             _add_stats(sums, methods, rollouts)
             tell(len(blocks), -(-len(prompts) // _prompts_a_block(config)))
-        found = summarise(blocks, config) | {"settings": {"lam": config.lam, "seed": config.seed}}
+        comparable = frozenset(name for name, method in methods.items() if method.in_score_units)
+        found = summarise(blocks, config, comparable) | {"settings": {"lam": config.lam, "seed": config.seed}}
         for name, measured in found["methods"].items():
             measured |= costs[name] | {k: total / max(count, 1) for k, (total, count) in sums[name].items()}
         run.write_json("diagnosis.json", found)
@@ -233,8 +234,11 @@ def _cost(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str
     return found
 
 
-def summarise(blocks: list[Block], config: DiagnoseConfig) -> dict[str, Any]:
-    """Return the measured figures of every method, with 95% intervals over units, and the recommendation."""
+def summarise(blocks: list[Block], config: DiagnoseConfig, comparable: frozenset[str]) -> dict[str, Any]:
+    """Return the measured figures of every method, with 95% intervals over units, and the recommendation.
+
+    Differences from the true gradient are told of the methods in `comparable`: of the others its length means nothing.
+    """
     names = list(blocks[0].gradients)
     sampled = Gradients(
         {name: torch.cat([b.gradients[name] for b in blocks]) for name in names},
@@ -252,6 +256,7 @@ def summarise(blocks: list[Block], config: DiagnoseConfig) -> dict[str, Any]:
             "stop": diagnosis.mean_over_units(stops[name]) if stops else None,
             "stop_bias": diagnosis.mean_over_units(stops[name] - stops["true"]) if stops else None,
         }
+        methods[name] |= {} if name in comparable else dict.fromkeys(("bias", "stop_bias"))
     for name, measured in methods.items():
         measured["verdict"] = verdict(name, measured)
     return {

@@ -50,8 +50,10 @@ class Learner:
         if method.update is not None:
             self.credit_state = method.update(self.credit_state, sums)
         metrics = {k: float(total / count.clamp_min(1)) for k, (total, count) in sums.items()}
-        return metrics | {"kl/coef": float(sum(self.kl_coefficients()))}
+        coefficients = self.kl_coefficients()
+        return metrics | ({"kl/coef": float(sum(coefficients))} if coefficients else {})
 
     def kl_coefficients(self) -> list[Tensor]:
         """Return κ of every KL penalty in the chain (one at most, as the refusal table says)."""
-        return [v for k, v in self.credit_state.items() if k.split(".")[-1] == "coef"]
+        chain = enumerate(self.method.specs["credit"])  # `chain` puts the position before a state's key
+        return [self.credit_state[f"{i}.coef"] for i, spec in chain if "kl_penalty" in spec]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apportion import algorithms
 from apportion.algorithms import Method
-from apportion.config import RLConfig
+from apportion.config import PPOConfig, RLConfig
 from apportion.errors import ConfigError, message
 from apportion.evidence import plan
 from apportion.stages.records import comparisons
@@ -49,6 +49,12 @@ def settle(config: RLConfig, method: Method) -> None:
     if ppo.truncated == "bootstrap" and not method.critic:
         expected = f"terminal, mask or penalty: {name} has no critic to ask what would have come"
         raise ConfigError(message("ppo.truncated", "bootstrap", expected, "Choose one of them, or gae."))
+    if ppo.truncated in ("mask", "penalty") and sampling.stop == "length":
+        expected = "terminal or bootstrap: with sampling.stop length no response ever ends by itself"
+        mend = "Use sampling.stop: eos, where it tells responses apart."
+        raise ConfigError(message("ppo.truncated", ppo.truncated, expected, mend))
+    if name == "vine":
+        _refuse_other_units(ppo)
     if ppo.value_model == "separate" and not method.critic:
         expected = f"shared: {name} learns no values"
         raise ConfigError(message("ppo.value_model", "separate", expected, "Leave it out, or choose gae."))
@@ -58,3 +64,13 @@ def settle(config: RLConfig, method: Method) -> None:
         ppo.epochs = EPOCHS[method.critic]
     if ppo.whiten_advantages is None:
         ppo.whiten_advantages = bool(getattr(method.estimate, "whitened", method.critic))
+
+
+def _refuse_other_units(ppo: PPOConfig) -> None:
+    """Raise ConfigError for settings that change the rewards and not vine's values, which are mean scores."""
+    if ppo.truncated == "penalty":
+        expected = "terminal or mask: vine's values are mean scores, cut off or not, and carry no penalty"
+        raise ConfigError(message("ppo.truncated", "penalty", expected, "Choose one of them, or gae."))
+    if ppo.whiten_rewards:
+        expected = "false: vine's values are scores, and whitened rewards are in other units"
+        raise ConfigError(message("ppo.whiten_rewards", True, expected, "Use scores.scale, which both go through."))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion import credit, registry
+from apportion.credit.reading import EVIDENCE
 from apportion.masking import normalise
 from apportion.types import Advantages, Credit, Rollouts
 
@@ -41,13 +42,19 @@ def rollout_records(
     }
     if "values" in some.evidence:
         columns["value"] = some.evidence["values"]
-    if "reward_attention" in some.evidence:
-        columns["alpha"] = normalise(some.evidence["reward_attention"], some.mask)[0]
+    read = reading_of(learner.method.credit)
+    if read in some.evidence:
+        columns["alpha"] = normalise(some.evidence[read], some.mask)[0]
     return [_record(learner.models.policy.tokenizer, some, i, step, columns, by_method) for i in range(rows)]
 
 
+def reading_of(method: Credit) -> str:
+    """Return the name of the reward model's attention that a credit reads: the paper's where it reads none."""
+    return min((name for name in method.needs if registry.asked(name)[0] == EVIDENCE), default=EVIDENCE)
+
+
 def _before_penalty(learner: Learner, rollouts: Rollouts) -> Tensor:
-    """Return the rewards (B,T) as the credit lands, before penalties: the score plus nothing, spread."""
+    """Return the rewards (B,T) of the whole chain but its KL penalty."""
     rewards, _ = credit.apply(learner.method.credit, rollouts, learner.credit_state)
     if learner.method.credit.keeps_return:
         return rewards
