@@ -199,6 +199,32 @@ def test_a_named_algorithm_weighs_tokens_as_the_first_step_of_its_loss() -> None
         torch.testing.assert_close(made.advantages(batch)[0], weights, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_macro_actions_and_groups_with_a_free_end() -> None:
+    """Macro GAE and RLOO are unbiased; a mean that holds the row itself costs 1/n; GRPO's 1/|y| turns the direction."""
+    world = enumerate_world(Problem(3, 4, True, random_scores(3, 4, 3), 3))
+    rollouts, steps = sampled(world, seed=0)
+    whole = segments.whole_response()
+    made = {
+        "macro": Contender(credit.sparse(), segments.ngrams(n=2), advantages.gae(lam=1.0), losses.ppo()),
+        "rloo": Contender(credit.sparse(), whole, advantages.leave_one_out(), losses.reinforce()),
+        "dr-grpo": Contender(credit.sparse(), whole, advantages.group_relative(std=False), losses.dr_grpo()),
+        "grpo": Contender(credit.sparse(), whole, advantages.group_relative(std=False), losses.grpo()),
+    }
+    scores = diagnosis.centred_scores(rollouts.scores, rollouts.group)
+    found = {"true": torch.where(rollouts.mask, scores[:, None], 0.0)}
+    found |= {name: contender.advantages(rollouts)[0] for name, contender in made.items()}
+    rows = {name: (a[..., None] * steps).sum(dim=1) for name, a in found.items()}
+    squares = {name: by_unit(g.square().sum(dim=1)) for name, g in rows.items()}
+    gradients = Gradients({name: by_unit(g) for name, g in rows.items()}, squares)
+    cosine = {name: gradients.interval(lambda w, n=name: gradients.cosine(n, w)) for name in made}
+    bias = {name: gradients.interval(lambda w, n=name: gradients.bias(n, w)) for name in made}
+    for name in ("macro", "rloo", "dr-grpo"):
+        assert cosine[name]["low"] > 0.99, name
+    assert bias["macro"]["high"] < 0.05 and bias["rloo"]["high"] < 0.01
+    assert bias["dr-grpo"]["mean"] == pytest.approx(1 / SAMPLES, abs=0.005)
+    assert cosine["grpo"]["high"] < 0.99
+
+
 def test_the_baseline_is_the_mean_of_the_others_that_have_the_position() -> None:
     mask = helpers.bools([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]])
     returns = torch.tensor([[6.0, 4, 2], [3, torch.nan, 0], [0, 2, torch.inf], [5, 5, 0]])
