@@ -17,6 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from apportion.cli import main
+from apportion.credit import METHODS
 from apportion.errors import ModelError
 from apportion.models.load import has_bfloat16
 from apportion.stages.methods import build_method
