@@ -88,7 +88,7 @@ def purpose(factory: Callable[..., Any]) -> str:
 
 def page(field: str, name: str, factory: Callable[..., Any], drawn: bool) -> str:
     """Return the page of one method; `drawn` says whether it has a picture."""
-    given = ", ".join(f"{p.name}={p.default!r}" for p in inspect.signature(factory).parameters.values())
+    given = ", ".join(f"{p.name}={literal(p.default)}" for p in inspect.signature(factory).parameters.values())
     room = "losses" if field == "loss" else field
     parts = [
         f"# `{name}`",
@@ -100,6 +100,11 @@ def page(field: str, name: str, factory: Callable[..., Any], drawn: bool) -> str
         pictured(field, name) if drawn else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def literal(value: object) -> str:
+    """Return a default as Python, strings in double quotes as the formatter wants them."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def body(doc: str) -> str:
