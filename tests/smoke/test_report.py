@@ -50,7 +50,7 @@ def test_refuses_what_is_not_a_folder(tmp_path: Path) -> None:
 
 def test_refuses_a_folder_without_numbers_and_names_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "photo.txt").write_text("x")
-    with pytest.raises(DataError, match=r"photo\.txt.*metrics\.jsonl or evaluation\.json"):
+    with pytest.raises(DataError, match=r"photo\.txt.*metrics\.jsonl, evaluation\.json or diagnosis\.json"):
         read_run(tmp_path)
 
 
