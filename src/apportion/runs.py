@@ -27,6 +27,7 @@ README = """# {name}: a run of `apportion {stage}`
 | metrics.jsonl | one line a step |
 | rollouts.jsonl | sampled texts with each token's credit, reward, advantage and KL |
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
+| diagnosis.json | what `apportion diagnose` found of each method |
 | checkpoints/ | the newest states to go on from |
 | final/ | the trained model in Hugging Face format |
 

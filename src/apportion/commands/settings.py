@@ -225,10 +225,12 @@ def _explain(error: BaseException) -> str:
         name, expected, came = found.groups()
         expected = re.sub(r"<class '(\w+)'>", r"\1", expected)
         return message(f"--{name}", came, f"a value of type {expected}", f"Write --{name} with such a value.")
-    union = re.search(r'[Kk]ey "([^"]+)".*?Subtypes: \[(.+?)\].*Given value: (.*)', text)
-    if union:
-        kinds = " or ".join(re.findall(r"'(\w+)'", union[2])).replace("NoneType", "null")
-        return message(f"--{union[1]}", union[3], f"a value of type {kinds}", f"Write --{union[1]} with such a value.")
+    either = re.search(r'key "([^"]+)": Does not validate .*?Subtypes: \[(.+?)\] Errors.*? Given value: (.+)', text)
+    if either:
+        name, kinds, came = either.groups()
+        named = [kind for kind in re.findall(r"<class '(\w+)'>", kinds) if kind != "NoneType"]
+        expected = f"a value of type {' or '.join(named)}, or null"
+        return message(f"--{name}", came, expected, f"Write --{name} with such a value.")
     return message("settings", text, "values of the types that --help lists", "See `--help`.")
 
 
