@@ -86,8 +86,9 @@ class PPOConfig:
         whiten_advantages: unit variance and no mean over the batch; null picks what the estimator's paper does.
         whiten_rewards: unit variance, mean kept; it rescales dense credit, so off by default.
         value_model: "shared" (a head on the policy's trunk) or "separate" (a trunk of its own).
-        truncated: what a response without EOS means: "terminal", "bootstrap", "mask" or "penalty"; null picks
-            bootstrap when stop is eos and there is a critic, else terminal.
+        truncated: what a response without EOS means: "terminal" (it is over: the limit is part of the task),
+            "bootstrap" (it is unfinished: no score yet, the critic says what would have come), "mask" (it teaches
+            nothing) or "penalty"; null is terminal.
         truncation_penalty: score of a truncated response when truncated is "penalty".
     """
 

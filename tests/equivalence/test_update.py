@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 from torch import Tensor
 
-from apportion import losses
+from apportion import credit, losses
 from apportion.config import OptimConfig, PPOConfig, RLConfig, ScoreConfig
 from apportion.errors import ScoreError
 from apportion.evidence import Models
@@ -219,8 +219,8 @@ def test_truncated_says_what_a_response_without_eos_is_worth(world: Path, trunca
     for row, record in enumerate(records):
         ended = bool(batch.ended[row])
         assert record["ended"] == ended == (record["response_ids"][-1] == tiny_runs.EOS)
-        penalised = truncated == "penalty" and not ended
-        assert record["score"] == pytest.approx(-3.0 if penalised else record["raw_score"], abs=1e-5)
+        paid = {"penalty": -3.0, "bootstrap": 0.0}.get(truncated, record["raw_score"])
+        assert record["score"] == pytest.approx(record["raw_score"] if ended else paid, abs=1e-5)
         assert sum(record["credit"]) == pytest.approx(record["score"], abs=1e-5 * max(1, abs(record["score"])))
         follows = after[row] if truncated == "bootstrap" and not ended else 0.0
         assert abs(after[row]) > 1e-3
@@ -234,8 +234,23 @@ def test_settling_changes_what_ended_and_nothing_else(world: Path) -> None:
         settled = settle_truncated(batch, ppo_config(truncated=truncated, truncation_penalty=-3.0))
         kept = truncated in ("bootstrap", "mask")
         assert torch.equal(settled.ended, batch.ended) if kept else settled.ended.all()
-        expected = torch.where(batch.ended, batch.scores, -3.0) if truncated == "penalty" else batch.scores
+        instead = {"penalty": -3.0, "bootstrap": 0.0}.get(truncated)
+        expected = batch.scores if instead is None else torch.where(batch.ended, batch.scores, instead)
         assert torch.equal(settled.scores, expected) and settled.response_ids is batch.response_ids
+
+
+def test_a_value_that_stands_for_what_would_come_is_not_paid_beside_the_score(world: Path) -> None:
+    """A critic that is right everywhere leaves nothing to learn at a cut: V(s_T) alone is the return from there."""
+    learner, batch, config = learner_of(world, "bootstrap")
+    assert not batch.ended.all()
+    worth = torch.linspace(-2.0, 2.0, len(batch))[:, None].expand(batch.mask.shape)
+    known = {"values": torch.where(batch.mask, worth, 0.0), "bootstrap_values": worth[:, 0].clone()}
+    settled = settle_truncated(batch.with_evidence(**known), config.ppo)
+    rewards, _ = credit.apply(credit.uniform(), settled)
+    found = learner.method.estimate(rewards, learner.method.segment(settled), settled).advantages
+    cut = ~batch.ended
+    torch.testing.assert_close(found[cut], torch.zeros_like(found[cut]), atol=1e-6, rtol=0)
+    assert (found[batch.ended].abs().sum(dim=1) > 1e-3).all()
 
 
 def test_masked_truncated_rows_teach_nothing_and_count_nowhere(world: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apportion import algorithms
+from apportion import algorithms, registry
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig
 from apportion.errors import ConfigError, message
@@ -45,12 +45,16 @@ def settle(config: RLConfig, method: Method) -> None:
         came = sampling.samples_per_prompt
         raise ConfigError(message("sampling.samples_per_prompt", came, expected, f"Set it to {GROUP}, say."))
     if ppo.truncated is None:
-        ppo.truncated = "bootstrap" if sampling.stop == "eos" and method.critic else "terminal"
+        ppo.truncated = "terminal"
     if ppo.truncated == "bootstrap" and not method.critic:
         expected = f"terminal, mask or penalty: {name} has no critic to ask what would have come"
         raise ConfigError(message("ppo.truncated", "bootstrap", expected, "Choose one of them, or gae."))
-    if ppo.truncated in ("mask", "penalty") and sampling.stop == "length":
-        expected = "terminal or bootstrap: with sampling.stop length no response ever ends by itself"
+    if ppo.truncated == "bootstrap" and any(registry.asked(need)[0] == "prefix_scores" for need in method.needs):
+        expected = "terminal, mask or penalty with prefix_difference, which pays the score of the text so far"
+        mend = "Choose one of them: the critic's value after a cut would count that score again."
+        raise ConfigError(message("ppo.truncated", "bootstrap", expected, mend))
+    if ppo.truncated != "terminal" and sampling.stop == "length":
+        expected = "terminal: with sampling.stop length no response ever ends by itself"
         mend = "Use sampling.stop: eos, where it tells responses apart."
         raise ConfigError(message("ppo.truncated", ppo.truncated, expected, mend))
     if name == "vine":

@@ -116,11 +116,14 @@ def learn(
 def settle_truncated(rollouts: Rollouts, config: PPOConfig) -> Rollouts:
     """Return the rollouts with responses that were cut off treated as `config.truncated` names.
 
-    "terminal" says that they ended; "penalty" replaces their score; "bootstrap" and "mask" leave them to the
-    estimator and the update.
+    "terminal" says that they ended; "penalty" replaces their score; "bootstrap" takes their score away, which the
+    critic's value after the last token stands for (paying both would count it twice); "mask" leaves them to the update.
     """
-    if rollouts.ended is None or config.truncated in ("bootstrap", "mask"):
+    if rollouts.ended is None or config.truncated == "mask":
         return rollouts
+    if config.truncated == "bootstrap":
+        assert rollouts.scores is not None
+        return replace(rollouts, scores=torch.where(rollouts.ended, rollouts.scores, 0.0))
     ended = torch.ones_like(rollouts.ended)
     if config.truncated == "penalty":
         assert rollouts.scores is not None
