@@ -1,6 +1,7 @@
 # Two commands set everything up: `make demo` and `make test`. Each works alone on a fresh clone with Python 3.11+.
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2# processes of `make test`, one core each
 STAMP := .venv/.installed
 
 .PHONY: demo test test-long check clean
@@ -9,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/apportion demo
 
 test: $(STAMP)-dev
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile
 
 test-long: $(STAMP)-dev
 	APPORTION_LONG=1 $(BIN)/python -m pytest

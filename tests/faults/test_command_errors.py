@@ -48,7 +48,7 @@ def test_version_and_help(command: Command) -> None:
 def test_help_of_a_command_loads_no_model_library(command: Command, name: str) -> None:
     done = command(name, "--help")
     done.assert_done()
-    assert done.out and done.loaded == ()
+    assert done.out and done.loads_nothing
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_discounting_a_redistributed_reward_is_a_warning(command: Command) -> No
     done = command(*flags)
     done.assert_done()
     assert done.err.startswith("warning: advantages.gae.gamma: got 0.9; expected 1 with a redistributing credit.")
-    assert "Use gamma: 1." in done.err and "gamma: 0.9" in done.out and done.loaded == ()
+    assert "Use gamma: 1." in done.err and "gamma: 0.9" in done.out and done.loads_nothing
     for others in (["--credit", "sparse"], ["--advantages.gamma", "1.0"]):
         quiet = command(*flags, *others)
         quiet.assert_done()
