@@ -185,8 +185,10 @@ def _number(value: float | None) -> str:
 def pictured(field: str, name: str) -> str:
     """Return the section that shows a method's picture and says where the responses come from."""
     stored = json.loads((FOLDER / "responses.json").read_text(encoding="utf-8"))
-    said = "Its credit" if field == "credit" else "Its actions"
-    return f"## {said} on the same three responses\n\n![{said}](images/{field}-{name}.svg)\n\n{stored['how']}"
+    said, how = "Its credit", stored["how"]
+    if field == "segments":
+        said, how = "Its actions", how.partition(" Each picture")[0]
+    return f"## {said} on the same three responses\n\n![{said}](images/{field}-{name}.svg)\n\n{how}"
 
 
 def picture(field: str, name: str) -> str | None:

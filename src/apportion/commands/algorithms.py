@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from apportion import advantages, credit, losses, segments
+from apportion import advantages, credit, losses, registry, segments
 from apportion.algorithms import ALGORITHMS
 from apportion.errors import ConfigError, message
 
@@ -19,9 +20,13 @@ def run(arguments: list[str]) -> int:
     if arguments and arguments[0] not in ("-h", "--help"):
         raise ConfigError(message("argument", arguments[0], "no arguments", "Write `apportion algorithms`."))
     console = Console(markup=False)
-    table = Table("algorithm", "reward of token t", "paper", title="--algorithm")
+    table = Table("algorithm", "what it does", "paper", title="--algorithm")
     for name, algorithm in ALGORITHMS.items():
         table.add_row(name, algorithm.formula, algorithm.paper)
+    console.print(table)
+    table = Table("algorithm", *ROOMS, title="the four choices of each")
+    for name, algorithm in ALGORITHMS.items():
+        table.add_row(name, *(written(field, getattr(algorithm, field)) for field in ROOMS))
     console.print(table)
     for title, module in ROOMS.items():
         table = Table("name", "settings", "what it is", title=f"--{title}")
@@ -30,6 +35,15 @@ def run(arguments: list[str]) -> int:
             table.add_row(name, settings or "none", _purpose(factory))
         console.print(table)
     return 0
+
+
+def written(field: str, spec: Any) -> str:
+    """Return a choice in one line: names joined by +, settings in brackets (a KL penalty's are left out)."""
+    parts = []
+    for name, kwargs in registry.parse(field, spec):
+        settings = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+        parts.append(f"{name}({settings})" if settings and name != "kl_penalty" else name)
+    return " + ".join(parts)
 
 
 def _purpose(factory: object) -> str:

@@ -90,7 +90,7 @@ def check_prompts(rollouts: Rollouts) -> None:
     empty = ~rollouts.prompt_mask.any(dim=1)
     if empty.any():
         row = int(empty.nonzero()[0])
-        mend = "Begin prompts with a BOS token, or leave the prompt's own score out of the method."
+        mend = "Give a prompt (--prompt, or a BOS token at the start of prompts): the method reads its score alone."
         raise ScoreError(message(f"prompt of rollout {row}", "no tokens", "at least one token to score", mend))
 
 

@@ -74,7 +74,7 @@ PRODUCERS: Mapping[str, Producer] = {
         1,
         0,
         implicit_pass,
-        {"model": "Set implicit.model to the model that DPO trained from the reference."},
+        {"model": "Set implicit.model to the model that DPO trained from the reference: --credit.implicit.model PATH."},
     ),
     "process": Producer(
         frozenset({"process_rewards"}),

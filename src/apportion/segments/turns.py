@@ -16,7 +16,7 @@ def turns() -> Segmenter:
     say) is one; then a response without holes is one action.
 
     Assumes: a turn is one decision.
-    Use it when responses of several turns, with a tool's or a user's text between them.
+    Use it when responses have several turns, with a tool's or a user's text between them.
     """
     return Cut(_starts)
 
