@@ -49,11 +49,11 @@ def cases(**strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Ca
     """Decorate a check of (make, …): 200 cases for each registered credit, the profile's number for variants."""
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
-        few = given(**strategies)(check)
-        many = settings(max_examples=200)(given(**strategies)(check))
+        check_few = given(**strategies)(check)
+        check_many = settings(max_examples=200)(given(**strategies)(check))
 
         def test(make: Callable[[], Credit]) -> None:
-            (many if make in BUILT_IN.values() else few)(make=make)
+            (check_many if make in BUILT_IN.values() else check_few)(make=make)
 
         test.__name__, test.__doc__ = check.__name__, check.__doc__
         return every_credit(test)
@@ -91,7 +91,7 @@ def tensors(rollouts: Rollouts) -> dict[str, Tensor]:
     return own | {f"evidence.{k}": v for k, v in rollouts.evidence.items()}
 
 
-def close(came: Tensor, expected: Tensor) -> None:
+def assert_near(came: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(came, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -173,15 +173,15 @@ def test_padding_rows_and_order_do_not_matter(make, mask, seed, left, right):
 
     wide = torch.nn.functional.pad(rewards, (0, right), value=float("nan"))
     more, _ = method.assign(helpers.padded(rollouts, left, right), wide, method.init())
-    close(more[:, : mask.shape[1]], out)
+    assert_near(more[:, : mask.shape[1]], out)
     assert (more[:, mask.shape[1] :] == 0).all()
 
     single = [torch.tensor([i]) for i in range(len(mask))]
     alone = [method.assign(rollouts.select(i), rewards[i], method.init())[0] for i in single]
-    close(torch.cat(alone), out)
+    assert_near(torch.cat(alone), out)
 
     order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
-    close(method.assign(rollouts.select(order), rewards[order], method.init())[0], out[order])
+    assert_near(method.assign(rollouts.select(order), rewards[order], method.init())[0], out[order])
 
 
 def later_changed(rollouts: Rollouts, rewards: Tensor, cut: int, seed: int) -> tuple[Rollouts, Tensor]:
@@ -273,7 +273,7 @@ def test_zero_mass_becomes_uniform_and_is_counted(name):
     mass = torch.tensor([[0.0, 0, 5, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 1]])  # none on rows 0 and 3
     rollouts = helpers.rollouts(mask, [needed], dirty=False, scores=torch.tensor([3.0, 2, 9, -4]), **{needed: mass})
     out, _ = credit.apply(method, rollouts)
-    close(out, torch.tensor([[1.0, 1, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0], [-4, 0, 0, 0]]))
+    assert_near(out, torch.tensor([[1.0, 1, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0], [-4, 0, 0, 0]]))
     counted = method.stats(rollouts, out, out)
     assert counted["credit/fallback_rate"][0] == 2
     assert counted["credit/empty_rate"][0] == 1

@@ -77,7 +77,7 @@ def tensors(rollouts: Rollouts) -> dict[str, Tensor]:
     return own | {f"evidence.{k}": v for k, v in rollouts.evidence.items()}
 
 
-def close(came: Advantages, expected: Advantages) -> None:
+def assert_near(came: Advantages, expected: Advantages) -> None:
     for a, b in zip(came, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -126,12 +126,12 @@ def test_padding_order_of_rows_and_names_of_groups_do_not_matter(make, mask, see
     out = method(rewards, ids, rollouts)
     wide = torch.nn.functional.pad(rewards, (0, right), value=float("nan"))
     more = method(wide, torch.nn.functional.pad(ids, (0, right), value=-1), helpers.padded(rollouts, left, right))
-    close(Advantages(*(x[:, : mask.shape[1]] for x in more)), out)
+    assert_near(Advantages(*(x[:, : mask.shape[1]] for x in more)), out)
     assert all((x[:, mask.shape[1] :] == 0).all() for x in more)
     order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
     moved = rollouts.select(order)
     moved = replace(moved, group=-1000 * moved.group + 3)  # nor do the groups' names
-    close(method(rewards[order], ids[order], moved), Advantages(*(x[order] for x in out)))
+    assert_near(method(rewards[order], ids[order], moved), Advantages(*(x[order] for x in out)))
 
 
 @every_estimator
@@ -145,7 +145,7 @@ def test_rows_or_groups_are_independent_of_one_another(make, mask, seed):
     for value in alone.unique():
         rows = (alone == value).nonzero().squeeze(1)
         part = method(rewards[rows], ids[rows], rollouts.select(rows))
-        close(part, Advantages(*(x[rows] for x in out)))
+        assert_near(part, Advantages(*(x[rows] for x in out)))
 
 
 @every_estimator
@@ -161,7 +161,7 @@ def test_rows_without_tokens_teach_nothing_to_others(make, mask, seed):
     more = replace(more, mask=emptied, valid=emptied)
     bad, off = torch.full_like(rewards[:1], float("nan")), torch.full_like(ids[:1], -1)
     out = method(torch.cat([rewards, bad]), torch.cat([ids, off]), more)
-    close(Advantages(*(x[:-1] for x in out)), method(rewards, ids, rollouts))
+    assert_near(Advantages(*(x[:-1] for x in out)), method(rewards, ids, rollouts))
     assert all((x[-1] == 0).all() for x in out)
 
 

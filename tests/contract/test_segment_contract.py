@@ -55,7 +55,7 @@ def rollouts_of(method: Segmenter, drawn: tuple[Tensor, Tensor | None, int]) -> 
     return helpers.rollouts(mask, sorted(method.needs), seed=seed, turn=turn)
 
 
-def must_keep(ids: Tensor, rollouts: Rollouts) -> None:
+def assert_kept(ids: Tensor, rollouts: Rollouts) -> None:
     """Assert the clauses one row at a time, from their words; `segments.check` is tested against this."""
     assert ids.dtype == torch.int64 and ids.shape == rollouts.mask.shape
     for i, row in enumerate(rollouts.mask):
@@ -78,7 +78,7 @@ def test_ids_are_consecutive_and_stay_in_their_turn_and_nothing_is_mutated(make,
     held = {k: v for k, v in vars(rollouts).items() if isinstance(v, Tensor)} | dict(rollouts.evidence)
     before = {k: v.clone() for k, v in held.items()}
     ids = method(rollouts)
-    must_keep(ids, rollouts)
+    assert_kept(ids, rollouts)
     assert segments.check(ids, rollouts.mask, rollouts.turn) is ids
     for name, value in held.items():
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), f"{name} was mutated"
@@ -92,7 +92,7 @@ def test_extreme_evidence_gives_ids_like_any_other(make, drawn, scale):
     rollouts = rollouts_of(method, drawn)
     extreme = {k: v * scale if v.is_floating_point() else v | (scale > 0) for k, v in rollouts.evidence.items()}
     rollouts = rollouts.with_evidence(**extreme)
-    must_keep(method(rollouts), rollouts)
+    assert_kept(method(rollouts), rollouts)
 
 
 @every_segmenter
@@ -157,7 +157,7 @@ def test_check_refuses_exactly_what_breaks_the_contract(drawn, at, value):
     ids = segments.ngrams(2)(rollouts)
     ids[0, at % ids.shape[1]] = value
     try:
-        must_keep(ids, rollouts)
+        assert_kept(ids, rollouts)
     except AssertionError:
         with pytest.raises(DataError, match="segments of rollout 0, token"):
             segments.check(ids, rollouts.mask, rollouts.turn)

@@ -31,7 +31,7 @@ def rewards(method: credit.Credit) -> Tensor:
     return credit.apply(method, example())[0]
 
 
-def equal(came: Tensor, expected: list[list[float]]) -> None:
+def assert_equal(came: Tensor, expected: list[list[float]]) -> None:
     torch.testing.assert_close(came, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
@@ -80,7 +80,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("method", "expected"), [t[1:] for t in TABLE], ids=[t[0] for t in TABLE])
 def test_table(method, expected):
-    equal(rewards(method), expected)
+    assert_equal(rewards(method), expected)
 
 
 def test_shifted_policy_attention_gives_the_first_token_nothing():
@@ -89,7 +89,7 @@ def test_shifted_policy_attention_gives_the_first_token_nothing():
     mass = torch.tensor([[1.0, 2, 3, 4], [1, 1, 1, 0]])
     rollouts = helpers.rollouts(mask, ["policy_attention_mean"], policy_attention_mean=mass, scores=SCORES)
     out, _ = credit.apply(credit.policy_attention(mix=1.0, shifted=True), rollouts)
-    equal(out, [[0, 1 / 3, 2 / 3, 1], [0, -0.5, -0.5, 0]])
+    assert_equal(out, [[0, 1 / 3, 2 / 3, 1], [0, -0.5, -0.5, 0]])
 
 
 def test_share_statistics_by_hand():
@@ -134,7 +134,7 @@ def test_the_state_is_what_penalises_and_assign_never_moves_it():
     assert set(state) == set(same) and all(torch.equal(state[k], same[k]) for k in state)
     # kl a row = .25, five times the target: κ·(1 + .2·2/2) = .24
     moved = method.update(state, method.stats(example(), first, first))
-    equal(credit.apply(method, example(), moved)[0], [[0, -0.24, 0.24, 2], [-0.24, 0, 0, -0.88]])
+    assert_equal(credit.apply(method, example(), moved)[0], [[0, -0.24, 0.24, 2], [-0.24, 0, 0, -0.88]])
 
 
 def test_a_fixed_coefficient_stays():

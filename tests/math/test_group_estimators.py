@@ -28,7 +28,7 @@ def run(method: Estimator, rewards: list[list[float]], group: list[int], **evide
     return method(given_rewards, segments.tokens()(rollouts), rollouts).advantages
 
 
-def close(came: Tensor, expected: list[list[float]], within: float = 1e-5) -> None:
+def assert_near(came: Tensor, expected: list[list[float]], within: float = 1e-5) -> None:
     torch.testing.assert_close(came, torch.tensor(expected), rtol=0, atol=within)
 
 
@@ -44,13 +44,13 @@ def rows_of(values: list[float]) -> list[list[float]]:
 
 def test_group_relative_by_hand():
     a, b = 2.645751 + 1e-4, 2.828427 + 1e-4
-    close(run(advantages.group_relative(), REWARDS, GROUP), rows_of([-2 / a, 2 / b, -1 / a, 0, 3 / a, -2 / b, 0]))
-    close(run(advantages.group_relative(std=False), REWARDS, GROUP), rows_of([-2, 2, -1, 0, 3, -2, 0]))
+    assert_near(run(advantages.group_relative(), REWARDS, GROUP), rows_of([-2 / a, 2 / b, -1 / a, 0, 3 / a, -2 / b, 0]))
+    assert_near(run(advantages.group_relative(std=False), REWARDS, GROUP), rows_of([-2, 2, -1, 0, 3, -2, 0]))
 
 
 def test_leave_one_out_by_hand():
     # 1 − (2+6)/2 = −3; 5 − 1; 2 − (1+6)/2 = −1.5; 6 − (1+2)/2 = 4.5; 1 − 5
-    close(run(advantages.leave_one_out(), REWARDS, GROUP), rows_of([-3, 4, -1.5, 0, 4.5, -4, 0]))
+    assert_near(run(advantages.leave_one_out(), REWARDS, GROUP), rows_of([-3, 4, -1.5, 0, 4.5, -4, 0]))
 
 
 def test_the_returns_of_a_group_method_are_the_totals():
@@ -58,7 +58,7 @@ def test_the_returns_of_a_group_method_are_the_totals():
     rollouts = helpers.rollouts(~rewards.isnan(), group=torch.tensor(GROUP))
     for factory in GROUP_METHODS:
         out = factory()(rewards, segments.tokens()(rollouts), rollouts)
-        close(out.returns, rows_of([1, 5, 2, 0, 6, 1, 7]))
+        assert_near(out.returns, rows_of([1, 5, 2, 0, 6, 1, 7]))
 
 
 def test_statistics_count_groups_that_teach_nothing():
@@ -117,7 +117,7 @@ def test_equal_scores_teach_nothing_however_their_credit_rounds(length):
 
 def test_huge_totals_do_not_overflow_the_deviation():
     came = run(advantages.group_relative(), [[1e30], [2e30], [6e30]], [0, 0, 0])
-    close(came, [[-2 / 7**0.5], [-1 / 7**0.5], [3 / 7**0.5]])
+    assert_near(came, [[-2 / 7**0.5], [-1 / 7**0.5], [3 / 7**0.5]])
 
 
 # --- credit weights ---------------------------------------------------------------------------------------------------
@@ -171,15 +171,15 @@ def test_weights_by_hand():
     on = torch.ones(1, 4, dtype=torch.bool)
     # β=1: 4·share = 2.4 1.2 .4 0; the cap 1.5 leaves 2.5 for 1.2 + .4: ×1.5625 = 1.875 .625; again: 1 for .4: ×2.5
     came, held = credit_weights(torch.tensor([[0.6, 0.3, 0.1, 0.0]]), on, 1.0, 1.5)
-    close(came, [[1.5, 1.5, 1.0, 0.0]])
+    assert_near(came, [[1.5, 1.5, 1.0, 0.0]])
     assert held.tolist() == [[True, True, False, False]]
     # all of the credit on one token: the others have no weight to scale up and share what is left evenly
-    close(credit_weights(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), on, 1.0, 3.0)[0], [[1 / 3, 3.0, 1 / 3, 1 / 3]])
+    assert_near(credit_weights(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), on, 1.0, 3.0)[0], [[1 / 3, 3.0, 1 / 3, 1 / 3]])
     # β=.5: .5 + 2·share = .5 2.5 .5 .5 stays under 3; capped at 2: the 2 left for 1.5: .6667 each
     share = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
-    close(credit_weights(share, on, 0.5, 3.0)[0], [[0.5, 2.5, 0.5, 0.5]])
-    close(credit_weights(share, on, 0.5, 2.0)[0], [[2 / 3, 2.0, 2 / 3, 2 / 3]])
-    close(credit_weights(share, on, 0.7, 1.0)[0], [[1.0, 1.0, 1.0, 1.0]])
+    assert_near(credit_weights(share, on, 0.5, 3.0)[0], [[0.5, 2.5, 0.5, 0.5]])
+    assert_near(credit_weights(share, on, 0.5, 2.0)[0], [[2 / 3, 2.0, 2 / 3, 2 / 3]])
+    assert_near(credit_weights(share, on, 0.7, 1.0)[0], [[1.0, 1.0, 1.0, 1.0]])
 
 
 @pytest.mark.parametrize("factory", GROUP_METHODS)
@@ -235,9 +235,9 @@ def test_monte_carlo_by_hand():
         [[1.0, 2, NAN, 4, 0, 8], [NAN, 3, NAN, NAN, NAN, NAN]], [[0, 0, -1, 1, 2, 2], [-1, 0, *[-1] * 4]], [0, 1]
     )
     half = advantages.monte_carlo(gamma=0.5)(*given_batch)
-    close(half.advantages, [[7.0, 7, 0, 8, 8, 8], [0, 3, 0, 0, 0, 0]])
+    assert_near(half.advantages, [[7.0, 7, 0, 8, 8, 8], [0, 3, 0, 0, 0, 0]])
     whole = advantages.monte_carlo()(*given_batch)
-    close(whole.advantages, [[15.0, 15, 0, 12, 8, 8], [0, 3, 0, 0, 0, 0]])
+    assert_near(whole.advantages, [[15.0, 15, 0, 12, 8, 8], [0, 3, 0, 0, 0, 0]])
     assert torch.equal(whole.returns, whole.advantages)
     assert (advantages.monte_carlo(gamma=0.0)(*given_batch).advantages[0] == torch.tensor([3.0, 3, 0, 4, 8, 8])).all()
 
@@ -259,9 +259,9 @@ def test_reinforce_pp_by_hand():
         [[1.0, 3, NAN], [NAN, 2, NAN], [5, NAN, NAN]], [[0, 1, -1], [-1, 0, -1], [0, -1, -1]], [6, 6, 2]
     )
     came = advantages.reinforce_pp(baseline="group")(*given_batch)
-    close(came.advantages, [[1.0, 0, 0], [0, -1, 0], [0, 0, 0]])
-    close(came.returns, [[4.0, 3, 0], [0, 2, 0], [5, 0, 0]])
-    close(
+    assert_near(came.advantages, [[1.0, 0, 0], [0, -1, 0], [0, 0, 0]])
+    assert_near(came.returns, [[4.0, 3, 0], [0, 2, 0], [5, 0, 0]])
+    assert_near(
         advantages.reinforce_pp(baseline="group", gamma=0.5)(*given_batch).advantages,
         [[1.0, 0, 0], [0, -1, 0], [0, 0, 0]],
     )
@@ -285,8 +285,8 @@ def test_vine_by_hand():
     ids = torch.tensor([[0, -1, 1, 1, 2], [-1, 0, -1, -1, -1]])
     rollouts = helpers.rollouts(ids >= 0, ["vine_values"], vine_values=values, dirty=False)
     out = advantages.vine()(torch.tensor([[0.0, NAN, 1, 1, 3], [NAN, 2, NAN, NAN, NAN]]), ids, rollouts)
-    close(out.advantages, [[-0.25, 0, 2.75, 2.75, 2.0], [0, 1.5, 0, 0, 0]])
-    close(out.returns, [[0.25, 0, 3, 3, 3], [0, 2, 0, 0, 0]])
+    assert_near(out.advantages, [[-0.25, 0, 2.75, 2.75, 2.0], [0, 1.5, 0, 0, 0]])
+    assert_near(out.returns, [[0.25, 0, 3, 3, 3], [0, 2, 0, 0, 0]])
 
 
 def test_vine_is_gae_at_lambda_zero_with_those_values():

@@ -13,7 +13,7 @@ from apportion import losses, masking, segments
 NAN = float("nan")
 
 
-def approx(came: torch.Tensor, expected: float) -> None:
+def assert_approx(came: torch.Tensor, expected: float) -> None:
     assert came.item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -28,11 +28,11 @@ def test_clipped_policy_by_hand():
     adv = torch.tensor([[1.0, -1, 1, -1, 2, NAN]])
     mask = helpers.bools([[1, 1, 1, 1, 1, 0]])
     loss, sums = losses.clipped_policy(logprobs, torch.full((1, 6), -1.0), adv, mask)
-    approx(loss, -1.6)
-    approx(sums["policy/clipfrac"], 2.0)
+    assert_approx(loss, -1.6)
+    assert_approx(sums["policy/clipfrac"], 2.0)
     # k3 = ρ − 1 − log ρ: twice .5 − .405465, twice −.5 + .693147, .1 − .095310
-    approx(sums["policy/approxkl"], 0.580054)
-    approx(sums["val/ratio"], 5.1)
+    assert_approx(sums["policy/approxkl"], 0.580054)
+    assert_approx(sums["val/ratio"], 5.1)
     # d/dlogπ = −A·ρ where not clipped, 0 where clipped
     (grad,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(grad, torch.tensor([[0.0, 1.5, -0.5, 0, -2.2, 0]]))
@@ -53,11 +53,11 @@ def test_clipped_value_by_hand():
     values, old = torch.tensor([[1.0, 2, 0, 5]]), torch.tensor([[0.5, 2, 1, 5]])
     returns, mask = torch.tensor([[0.0, 2.5, 0, 0]]), helpers.bools([[1, 1, 1, 0]])
     loss, sums = losses.clipped_value(values, old, returns, mask)
-    approx(loss, 0.945)
-    approx(sums["loss/value_clipfrac"], 1.0)
+    assert_approx(loss, 0.945)
+    assert_approx(sums["loss/value_clipfrac"], 1.0)
     loss, sums = losses.clipped_value(values, old, returns, mask, clip=None)
-    approx(loss, 0.625)
-    approx(sums["loss/value_clipfrac"], 0.0)
+    assert_approx(loss, 0.625)
+    assert_approx(sums["loss/value_clipfrac"], 0.0)
 
 
 @pytest.mark.parametrize("clip", [0.2, None])
@@ -69,7 +69,7 @@ def test_nothing_off_the_mask_reaches_the_value_loss_or_its_gradient(clip, dirty
     given[dirty] = torch.where(mask, given[dirty], torch.tensor([[0, 0, NAN, float("inf")]]))
     values = given["values"].requires_grad_()
     loss, _ = losses.clipped_value(values, given["old"], given["returns"], mask, clip=clip)
-    approx(loss, 1.0)
+    assert_approx(loss, 1.0)
     (grad,) = torch.autograd.grad(loss, values)
     torch.testing.assert_close(grad, torch.tensor([[-1.0, -1, 0, 0]]), msg=lambda m: f"{dirty} off the mask: {grad}")
 
@@ -82,7 +82,7 @@ def test_nothing_off_the_mask_reaches_the_policy_loss_or_its_gradient(dirty, val
     given[dirty][0, 1] = value
     logprobs = given["logprobs"].requires_grad_()
     loss, sums = losses.clipped_policy(logprobs, given["old"], given["advantages"], mask)
-    approx(loss, -1.0)
+    assert_approx(loss, -1.0)
     assert all(torch.isfinite(v) for v in sums.values())
     (grad,) = torch.autograd.grad(loss, logprobs)
     assert grad.tolist() == [[-1.0, 0.0]]

@@ -23,7 +23,7 @@ def apply(method: credit.Credit, **given: Tensor) -> Tensor:
     return credit.apply(method, helpers.rollouts(MASK, [*given], scores=SCORES, **given))[0]
 
 
-def equal(came: Tensor, expected: list[list[float]]) -> None:
+def assert_equal(came: Tensor, expected: list[list[float]]) -> None:
     torch.testing.assert_close(came, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
@@ -46,13 +46,13 @@ class TestPrefixDifference:
         ],
     )
     def test_table(self, settings: dict, expected: list[list[float]]) -> None:
-        equal(apply(credit.prefix_difference(**settings), prefix_scores=PREFIXES, prompt_score=PROMPT), expected)
+        assert_equal(apply(credit.prefix_difference(**settings), prefix_scores=PREFIXES, prompt_score=PROMPT), expected)
 
     def test_what_the_score_has_beyond_the_models_own_stays_on_the_last_token(self) -> None:
         """A clipped score (2 instead of 5, say): the sum is kept, and no other token changes."""
         higher = PREFIXES.clone()
         higher[0, 3], higher[1, 3] = 5.0, -8.0
-        equal(
+        assert_equal(
             apply(credit.prefix_difference(), prefix_scores=higher),
             [[0.5, 1, -0.5, 1], [1, 0, -3, 1], [0, 3, 0, 0], [0] * 4],
         )
@@ -65,7 +65,7 @@ class TestPrefixDifference:
         penalty, shaped = credit.kl_penalty(coef=0.1), credit.prefix_difference()
         one = credit.apply(credit.chain(penalty, shaped, allow_redistributing_penalties=True), rollouts)[0]
         torch.testing.assert_close(one, credit.apply(credit.chain(shaped, penalty), rollouts)[0])
-        equal(one, [[0.5, 0.9, -0.4, 1], [0.9, 0, -3, 1.05], [0, 3, 0, 0], [0] * 4])
+        assert_equal(one, [[0.5, 0.9, -0.4, 1], [0.9, 0, -3, 1.05], [0, 3, 0, 0], [0] * 4])
 
     def test_metrics(self) -> None:
         """Row 0 moves by 1, .5, 1; row 1 by 3, 1. The rewards came to 2, −1, 3: row 0's prefix says .5 more."""
@@ -129,7 +129,7 @@ class TestImplicit:
         ],
     )
     def test_table(self, settings: dict, expected: list[list[float]]) -> None:
-        equal(apply(credit.implicit(**settings), implicit_logprobs=DPO, reference_logprobs=REFERENCE), expected)
+        assert_equal(apply(credit.implicit(**settings), implicit_logprobs=DPO, reference_logprobs=REFERENCE), expected)
 
     def test_metrics(self) -> None:
         given = {"implicit_logprobs": DPO, "reference_logprobs": REFERENCE}
@@ -150,9 +150,9 @@ class TestProcess:
     def test_replaces_or_adds(self) -> None:
         given = torch.tensor([[0.5, 0, -1, 2], [1, 9, 0, -0.25], [9, 0.5, 9, 9], [9] * 4])
         replaced = [[0.5, 0, -1, 2], [1, 0, 0, -0.25], [0, 0.5, 0, 0], [0] * 4]
-        equal(apply(credit.process(), process_rewards=given), replaced)
+        assert_equal(apply(credit.process(), process_rewards=given), replaced)
         added = [[0.5, 0, -1, 4], [1, 0, 0, -1.25], [0, 3.5, 0, 0], [0] * 4]
-        equal(apply(credit.process(keep=True), process_rewards=given), added)
+        assert_equal(apply(credit.process(keep=True), process_rewards=given), added)
 
     def test_settings(self) -> None:
         assert not credit.process(causal=False).causal
@@ -179,7 +179,7 @@ class TestLengthPenalty:
     )
     def test_table(self, settings: dict, costs: list[float]) -> None:
         a, b, c = (s - cost for s, cost in zip((2, -1, 3), costs, strict=True))
-        equal(apply(credit.length_penalty(**settings)), [[0, 0, 0, a], [0, 0, 0, b], [0, c, 0, 0], [0] * 4])
+        assert_equal(apply(credit.length_penalty(**settings)), [[0, 0, 0, a], [0, 0, 0, b], [0, c, 0, 0], [0] * 4])
         rollouts = helpers.rollouts(MASK)
         found = credit.length_penalty(**settings).stats(rollouts, SCORES, SCORES)
         assert (
@@ -197,7 +197,7 @@ class TestLengthPenalty:
 
     def test_it_follows_redistribution(self) -> None:
         chain = credit.chain(credit.uniform(), credit.length_penalty(coef=0.1))
-        equal(apply(chain)[:1], [[0.5, 0.5, 0.5, 0.1]])
+        assert_equal(apply(chain)[:1], [[0.5, 0.5, 0.5, 0.1]])
         with pytest.raises(ConfigError, match="after a credit that changes the return"):
             credit.chain(credit.length_penalty(), credit.uniform())
         for signed in (credit.attribution(), credit.shapley()):
@@ -226,8 +226,8 @@ class TestAttribution:
         ],
     )
     def test_table(self, settings: dict, expected: list[list[float]]) -> None:
-        equal(apply(credit.attribution(**settings), reward_attribution=EFFECTS), expected)
-        equal(apply(credit.attribution(**settings), reward_attribution=EFFECTS * 1e-6), expected)
+        assert_equal(apply(credit.attribution(**settings), reward_attribution=EFFECTS), expected)
+        assert_equal(apply(credit.attribution(**settings), reward_attribution=EFFECTS * 1e-6), expected)
 
     def test_effects_of_the_scores_sign_are_shares(self) -> None:
         """Then it is S·a/Σa, as attention with these weights: for a positive and for a negative score."""
@@ -249,7 +249,7 @@ class TestAttribution:
         rollouts = helpers.rollouts(MASK, given, scores=SCORES, **given)
         method = credit.attribution(mix=1.0)
         out = credit.apply(method, rollouts)[0]
-        equal(out, [[0.5] * 4, [-1 / 3, 0, -1 / 3, -1 / 3], [0, 3, 0, 0], [0] * 4])
+        assert_equal(out, [[0.5] * 4, [-1 / 3, 0, -1 / 3, -1 / 3], [0, 3, 0, 0], [0] * 4])
         assert method.stats(rollouts, out, out)["credit/fallback_rate"][0] == 3
 
     def test_bad_settings_are_named(self) -> None:
@@ -275,12 +275,12 @@ class TestShapley:
     )
     def test_table(self, settings: dict, expected: list[list[float]]) -> None:
         method = credit.shapley(**settings)
-        equal(apply(method, **self.given(method)), expected)
+        assert_equal(apply(method, **self.given(method)), expected)
 
     def test_what_clipping_took_stays_on_the_last_token(self) -> None:
         method = credit.shapley()
         rollouts = helpers.rollouts(MASK, self.given(method), scores=SCORES - 1, **self.given(method))
-        equal(credit.apply(method, rollouts)[0][:2], [[0.9, 0.5, -1, 0.6], [-0.7, 0, -0.3, -1]])
+        assert_equal(credit.apply(method, rollouts)[0][:2], [[0.9, 0.5, -1, 0.6], [-0.7, 0, -0.3, -1]])
 
     def test_metrics_and_bad_settings(self) -> None:
         method = credit.shapley()

@@ -75,7 +75,7 @@ def ppo_run(released: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     return get
 
 
-def same(came: Tensor, expected: Tensor, within: float = 2e-6) -> None:
+def assert_same(came: Tensor, expected: Tensor, within: float = 2e-6) -> None:
     torch.testing.assert_close(came, expected, rtol=within, atol=within)
 
 
@@ -111,20 +111,20 @@ def test_our_score_is_on_eos_and_trls_on_the_pad_after_it(ppo_run):
     rows, length = mask.any(dim=1).nonzero().squeeze(1), mask.shape[1]  # TRL may sample the pad token first: no token
     last, scores, theirs = last[rows], batch["scores"][rows], batch["rewards"][rows]
     assert len(rows) > 5 and (last < length - 1).any()
-    same(rewards[rows].sum(dim=1), theirs.sum(dim=1), 1e-5)
+    assert_same(rewards[rows].sum(dim=1), theirs.sum(dim=1), 1e-5)
     expected, here = rewards[rows], torch.arange(len(rows))
     expected[here, last] -= scores
     expected[here, torch.where(last + 1 < length, last + 1, last)] += scores
-    same(theirs, expected, 1e-5)
+    assert_same(theirs, expected, 1e-5)
 
 
 def test_gae_and_whitening_equal_trls_on_trls_rewards_and_positions(ppo_run):
     batch = ppo_run(1)["batch"]
     longer = rollouts_of(batch, ~batch["padding_mask_p1"])  # TRL's rows have one step more than tokens
     came = advantages.gae(GAMMA, LAMBDA)(batch["rewards"], segments.tokens()(longer), longer)
-    same(came.advantages, batch["returns"] - batch["values"], 1e-5)
-    same(came.returns, batch["returns"], 1e-5)
-    same(whiten(came.advantages, ~batch["padding_mask"]), batch["advantages"], 1e-5)
+    assert_same(came.advantages, batch["returns"] - batch["values"], 1e-5)
+    assert_same(came.returns, batch["returns"], 1e-5)
+    assert_same(whiten(came.advantages, ~batch["padding_mask"]), batch["advantages"], 1e-5)
 
 
 def test_gae_on_our_rewards_differs_by_the_value_of_the_pad_alone(ppo_run):
@@ -138,13 +138,13 @@ def test_gae_on_our_rewards_differs_by_the_value_of_the_pad_alone(ppo_run):
     for row in range(len(mask)):
         n = int(mask[row].sum())
         if n == mask.shape[1]:
-            same(ours[row], theirs[row], 1e-5)
+            assert_same(ours[row], theirs[row], 1e-5)
             continue
         score, pad = batch["scores"][row], batch["values"][row, n]
         # last step here: + score. There: γ·V(pad) and, one step on, γλ·(score − V(pad))
         gap = GAMMA * pad + GAMMA * LAMBDA * (score - pad) - score
         fading = (GAMMA * LAMBDA) ** torch.arange(n - 1, -1, -1)
-        same(theirs[row, :n] - ours[row, :n], gap * fading, 2e-5)
+        assert_same(theirs[row, :n] - ours[row, :n], gap * fading, 2e-5)
 
 
 def test_policy_and_value_losses_and_their_gradients_equal_trls(ppo_run):
@@ -162,12 +162,12 @@ def test_policy_and_value_losses_and_their_gradients_equal_trls(ppo_run):
         policy = policy / method.denominator(mask, ids)
         value, _ = losses.clipped_value(values, step["mb_values"], step["mb_return"], longer, clip=VALUE_CLIP)
         value = value / longer.sum()  # TRL regresses the value of the pad after EOS too
-        same(policy, step["pg_loss"])
-        same(value, step["vf_loss"])
-        same(policy + VALUE_COEF * value, step["loss"])
+        assert_same(policy, step["pg_loss"])
+        assert_same(value, step["vf_loss"])
+        assert_same(policy + VALUE_COEF * value, step["loss"])
         policy_grad, value_grad = torch.autograd.grad(policy + VALUE_COEF * value, [new, values])
-        same(policy_grad, step["policy_grad"])
-        same(value_grad, step["value_grad"])
+        assert_same(policy_grad, step["policy_grad"])
+        assert_same(value_grad, step["value_grad"])
         assert float(sums["val/ratio"]) > 0
     assert record["steps"][-1]["policy_grad"].abs().max() > 1e-3
 
@@ -204,7 +204,7 @@ def test_trl_divides_each_micro_batch_by_its_own_tokens_and_we_the_whole(ppo_run
         rollouts = rollouts_of({k: v[rows] for k, v in batch.items()}, mask)
         ids = segments.tokens()(rollouts)
         loss, _ = method.terms(step["new_logprobs"], rollouts, step["mb_advantage"], mask, ids)
-        same(loss / count, step["pg_loss"])
+        assert_same(loss / count, step["pg_loss"])
         whole = whole + loss / sum(tokens)
     theirs = torch.stack([s["pg_loss"] for s in steps]).mean()
     assert (whole - theirs).abs() > 1e-4, "these micro-batches cannot tell"
