@@ -39,6 +39,7 @@ class OptimConfig:
         eps: Adam's epsilon.
         weight_decay: decoupled weight decay.
         max_grad_norm: clip the gradient's norm to this.
+        moments: of weights that learn in 16 bit (lora.rank 0): float32, or bfloat16, which saves 4 bytes a weight.
     """
 
     lr: float = 5e-4
@@ -46,6 +47,7 @@ class OptimConfig:
     eps: float = 1e-5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    moments: str = "float32"
 
 
 @dataclass
@@ -78,7 +80,8 @@ class PPOConfig:
     Attributes:
         epochs: passes over each batch; null picks 4 with a critic and 1 without.
         mini_batch: rollouts an optimizer step.
-        micro_batch: rollouts a forward and backward pass (memory only; it does not change the result).
+        micro_batch: most rollouts a forward and backward pass (memory only; it does not change the result).
+        micro_tokens: most positions of it, padded to its longest row; rows of like length go together.
         value_clip: value clip; null for none.
         value_coef: weight of the value loss.
         value_tokens: where values are learned: "first" token of each action, where it is chosen, or "all" (as the
@@ -95,6 +98,7 @@ class PPOConfig:
     epochs: int | None = None
     mini_batch: int = 16
     micro_batch: int = 16
+    micro_tokens: int = 2048
     value_clip: float | None = 0.2
     value_coef: float = 0.1
     value_tokens: str | None = None
@@ -113,13 +117,15 @@ class ScoreConfig:
         center: subtract the reward model's mean score on its held-out set.
         scale: divide by its standard deviation there.
         clip: then clamp to [-clip, clip]; null for none.
-        micro_batch: rollouts a forward pass of a scoring model.
+        micro_batch: most rollouts a forward pass of a scoring model.
+        micro_tokens: most positions of it, prompts and responses padded to its longest.
     """
 
     center: bool = False
     scale: bool = False
     clip: float | None = None
     micro_batch: int = 32
+    micro_tokens: int = 4096
 
 
 @dataclass
@@ -352,9 +358,21 @@ _ANY = math.inf
 _COUNTS = ("batch_size", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens")
 RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(
-        (*_COUNTS, "epochs", "mini_batch", "micro_batch", "steps", "clips", "test_texts", "count", "keep_checkpoints"),
+        (
+            *_COUNTS,
+            "epochs",
+            "mini_batch",
+            "micro_batch",
+            "micro_tokens",
+            "steps",
+            "clips",
+            "test_texts",
+            "count",
+            "keep_checkpoints",
+        ),
         (1, _ANY, "a whole number >= 1"),
     ),
+    "keep_checkpoints": (1, _ANY, "a whole number >= 1"),
     **dict.fromkeys(("rank", "checkpoint_every", "log_rollouts"), (0, _ANY, "a whole number >= 0")),
     "seed": (0, 2**31, "a whole number from 0 to 2^31"),
     **dict.fromkeys(("lr", "eps", "temperature", "max_grad_norm", "alpha"), (1e-12, _ANY, "a number > 0")),
@@ -380,4 +398,5 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": ("auto", "float32", "bfloat16"),
     "reward_dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
+    "moments": ("float32", "bfloat16"),
 }

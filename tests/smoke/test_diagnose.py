@@ -47,6 +47,7 @@ def test_score_functions_are_the_gradient_by_a_map_on_the_last_states(world: Pat
     mine = torch.einsum("bt,btd,bte->de", weights, left, right)
     size = left.shape[-1]
     bend, push = torch.zeros(size, size, requires_grad=True), torch.zeros(400, requires_grad=True)
+    policy.plain = False  # so that the model's own logits are read, and with them the hooks'
     head = policy.model.get_output_embeddings()
     hooks = [
         head.register_forward_pre_hook(lambda module, args: (args[0] + args[0] @ bend.T,)),

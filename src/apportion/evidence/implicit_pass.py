@@ -49,9 +49,7 @@ def further_policy(policy: Policy, others: dict[str, Any], field: str, path: str
             raise ModelError(message(field, came, "a model with the policy's tokenizer", mend))
         weights = next(policy.model.parameters())
         model = load_causal(field, folder, weights.dtype, weights.device).requires_grad_(False)
-        others[path] = Policy(
-            model, policy.tokenizer, policy.banned, temperature=policy.temperature, compute=policy.compute
-        )
+        others[path] = Policy(model, policy.tokenizer, policy.banned, temperature=policy.temperature)
     kept = others[path]
     assert isinstance(kept, Policy)
     return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from apportion.losses import entropy_of
 from apportion.masking import last_index
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
+from apportion.models.masters import to_sixteen_bit
+from apportion.models.token_logprobs import token_logprobs
 from apportion.types import Rollouts
 
 
@@ -41,7 +43,8 @@ class Policy:
         reference: a frozen copy, or None: the policy with its adapters disabled.
         banned: ids that are never sampled; their logit is −inf in every log-probability.
         temperature: divides the logits in sampling and in every log-probability.
-        compute: dtype of autocast when float32 weights compute in 16 bit, else None.
+        remainders: the lower halves of the float32 masters of weights that learn in 16 bit (`models.masters`).
+        plain: whether the logits are the output layer's as they come, so that they can be computed in blocks.
     """
 
     model: Any
@@ -51,7 +54,11 @@ class Policy:
     value_trunk: Any | None = None
     reference: Any | None = None
     temperature: float = 1.0
-    compute: torch.dtype | None = None
+    remainders: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plain = plain_head(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -70,17 +77,11 @@ class Policy:
 
     def forward(self, rollouts: Rollouts, *, values: bool = True, entropy: bool = False) -> Outputs:
         """Return log-probabilities, values and entropy of `rollouts` in one forward of the policy (and value trunk)."""
-        with self.autocast():
-            logits, hidden = response_logits(self.model, rollouts)
-        logits = self.allowed(logits[:, :-1])
-        logprobs = chosen_logprobs(logits, rollouts)
-        with torch.no_grad():
-            spread = torch.where(rollouts.mask, entropy_of(logits), 0.0) if entropy else None
+        logprobs, spread, hidden = self.read(self.model, rollouts, entropy)
         if not values or self.value_head is None:
             return Outputs(logprobs, None, None, spread)
         if self.value_trunk is not None:
-            with self.autocast():
-                hidden = trunk_states(self.value_trunk, rollouts)
+            hidden = trunk_states(self.value_trunk, rollouts)
         all_values = self.value_head(hidden.float()).squeeze(-1)  # (B,T+1)
         before = torch.where(rollouts.mask, all_values[:, :-1], 0.0)
         after = all_values.gather(1, (last_index(rollouts.valid) + 1)[:, None]).squeeze(1)
@@ -89,9 +90,33 @@ class Policy:
     @torch.no_grad()
     def reference_logprobs(self, rollouts: Rollouts) -> Tensor:
         """Return log π_ref of the sampled tokens, (B,T) float32, 0 off the mask: one forward of the reference."""
-        with self.as_reference() as model, self.autocast():
-            logits, _ = response_logits(model, rollouts)
-        return chosen_logprobs(self.allowed(logits[:, :-1]), rollouts)
+        with self.as_reference() as model:
+            return self.read(model, rollouts, entropy=False)[0]
+
+    def read(self, model: Any, rollouts: Rollouts, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return (log-probabilities (B,T), entropies (B,T) or None, states (B,T+1,d)) under `model`, one forward.
+
+        Where the model's logits are its output layer's alone, they are computed at the
+        sampled tokens only, a block at a time; else (a soft cap, a scale) as the model computes them.
+        """
+        if not self.plain:
+            logits, hidden = response_logits(model, rollouts)
+            logits = self.allowed(logits[:, :-1])
+            with torch.no_grad():
+                spread = torch.where(rollouts.mask, entropy_of(logits), 0.0) if entropy else None
+            return chosen_logprobs(logits, rollouts), spread, hidden
+        hidden = response_states(model, rollouts)
+        head, mask = model.get_output_embeddings(), rollouts.mask
+        rows, columns = mask.nonzero(as_tuple=True)
+        index = rows * hidden.shape[1] + columns
+        states = hidden.flatten(0, 1).index_select(0, index)
+        banned = torch.tensor(self.banned, device=states.device)
+        bias = getattr(head, "bias", None)
+        chosen, spread = token_logprobs(
+            states, head.weight, bias, rollouts.response_ids[mask], banned, self.temperature, entropy
+        )
+        logprobs = chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
+        return logprobs, None if spread is None else spread.new_zeros(mask.shape).masked_scatter(mask, spread), hidden
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[Any]:
@@ -101,12 +126,6 @@ class Policy:
         else:
             with self.model.disable_adapter():
                 yield self.model
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which forwards run: 16-bit products over float32 weights, or nothing."""
-        if self.compute is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute)
 
 
 def response_logits(model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
@@ -121,15 +140,35 @@ def response_logits(model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     return logits[:, -length - 1 :], caught[-1][:, -length - 1 :]
 
 
+def response_states(model: Any, rollouts: Rollouts) -> Tensor:
+    """Return the states under the output layer, (B,T+1,d), without its logits: entry t is before response token t."""
+    length = rollouts.response_ids.shape[1]
+    with contiguous_head(model, first_only=True) as caught:
+        model(**inputs_of(rollouts), use_cache=False, logits_to_keep=length + 1)
+    return caught[-1][:, -length - 1 :]
+
+
+@torch.no_grad()
+def plain_head(model: Any) -> bool:
+    """Whether the model's logits are its output layer's as they come, neither capped nor scaled: it is tried out."""
+    head = model.get_output_embeddings()
+    if getattr(head, "weight", None) is None:
+        return False
+    with contiguous_head(model) as caught:
+        logits = model(input_ids=torch.tensor([[1, 2]], device=head.weight.device), use_cache=False).logits
+    return torch.equal(logits, torch.nn.functional.linear(caught[-1], head.weight, getattr(head, "bias", None)))
+
+
 @contextlib.contextmanager
-def contiguous_head(model: Any) -> Iterator[list[Tensor]]:
+def contiguous_head(model: Any, *, first_only: bool = False) -> Iterator[list[Tensor]]:
     """Make the output layer's input contiguous, and catch it: a strided one is multiplied through a copy of the
-    whole output matrix, which costs more than the rest of the forward on a CPU."""
+    whole output matrix, which costs more than the rest of the forward on a CPU. With `first_only` the layer itself
+    computes one position, for a caller who wants what is caught."""
     caught: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         caught.append(args[0].contiguous())
-        return (caught[-1], *args[1:])
+        return (caught[-1][:, :1].detach() if first_only else caught[-1], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
@@ -161,7 +200,9 @@ def chosen_logprobs(logits: Tensor, rollouts: Rollouts) -> Tensor:
 
 
 def load_policy(config: RLConfig) -> Policy:
-    """Return the policy of a run: adapters over a 16-bit base, or all weights in float32 beside a frozen copy.
+    """Return the policy of a run: float32 adapters over a 16-bit base, or all weights beside a frozen copy.
+
+    Where all weights learn in 16 bit, each has a float32 master (`models.masters`).
 
     Raises:
         ModelError, ConfigError: as the loaders and `add_adapter` do.
@@ -176,18 +217,18 @@ def load_policy(config: RLConfig) -> Policy:
     pair = config.sampling.prompt_tokens or [0, config.sampling.max_prompt_tokens]
     quick_attention(model, device, pair[1] + config.sampling.max_new_tokens)
     model.requires_grad_(not lora)
-    reference = None if lora else copy.deepcopy(model).requires_grad_(False)
+    reference = None if lora else copy.deepcopy(model).requires_grad_(False).to(dtype)
     trunk = None
     if config.ppo.value_model == "separate":
-        trunk = copy.deepcopy(model.base_model if reference is None else reference.base_model)
+        trunk = copy.deepcopy(model.base_model)
         trunk = (add_adapter(trunk, config.lora) if lora else trunk.requires_grad_(True)).eval()
     if lora:
         model = add_adapter(model, config.lora).eval()
     head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    compute = dtype if not lora and dtype != torch.float32 else None
-    return Policy(model, tokenizer, banned, head, trunk, reference, config.sampling.temperature, compute)
+    remainders = to_sixteen_bit(model, trunk) if not lora and dtype == torch.bfloat16 else {}
+    return Policy(model, tokenizer, banned, head, trunk, reference, config.sampling.temperature, remainders)
 
 
 def banned_ids(tokenizer: Any, stop: str) -> list[int]:

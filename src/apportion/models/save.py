@@ -13,6 +13,7 @@ import yaml
 
 from apportion.models.adapters import merged_copy
 from apportion.models.load import load_causal, load_classifier
+from apportion.models.masters import to_float32
 from apportion.models.policy import Policy
 
 CARD = """---
@@ -33,10 +34,14 @@ Trained by apportion with these settings:
 
 
 def save_policy(policy: Policy, base: str, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the policy (float32, adapters merged into a freshly loaded base) to `folder`, whole or not at all."""
+    """Write the policy (float32, adapters merged into a freshly loaded base) to `folder`, whole or not at all.
+
+    Weights that learned in 16 bit are their float32 masters from then on.
+    """
     if policy.reference is None:
         model: Any = merged_copy(policy.model, load_causal("policy", base, torch.float32, torch.device("cpu")))
     else:
+        to_float32(policy.remainders)
         model = policy.model
     model.config.pad_token_id = policy.tokenizer.pad_token_id
     text = "A policy trained by reinforcement learning against a reward model, its score apportioned over the tokens."

@@ -74,7 +74,7 @@ def _decode(
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     positions, cache, step_ids = (mask.cumsum(dim=1) - 1).clamp_min(0), None, ids
     for _ in range(config.max_new_tokens):
-        with policy.autocast(), contiguous_head(model):
+        with contiguous_head(model):
             out = model(
                 input_ids=step_ids,
                 attention_mask=mask.long(),

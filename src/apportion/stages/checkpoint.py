@@ -78,7 +78,10 @@ def _restore(learner: Learner, stored: dict[str, dict[str, Tensor]]) -> None:
                 if name.partition(".")[0] == str(i)
             }
             # `step` too: the fused optimizer counts on the parameter's device
-            learner.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+            moments = {k: v.to(parameter.device) for k, v in moments.items()}
+            if "remainder" in moments:  # the policy holds the same tensor
+                moments["remainder"] = learner.models.policy.remainders[parameter].copy_(moments["remainder"])
+            learner.optimizer.state[parameter] = moments
     state = dict(stored["state"])
     learner.generator.set_state(state.pop("generator"))
     learner.credit_state = state

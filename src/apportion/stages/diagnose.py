@@ -162,8 +162,7 @@ def _rows(rollouts: Rollouts) -> tuple[Tensor, ...]:
 
 
 def _score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    with policy.autocast():
-        logits, states = response_logits(policy.model, rollouts)
+    logits, states = response_logits(policy.model, rollouts)
     probabilities = policy.allowed(logits[:, :-1]).softmax(dim=-1)
     gap = probabilities.neg_().scatter_add_(
         -1, rollouts.response_ids[..., None], torch.ones_like(rollouts.logprobs)[..., None]

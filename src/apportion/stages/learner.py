@@ -37,7 +37,7 @@ class Learner:
     ) -> None:
         self.models, self.method, self.prompts = models, method, prompts
         self.needs, self.generator, self.compare = needs, generator, compare
-        self.optimizer = make_optimizer(models.policy, optim)
+        self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}
 

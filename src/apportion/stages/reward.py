@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from apportion.config import RewardConfig, to_dict
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
+from apportion.models.masters import to_float32, to_sixteen_bit
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
 from apportion.runs import Run, explained, need_space
@@ -28,7 +28,7 @@ from apportion.stages.clips import Clip, batches, random_clips, right_pad, token
 from apportion.stages.probe import probe_head
 from apportion.stages.prompts import context_of
 from apportion.stages.records import memory_mb
-from apportion.stages.update import finite_norm, learning_rate
+from apportion.stages.update import finite_norm, learning_rate, make_optimizer
 from apportion.statistics import calibration, mean_interval, proportion
 
 Tell = Callable[[int, int, dict[str, float]], None]
@@ -69,7 +69,10 @@ def _train(run: Run, config: RewardConfig, tell: Tell) -> dict[str, Any]:
     clips = random_clips(*_ids(train_rows, tokenizer, config), config.clips, config.clip_tokens, config.seed)
     torch.manual_seed(config.seed)
     model = _model(config, folder, tokenizer, device, clips)
-    _fit(model, clips, config, tokenizer.pad_token_id, run, tell)
+    full = config.lora.rank == 0
+    remainders = to_sixteen_bit(model) if full and pick_dtype(config.dtype, device) == torch.bfloat16 else {}
+    _fit(model, remainders, clips, config, tokenizer.pad_token_id, run, tell)
+    to_float32(remainders)
     card = model_card("Reward model", "reward-model", "R = logit(positive) − logit(negative).", to_dict(config))
     with explained(run.path):
         save_classifier(model, tokenizer, folder, run.path / "final", card, lora=config.lora.rank > 0)
@@ -125,17 +128,24 @@ def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.devi
     return add_adapter(model, config.lora, head=head).eval() if lora else model
 
 
-def _fit(model: Any, clips: list[Clip], config: RewardConfig, pad: int, run: Run, tell: Tell) -> None:
+def _fit(
+    model: Any,
+    remainders: dict[torch.nn.Parameter, Tensor],
+    clips: list[Clip],
+    config: RewardConfig,
+    pad: int,
+    run: Run,
+    tell: Tell,
+) -> None:
+    """Train on every clip once; `remainders` are of weights that learn in 16 bit."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=config.optim.lr, eps=config.optim.eps, weight_decay=config.optim.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(trainable, remainders, config.optim)
     dealt = batches(clips, config.batch_size, config.seed)
     for step, batch in enumerate(dealt, 1):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step - 1, len(dealt))
-        loss, hits = _accumulate(model, batch, config.micro_batch, pad, _computing(config, model))
+        loss, hits = _accumulate(model, batch, config.micro_batch, pad)
         norm = finite_norm(trainable, config.optim)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -151,25 +161,13 @@ def _fit(model: Any, clips: list[Clip], config: RewardConfig, pad: int, run: Run
         tell(step, len(dealt), metrics)
 
 
-def _computing(config: RewardConfig, model: Any) -> AbstractContextManager[Any]:
-    """Return the context of a forward: float32 weights compute in 16 bit where the processor has it."""
-    device = next(model.parameters()).device
-    dtype = pick_dtype(config.dtype, device)
-    if config.lora.rank > 0 or dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
-
-
-def _accumulate(
-    model: Any, batch: list[Clip], micro: int, pad: int, context: AbstractContextManager[Any]
-) -> tuple[float, float]:
+def _accumulate(model: Any, batch: list[Clip], micro: int, pad: int) -> tuple[float, float]:
     """Add one batch's gradient, a few clips at a time, and return (mean loss in nats, share of clips judged right)."""
     device = next(model.parameters()).device
     total, hits = 0.0, 0
     for first in range(0, len(batch), micro):
         ids, mask, labels = (t.to(device) for t in right_pad(batch[first : first + micro], pad))
-        with context:
-            logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
         loss.backward()
         total += float(loss.detach())

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from apportion.batching import micro_batches, trim
 from apportion.config import OptimConfig, PPOConfig
 from apportion.errors import ScoreError, message
 from apportion.losses import clipped_value
 from apportion.masking import whiten
+from apportion.models.masters import MasterAdamW, total_norm
 from apportion.models.policy import Policy
 from apportion.types import Advantages, PolicyLoss, Rollouts
 
@@ -78,10 +80,11 @@ def update(
 
 def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Tensor:
     """Clip the gradient and return its norm before that. Raises ScoreError for one that is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    norm = total_norm(parameters)
     if not torch.isfinite(norm):
         mend = "Lower optim.lr, or train in float32 (--dtype float32)."
         raise ScoreError(message("gradient norm", float(norm), "a finite number", mend))
+    torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
     return norm
 
 
@@ -93,9 +96,9 @@ def _mini_batch(
     actions = targets.value_mask[rows].sum().clamp_min(1)
     denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
     sums: dict[str, Tensor] = {}
-    for part in rows.split(config.micro_batch):
-        batch = rollouts.select(part)
-        advantages, returns, policy_mask, value_mask, segments = (t[part] for t in targets)
+    for part in micro_batches(rollouts, rows, config.micro_batch, config.micro_tokens):
+        batch = trim(rollouts.select(part))
+        advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
         out = policy.forward(batch, values="values" in batch.evidence)
         policy_loss, found = loss.terms(out.logprobs, batch, advantages, policy_mask, segments)
         total = policy_loss / denominator
@@ -111,10 +114,17 @@ def _mini_batch(
     return sums
 
 
-def make_optimizer(policy: Policy, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over everything that learns, fused where the device allows."""
-    return torch.optim.AdamW(
-        policy.trainable(), lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, fused=True
+def make_optimizer(
+    parameters: list[torch.nn.Parameter], remainders: dict[torch.nn.Parameter, Tensor], config: OptimConfig
+) -> MasterAdamW:
+    """Return AdamW over `parameters`, of which some have the lower halves of their float32 masters in `remainders`."""
+    return MasterAdamW(
+        parameters,
+        lr=config.lr,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        remainders=remainders,
+        moments=config.moments,
     )
 
 
