@@ -9,6 +9,7 @@ from torch import nn
 
 from apportion.config import LoraConfig
 from apportion.errors import ConfigError, message
+from apportion.models.linear import quicken
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -64,6 +65,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # peft leaves modules_to_save in bf16, where small updates vanish
             parameter.data = parameter.data.float()
+    quicken(adapted)
     if head is not None:
         adapted.get_submodule(f"base_model.model.{head}").register_forward_pre_hook(lambda _, args: (args[0].float(),))
     return adapted

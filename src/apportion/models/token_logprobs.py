@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.losses import entropy_of
-
 BLOCK_ELEMENTS = 1 << 24  # logits at once: 32 MiB in 16 bit
 ROWS_ELEMENTS = 1 << 21  # logits at once in float32: 8 MiB, which a processor's cache holds
 KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass: 128 MiB in 16 bit; more are computed again
@@ -61,10 +59,7 @@ class _TokenLogprobs(torch.autograd.Function):
             chosen[block] = logits.gather(1, ids[block, None]).squeeze(1).float() / temperature
             for part in _blocks(len(logits), vocabulary, ROWS_ELEMENTS):
                 here = slice(block.start + part.start, block.start + part.stop)
-                wide = logits[part].float() if temperature == 1.0 else logits[part].float() / temperature
-                normaliser[here] = wide.logsumexp(dim=-1)
-                if entropy:
-                    spread[here] = entropy_of(wide)
+                normaliser[here], spread[here] = log_sum(logits[part], temperature, entropy)
             if keep:
                 kept.append(logits)
         ctx.save_for_backward(states, weight, bias, ids, banned, normaliser, *kept)
@@ -97,6 +92,21 @@ def block_logits(states: Tensor, weight: Tensor, bias: Tensor | None, banned: Te
     """Return the logits (n,V) of `states` (n,d) in their dtype, −inf on the banned ids."""
     logits = torch.nn.functional.linear(states, weight, bias)
     return logits.index_fill_(1, banned, -torch.inf)
+
+
+def log_sum(logits: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | float]:
+    """Return (log Σ exp, entropy in nats or 0) of softmax(logits/temperature), rows (n,V) -> (n,), with one exp."""
+    wide = logits.float()  # a copy where the logits are 16 bit, and left as it is where they are not
+    peak = wide.amax(dim=-1, keepdim=True)
+    shifted = wide - peak if wide is logits else wide.sub_(peak)
+    shifted = shifted if temperature == 1.0 else shifted.div_(temperature)
+    weights = shifted.exp()
+    mass = weights.sum(dim=-1)
+    total = peak.squeeze(-1) / temperature + mass.log()
+    if not entropy:
+        return total, 0.0
+    shifted.clamp_min_(-1e4)  # −inf has no weight, and 0·−inf is no number
+    return total, mass.log() - torch.linalg.vecdot(weights, shifted) / mass
 
 
 def logits_gradient(logits: Tensor, ids: Tensor, normaliser: Tensor, gradient: Tensor, temperature: float) -> Tensor:

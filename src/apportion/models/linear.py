@@ -1,0 +1,96 @@
+"""Linear layers without detours: two-dimensional products, and adapters that compute in the layer's own dtype.
+
+`torch.matmul` multiplies a strided three-dimensional input with a frozen weight as a batch of products over *copies*
+of the weight, which costs more than the product; and peft's adapters cast their input to float32 and back. The classes
+here replace a layer's `forward` and nothing else: parameters, names, merging and saving stay the layer's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def quicken(model: nn.Module) -> None:
+    """Give every plain linear layer of `model`, and every LoRA layer on one, the `forward` of this file."""
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FlatLinear
+        elif type(module) is PeftLinear and isinstance(module.base_layer, nn.Linear):
+            module.__class__ = quick_lora()
+
+
+class FlatLinear(nn.Linear):
+    """`nn.Linear` that multiplies (n,d) whatever the input's shape and strides."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input · weightᵀ + bias."""
+        flat = nn.functional.linear(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
+        return flat.view(*input.shape[:-1], flat.shape[-1])
+
+
+_QUICK_LORA: list[type] = []
+
+
+def quick_lora() -> type:
+    """Return the class of peft's LoRA layer with a `forward` of ours; made once, as peft is imported only when used."""
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+    if not _QUICK_LORA:
+
+        class QuickLora(PeftLinear):  # type: ignore[misc]
+            """peft's LoRA layer; one plain adapter is computed as base product plus two thin ones, in place."""
+
+            def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                name = str(self.active_adapters[0]) if len(self.active_adapters) == 1 else ""
+                if self.disable_adapters and not self.merged:
+                    return self.base_layer(x)
+                if name not in self.lora_A or not plain_adapter(self, name) or args or kwargs:
+                    return super().forward(x, *args, **kwargs)
+                base, down, up = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+                flat = x.reshape(-1, x.shape[-1])
+                out = LowRank.apply(flat, base.weight, base.bias, down, up, self.scaling[name])
+                return out.view(*x.shape[:-1], out.shape[-1])
+
+        _QUICK_LORA.append(QuickLora)
+    return _QUICK_LORA[0]
+
+
+def plain_adapter(layer: Any, name: str) -> bool:
+    """Whether that adapter is W + s·BA and nothing else: not merged, no dropout, no bias, no variant (DoRA, …)."""
+    return (
+        not layer.merged
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and not layer.lora_bias[name]
+        and name not in getattr(layer, "lora_variant", {})
+        and not layer.base_layer.weight.requires_grad
+    )
+
+
+class LowRank(torch.autograd.Function):
+    """x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W (n,k), A (r,k) and B (n,r), which may be float32 over a 16-bit W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, s: float) -> Tensor:
+        """Return (m,n) for x (m,k), in x's dtype."""
+        narrow_down, narrow_up = down.to(x.dtype), (up * s).to(x.dtype)
+        inner = x @ narrow_down.T  # (m,r)
+        out = nn.functional.linear(x, weight, bias).addmm_(inner, narrow_up.T)
+        ctx.save_for_backward(x, weight, narrow_down, narrow_up, inner)
+        ctx.scale, ctx.dtypes = s, (down.dtype, up.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, A and B."""
+        x, weight, down, up, inner = ctx.saved_tensors
+        gradient = gradients[0]
+        thin = gradient @ up  # (m,r), the scale is in it
+        d_x = (gradient @ weight).addmm_(thin, down) if ctx.needs_input_grad[0] else None
+        d_down = (thin.T @ x).to(ctx.dtypes[0])
+        d_up = (gradient.T @ inner).to(ctx.dtypes[1]).mul_(ctx.scale)
+        return d_x, None, None, d_down, d_up, None
