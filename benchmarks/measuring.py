@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -46,6 +47,14 @@ def reward_model(model: str, folder: Path) -> Path:
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_prompts(path: Path, count: int = 64) -> Path:
+    """Write `count` different prompts of some twenty words as JSON lines and return the path."""
+    text = "I rented this film because a friend who never likes anything had called it the best of them all."
+    rows = [{"prompt": f"{text[i % 7 :]} {text} {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def rounds(functions: Sequence[Callable[[], None]], count: int) -> list[list[float]]:
@@ -102,10 +111,8 @@ def peak_bytes() -> Iterator[list[int]]:
     inside counts as well, what MKL takes by itself does not.
     """
     found: list[int] = []
-    activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         yield found
-    del activities
     assert profile.kineto_results is not None
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     now = highest = 0
@@ -124,4 +131,9 @@ def fitted(lengths: Sequence[int], values: Sequence[float]) -> dict[str, float]:
     solved = torch.linalg.lstsq(design / powers, torch.tensor(values, dtype=torch.float64)[:, None]).solution[:, 0]
     a, b, c = (solved / powers).tolist()
     grown = abs(b) * float(scale) + abs(c) * float(scale) ** 2
-    return {"constant": a, "per_token": b, "per_square": c, "square_share": abs(c) * float(scale) ** 2 / grown if grown else 0.0}
+    return {
+        "constant": a,
+        "per_token": b,
+        "per_square": c,
+        "square_share": abs(c) * float(scale) ** 2 / grown if grown else 0.0,
+    }

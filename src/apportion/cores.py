@@ -20,14 +20,16 @@ from typing import Any
 
 from apportion.errors import ConfigError, message
 
-# how threads wait at the end of a parallel region. libgomp looks 300,000 times before it sleeps, which lasts longer
-# than a time slice: on a core that something else uses, the thread it waits for cannot run (LOG.md)
-WAITING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+# threads that sleep at once when they wait. libgomp otherwise looks 300,000 times first: quicker on cores of one's own
+# (a training step by 10%, decoding by 30%), and on a core that something else uses the thread that is waited for cannot
+# run meanwhile (2 to 3 times slower, LOG.md). Numbers of looks in between were no better than either
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 ASKED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of these set: the user has decided
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SAMPLES, APART = 5, 0.02  # looks at the run queue, seconds between them
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+SAMPLES, APART = 5, 0.01  # looks at the run queue, seconds between them
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 KEPT = 2**31 - 1  # bytes: the largest that mallopt takes
+ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # beginnings of what says that the user has decided
 
 
 @dataclass(frozen=True)
@@ -198,18 +200,23 @@ def local_processes(environment: Mapping[str, str] = os.environ) -> int:
     return 1
 
 
-def before_torch(environment: Any = os.environ) -> str:
-    """Put how threads wait into the environment, unless the user has, and return what holds: "set", "user", "late".
+def before_torch(root: Path = Path("/"), environment: Any = os.environ) -> str:
+    """Have OpenMP's threads sleep while they wait if other tasks want the cores; return how they wait.
 
-    "late": torch is loaded already, so that it would change nothing.
+    "passive": they sleep, as is put into the environment here. "user": as the environment said already. "default":
+    OpenMP's own way, they look for work a while; the cores are free, or torch is loaded and it is too late.
     """
+    if all(environment.get(name) == value for name, value in WAITING.items()):
+        return "passive"
     if any(name in environment for name in ASKED):
-        ours = all(environment.get(name) == value for name, value in WAITING.items())
-        return "set" if ours and "OMP_WAIT_POLICY" not in environment else "user"
+        return "user"
     if "torch" in sys.modules:
-        return "late"
+        return "default"
+    cores = available(root, environment)
+    if others_running(root) + cores.threads * cores.processes <= cores.logical:
+        return "default"
     environment.update(WAITING)
-    return "set"
+    return "passive"
 
 
 def is_command(words: Iterable[str] | None = None) -> bool:
@@ -225,6 +232,8 @@ def is_command(words: Iterable[str] | None = None) -> bool:
 def settle(threads: int | None = None, *, root: Path = Path("/")) -> Settled:
     """Give torch its threads and return what was done; the environment that the user set is left as it is.
 
+    Where torch is not loaded yet, the environment tells it, and how threads wait is settled as well.
+
     Args:
         threads: how many; None takes OMP_NUM_THREADS where it is set, else what `available` finds.
 
@@ -234,7 +243,7 @@ def settle(threads: int | None = None, *, root: Path = Path("/")) -> Settled:
     if threads is not None and (type(threads) is not int or threads < 1):
         raise ConfigError(message("threads", threads, "a whole number >= 1, or null", "Leave it out to detect them."))
     cores, told = available(root), _told()
-    waiting = before_torch()
+    waiting = before_torch(root)
     count, source = cores.threads, "detected"
     if threads is not None:
         count, source = threads, "--threads"
@@ -244,9 +253,11 @@ def settle(threads: int | None = None, *, root: Path = Path("/")) -> Settled:
     if torch is None:  # it will read them
         for name in COUNTS:
             os.environ.setdefault(name, str(count))
-    elif torch.get_num_threads() != count and (threads is not None or told is None):
-        torch.set_num_threads(count)
-    return Settled(count, source, waiting, cores, tuple(_warnings(cores, count, source, root)))
+    elif told is None or threads is not None:
+        use(count)
+    else:
+        count = torch.get_num_threads()  # MKL may have held it to the cores that there are
+    return Settled(count, source, waiting, cores, tuple(_warnings(cores, count, source, waiting, root)))
 
 
 def use(threads: int | None) -> int:
@@ -267,35 +278,36 @@ def _told() -> tuple[str, int] | None:
     return None
 
 
-def _warnings(cores: Cores, count: int, source: str, root: Path) -> list[str]:
+def _warnings(cores: Cores, count: int, source: str, waiting: str, root: Path) -> list[str]:
     found = []
     free = cores.threads if cores.processes > 1 else min(cores.allowed, math.ceil(cores.quota or cores.allowed))
     if count > free:
-        found.append(f"{count} threads ({source}) on {cores.why}: they will wait for one another; --threads {free}")
+        found.append(f"{count} threads ({source}) on {cores.why}: they will wait for one another; use --threads {free}")
     if count == 1 < cores.threads and cores.processes > 1 and source in COUNTS:
-        found.append(f"{source}=1, which torchrun sets by itself; {cores.threads} a process are free: --threads")
-    if cores.load is not None and cores.load + count > cores.logical + 0.5:
-        busy = others_running(root)  # the minute may hold what just ended
-        if busy + count > cores.logical + 0.5:
-            said = f"{busy:g} other tasks run on {cores.logical} processors that {count} threads want"
-            found.append(f"{said}: steps will be slower and times are no measurements")
+        found.append(f"{source}=1, which torchrun sets unasked; use --threads {cores.threads}, which are free")
+    busy = others_running(root)
+    if busy + count * cores.processes > cores.logical and busy >= 1:
+        said = f"{busy:g} other tasks run on {cores.logical} processors that {count * cores.processes} threads want"
+        mend = "" if waiting != "default" else "; start with OMP_WAIT_POLICY=PASSIVE in the environment if they stay"
+        found.append(f"{said}: expect slower steps and no reliable times{mend}")
     return found
 
 
-def keep_memory() -> bool:
-    """Tell glibc's malloc to keep freed memory, and return whether it agreed (False: another C library).
+def keep_memory(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell glibc's malloc to keep what is freed; return whether it will (False: another C library, or the user's way).
 
-    By default a large tensor is mapped and unmapped anew each time, and the kernel clears every page of it again.
-    Resident memory stays at its peak in exchange.
+    By default a large tensor is mapped and unmapped anew each time, and the kernel clears every page of it again: a
+    training step takes a sixth longer, and peak memory is 2% lower (LOG.md). Kept memory is given back when the
+    process ends.
     """
-    if os.environ.get("MALLOC_MMAP_THRESHOLD_") or os.environ.get("MALLOC_TRIM_THRESHOLD_"):
-        return False  # the user has decided
+    if any(name.startswith(ALLOCATOR) for name in environment):
+        return False
     try:
         library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018 - absent in other C libraries
-    except (OSError, AttributeError, TypeError):
+        glibc = hasattr(library, "gnu_get_libc_version")
+    except (OSError, TypeError):  # no C library to ask
         return False
-    return bool(library.mallopt(M_MMAP_THRESHOLD, KEPT)) and bool(library.mallopt(M_TRIM_THRESHOLD, KEPT))
+    return glibc and bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, KEPT))
 
 
 def _read(path: Path) -> str:

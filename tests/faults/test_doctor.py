@@ -95,11 +95,11 @@ def test_every_built_in_credit_passes(name: str) -> None:
 
 
 def test_alone_it_says_which_cores_a_run_would_use(command: Command) -> None:
-    done = command("doctor", OMP_NUM_THREADS="3")
+    done = command("doctor", OMP_NUM_THREADS="1")
     done.assert_done()
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.out.splitlines() if "│" in line}
-    assert set(rows) == {"cores seen", "quota", "load", "threads", "waiting"}
-    assert rows["threads"].startswith("3 (OMP_NUM_THREADS: ")
+    assert set(rows) == {"cores seen", "quota", "load", "threads", "waiting", "memory"}
+    assert rows["threads"].startswith("1 (OMP_NUM_THREADS: ")
     assert f"of {os.cpu_count()} processors" in rows["cores seen"]
 
 

@@ -24,9 +24,9 @@ examples:
   apportion doctor --credit my_credits:words --credit.mix 0.5
 """
 WAITING = {  # what `cores.before_torch` says -> what it means
-    "set": "threads look a while for work, then sleep",
+    "passive": "threads sleep while they wait: other tasks want these cores",
     "user": "as the environment says",
-    "late": "as OpenMP does by itself: torch was loaded before",
+    "default": "OpenMP's own way: threads look for work a while before they sleep",
 }
 
 
@@ -61,6 +61,7 @@ def machine() -> int:
         "load": unknown if found.load is None else f"{found.load:.2f} tasks over the last minute",
         "threads": f"{settled.threads} ({settled.source}: {found.why})",
         "waiting": WAITING[settled.waiting],
+        "memory": "freed memory is kept" if cores.keep_memory() else "as the C library or the environment says",
     }.items():
         table.add_row(name, value)
     console = Console(markup=False, highlight=False, soft_wrap=True)

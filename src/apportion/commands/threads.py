@@ -1,4 +1,4 @@
-"""Threads of a command: settled before any model is loaded, and told where a person should know of it."""
+"""Threads and memory of a command: settled before any model is loaded, and told where a person should know of it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from apportion.runs import Run
 
 
 def settle(config: Any = None, stage: str = "") -> cores.Settled:
-    """Give torch the threads that `config.threads` says, and print what may slow the run or change its last bits.
+    """Give torch the threads that `config.threads` says, have freed memory kept, and print what a person should know:
+    what may slow the run, or change its last bits.
 
     A run of `stage` that began with another number of threads goes on, but not to the same bits: sums are split
     otherwise.
     """
+    cores.keep_memory()
     settled = cores.settle(getattr(config, "threads", None))
     for warning in settled.warnings:
         note(f"warning: {warning}")
