@@ -273,7 +273,7 @@ def table(found: dict[str, Any]) -> str:
         f"{found['torch']}",
         f"batch, sparse      {whole['median']:8.3f} s [{whole['min']:.3f}, {whole['max']:.3f}]",
         f"ABC adds           {added['median'] * 1e3:8.3f} ms [{added['min'] * 1e3:.3f}, {added['max'] * 1e3:.3f}]",
-        f"min–max of {found['pairs']}, of a batch {ratio['median']:8.4%} [{ratio['min']:.4%}, {ratio['max']:.4%}]",
+        f"of a whole batch   {ratio['median']:8.4%} [{ratio['min']:.4%}, {ratio['max']:.4%}]",
         f"paired             {interval(found, 'paired')}   null {interval(found, 'null')} (95%)",
         f"operations         {operations['sparse']:.4g} counted; ABC adds {operations['added_counted']:.4g} counted, "
         f"{operations['added_analytic']:.4g} analytic ({found['operations_ratio']:.2e} of them)",

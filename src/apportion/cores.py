@@ -285,8 +285,8 @@ def _warnings(cores: Cores, count: int, source: str, waiting: str, root: Path) -
         found.append(f"{count} threads ({source}) on {cores.why}: they will wait for one another; use --threads {free}")
     if count == 1 < cores.threads and cores.processes > 1 and source in COUNTS:
         found.append(f"{source}=1, which torchrun sets unasked; use --threads {cores.threads}, which are free")
-    busy = others_running(root)
-    if busy + count * cores.processes > cores.logical and busy >= 1:
+    busy = others_running(root) if source == "detected" else 0  # who chose a number need not be told
+    if busy >= 1 and busy + count * cores.processes > cores.logical:
         said = f"{busy:g} other tasks run on {cores.logical} processors that {count * cores.processes} threads want"
         mend = "" if waiting != "default" else "; start with OMP_WAIT_POLICY=PASSIVE in the environment if they stay"
         found.append(f"{said}: expect slower steps and no reliable times{mend}")

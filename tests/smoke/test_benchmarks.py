@@ -19,6 +19,7 @@ from apportion.models.attention_row import attention_row
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "abc_cost.py"
 TINY = ["--random", "llama-tiny", "--tokens", "40", "90", "--pairs", "3", "--repetitions", "4", "--threads", "1"]
+sys.path.append(str(SCRIPT.parent))  # what the scripts share lies beside them
 LENGTHS = (40, 90)  # neither is the size of a head nor of anything else in the model
 
 
