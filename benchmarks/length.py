@@ -142,7 +142,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", type=shape, nargs="+", default=[(4, 128), (4, 512), (4, 2048)], help="rows x tokens"
     )
-    parser.add_argument("--batches", type=int, default=None, help="of each shape; 1 of the longest, up to 5 by default")
+    parser.add_argument("--batches", type=int, default=None, help="of each shape; 1 of the longest, up to 3 by default")
     parser.add_argument("--epochs", type=int, default=1, help="passes over a batch")
     parser.add_argument("--micro_tokens", type=int, default=2048, help="response tokens a forward and backward pass")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="the policy's")
@@ -159,7 +159,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def batches_of(options: argparse.Namespace, length: int, longest: int) -> int:
     """Return how many batches of this length to measure."""
-    return options.batches or max(1, min(5, longest // length))
+    return options.batches or max(1, min(3, longest // (2 * length)))
 
 
 def settings(options: argparse.Namespace, rows: int, length: int, reward: str, prompts: str, folder: str) -> RLConfig:
