@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
         return 0
-    settle(parsed.config, "reward")
+    settle(parsed.config, "" if parsed.fresh else "reward")
     finished = train(parsed)
     found = finished.read("evaluation.json")
     note(f"held-out accuracy {interval(found['accuracy'], 3)}, calibration error {found['ece']:.3f}")

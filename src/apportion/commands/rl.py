@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
         return 0
-    settle(parsed.config, "rl")
+    settle(parsed.config, "" if parsed.fresh else "rl")
     finished = train(parsed)
     sys.stdout.write(f"{finished.path}\n")
     return 0
