@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from measuring import SHAPES, difference, median_interval, rounds  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,27 +31,6 @@ from apportion.cli import quiet_libraries
 from apportion.masking import normalise
 from apportion.models.attention_row import AttentionTap, attention_row
 from apportion.models.load import load_classifier, locate
-
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-    },
-    "llama-tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 400,
-        "max_position_embeddings": 512,
-    },
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,42 +136,6 @@ def timed_alone(model: Any, inputs: dict[str, Tensor], rows: Tensor, mask: Tenso
         finish(tap, rows, mask)
         times.append(time.perf_counter() - began)
     return times
-
-
-def rounds(functions: Sequence[Callable[[], None]], count: int) -> list[list[float]]:
-    """Return the seconds of each function, all run in turns `count` times; each round begins with the next one."""
-    times: list[list[float]] = [[] for _ in functions]
-    for turn in range(count):
-        for place in range(len(functions)):
-            which = (turn + place) % len(functions)
-            began = time.perf_counter()
-            functions[which]()
-            times[which].append(time.perf_counter() - began)
-    return times
-
-
-def difference(name: str, one: list[float], two: list[float], forward: float) -> dict[str, float]:
-    """Return the median of `two` − `one` in seconds, and as a ratio to `forward` with its 95% interval."""
-    differences = [b - a for a, b in zip(one, two, strict=True)]
-    low, high = median_interval(differences)
-    median = statistics.median(differences)
-    return {
-        f"{name}_s": median,
-        f"{name}_ratio": median / forward,
-        f"{name}_ratio_low": low / forward,
-        f"{name}_ratio_high": high / forward,
-    }
-
-
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """Return the 95% interval of the median from order statistics (binomial; all values when there are few)."""
-    ordered, n = sorted(values), len(values)
-    below, k = 0.0, 0
-    while below + math.comb(n, k) / 2**n <= 0.025:
-        below += math.comb(n, k) / 2**n
-        k += 1
-    k = max(0, k - 1)
-    return ordered[k], ordered[n - 1 - k]
 
 
 class Allocations(TorchDispatchMode):

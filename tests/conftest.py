@@ -9,6 +9,7 @@ from pathlib import Path
 # before torch and transformers are imported: nothing in a test may reach out or phone home
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a command run in this process keeps to one thread as well
 
 # importlib mode leaves sys.path alone; last, so that no folder here can hide a module
 sys.path.append(str(Path(__file__).parent))

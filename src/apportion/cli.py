@@ -18,7 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
     "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
     "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),
-    "doctor": ("doctor", "check a credit method of your own against the contract"),
+    "doctor": ("doctor", "show the cores a run would use, or check a credit method of your own"),
     "report": ("report", "draw run folders on one page that works offline"),
     "algorithms": ("algorithms", "list algorithms, credit methods, segments, estimators and losses"),
 }

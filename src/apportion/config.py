@@ -146,6 +146,7 @@ class RewardConfig:
         pad_token: a token of the tokenizer to pad with, when it has none of its own.
         seed: random seed.
         device: auto, cpu, cuda.
+        threads: processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free.
         dtype: auto (bfloat16 where the processor has it), float32, bfloat16.
         lora: adapters, merged when saved.
         optim: optimizer.
@@ -164,6 +165,7 @@ class RewardConfig:
     pad_token: str | None = None
     seed: int = 0
     device: str = "auto"
+    threads: int | None = None
     dtype: str = "auto"
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
@@ -191,6 +193,7 @@ class RLConfig:
         pad_token: a token of the tokenizer to pad with, when it has none of its own.
         seed: random seed.
         device: auto, cpu, cuda.
+        threads: processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free.
         dtype: the policy's: auto (bfloat16 where the processor has it), float32, bfloat16.
         reward_dtype: the reward model's; float32 makes logged credit reproducible to 1e-5.
     """
@@ -212,6 +215,7 @@ class RLConfig:
     pad_token: str | None = None
     seed: int = 0
     device: str = "auto"
+    threads: int | None = None
     dtype: str = "auto"
     reward_dtype: str = "float32"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -232,6 +236,7 @@ class EvaluateConfig:
         judge: also ask a judge that never saw the reward model's data (TF-IDF and logistic regression on IMDb).
         seed: random seed; the start and the policy are sampled with the same one.
         device: auto, cpu, cuda.
+        threads: processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free.
         dtype: of policy and start: auto, float32, bfloat16.
     """
 
@@ -241,6 +246,7 @@ class EvaluateConfig:
     judge: bool = True
     seed: int = 1
     device: str = "auto"
+    threads: int | None = None
     dtype: str = "auto"
 
 
@@ -262,6 +268,7 @@ class DiagnoseConfig:
         pad_token: a token of the tokenizer to pad with, when it has none of its own.
         seed: random seed.
         device: auto, cpu, cuda.
+        threads: processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free.
         dtype: the policy's: auto (bfloat16 where the processor has it), float32, bfloat16.
         reward_dtype: the reward model's.
     """
@@ -279,6 +286,7 @@ class DiagnoseConfig:
     pad_token: str | None = None
     seed: int = 0
     device: str = "auto"
+    threads: int | None = None
     dtype: str = "auto"
     reward_dtype: str = "auto"
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(batch_size=128))
@@ -296,6 +304,7 @@ class DemoConfig:
         count: fresh prompts for the evaluation before and after.
         lr: learning rate of PPO.
         seed: random seed.
+        threads: processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free.
     """
 
     output: str = "runs/demo"
@@ -305,6 +314,7 @@ class DemoConfig:
     count: int = 128
     lr: float = 4e-4
     seed: int = 0
+    threads: int | None = None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -374,6 +384,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     ),
     "keep_checkpoints": (1, _ANY, "a whole number >= 1"),
     **dict.fromkeys(("rank", "checkpoint_every", "log_rollouts"), (0, _ANY, "a whole number >= 0")),
+    "threads": (1, _ANY, "a whole number >= 1, or null"),
     "seed": (0, 2**31, "a whole number from 0 to 2^31"),
     **dict.fromkeys(("lr", "eps", "temperature", "max_grad_norm", "alpha"), (1e-12, _ANY, "a number > 0")),
     **dict.fromkeys(("weight_decay", "value_coef"), (0, _ANY, "a number >= 0")),

@@ -34,7 +34,7 @@ README = """# {name}: a run of `apportion {stage}`
 `apportion report {path}` draws it.
 """
 # settings that say where and whether, not what
-PLACES = ("output", "fresh", "config")
+PLACES = ("output", "fresh", "config", "threads")
 
 
 class Run:
@@ -42,6 +42,7 @@ class Run:
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
+        self.facts: dict[str, Any] = {}  # what status.json says besides, such as the number of threads
 
     @classmethod
     def open(cls, output: str, stage: str, config: Mapping[str, Any], *, fresh: bool = False) -> Run:
@@ -63,6 +64,8 @@ class Run:
                 run._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
                 run._write("README.md", README.format(name=run.path.name, stage=stage, path=output))
             if not run.finished:
+                threads = run.read("status.json").get("threads")
+                run.facts = {} if threads is None else {"threads": threads}
                 run.status("running")
         return run
 
@@ -128,7 +131,13 @@ class Run:
 
     def status(self, status: str, **more: Any) -> None:
         """Write status.json: the stage, the status and whatever else is known."""
-        self.write_json("status.json", {"stage": self.stage, "name": self.path.name, "status": status, **more})
+        said = {"stage": self.stage, "name": self.path.name, "status": status, **self.facts, **more}
+        self.write_json("status.json", said)
+
+    def know(self, **facts: Any) -> None:
+        """Have status.json say `facts` of the running run from now on, to the end."""
+        self.facts |= facts
+        self.status("running")
 
     def log(self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()) -> None:
         """Append one line to metrics.jsonl and a line a rollout to rollouts.jsonl.

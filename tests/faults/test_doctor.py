@@ -1,7 +1,8 @@
-"""`apportion doctor --credit`: which clause of the contract a method of one's own breaks, on the smallest batch."""
+"""`apportion doctor`: the cores a run would use; which clause of the contract a credit breaks, on a small batch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,17 @@ def test_every_built_in_credit_passes(name: str) -> None:
     assert violations(credit.find(name)()) == []
 
 
+def test_alone_it_says_which_cores_a_run_would_use(command: Command) -> None:
+    done = command("doctor", OMP_NUM_THREADS="1")
+    done.assert_done()
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.out.splitlines() if "│" in line}
+    assert set(rows) == {"cores seen", "quota", "load", "threads", "waiting", "memory"}
+    assert rows["threads"].startswith("1 (OMP_NUM_THREADS: ")
+    assert f"of {os.cpu_count()} processors" in rows["cores seen"]
+
+
 def test_mistakes_are_named(command: Command, mine: Path) -> None:
-    command("doctor").assert_refused("--credit: got", "package.module:function")
+    command("doctor", "--credit", "").assert_refused("--credit: got", "package.module:function")
     command("doctor", "--credit", "atention").assert_refused("credit: got 'atention'", "Did you mean 'attention'")
     done = command("doctor", "--credit", "mine:good", "--credit.mixx", "1", PYTHONPATH=str(mine))
     done.assert_refused("credit.mine:good: got 'mixx'", "Did you mean 'mix'")

@@ -274,10 +274,49 @@ def test_samples_of_one_prompt_stand_together(world: Path, tmp_path: Path) -> No
     assert first[0] == first[1] == first[2] != first[3] == first[4] == first[5]
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(world: Path, tmp_path: Path) -> None:
-    runs = [train(tiny_runs.config(world, tmp_path / str(i), seed=seed)) for i, seed in enumerate((3, 3, 4))]
-    one, two, other = (tiny_runs.weights(run.path / "final") for run in runs)
-    assert all(torch.equal(one[k], two[k]) for k in one) and not all(torch.equal(one[k], other[k]) for k in one)
+@pytest.mark.parametrize("value_model", ["shared", "separate"])
+@pytest.mark.parametrize("rank", [4, 0])
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    world: Path, tmp_path: Path, rank: int, value_model: str
+) -> None:
+    """Bit for bit: final weights, metrics but for times and memory, and every number of the logged rollouts."""
+    changes = {"lora.rank": rank, "ppo.value_model": value_model, "policy": world / "ending", "steps": 3, **ENDING}
+    seeds = {"one": 3, "two": 3, "other": 4}
+    runs = {
+        name: train(tiny_runs.config(world, tmp_path / name, seed=seed, **changes)).path for name, seed in seeds.items()
+    }
+
+    def same(a: str, b: str) -> list[bool]:
+        weights = [tiny_runs.weights(runs[name] / "final") for name in (a, b)]
+        metrics = [[untimed(row) for row in tiny_runs.read_lines(runs[name] / "metrics.jsonl")] for name in (a, b)]
+        rollouts = [(runs[name] / "rollouts.jsonl").read_bytes() for name in (a, b)]
+        assert weights[0].keys() == weights[1].keys() and len(metrics[0]) == 3 and len(metrics[0][0]) > 15
+        equal = all(
+            torch.equal(weights[0][key].view(torch.int32), weights[1][key].view(torch.int32)) for key in weights[0]
+        )
+        return [equal, metrics[0] == metrics[1], rollouts[0] == rollouts[1]]
+
+    assert same("one", "two") == [True, True, True]
+    assert same("one", "other") == [False, False, False]
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    """Return one step's metrics without what the clock and the allocator say."""
+    return {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
+
+
+def test_the_same_seed_gives_the_same_run_in_processes_of_their_own(world: Path, tmp_path: Path) -> None:
+    """With two threads, other addresses in memory and other hash seeds."""
+    found = []
+    for name in ("one", "two"):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": {"one": "1", "two": "2"}[name]}
+        words = tiny_runs.flags(world, tmp_path / name, **{"lora.rank": 0, "threads": 2})
+        command = [sys.executable, "-m", "apportion", "rl", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        metrics = [untimed(row) for row in tiny_runs.read_lines(tmp_path / name / "metrics.jsonl")]
+        found.append(((tmp_path / name / "final" / "model.safetensors").read_bytes(), metrics))
+    assert found[0] == found[1]
 
 
 def test_the_command_as_a_process(world: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from apportion import registry
 from apportion.commands.settings import load_value, split_flags
 from apportion.commands.terminal import note
+from apportion.commands.threads import settle
 from apportion.errors import ConfigError, DataError, message
 
 HELP = """usage: apportion credit --model MODEL --text TEXT [--prompt PROMPT] [options]
@@ -42,6 +43,7 @@ def run(arguments: list[str]) -> int:
         return 0
     options = dict(flags)
     specs = _check(options)
+    settle()
     from apportion.models.load import locate
     from apportion.models.reward import load_reward
     from apportion.stages.text_credit import apportion_text, text_methods

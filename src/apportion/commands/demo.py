@@ -14,6 +14,7 @@ from apportion.commands.evaluate import summary as evaluation_lines
 from apportion.commands.memory import PeakMemory
 from apportion.commands.settings import Parsed, parse, show
 from apportion.commands.terminal import interval, note
+from apportion.commands.threads import settle
 from apportion.config import DemoConfig, EvaluateConfig, OptimConfig, PPOConfig, RewardConfig, RLConfig
 from apportion.runs import Run
 
@@ -32,6 +33,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config) + "---\n" + show(reward) + "---\n" + show(rl))
         return 0
+    settle(parsed.config)
     began = time.perf_counter()
     with PeakMemory() as memory:
         reward_run, rl_run, found = train(parsed, reward, rl)
@@ -45,13 +47,14 @@ def run(arguments: list[str]) -> int:
 def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
     """Return the settings of the two training stages: extrapolated from runs on validation prompts (LOG.md)."""
     root = Path(config.output).expanduser()
-    reward = RewardConfig(output=str(root / "reward"), clips=config.clips, seed=config.seed)
+    reward = RewardConfig(output=str(root / "reward"), clips=config.clips, seed=config.seed, threads=config.threads)
     rl = RLConfig(
         reward_model=str(root / "reward" / "final"),
         output=str(root / rl_folder(config)),
         credit=config.credit,
         steps=config.steps,
         seed=config.seed,
+        threads=config.threads,
         # two epochs, not four: the KL budget is spent before more passes over a batch pay for their time
         ppo=PPOConfig(epochs=2),
         optim=OptimConfig(lr=config.lr),
@@ -74,7 +77,9 @@ def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[Run, Run,
     note(f"reward model: held-out accuracy {interval(accuracy, 3)} on clips of {reward.clip_tokens} tokens")
     rl_run = rl_command.train(Parsed(rl, parsed.fresh, False), "2/3 PPO")
     found = rl_run.read("evaluation.json")
-    asked = EvaluateConfig(run=str(rl_run.path), count=parsed.config.count, seed=parsed.config.seed + 1)
+    asked = EvaluateConfig(
+        run=str(rl_run.path), count=parsed.config.count, seed=parsed.config.seed + 1, threads=parsed.config.threads
+    )
     if found.get("prompts") != asked.count or found.get("seed") != asked.seed:
         found = evaluate(asked, tell=lambda line: note(f"3/3 evaluation: {line}"))
     return reward_run, rl_run, found

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from apportion.commands.settings import parse, show
 from apportion.commands.terminal import bar
+from apportion.commands.threads import settle
 from apportion.config import DiagnoseConfig
 from apportion.errors import ConfigError, message
 
@@ -47,6 +48,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
         return 0
+    settle(parsed.config)
     from apportion.stages.diagnose import diagnose
 
     with bar("diagnose", parsed.config.count, {}) as progress:

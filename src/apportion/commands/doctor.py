@@ -1,4 +1,4 @@
-"""`apportion doctor`: check a credit method of one's own against the contract before a run relies on it."""
+"""`apportion doctor`: what this machine gives a run, and whether a credit method of one's own keeps the contract."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from apportion import cores
 from apportion.commands.settings import load_value, split_flags
 from apportion.errors import ConfigError, message
 
-HELP = """usage: apportion doctor --credit NAME [--credit.key value ...]
+HELP = """usage: apportion doctor [--credit NAME [--credit.key value ...]]
 
-Check a credit method against the contract that every one must keep, and show the smallest batch on which it does not.
+Alone: show the cores of this machine that a run would use. With --credit: check a credit method against the contract
+that every one must keep, and show the smallest batch on which it does not.
 
   --credit   package.module:function of yours, or a built-in name; `--credit.key value` are its settings
 
-example:
+examples:
+  apportion doctor
   apportion doctor --credit my_credits:words --credit.mix 0.5
 """
+WAITING = {  # what `cores.before_torch` says -> what it means
+    "passive": "threads sleep while they wait: other tasks want these cores",
+    "user": "as the environment says",
+    "default": "OpenMP's own way: threads look for work a while before they sleep",
+}
 
 
 def run(arguments: list[str]) -> int:
@@ -29,6 +37,8 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(HELP)
         return 0
     options = dict(flags)
+    if not flags:
+        return machine()
     if not options.get("credit"):
         raise ConfigError(
             message("--credit", options.get("credit"), "a credit method", "Write package.module:function.")
@@ -37,6 +47,28 @@ def run(arguments: list[str]) -> int:
 
     settings = {name.partition(".")[2]: load_value(name, value) for name, value in flags if "." in name}
     return report(options["credit"], credit.make(options["credit"], settings))
+
+
+def machine() -> int:
+    """Print what was found of the processor and what a run would do with it; return 0."""
+    settled = cores.settle()
+    found, unknown = settled.cores, "unknown"
+    seen = f"{found.physical} in {found.allowed} of {found.logical} processors"
+    table = Table("", "", title="cores")
+    for name, value in {
+        "cores seen": seen,
+        "quota": "none" if found.quota is None else f"{found.quota:.3g} processors",
+        "load": unknown if found.load is None else f"{found.load:.2f} tasks over the last minute",
+        "threads": f"{settled.threads} ({settled.source}: {found.why})",
+        "waiting": WAITING[settled.waiting],
+        "memory": "freed memory is kept" if cores.keep_memory() else "as the C library or the environment says",
+    }.items():
+        table.add_row(name, value)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    for warning in settled.warnings:
+        console.print(f"warning: {warning}")
+    return 0
 
 
 def report(name: str, made: Any) -> int:

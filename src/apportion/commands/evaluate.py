@@ -7,6 +7,7 @@ from typing import Any
 
 from apportion.commands.settings import parse, show
 from apportion.commands.terminal import interval, note
+from apportion.commands.threads import settle
 from apportion.config import EvaluateConfig
 
 EXAMPLES = """examples:
@@ -21,6 +22,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
         return 0
+    settle(parsed.config)
     from apportion.stages.evaluate import evaluate
 
     found = evaluate(parsed.config, tell=note)

@@ -7,6 +7,7 @@ from typing import Any
 
 from apportion.commands.settings import Parsed, parse, show
 from apportion.commands.terminal import bar, interval, note
+from apportion.commands.threads import settle
 from apportion.config import RewardConfig
 
 EXAMPLES = """examples:
@@ -23,6 +24,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
         return 0
+    settle(parsed.config, "" if parsed.fresh else "reward")
     finished = train(parsed)
     found = finished.read("evaluation.json")
     note(f"held-out accuracy {interval(found['accuracy'], 3)}, calibration error {found['ece']:.3f}")

@@ -8,6 +8,7 @@ from typing import Any
 from apportion.algorithms import Method, discount_warning
 from apportion.commands.settings import Parsed, parse, show
 from apportion.commands.terminal import bar, note
+from apportion.commands.threads import settle
 from apportion.config import RLConfig
 
 EXAMPLES = """examples:
@@ -26,6 +27,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
         return 0
+    settle(parsed.config, "" if parsed.fresh else "rl")
     finished = train(parsed)
     sys.stdout.write(f"{finished.path}\n")
     return 0

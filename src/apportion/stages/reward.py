@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion import cores
 from apportion.config import RewardConfig, to_dict
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
@@ -49,6 +50,7 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
     if run.finished:
         return run
     with run.failing():
+        run.know(threads=cores.use(config.threads))
         found = _train(run, config, tell)
         run.write_json("evaluation.json", found)
         run.status("finished", accuracy=found["accuracy"])

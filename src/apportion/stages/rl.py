@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from apportion import credit
+from apportion import cores, credit
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig, to_dict
 from apportion.evidence import Models
@@ -54,6 +54,7 @@ def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, me
     if run.finished:
         return run
     with run.failing():
+        run.know(threads=cores.use(config.threads))
         learner = make_learner(config, method)
         start = load_latest(run, learner)
         for step, rollouts in experience(learner, config, start):

@@ -1,0 +1,32 @@
+"""Threads and memory of a command: settled before any model is loaded, and told where a person should know of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from apportion import cores
+from apportion.commands.terminal import note
+from apportion.runs import Run
+
+
+def settle(config: Any = None, stage: str = "") -> cores.Settled:
+    """Give torch the threads that `config.threads` says, have freed memory kept, and print what a person should know:
+    what may slow the run, or change its last bits.
+
+    A run of `stage` that began with another number of threads goes on, but not to the same bits: sums are split
+    otherwise.
+    """
+    cores.keep_memory()
+    settled = cores.settle(getattr(config, "threads", None))
+    for warning in settled.warnings:
+        note(f"warning: {warning}")
+    if stage:
+        begun = Run(Path(config.output).expanduser(), stage)
+        before = begun.read("status.json").get("threads")
+        if before not in (None, settled.threads) and begun.started and not begun.finished:
+            note(
+                f"warning: this run began with {before} threads and goes on with {settled.threads}: the last bits of "
+                f"its numbers will differ from an uninterrupted run's. --threads {before} keeps them."
+            )
+    return settled
