@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from apportion.data.convert import no_progress_bars
 from apportion.errors import DataError, message
 from apportion.models.load import load_classifier, load_tokenizer
 
@@ -58,6 +59,7 @@ def save_reward(folder: str, target: Path, pad_token: str | None, seed: int) -> 
     torch.manual_seed(seed)
     model: Any = load_classifier("model", folder, torch.float32, torch.device("cpu"), new_head=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(target)
+    with no_progress_bars():
+        model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target

@@ -67,6 +67,8 @@ def print_table(found: Mapping[str, Any]) -> None:
     for title, row in rows(found):
         table.add_row(title, row(ours), row(peer))
     console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:  # a file is as wide as it has to be
+        console.width = 140
     console.print(table)
     for precision, trial in peer["trials"].items():
         console.print(f"{settings['peer']} in {precision}: {trial['seconds']:.2f} s a batch")
