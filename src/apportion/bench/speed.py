@@ -38,7 +38,7 @@ def speed(config: SpeedConfig, tell: Tell = lambda line: None) -> Result:
     peer, output = PEERS[config.peer], output_of(config)
     config = replace(shaped(config), threads=config.threads or machine.usable_cores())
     config.device = str(pick_device(config.device))
-    tell(f"installing {peer.spec}, once")
+    tell(f"{peer.spec} in an environment of its own")
     package = installed(peer)
     with tempfile.TemporaryDirectory(prefix="apportion-bench-") as name:
         folder = Path(name)
