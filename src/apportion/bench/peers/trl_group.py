@@ -53,10 +53,11 @@ def watch(recorder: Recorder, trainer: Any) -> None:
     """Time TRL's phases and count its work."""
 
     def generated(result: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> None:
+        responses = result[0] if isinstance(result, tuple) else result  # GRPO gives (ids, log-probabilities), RLOO ids
         recorder.add(
             prompts=len({tuple(row) for row in prompt_ids}),
             prompt_tokens=sum(map(len, prompt_ids)),
-            generated_tokens=sum(map(len, result[0])),
+            generated_tokens=sum(map(len, responses)),
         )
 
     recorder.wrap(trainer, "_generate_single_turn", "generate", generated)
