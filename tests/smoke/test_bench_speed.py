@@ -84,6 +84,17 @@ def test_a_wrong_flag_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_of_ours_are_checked_before_anything_is_installed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for text, piece in (("ppo.epoch=1", "Did you mean 'ppo.epochs'"), ("algorithm=abcd", "Did you mean 'abc-d'")):
+        assert main(["bench", "speed", "--model", str(world / "model"), "--ours_settings", f"[{text}]"]) == 2
+        assert piece in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 0 and "speed" in capsys.readouterr().out
     with pytest.raises(SystemExit) as done:

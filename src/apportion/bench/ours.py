@@ -17,7 +17,6 @@ import yaml
 
 from apportion.bench.recorder import Recorder, read_work
 from apportion.bench.settings import Work
-from apportion.cli import quiet_libraries
 from apportion.config import RLConfig, check
 from apportion.errors import ApportionError, ConfigError, message, unknown_name
 from apportion.types import Rollouts
@@ -124,7 +123,6 @@ def logged(work: Work) -> dict[str, float]:
 
 def main() -> int:
     """Train, measure, write; return 0, or 2 with a message in error.txt."""
-    quiet_libraries()
     work = read_work()
     try:
         config = rl_config(work)

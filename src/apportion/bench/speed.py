@@ -14,11 +14,13 @@ from typing import Any
 
 from apportion.bench import figures, machine
 from apportion.bench.environment import environment, installed
+from apportion.bench.ours import rl_config
 from apportion.bench.settings import ENOUGH, PEERS, PRECISIONS, Peer, SpeedConfig, Work, shaped
 from apportion.bench.workload import save_reward, write_prompts
 from apportion.errors import ApportionError, ConfigError, message
 from apportion.models.load import load_tokenizer, locate, pick_device
 from apportion.runs import explained
+from apportion.stages.methods import build_method
 
 TRIAL = 2  # timed batches of each precision when the best is asked for
 Tell = Callable[[str], None]
@@ -38,11 +40,12 @@ def speed(config: SpeedConfig, tell: Tell = lambda line: None) -> Result:
     peer, output = PEERS[config.peer], output_of(config)
     config = replace(shaped(config), threads=config.threads or machine.usable_cores())
     config.device = str(pick_device(config.device))
-    tell(f"{peer.spec} in an environment of its own")
-    package = installed(peer)
     with tempfile.TemporaryDirectory(prefix="apportion-bench-") as name:
-        folder = Path(name)
-        works = prepare(config, peer, folder, tell)
+        works = make_works(config, peer, Path(name))
+        tell(f"{peer.spec} in an environment of its own")
+        package = installed(peer)
+        tell("prompts and reward model")
+        prepare(config, works["ours"])
         tell("matmul rates and bandwidth")
         before = machine.rates(config.device, config.threads)
         trials = try_precisions(config, peer, works["peer"], package, tell)
@@ -66,24 +69,25 @@ def output_of(config: SpeedConfig) -> Path:
     return Path(name).expanduser()
 
 
-def prepare(config: SpeedConfig, peer: Peer, folder: Path, tell: Tell) -> dict[str, Work]:
-    """Write prompts and reward model, and return the work of each side."""
-    tell("prompts and reward model")
-    model = locate("model", config.model)
-    tokenizer = load_tokenizer("model", model, config.pad_token)
-    shape = {
-        name: getattr(config, name)
-        for name in ("batch", "samples", "prompt_tokens", "new_tokens", "epochs", "mini_batch", "threads", "seed")
-    }
-    most = max(-(-config.batches // config.rounds), TRIAL) + 2  # one to warm up, one that is counted
-    count = most * shape["batch"] // shape["samples"]
-    prompts = write_prompts(config.prompts, tokenizer, shape["prompt_tokens"], count, folder / "prompts.jsonl")
-    reward = save_reward(model, folder / "reward", config.pad_token, config.seed)
-    given = {"model": model, "reward": str(reward), "prompts": str(prompts), "folder": str(folder), **shape}
-    given |= {"algorithm": peer.algorithm, "lr": peer.lr, "device": config.device, "pad_token": config.pad_token}
+def make_works(config: SpeedConfig, peer: Peer, folder: Path) -> dict[str, Work]:
+    """Return the work of each side, of all timed batches. Raises ConfigError for settings of ours that cannot work."""
+    names = ("batch", "samples", "prompt_tokens", "new_tokens", "epochs", "mini_batch", "threads", "seed", "pad_token")
+    given = {name: getattr(config, name) for name in (*names, "device", "batches")}
+    given |= {"model": locate("model", config.model), "folder": str(folder), "reward": str(folder / "reward")}
+    given |= {"prompts": str(folder / "prompts.jsonl"), "algorithm": peer.algorithm, "lr": peer.lr}
     given["micro_batch"] = config.peer_micro_batch
     ours = Work(role="ours", **given, ours=config.ours, overrides=config.ours_settings)
+    build_method(rl_config(ours))
     return {"ours": ours, "peer": Work(role="peer", **given, checkpointing=config.peer_checkpointing)}
+
+
+def prepare(config: SpeedConfig, work: Work) -> None:
+    """Write the prompts and the reward model that both sides are given."""
+    tokenizer = load_tokenizer("model", work.model, work.pad_token)
+    most = max(-(-config.batches // config.rounds), TRIAL) + 2  # one to warm up, one that is counted
+    count = most * work.batch // work.samples
+    write_prompts(config.prompts, tokenizer, work.prompt_tokens, count, Path(work.prompts))
+    save_reward(work.model, Path(work.reward), work.pad_token, work.seed)
 
 
 def try_precisions(config: SpeedConfig, peer: Peer, work: Work, package: Path, tell: Tell) -> dict[str, Any]:
