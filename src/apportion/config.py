@@ -343,7 +343,7 @@ def check(config: Any, where: str = "") -> None:
 
 def _check_together(config: Any, where: str) -> None:
     """Raise ConfigError for pairs and lists, and for settings that do not go together."""
-    if hasattr(config, "prompt_tokens") and config.prompt_tokens is not None:
+    if isinstance(config, SamplingConfig) and config.prompt_tokens is not None:
         _check_pair(where + "prompt_tokens", config.prompt_tokens)
     if hasattr(config, "clip_tokens"):
         _check_pair(where + "clip_tokens", config.clip_tokens)

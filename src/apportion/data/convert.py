@@ -34,7 +34,7 @@ def gguf_to_safetensors(gguf: Path, folder: Path, pad_token: str) -> None:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _no_progress_bars():
+    with no_progress_bars():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -61,7 +61,7 @@ def _set_pad(model, tokenizer, pad_token: str) -> None:  # type: ignore[no-untyp
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Keep transformers quiet: the caller has said what happens, and a bar would break its line."""
     import transformers.modeling_gguf_pytorch_utils as reader_module
     from transformers.utils import logging

@@ -1,0 +1,41 @@
+"""Operation counts of kernels that PyTorch's FlopCounterMode does not know: CPU attention and in-place products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+
+def product(_: Any, left: Sequence[int], right: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Return 2·(b·)m·k·n of `out + left @ right` from shapes (…,m,k) and (…,k,n)."""
+    return 2 * prod(left) * right[-1]
+
+
+def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Return the operations of softmax(QKᵀ)V from shapes (B,H,T,d), every pair counted, causal or not.
+
+    As PyTorch's own formula counts them; keys and values may have fewer heads than the queries.
+    """
+    pairs = prod(query[:-1]) * key[-2]
+    return 2 * pairs * (query[-1] + value[-1])
+
+
+def attention_backward(
+    _: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    """Return the operations of attention's gradient: the scores once more, then dV, dP, dQ and dK: five products."""
+    pairs = prod(query[:-1]) * key[-2]
+    return 2 * pairs * (3 * query[-1] + 2 * value[-1])
+
+
+FORMULAS = {
+    aten.addmm_: product,
+    aten.baddbmm_: product,
+    aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
