@@ -95,9 +95,7 @@ def experience(learner: Learner, config: RLConfig, start: int) -> Iterator[tuple
         mine, chance = parallel.span(len(prompts)), uniforms(config, learner.generator)
         reseed(learner.models.generator, config.seed, step)
         with parallel.together():
-            rollouts = sample(
-                learner.models.policy, prompts[mine], config.sampling, learner.generator, uniforms=chance
-            )
+            rollouts = sample(learner.models.policy, prompts[mine], config.sampling, learner.generator, uniforms=chance)
             rollouts = replace(rollouts, group=rollouts.group + mine.start)
             sampled = time.perf_counter()
             rollouts = score(learner.models, rollouts, learner.needs, config.scores)

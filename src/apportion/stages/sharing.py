@@ -30,6 +30,11 @@ UNSUPPORTED = {
 
 def check_launch() -> None:
     """Raise ConfigError for a launcher's request that would be ignored."""
+    # accelerate starts a single process here and leaves it the address of a group that nobody else joins
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
+        expected = "as many processes as --num_processes says: without several GPUs accelerate leaves them to MPI"
+        mend = "Add --multi_gpu (it needs no GPU), or use recipes/accelerate/ddp_cpu.yaml or torchrun."
+        raise ConfigError(message("accelerate launch", "one process", expected, mend))
     for name, (plain, what, mend) in UNSUPPORTED.items():
         came = os.environ.get(name, plain).lower()
         if came != plain:

@@ -93,7 +93,7 @@ def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Te
 def _mini_batch(
     policy: Policy, loss: PolicyLoss, rollouts: Rollouts, targets: Targets, config: PPOConfig, rows: Tensor
 ) -> dict[str, Tensor]:
-    """Accumulate the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
+    """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
     tokens = targets.policy_mask[rows].sum().clamp_min(1)
     actions = targets.value_mask[rows].sum().clamp_min(1)
     denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
