@@ -8,7 +8,8 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
-from apportion.errors import ApportionError, ConfigError, unknown_name
+from apportion import parallel
+from apportion.errors import ApportionError, ConfigError, message, unknown_name
 
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -23,6 +24,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "report": ("report", "draw run folders on one page that works offline"),
     "algorithms": ("algorithms", "list algorithms, credit methods, segments, estimators and losses"),
 }
+
+PARALLEL = ("rl", "reward")  # commands that several processes can share
 
 USAGE = """usage: apportion COMMAND [options]
 
@@ -51,17 +54,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(arguments[0], arguments[1:])
     except ApportionError as error:
-        sys.stderr.write(f"apportion: {error}\n")
+        say(f"apportion: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("apportion: interrupted; the same command goes on from the last checkpoint.\n")
+        say("apportion: interrupted; the same command goes on from the last checkpoint.\n")
         return 130
+    finally:
+        parallel.stop()
+
+
+def say(text: str) -> None:
+    """Write `text` to stderr, in one of several processes alone."""
+    if parallel.speaks():
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Run command `name`. Raises ConfigError for an unknown one."""
+    """Run command `name`. Raises ConfigError for an unknown one, and for one that several processes cannot share."""
     if name not in COMMANDS:
         raise ConfigError(unknown_name("command", name, COMMANDS))
+    if parallel.launched() > 1 and name not in PARALLEL:
+        came = f"`apportion {name}` in {parallel.launched()} processes"
+        mend = "Start it without accelerate launch and torchrun."
+        raise ConfigError(message("command", came, f"one process; {' and '.join(PARALLEL)} can share their work", mend))
     module = importlib.import_module(f"apportion.commands.{COMMANDS[name][0]}")
     code: int = module.run(list(arguments))
     return code

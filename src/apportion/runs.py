@@ -185,6 +185,20 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
+class Follower(Run):
+    """The folder of a run that another process writes: this one reads it, and its own writes go nowhere."""
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write nothing; the rows are still made, so that an error in them is found here too."""
+        list(rows)
+
+    def _write(self, name: str, text: str) -> None:
+        return None
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Cut nothing."""
+
+
 class explained:  # a context manager
     """Turn a failed write into a DiskError that names the folder and the mend."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from apportion import parallel
 from apportion.commands.settings import Parsed, parse, show
 from apportion.commands.terminal import bar, interval, note
 from apportion.commands.threads import settle
@@ -22,10 +23,13 @@ def run(arguments: list[str]) -> int:
     """Parse, train, evaluate, and print the run folder."""
     parsed = parse(RewardConfig, "reward", arguments, EXAMPLES)
     if parsed.dry_run:
-        sys.stdout.write(show(parsed.config))
+        if parallel.speaks():
+            sys.stdout.write(show(parsed.config))
         return 0
     settle(parsed.config, "" if parsed.fresh else "reward")
     finished = train(parsed)
+    if not parallel.speaks():
+        return 0
     found = finished.read("evaluation.json")
     note(f"held-out accuracy {interval(found['accuracy'], 3)}, calibration error {found['ece']:.3f}")
     sys.stdout.write(f"{finished.path}\n")
@@ -37,6 +41,8 @@ def train(parsed: Parsed, label: str = "reward model") -> Any:
     from apportion.stages.reward import train as train_reward
 
     total = -(-parsed.config.clips // parsed.config.batch_size)
+    if not parallel.speaks():  # one bar for all processes
+        return train_reward(parsed.config, fresh=parsed.fresh)
     with bar(label, total, SHOWN) as progress:
         return train_reward(
             parsed.config, fresh=parsed.fresh, tell=lambda done, steps, metrics: progress.tell(done, metrics, steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from apportion import parallel
 from apportion.algorithms import Method, discount_warning
 from apportion.commands.settings import Parsed, parse, show
 from apportion.commands.terminal import bar, note
@@ -25,11 +26,13 @@ def run(arguments: list[str]) -> int:
     parsed = parse(RLConfig, "rl", arguments, EXAMPLES)
     check_method(parsed.config)
     if parsed.dry_run:
-        sys.stdout.write(show(parsed.config))
+        if parallel.speaks():
+            sys.stdout.write(show(parsed.config))
         return 0
     settle(parsed.config, "" if parsed.fresh else "rl")
     finished = train(parsed)
-    sys.stdout.write(f"{finished.path}\n")
+    if parallel.speaks():
+        sys.stdout.write(f"{finished.path}\n")
     return 0
 
 
@@ -39,7 +42,7 @@ def check_method(config: RLConfig) -> Method:
 
     method = build_method(config)
     warning = discount_warning(method)
-    if warning is not None:
+    if warning is not None and parallel.speaks():
         note(f"warning: {warning}")
     return method
 
@@ -48,5 +51,7 @@ def train(parsed: Parsed, label: str = "rl") -> Any:
     """Run the stage under a progress bar and return its run folder."""
     from apportion.stages.rl import train as train_rl
 
+    if not parallel.speaks():  # one bar for all processes
+        return train_rl(parsed.config, fresh=parsed.fresh)
     with bar(label, parsed.config.steps, SHOWN) as progress:
         return train_rl(parsed.config, fresh=parsed.fresh, tell=progress.tell)

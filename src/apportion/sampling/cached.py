@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ def sample(
     generator: torch.Generator,
     *,
     model: Any = None,
+    uniforms: Tensor | None = None,
 ) -> Rollouts:
     """Return rollouts of `prompts` (lists of ids), `samples_per_prompt` each, grouped by prompt.
 
@@ -39,13 +41,15 @@ def sample(
     Args:
         generator: the only source of randomness.
         model: sample from this model instead of the policy's (its reference, say).
+        uniforms: (max_new_tokens,B) float64 in [0, 1): row t chooses token t, and the generator is left alone.
     """
     device, copies = policy.device, config.samples_per_prompt or 1
     ids, mask = left_pad([p for p in prompts for _ in range(copies)], policy.tokenizer.pad_token_id)
     ids, mask = ids.to(device), mask.to(device)
     eos = policy.tokenizer.eos_token_id if config.stop == "eos" else None
     writer = policy.model if model is None else model
-    tokens, logprobs, alive = _decode(policy, writer, ids, mask, config, eos, generator)
+    chances = repeat(generator, config.max_new_tokens) if uniforms is None else uniforms.to(device)
+    tokens, logprobs, alive = _decode(policy, writer, ids, mask, config, eos, chances)
     group = torch.arange(len(prompts), device=device).repeat_interleave(copies)
     ended = (tokens == eos).any(dim=1) if eos is not None else torch.zeros(len(ids), dtype=torch.bool, device=device)
     return Rollouts(
@@ -66,14 +70,14 @@ def _decode(
     mask: Tensor,
     config: SamplingConfig,
     eos: int | None,
-    generator: torch.Generator,
+    chances: Iterable[torch.Generator | Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (tokens (B,T), log-probabilities (B,T), mask (B,T)), T as long as the longest row."""
     pad = policy.tokenizer.pad_token_id
     tokens, logprobs, masks = [], [], []
     alive = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     positions, cache, step_ids = (mask.cumsum(dim=1) - 1).clamp_min(0), None, ids
-    for _ in range(config.max_new_tokens):
+    for chance in chances:
         with contiguous_head(model):
             out = model(
                 input_ids=step_ids,
@@ -86,7 +90,7 @@ def _decode(
         cache = out.past_key_values
         logp = policy.allowed(out.logits[:, -1]).log_softmax(dim=-1)
         refuse_unlike_numbers(logp)
-        choice = draw(logp, generator)
+        choice = draw(logp, chance)
         tokens.append(torch.where(alive, choice.squeeze(1), pad))
         logprobs.append(torch.where(alive, logp.gather(1, choice).squeeze(1), 0.0))
         masks.append(alive)
@@ -108,14 +112,17 @@ def refuse_unlike_numbers(logp: Tensor) -> None:
         raise ModelError(message(f"policy's log-probabilities in rollout {row}", came, "finite numbers", mend))
 
 
-def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
+def draw(logp: Tensor, chance: torch.Generator | Tensor) -> Tensor:
     """Return one id a row (B,1) from log-probabilities (B,V), by inverting the cumulative distribution.
+
+    `chance` is a generator, or one uniform number in [0, 1) a row, (B,) float64.
 
     One uniform a row, where multinomial draws V exponentials; float64, so that no id of probability 0 is ever drawn.
     """
     cumulative = logp.double().exp().cumsum(dim=-1)
-    uniform = torch.rand(len(logp), 1, dtype=torch.float64, generator=generator, device=generator.device)
-    return torch.searchsorted(cumulative, uniform.to(logp.device) * cumulative[:, -1:], right=True)
+    if isinstance(chance, torch.Generator):
+        chance = torch.rand(len(logp), dtype=torch.float64, generator=chance, device=chance.device)
+    return torch.searchsorted(cumulative, chance[:, None].to(logp.device) * cumulative[:, -1:], right=True)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

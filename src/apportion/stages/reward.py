@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion import cores
+from apportion import cores, parallel
 from apportion.config import RewardConfig, to_dict
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
@@ -29,6 +29,7 @@ from apportion.stages.clips import Clip, batches, random_clips, right_pad, token
 from apportion.stages.probe import probe_head
 from apportion.stages.prompts import context_of
 from apportion.stages.records import memory_mb
+from apportion.stages.sharing import check_launch, open_run
 from apportion.stages.update import finite_norm, learning_rate, make_optimizer
 from apportion.statistics import calibration, mean_interval, proportion
 
@@ -41,24 +42,45 @@ HEADS = ("score", "classifier")
 def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step, steps, metrics: None) -> Run:
     """Train, save and evaluate a reward model as `config` says; return its finished run folder.
 
-    final/ holds float32 weights and reward.json with the mean and sd of R on held-out clips.
+    final/ holds float32 weights and reward.json with the mean and sd of R on held-out clips. Under `accelerate launch`
+    or `torchrun` the processes share every batch; the main one writes and evaluates.
 
     Raises:
         ConfigError, ModelError, DataError, DiskError: each names what to mend.
     """
-    run = Run.open(config.output, "reward", to_dict(config), fresh=fresh)
-    if run.finished:
+    check_shares(config)
+    parallel.start(pick_device(config.device))
+    run = open_run(config.output, "reward", to_dict(config), fresh=fresh)
+    if parallel.from_main(run.finished):
         return run
     with run.failing():
         run.know(threads=cores.use(config.threads))
-        found = _train(run, config, tell)
-        run.write_json("evaluation.json", found)
-        run.status("finished", accuracy=found["accuracy"])
+        with parallel.together():
+            model, clips, tokenizer, folder, test_rows = _prepare(run, config)
+        parallel.broadcast(p for p in model.parameters() if p.requires_grad)
+        remainders = _halved(model, config)
+        _fit(model, remainders, clips, config, tokenizer.pad_token_id, run, tell)
+        with parallel.together():
+            if parallel.is_main():
+                to_float32(remainders)
+                _save(run, config, model, tokenizer, folder)
+                del model
+                found = _judged(run, config, test_rows)
+                run.write_json("evaluation.json", found)
+                run.status("finished", accuracy=found["accuracy"])
     return run
 
 
-def _train(run: Run, config: RewardConfig, tell: Tell) -> dict[str, Any]:
-    """Train, write final/ and return what `evaluate` found. Cheap checks come before the model."""
+def check_shares(config: RewardConfig) -> None:
+    """Raise ConfigError for a launcher's request that would be ignored, and where a process would get no clip."""
+    check_launch()
+    if config.batch_size < parallel.launched():
+        expected = f"at least {parallel.launched()}, a clip a process"
+        raise ConfigError(message("batch_size", config.batch_size, expected, "Raise it, or launch fewer."))
+
+
+def _prepare(run: Run, config: RewardConfig) -> tuple[Any, list[Clip], Any, str, list[Any]]:
+    """Return (model, training clips, tokenizer, its folder, held-out rows). Cheap checks come before the model."""
     run.cut({})
     train_rows, test_rows = read_data(config)
     need_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
@@ -70,15 +92,25 @@ def _train(run: Run, config: RewardConfig, tell: Tell) -> dict[str, Any]:
         raise ConfigError(message("clip_tokens", config.clip_tokens, expected, "Lower the second number."))
     clips = random_clips(*_ids(train_rows, tokenizer, config), config.clips, config.clip_tokens, config.seed)
     torch.manual_seed(config.seed)
-    model = _model(config, folder, tokenizer, device, clips)
-    full = config.lora.rank == 0
-    remainders = to_sixteen_bit(model) if full and pick_dtype(config.dtype, device) == torch.bfloat16 else {}
-    _fit(model, remainders, clips, config, tokenizer.pad_token_id, run, tell)
-    to_float32(remainders)
+    return _model(config, folder, tokenizer, device, clips), clips, tokenizer, folder, test_rows
+
+
+def _halved(model: Any, config: RewardConfig) -> dict[torch.nn.Parameter, Tensor]:
+    """Let all weights learn in 16 bit over float32 masters, where they learn and the processor has it."""
+    device = next(model.parameters()).device
+    full = config.lora.rank == 0 and pick_dtype(config.dtype, device) == torch.bfloat16
+    return to_sixteen_bit(model) if full else {}
+
+
+def _save(run: Run, config: RewardConfig, model: Any, tokenizer: Any, folder: str) -> None:
+    """Write the model to final/."""
     card = model_card("Reward model", "reward-model", "R = logit(positive) − logit(negative).", to_dict(config))
     with explained(run.path):
         save_classifier(model, tokenizer, folder, run.path / "final", card, lora=config.lora.rank > 0)
-    del model
+
+
+def _judged(run: Run, config: RewardConfig, test_rows: list[Any]) -> dict[str, Any]:
+    """Return what `evaluate` found of final/, and put the mean and sd of R there."""
     found = evaluate(run.path / "final", test_rows, config)
     with explained(run.path):
         statistics = {"mean": found["score_mean"], "sd": found["score_sd"]}
@@ -147,34 +179,37 @@ def _fit(
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step - 1, len(dealt))
-        loss, hits = _accumulate(model, batch, config.micro_batch, pad)
+        with parallel.together():
+            sums = _accumulate(model, batch, config.micro_batch, pad)
+        parallel.sum_gradients(trainable)
         norm = finite_norm(trainable, config.optim)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics = {
-            "loss/reward": loss,
-            "accuracy": hits,
+            **{name: float(total) for name, total in parallel.sum_over(sums).items()},
             "grad_norm": float(norm),
             "lr": optimizer.param_groups[0]["lr"],
-            "time/total": time.perf_counter() - began,
-            "memory/rss_mb": memory_mb(),
         }
-        run.log(step, metrics)
+        metrics |= parallel.largest({"time/total": time.perf_counter() - began, "memory/rss_mb": memory_mb()})
+        with parallel.together():
+            run.log(step, metrics)
         tell(step, len(dealt), metrics)
 
 
-def _accumulate(model: Any, batch: list[Clip], micro: int, pad: int) -> tuple[float, float]:
-    """Add one batch's gradient, a few clips at a time, and return (mean loss in nats, share of clips judged right)."""
+def _accumulate(model: Any, batch: list[Clip], micro: int, pad: int) -> dict[str, Tensor]:
+    """Add the gradient of this process's share of one batch, a few clips at a time, and return its part of the mean
+    loss in nats and of the share of clips judged right."""
     device = next(model.parameters()).device
-    total, hits = 0.0, 0
-    for first in range(0, len(batch), micro):
-        ids, mask, labels = (t.to(device) for t in right_pad(batch[first : first + micro], pad))
+    total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
+    mine = [batch[i] for i in parallel.share(torch.arange(len(batch))).tolist()]
+    for first in range(0, len(mine), micro):
+        ids, mask, labels = (t.to(device) for t in right_pad(mine[first : first + micro], pad))
         logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
         loss.backward()
-        total += float(loss.detach())
-        hits += int((logits.argmax(dim=1) == labels).sum())
-    return total, hits / len(batch)
+        total += loss.detach()
+        hits += (logits.argmax(dim=1) == labels).sum() / len(batch)
+    return {"loss/reward": total, "accuracy": hits}
 
 
 def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:

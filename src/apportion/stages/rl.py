@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from apportion import cores, credit
+from apportion import cores, credit, parallel
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig, to_dict
 from apportion.evidence import Models
 from apportion.masking import masked_mean, whiten
-from apportion.models.load import load_tokenizer, locate
+from apportion.models.load import load_tokenizer, locate, pick_device
 from apportion.models.policy import load_policy
 from apportion.models.reward import adjust, load_reward
 from apportion.models.save import save_policy
@@ -33,6 +33,7 @@ from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
 from apportion.stages.prompts import PromptStream, context_of, load_prompts
 from apportion.stages.records import comparisons, memory_mb, rollout_records
+from apportion.stages.sharing import check_shares, check_start, open_run, reseed, uniforms, whole_batch
 from apportion.stages.update import learning_rate, make_targets, update
 from apportion.types import Rollouts
 
@@ -42,6 +43,8 @@ Tell = Callable[[int, dict[str, float]], None]
 def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, metrics: None) -> Run:
     """Train a policy as `config` says and return its finished run folder; an interrupted run goes on where it was.
 
+    Under `accelerate launch` or `torchrun` the processes share the work, and the main one writes the folder.
+
     Args:
         tell: called with the step and its metrics, for a progress bar.
 
@@ -49,38 +52,54 @@ def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, me
         ConfigError, ModelError, DataError, ScoreError, DiskError: each names what to mend.
     """
     method = build_method(config)
+    check_shares(config)
+    parallel.start(pick_device(config.device))
     config_dict = to_dict(config) | method.specs
-    run = Run.open(config.output, "rl", config_dict, fresh=fresh)
-    if run.finished:
+    run = open_run(config.output, "rl", config_dict, fresh=fresh)
+    if parallel.from_main(run.finished):
         return run
     with run.failing():
         run.know(threads=cores.use(config.threads))
-        learner = make_learner(config, method)
-        start = load_latest(run, learner)
+        with parallel.together():
+            learner = make_learner(config, method)
+            start = load_latest(run, learner)
+        check_start(start)
+        parallel.broadcast(learner.models.policy.trainable())
         for step, rollouts in experience(learner, config, start):
             began = time.perf_counter()
             metrics, records = learn(learner, rollouts, config, step)
-            metrics |= {"time/update": time.perf_counter() - began, **learner.clock, "memory/rss_mb": memory_mb()}
+            clock = {"time/update": time.perf_counter() - began, **learner.clock, "memory/rss_mb": memory_mb()}
+            metrics |= parallel.largest(clock)
             metrics["time/total"] = sum(metrics[k] for k in ("time/generate", "time/score", "time/update"))
-            run.log(step, metrics, records)
-            if config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps:
-                save_checkpoint(run, learner, step, keep=config.keep_checkpoints)
+            with parallel.together():
+                run.log(step, metrics, records)
+                due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
+                if due and parallel.is_main():
+                    save_checkpoint(run, learner, step, keep=config.keep_checkpoints)
             tell(step, metrics)
-        with explained(run.path):
-            save_policy(learner.models.policy, locate("policy", config.policy), run.path / "final", config_dict)
+        with parallel.together(), explained(run.path):
+            if parallel.is_main():
+                save_policy(learner.models.policy, locate("policy", config.policy), run.path / "final", config_dict)
         run.status("finished", steps=config.steps)
     return run
 
 
 def experience(learner: Learner, config: RLConfig, start: int) -> Iterator[tuple[int, Rollouts]]:
-    """Yield (step from 1, scored rollouts) for the steps after `start`; a queue can take its place."""
+    """Yield (step from 1, scored rollouts) for the steps after `start`; a queue can take its place.
+
+    Each process samples and scores its own prompts of the batch, with all rollouts of each.
+    """
     per_prompt = config.sampling.samples_per_prompt or 1
     for step in range(start + 1, config.steps + 1):
         began = time.perf_counter()
         prompts = learner.prompts.take(step, config.sampling.batch_size // per_prompt)
-        rollouts = sample(learner.models.policy, prompts, config.sampling, learner.generator)
-        sampled = time.perf_counter()
-        rollouts = score(learner.models, rollouts, learner.needs, config.scores)
+        mine, chance = parallel.span(len(prompts)), uniforms(config, learner.generator)
+        reseed(learner.models.generator, config.seed, step)
+        with parallel.together():
+            rollouts = sample(learner.models.policy, prompts[mine], config.sampling, learner.generator, uniforms=chance)
+            rollouts = replace(rollouts, group=rollouts.group + mine.start)
+            sampled = time.perf_counter()
+            rollouts = score(learner.models, rollouts, learner.needs, config.scores)
         learner.clock = {"time/generate": sampled - began, "time/score": time.perf_counter() - sampled}
         yield step, rollouts
 
@@ -91,13 +110,18 @@ def learn(
     """Apportion the scores of one batch, learn from it, and return (metrics, what to log of the rollouts)."""
     method, ppo, ended = learner.method, config.ppo, rollouts.ended
     rollouts = settle_truncated(rollouts, ppo)
-    rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
+    with parallel.together():
+        rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
+        segments = method.segment(rollouts)  # (B,T) ids from 0, -1 off the mask
+        check_segments(segments, rollouts.mask)
+        if "credit_share" in method.estimate.needs and method.credit.share is not None:
+            rollouts = rollouts.with_evidence(credit_share=method.credit.share(rollouts))
+    # from here on every process has the whole batch, so that its statistics are one process's
+    rollouts = whole_batch(rollouts, learner.models.policy.tokenizer.pad_token_id)
+    rewards, segments = parallel.gather_rows(rewards), parallel.gather_rows(segments, fill=-1)
+    ended = None if ended is None else parallel.gather_rows(ended)
     if ppo.whiten_rewards:
         rewards = whiten(rewards, rollouts.mask, keep_mean=True)
-    segments = method.segment(rollouts)  # (B,T) ids from 0, -1 off the mask
-    check_segments(segments, rollouts.mask)
-    if "credit_share" in method.estimate.needs and method.credit.share is not None:
-        rollouts = rollouts.with_evidence(credit_share=method.credit.share(rollouts))
     estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
     targets = make_targets(estimated, segments, rollouts, ppo)
     for group in learner.optimizer.param_groups:
@@ -172,5 +196,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     needs |= frozenset[str]().union(*(c.needs for c in compare.values()))
     needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
     generator = torch.Generator(device=policy.device).manual_seed(config.seed)
-    models = Models(policy, reward, method.segment, config.sampling, generator, config.scores)
+    # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
+    own = generator if parallel.world() == 1 else torch.Generator(device=policy.device)
+    models = Models(policy, reward, method.segment, config.sampling, own, config.scores)
     return Learner(models, method, stream, needs, generator, config.optim, compare)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from apportion import parallel
 from apportion.batching import micro_batches, trim
 from apportion.config import OptimConfig, PPOConfig
 from apportion.errors import ScoreError, message
@@ -59,7 +60,8 @@ def update(
     """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
 
     Each loss is divided by the count that it declares, taken over the whole mini-batch, so that micro-batches change
-    nothing. Values are learned where the rollouts carry some.
+    nothing. Values are learned where the rollouts carry some. Each of several processes has the whole batch, and takes
+    its share of every mini-batch; gradients and metrics are summed over them.
 
     Raises:
         ScoreError: the loss or gradient is not finite; no step is taken with it.
@@ -69,13 +71,16 @@ def update(
     for _ in range(config.epochs or 1):
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
-            sums = _mini_batch(policy, loss, rollouts, targets, config, rows)
-            sums["policy/grad_norm"] = finite_norm(policy.trainable(), optim)
+            with parallel.together():
+                sums = _mini_batch(policy, loss, rollouts, targets, config, rows)
+            parallel.sum_gradients(policy.trainable())
+            # the same in every process, and summed over them below
+            sums["policy/grad_norm"] = finite_norm(policy.trainable(), optim) / parallel.world()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             totals = {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
             steps += 1
-    return {k: float(v) / steps for k, v in totals.items()}
+    return {k: float(v) / steps for k, v in parallel.sum_over(totals).items()}
 
 
 def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Tensor:
@@ -91,12 +96,13 @@ def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Te
 def _mini_batch(
     policy: Policy, loss: PolicyLoss, rollouts: Rollouts, targets: Targets, config: PPOConfig, rows: Tensor
 ) -> dict[str, Tensor]:
-    """Accumulate the gradient of one mini-batch and return its losses and statistics, already divided."""
+    """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
     tokens = targets.policy_mask[rows].sum().clamp_min(1)
     actions = targets.value_mask[rows].sum().clamp_min(1)
     denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
     sums: dict[str, Tensor] = {}
-    for part in micro_batches(rollouts, rows, config.micro_batch, config.micro_tokens):
+    mine = parallel.share(rows)
+    for part in micro_batches(rollouts, mine, config.micro_batch, config.micro_tokens) if len(mine) else ():
         batch = trim(rollouts.select(part))
         advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
         out = policy.forward(batch, values="values" in batch.evidence)

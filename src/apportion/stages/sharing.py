@@ -1,0 +1,116 @@
+"""How a run is shared by processes: whose prompts, whose random numbers, and the whole batch from everyone's part."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion import parallel
+from apportion.config import RLConfig
+from apportion.errors import ConfigError, message
+from apportion.runs import Follower, Run
+from apportion.types import Rollouts
+
+# what `accelerate launch` asks for by environment, and what it would have to say for a run to be the one asked for
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed", "Launch with recipes/accelerate/ddp_gpu.yaml."),
+    "ACCELERATE_USE_FSDP": ("false", "FSDP", "Launch with recipes/accelerate/ddp_gpu.yaml."),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM", "Launch with recipes/accelerate/ddp_gpu.yaml."),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a parallelism config", "Launch without it."),
+    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision", "Say mixed_precision: no there, and set --dtype."),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "a dynamo backend", "Say dynamo_backend: no there."),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "gradient accumulation", "Set --ppo.mini_batch and micro_batch."),
+}
+
+
+def check_launch() -> None:
+    """Raise ConfigError for a launcher's request that would be ignored."""
+    # accelerate starts a single process here and leaves it the address of a group that nobody else joins
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
+        expected = "as many processes as --num_processes says: without several GPUs accelerate leaves them to MPI"
+        mend = "Add --multi_gpu (it needs no GPU), or use recipes/accelerate/ddp_cpu.yaml or torchrun."
+        raise ConfigError(message("accelerate launch", "one process", expected, mend))
+    for name, (plain, what, mend) in UNSUPPORTED.items():
+        came = os.environ.get(name, plain).lower()
+        if came != plain:
+            expected = f"{plain!r}: apportion's processes are plain data-parallel ones"
+            raise ConfigError(message(f"accelerate's {what} ({name})", came, expected, mend))
+
+
+def check_shares(config: RLConfig) -> None:
+    """Raise ConfigError where there are too few prompts or rollouts to go round the processes."""
+    check_launch()
+    processes, sampling = parallel.launched(), config.sampling
+    prompts = sampling.batch_size // (sampling.samples_per_prompt or 1)
+    if prompts < processes:
+        expected = f"at least {processes} prompts a batch, one a process: it has {prompts}"
+        raise ConfigError(message("sampling.batch_size", sampling.batch_size, expected, "Raise it, or launch fewer."))
+    if config.ppo.mini_batch < processes:
+        expected = f"at least {processes}, a rollout a process"
+        raise ConfigError(message("ppo.mini_batch", config.ppo.mini_batch, expected, "Raise it, or launch fewer."))
+
+
+def open_run(output: str, stage: str, config: dict[str, Any], *, fresh: bool) -> Run:
+    """Return the run folder, opened by the main process; the others' writes go nowhere. Raises as `Run.open`."""
+    with parallel.together():
+        if parallel.is_main():
+            return Run.open(output, stage, config, fresh=fresh)
+    return Follower(Path(output).expanduser(), stage)
+
+
+def check_start(step: int) -> int:
+    """Return `step`, from which a run goes on. Raises ConfigError where the main process goes on from another."""
+    with parallel.together():
+        main = parallel.from_main(step)
+        if main != step:
+            expected = f"the checkpoint of the main process, step {main}"
+            mend = "Put --output on a disk that every machine sees."
+            raise ConfigError(message("output", f"step {step} in process {parallel.rank()}", expected, mend))
+    return step
+
+
+def uniforms(config: RLConfig, generator: torch.Generator) -> Tensor:
+    """Return this process's random numbers of one batch, (max_new_tokens, its rollouts) float64.
+
+    All processes draw those of the whole batch from the same generator and take their own, so that what is sampled
+    does not depend on the number of processes, and the generator stays the same in all.
+    """
+    sampling = config.sampling
+    copies = sampling.samples_per_prompt or 1
+    shape = (sampling.max_new_tokens, sampling.batch_size)
+    drawn = torch.rand(shape, dtype=torch.float64, generator=generator, device=generator.device)
+    mine = parallel.span(sampling.batch_size // copies)
+    return drawn[:, mine.start * copies : mine.stop * copies]
+
+
+def reseed(generator: torch.Generator | None, seed: int, step: int) -> None:
+    """Start a process's own generator anew for a step, from the seed, the step and the process's number.
+
+    It serves producers that draw while they score (vine), as much as their rollouts ask for. In one process it is the
+    run's generator, and goes on as it is.
+    """
+    if generator is not None and parallel.world() > 1:
+        generator.manual_seed(((seed * 1_000_003 + step) * 65_537 + parallel.rank()) % 2**62)
+
+
+def whole_batch(rollouts: Rollouts, pad: int) -> Rollouts:
+    """Return the rollouts of all processes in their order, padded to the longest, evidence included.
+
+    So whitening, group statistics, controllers, metrics and denominators are those of one process, whatever method
+    computes them.
+    """
+    if parallel.world() == 1:
+        return rollouts
+    changes: dict[str, Any] = {}
+    for name in (f.name for f in fields(rollouts)):
+        value = getattr(rollouts, name)
+        if isinstance(value, Tensor):
+            fill = pad if name in ("prompt_ids", "response_ids") else 0
+            changes[name] = parallel.gather_rows(value, fill=fill, left=name.startswith("prompt"))
+    evidence = {name: parallel.gather_rows(rollouts.evidence[name]) for name in sorted(rollouts.evidence)}
+    return replace(rollouts, **changes, evidence=evidence)

@@ -1,0 +1,211 @@
+"""Two processes and one: the same gradients, statistics, controllers, weights and run folder; one error ends both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import parallel_worker
+import pytest
+import tiny_runs
+import torch
+
+from apportion import parallel
+from apportion.cli import main
+from apportion.errors import ConfigError
+from apportion.stages.sharing import check_launch, check_shares
+
+REPO = Path(__file__).parents[2]
+RECIPE = REPO / "recipes" / "accelerate" / "ddp_cpu.yaml"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
+
+
+def launch(words: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(REPO / "src"), str(REPO / "tests")])
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
+    settings = plain | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=settings, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def ranks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found: `parallel_worker.run`."""
+    out = tmp_path_factory.mktemp("two")
+    done = launch([*TORCHRUN, REPO / "tests" / "parallel_worker.py", world, out])
+    assert done.returncode == 0, done.stderr
+    return [torch.load(out / f"rank-{i}.pt", weights_only=True) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("case", parallel_worker.CASES)
+def test_two_processes_take_the_steps_of_one(
+    world: Path, ranks: list[dict[str, Any]], case: str, tmp_path: Path
+) -> None:
+    one = parallel_worker.trace(world, tmp_path, case)
+    two, other = ranks[0][case], ranks[1][case]
+    assert two["ids"] == one["ids"]  # the same tokens were sampled
+    assert len(two["gradients"]) == len(one["gradients"]) > 2
+    # the first step is from the same weights; Adam lets their roundings grow from there
+    apart = [float((a - b).norm() / a.norm()) for a, b in zip(one["gradients"], two["gradients"], strict=True)]
+    assert apart[0] < 1e-5 and max(apart) < 1e-4, apart
+    for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=2e-6), name
+    assert one["state"].keys() == two["state"].keys()
+    for name, value in one["state"].items():
+        torch.testing.assert_close(two["state"][name], value, rtol=1e-6, atol=0)
+    # the processes themselves do not drift apart by a bit
+    assert torch.equal(two["weights"], other["weights"])
+    assert all(torch.equal(a, b) for a, b in zip(two["gradients"], other["gradients"], strict=True))
+    assert two["metrics"] == other["metrics"]
+
+
+def test_controller_saw_the_whole_batch(world: Path, ranks: list[dict[str, Any]]) -> None:
+    start = 0.1
+    moved = {name: float(v) for name, v in ranks[0]["gae"]["state"].items()}
+    assert moved and all(v != pytest.approx(start) for v in moved.values())
+
+
+def test_reductions_and_gathering(ranks: list[dict[str, Any]]) -> None:
+    one = parallel_worker.reductions()
+    for found in (r["reductions"] for r in ranks):
+        torch.testing.assert_close(found["white"], one["white"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found["mean"], one["mean"])
+        assert torch.equal(found["mask"], one["mask"]) and found["mask"].dtype == torch.bool
+    ragged = ranks[1]["reductions"]["ragged"]  # rows 0-2 came with 3 columns, rows 3-6 with 4
+    assert ragged.shape == (7, 4) and (ragged[:3, 0] == 9).all() and not (ragged[3:] == 9).any()
+    assert [r["main"] for r in ranks] == [0, 0]
+
+
+def test_accelerate_launch_writes_one_global_run(world: Path, tmp_path: Path) -> None:
+    flags = tiny_runs.flags(world, tmp_path / "two", policy=world / "ending", **{"sampling.stop": "eos"})
+    done = launch([*ACCELERATE, "--config_file", RECIPE, "-m", "apportion", "rl", *flags])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "two")]
+    alone = tiny_runs.flags(world, tmp_path / "one", policy=world / "ending", **{"sampling.stop": "eos"})
+    assert main(["rl", *alone]) == 0
+    one, two = (tiny_runs.read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["step"] for row in two] == [1, 2]
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in (n for n in mine if not n.startswith(MACHINE)):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=2e-6), name
+    rows, others = (tiny_runs.read_lines(tmp_path / name / "rollouts.jsonl") for name in ("two", "one"))
+    assert [(r["step"], r["row"], r["response_ids"]) for r in rows] == [
+        (r["step"], r["row"], r["response_ids"]) for r in others
+    ]
+    weights, reference = (tiny_runs.weights(tmp_path / name / "final") for name in ("two", "one"))
+    assert all(torch.allclose(weights[name], reference[name], atol=1e-5) for name in reference)
+    assert json.loads((tmp_path / "two" / "status.json").read_text())["status"] == "finished"
+
+
+def test_reward_model_of_two_processes_is_that_of_one(world: Path, tmp_path: Path) -> None:
+    settings = {"model": world / "policy", "data": world / "reviews.csv", "clips": 30, "clip_tokens": "[4, 12]"}
+    settings |= {"batch_size": 5, "micro_batch": 2, "probe_clips": 20, "lora.rank": 4, "dtype": "float32"}
+    flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)] + ["--device", "cpu"]
+    done = launch([*TORCHRUN, "-m", "apportion", "reward", *flags, "--output", tmp_path / "two"])
+    assert done.returncode == 0, done.stderr
+    assert main(["reward", *flags, "--output", str(tmp_path / "one")]) == 0
+    one, two = (tiny_runs.read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for mine, theirs in zip(one, two, strict=True):
+        for name in (n for n in mine if not n.startswith(MACHINE)):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=2e-6), name
+    weights, reference = (tiny_runs.weights(tmp_path / name / "final") for name in ("two", "one"))
+    assert all(torch.allclose(weights[name], reference[name], atol=1e-5) for name in reference)
+
+
+def test_an_error_in_one_process_ends_all_with_one_message_and_the_run_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch = tmp_path / "down"
+    switch.touch()
+    credit = "[process: {function: failing_rewards:rewards, keep: true}, kl_penalty: {coef: 0.1, target: 1.0}]"
+    settings = {"credit": credit, "steps": 3, "checkpoint_every": 1, "compare": "[sparse]"}
+    words = [*TORCHRUN, "-m", "apportion", "rl", *tiny_runs.flags(world, tmp_path / "two", **settings)]
+    done = launch(words, FAIL_WHILE=str(switch))
+    assert done.returncode != 0
+    assert done.stderr.count("apportion: ") == 1
+    assert done.stderr.count("RuntimeError: the reward service is down") == 1
+    assert "process 1 failed" in done.stderr
+    status = json.loads((tmp_path / "two" / "status.json").read_text())
+    assert status["status"] == "failed" and "the reward service is down" in status["error"]
+    assert len(tiny_runs.read_lines(tmp_path / "two" / "metrics.jsonl")) == 1
+    switch.unlink()
+    done = launch(words, FAIL_WHILE=str(switch))
+    assert done.returncode == 0, done.stderr
+    two = tiny_runs.read_lines(tmp_path / "two" / "metrics.jsonl")
+    monkeypatch.setenv("FAIL_WHILE", str(switch))
+    assert main(["rl", *tiny_runs.flags(world, tmp_path / "one", **settings)]) == 0
+    one = tiny_runs.read_lines(tmp_path / "one" / "metrics.jsonl")
+    assert [row["step"] for row in two] == [1, 2, 3]
+    for name in (n for n in one[-1] if not n.startswith(MACHINE)):
+        assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient accumulation"),
+        ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "accelerate launch"),
+    ],
+)
+def test_what_a_launcher_asks_for_is_done_or_refused(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=named):
+        check_launch()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"sampling.batch_size": 2}, "sampling.batch_size"), ({"ppo.mini_batch": 2}, "ppo.mini_batch")],
+)
+def test_too_little_to_go_round_is_refused(
+    world: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int], named: str
+) -> None:
+    config = tiny_runs.config(world, **changes)
+    check_shares(config)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match=named):
+        check_shares(config)
+
+
+def test_commands_that_cannot_share_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["evaluate"]) == 2
+    assert "apportion evaluate" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["evaluate"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_alone_everything_is_the_identity() -> None:
+    x = torch.arange(6.0)
+    assert parallel.world() == 1 and parallel.is_main() and parallel.from_main("x") == "x"
+    assert parallel.reduce_sum(x) is x and parallel.gather_rows(x) is x and torch.equal(parallel.share(x), x)
+    assert parallel.span(5) == slice(0, 5)
+    parameter = torch.nn.Parameter(x)
+    parameter.grad = x.clone()
+    parallel.sum_gradients([parameter])
+    assert torch.equal(parameter.grad, x)

@@ -1,0 +1,86 @@
+"""What a test compares between one process and several: runs of a few batches, every optimizer step written down.
+
+As a program, under torchrun: `parallel_worker.py WORLD OUT` writes OUT/rank-R.pt, one trace a case of `CASES`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny_runs
+import torch
+
+from apportion import parallel
+from apportion.masking import masked_mean, whiten
+from apportion.stages import rl
+from apportion.stages.methods import build_method
+
+ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
+ENDING = {"sampling.stop": "eos", "sampling.max_new_tokens": 7}
+CASES: dict[str, dict[str, Any]] = {
+    # critic, both whitenings, a controller, responses of unlike lengths; 7 prompts, a tail of 3 rows
+    "gae": ENDING | {"credit": ADAPTIVE, "ppo.whiten_rewards": True, "sampling.batch_size": 7},
+    # 3 prompts of 2 samples: one process has one group, the other two
+    "grpo": ENDING | {"algorithm": "grpo", "sampling.samples_per_prompt": 2, "ppo.epochs": 2},
+    "reinforce_pp": ENDING | {"advantages": "reinforce_pp", "credit": "[uniform, kl_penalty]", "lora.rank": 0},
+    "bootstrap": ENDING | {"ppo.truncated": "bootstrap", "ppo.value_model": "separate", "ppo.micro_batch": 1},
+}
+
+
+def trace(world: Path, output: Path, case: str) -> dict[str, Any]:
+    """Return what a run of two batches did: the gradient of each optimizer step as it was taken, metrics, the
+    controllers' state, the rollouts' ids and the final weights."""
+    policy = world / ("ending" if CASES[case].get("sampling.stop") == "eos" else "policy")
+    config = tiny_runs.config(world, output, **{"policy": policy, "log_rollouts": 8} | CASES[case])
+    learner = rl.make_learner(config, build_method(config))
+    parameters = learner.models.policy.trainable()
+    gradients: list[torch.Tensor] = []
+    step = learner.optimizer.step
+
+    def noted() -> None:
+        # clipped already, by a norm that must be the same too
+        gradients.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
+        step()
+
+    learner.optimizer.step = noted  # type: ignore[method-assign]
+    metrics, records = [], []
+    for number, rollouts in rl.experience(learner, config, 0):
+        told, written = rl.learn(learner, rollouts, config, number)
+        metrics.append(told)
+        records += written
+    return {
+        "gradients": gradients,
+        "metrics": metrics,
+        "ids": [record["response_ids"] for record in records],
+        "state": learner.credit_state,
+        "weights": torch.cat([p.detach().flatten() for p in parameters]),
+    }
+
+
+def reductions() -> dict[str, torch.Tensor]:
+    """Return masked reductions of this process's rows of a fixed batch, reduced over the processes."""
+    generator = torch.Generator().manual_seed(5)
+    x, mask = torch.randn(7, 4, generator=generator), torch.rand(7, 4, generator=generator) < 0.7
+    mine = parallel.span(7)
+    white = whiten(x[mine], mask[mine], reduce=parallel.reduce_sum)
+    mean = masked_mean(x[mine], mask[mine], parallel.reduce_sum)
+    ragged = parallel.gather_rows(x[mine, : 3 + parallel.rank()], fill=9, left=True)
+    told = parallel.gather_rows(mask[mine])
+    return {"white": parallel.gather_rows(white), "mean": mean, "ragged": ragged, "mask": told}
+
+
+def run() -> None:
+    world, out = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    parallel.start(torch.device("cpu"))
+    found: dict[str, Any] = {case: trace(world, out / case, case) for case in CASES}
+    found |= {"reductions": reductions(), "main": parallel.from_main(parallel.rank())}
+    torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    run()
