@@ -1,0 +1,188 @@
+"""Keys and values of the rows being written: preallocated, written in place, rows enter and leave."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+Pair = tuple[Tensor, Tensor]
+ROOM = 64  # columns that are added at least when the buffers are full
+
+
+class Past(Protocol):
+    """What the rows in the batch have read: rows enter behind the others, and leave."""
+
+    open: bool  # whether rows may enter while others are being written
+
+    def enter(self, read: Any, seen: Tensor, source: Tensor) -> None:
+        """Let rows in: row i has read prompt source[i] (n,) of those in `read`, whose real columns `seen` (N,W) says."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep `rows` (n,) of the batch, in this order; the others leave."""
+
+
+class Buffers:
+    """Keys and values of every layer in buffers (rows, heads, columns, size), one column a token of the batch.
+
+    Every row's tokens stand together and end at column `used`; the columns before them hold whatever was there, and
+    `seen` is False on them. Rows of a prompt that enters late stand at the same end as the others.
+
+    Args:
+        rows: most rows at a time.
+        longest: most columns that a row needs.
+        dtype: of the buffers; None keeps what the model gives.
+    """
+
+    open = True
+
+    def __init__(self, rows: int, longest: int, dtype: torch.dtype | None = None) -> None:
+        self.most, self.longest, self.dtype = rows, longest + 1, dtype  # one column is never seen: see `spare`
+        self.layers: list[Pair] = []
+        self.rows = self.used = 0
+        self.seen = torch.zeros(0, 0, dtype=torch.bool)
+
+    def enter(self, read: Cache, seen: Tensor, source: Tensor) -> None:
+        """See `Past.enter`."""
+        width, first = seen.shape[1], self.rows
+        if not self.layers:
+            self._allocate(read, width)
+        if not self.rows:
+            self.used = 0
+        short = width - self.used
+        if short > 0:  # the rows that are here move right
+            self._move(torch.arange(self.rows, device=self.seen.device), 0, short)
+        self.rows += len(source)
+        at = slice(self.used - width, self.used)
+        self.seen[first : self.rows] = False
+        self.seen[first : self.rows, at] = seen[source]
+        for layer, pair in zip(read.layers, self.layers, strict=True):
+            for new, buffer in zip((layer.keys, layer.values), pair, strict=True):
+                buffer[first : self.rows, :, at] = new[source].to(buffer.dtype)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Past.keep`. Columns that no row that stays has seen are given back."""
+        self._move(rows, self._unseen(rows), 0)
+        self.rows = len(rows)
+
+    def next_column(self) -> int:
+        """Return the column of the next token, seen by every row; there is room for it."""
+        if self.used == self.seen.shape[1]:
+            everyone = torch.arange(self.rows, device=self.seen.device)
+            unseen = self._unseen(everyone)
+            if unseen >= max(1, min(ROOM, self.used // 4)):
+                self._move(everyone, unseen, 0)
+            else:
+                self._widen(self.used + max(ROOM, self.used // 2))
+        self.seen[: self.rows, self.used] = True
+        self.used += 1
+        return self.used - 1
+
+    def _unseen(self, rows: Tensor) -> int:
+        """Return how many columns before the longest of `rows` can go: all but one."""
+        real = self.seen[rows, : self.used].any(dim=0)
+        return max(0, int(real.int().argmax()) - 1) if len(rows) else self.used
+
+    def _allocate(self, read: Cache, width: int) -> None:
+        columns = min(max(width, self.longest), width + 2 * ROOM)
+        for layer in read.layers:
+            shapes = [(self.most, t.shape[1], columns, t.shape[3]) for t in (layer.keys, layer.values)]
+            keys, values = (torch.zeros(s, dtype=self.dtype or layer.keys.dtype, device=layer.keys.device) for s in shapes)
+            self.layers.append((keys, values))
+        self.seen = torch.zeros(self.most, columns, dtype=torch.bool, device=read.layers[0].keys.device)
+
+    def _widen(self, columns: int) -> None:
+        """Make room for `columns`, one layer after the other, so that no second copy of all of them ever stands."""
+        more = columns - self.seen.shape[1]
+        self.seen = torch.nn.functional.pad(self.seen, (0, more))
+        for i, pair in enumerate(self.layers):
+            keys, values = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in pair)
+            self.layers[i] = (keys, values)
+
+    def _move(self, rows: Tensor, left: int, right: int) -> None:
+        """Put `rows` first and shift their columns by `left` or by `right`."""
+        if self.used + right > self.seen.shape[1]:
+            self._widen(self.used + right + ROOM)
+        old, new = slice(left, self.used), slice(right, self.used - left + right)
+        seen = self.seen[rows, old]  # indices copy, so that what is moved may overlap where it came from
+        self.seen[: len(rows)] = False
+        self.seen[: len(rows), new] = seen
+        for pair in self.layers:
+            for buffer in pair:
+                buffer[: len(rows), :, new] = buffer[rows, :, old]
+        self.used = new.stop
+
+
+class BufferLayer(CacheLayerMixin):
+    """One layer of `Buffers` as transformers' models see it: `update` writes the new column and returns views.
+
+    A sliding window is left to the mask, which the models make from the columns.
+    """
+
+    is_sliding = False
+
+    def __init__(self, buffers: Buffers, index: int) -> None:
+        super().__init__()
+        self.buffers, self.index, self.is_initialized = buffers, index, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the buffers stand."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Write keys and values (B,H,1,D) to the newest column; return all columns (B,H,L,D) as views."""
+        used = self.buffers.used
+        keys, values = (buffer[: self.buffers.rows, :, :used] for buffer in self.buffers.layers[self.index])
+        keys[:, :, -1:], values[:, :, -1:] = key_states, value_states
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Return the columns before the newest, which is being computed."""
+        return self.buffers.used - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (columns, offset) for the models' masks."""
+        return self.buffers.used - 1 + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return −1: the buffers grow."""
+        return -1
+
+
+class Foreign:
+    """A cache of transformers' own for models that keep more than keys and values; rows enter together, and leave."""
+
+    open = False
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+        self.seen = torch.zeros(0, 0, dtype=torch.bool)
+
+    def enter(self, read: Cache, seen: Tensor, source: Tensor) -> None:
+        """See `Past.enter`; the batch is empty."""
+        self.cache, self.seen = read, seen
+        if not torch.equal(source, torch.arange(len(seen), device=source.device)):
+            self.keep(source)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Past.keep`."""
+        self.seen = self.seen[rows]
+        self.cache.batch_select_indices(rows)
+
+    def next_column(self) -> None:
+        """The next token is seen by every row."""
+        self.seen = torch.nn.functional.pad(self.seen, (0, 1), value=True)
+
+
+def past_of(model: Any, rows: int, longest: int, dtype: torch.dtype | None) -> Buffers | Foreign:
+    """Return an empty past for `model`: buffers where every layer keeps keys and values of all or of a window."""
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    chunked = "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
+    plain = kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"} and not chunked
+    return Buffers(rows, longest, dtype) if plain else Foreign()
+
+
+def empty_cache(model: Any, past: Buffers | Foreign) -> Cache:
+    """Return the cache for reading prompts: every column is kept where the past has buffers."""
+    return DynamicCache() if isinstance(past, Buffers) else DynamicCache(config=model.config)
