@@ -15,7 +15,7 @@ BELOW_ONE = 1.0 - 2.0**-53  # the largest float64 below 1: times any sum it is b
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Return one id a row (B,) int64 and its log-probability (B,) float32, from float32 logits (B,V) and uniforms (B,).
 
-    The id is the first whose cumulative probability exceeds its row's uniform (float64, in [0,1)): the sums of blocks of
+    The id is the first whose cumulative probability exceeds its row's uniform (float64, in [0,1)): sums of blocks of
     about √V ids choose a block, and the sums within it an id, both in float64. So one pass over V in float32 is enough,
     and no id of probability 0 is ever drawn. A row whose logits are not numbers gives some id and the log-probability
     NaN; `refuse_unlike_numbers` is for it.

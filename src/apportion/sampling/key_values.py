@@ -18,7 +18,7 @@ class Past(Protocol):
     open: bool  # whether rows may enter while others are being written
 
     def enter(self, read: Any, seen: Tensor, source: Tensor) -> None:
-        """Let rows in: row i has read prompt source[i] (n,) of those in `read`, whose real columns `seen` (N,W) says."""
+        """Let rows in: row i has read prompt source[i] (n,) of `read`; `seen` (N,W) is True on its real columns."""
 
     def keep(self, rows: Tensor) -> None:
         """Keep `rows` (n,) of the batch, in this order; the others leave."""
@@ -89,7 +89,9 @@ class Buffers:
         columns = min(max(width, self.longest), width + 2 * ROOM)
         for layer in read.layers:
             shapes = [(self.most, t.shape[1], columns, t.shape[3]) for t in (layer.keys, layer.values)]
-            keys, values = (torch.zeros(s, dtype=self.dtype or layer.keys.dtype, device=layer.keys.device) for s in shapes)
+            keys, values = (
+                torch.zeros(s, dtype=self.dtype or layer.keys.dtype, device=layer.keys.device) for s in shapes
+            )
             self.layers.append((keys, values))
         self.seen = torch.zeros(self.most, columns, dtype=torch.bool, device=read.layers[0].keys.device)
 
@@ -168,7 +170,7 @@ class Foreign:
     def keep(self, rows: Tensor) -> None:
         """See `Past.keep`."""
         self.seen = self.seen[rows]
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
 
     def next_column(self) -> None:
         """The next token is seen by every row."""

@@ -90,10 +90,12 @@ class LlamaWriter(Writer):
         keys, values = (buffer[:rows, :, :used].flatten(0, 1) for buffer in pair)  # (n·G,L,D), views
         pair[0][:rows, :, used - 1] = qk[:, self.heads :]
         pair[1][:rows, :, used - 1] = heads[:, self.heads + groups :]
-        query = (qk[:, : self.heads] * self.scaling).to(keys.dtype).reshape(rows * groups, -1, size)
+        query = qk[:, : self.heads].to(keys.dtype).reshape(rows * groups, -1, size)
         # keys times queries, not the other way: a CPU's products with a transposed large side take twice as long
-        scores = torch.bmm(keys, query.transpose(1, 2)).transpose(1, 2)  # (n·G,H/G,L)
-        scores = scores.unflatten(0, (rows, groups)) + bias
+        scores = torch.bmm(keys, query.transpose(1, 2)).transpose(1, 2).unflatten(0, (rows, groups))  # (n,G,H/G,L)
+        # into memory in order, which softmax over the last axis needs to be quick; rounded as the model rounds
+        ordered = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+        scores = torch.mul(scores, self.scaling, out=ordered).add_(bias)
         weights = scores.softmax(dim=-1).flatten(0, 1)
         return torch.bmm(weights, values).view(rows, -1)
 
