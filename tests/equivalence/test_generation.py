@@ -58,7 +58,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return found
 
 
-def same(one: Rollouts, two: Rollouts, atol: float = 1e-5) -> None:
+def same(one: Rollouts, two: Rollouts, atol: float = 5e-5) -> None:
     """Check that two batches hold the same rollouts."""
     for name in ("prompt_ids", "prompt_mask", "response_ids", "mask", "group", "ended"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
@@ -79,7 +79,8 @@ def other(name: str) -> Policy:
     else:
         model = tiny_runs.causal(name)
     words = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
-    return Policy(model, words, [PAD, *range(9, 99)])  # 8 ids are left, so that EOS is one of them
+    # 8 ids are left, and they are about equally likely, so that EOS comes often
+    return Policy(model, words, [PAD, *range(9, 99)], temperature=6.0 if name in EAGER else 1.0)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 12])
@@ -96,9 +97,16 @@ def test_rows_at_a_time_change_nothing(ending: Policy, seen: dict[str, list[int]
     assert max(seen["step"]) <= rows
     if rows >= copies:
         assert sum(seen["read"]) == 8, "a prompt was read more than once"
-    if rows == 5 and copies == 1:
-        busy = sum(seen["step"]) / len(seen["step"]) / rows
-        assert len(seen["read"]) > 2 and busy > 0.6, "rows that ended were not filled again"
+
+
+def test_rows_that_ended_are_filled_again(ending: Policy, seen: dict[str, list[int]]) -> None:
+    prompts = tiny_runs.prompts(40, longest=9)
+    whole = tiny_runs.sampled(ending, prompts, stop="eos", max_new_tokens=30)
+    seen["step"].clear(), seen["read"].clear()
+    same(whole, tiny_runs.sampled(ending, prompts, stop="eos", max_new_tokens=30, rows=8))
+    assert sum(seen["read"]) == 40 and len(seen["read"]) > 5
+    steps, tokens = seen["step"], int((whole.mask.sum(dim=1) - 1).sum())
+    assert tokens > 200 and len(steps) < 1.5 * tokens / 8 + 30, "waves of 8 would need more"
 
 
 def test_rows_that_ended_leave_the_batch(ending: Policy, seen: dict[str, list[int]]) -> None:
@@ -119,7 +127,7 @@ def test_other_architectures_enter_and_leave_too(name: str, stop: str) -> None:
     prompts = [[2 + i % 90 for i in row] for row in tiny_runs.prompts(7)]
     settings: dict[str, Any] = {"stop": stop, "max_new_tokens": 9, "samples_per_prompt": 2}
     whole = tiny_runs.sampled(policy, prompts, **settings)
-    same(whole, tiny_runs.sampled(policy, prompts, rows=4, **settings), atol=3e-5)
+    same(whole, tiny_runs.sampled(policy, prompts, rows=4, **settings))
     lengths = whole.mask.sum(dim=1)
     assert stop == "length" or lengths.unique().numel() > 3
     for row in range(0, 14, 3):
@@ -146,7 +154,7 @@ def test_a_model_with_other_memories_uses_transformers_cache_in_waves() -> None:
     settings: dict[str, Any] = {"stop": "eos", "max_new_tokens": 9, "samples_per_prompt": 2}
     whole = tiny_runs.sampled(policy, prompts, **settings)
     assert whole.mask.sum(dim=1).unique().numel() > 3
-    same(whole, tiny_runs.sampled(policy, prompts, rows=4, **settings), atol=3e-5)
+    same(whole, tiny_runs.sampled(policy, prompts, rows=4, **settings))
     for row in range(14):
         prompt, ids = tiny_runs.alone(whole, row)
         with torch.no_grad():
