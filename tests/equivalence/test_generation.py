@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 from apportion.config import SamplingConfig
 from apportion.models.policy import Policy
 from apportion.sampling import cached, sample
-from apportion.sampling.key_values import Buffers, Foreign, past_of
+from apportion.sampling.caches import past_of
+from apportion.sampling.key_values import Buffers, Foreign
 from apportion.sampling.llama import LlamaWriter, is_llama
 from apportion.sampling.writers import Writer
 from apportion.types import Rollouts

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 Pair = tuple[Tensor, Tensor]
 ROOM = 64  # columns that are added at least when the buffers are full
@@ -44,7 +43,7 @@ class Buffers:
         self.rows = self.used = 0
         self.seen = torch.zeros(0, 0, dtype=torch.bool)
 
-    def enter(self, read: Cache, seen: Tensor, source: Tensor) -> None:
+    def enter(self, read: Any, seen: Tensor, source: Tensor) -> None:
         """See `Past.enter`."""
         width, first = seen.shape[1], self.rows
         if not self.layers:
@@ -85,7 +84,7 @@ class Buffers:
         real = self.seen[rows, : self.used].any(dim=0)
         return max(0, int(real.int().argmax()) - 1) if len(rows) else self.used
 
-    def _allocate(self, read: Cache, width: int) -> None:
+    def _allocate(self, read: Any, width: int) -> None:
         columns = min(max(width, self.longest), width + 2 * ROOM)
         for layer in read.layers:
             shapes = [(self.most, t.shape[1], columns, t.shape[3]) for t in (layer.keys, layer.values)]
@@ -117,41 +116,6 @@ class Buffers:
         self.used = new.stop
 
 
-class BufferLayer(CacheLayerMixin):
-    """One layer of `Buffers` as transformers' models see it: `update` writes the new column and returns views.
-
-    A sliding window is left to the mask, which the models make from the columns.
-    """
-
-    is_sliding = False
-
-    def __init__(self, buffers: Buffers, index: int) -> None:
-        super().__init__()
-        self.buffers, self.index, self.is_initialized = buffers, index, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the buffers stand."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
-        """Write keys and values (B,H,1,D) to the newest column; return all columns (B,H,L,D) as views."""
-        used = self.buffers.used
-        keys, values = (buffer[: self.buffers.rows, :, :used] for buffer in self.buffers.layers[self.index])
-        keys[:, :, -1:], values[:, :, -1:] = key_states, value_states
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        """Return the columns before the newest, which is being computed."""
-        return self.buffers.used - 1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (columns, offset) for the models' masks."""
-        return self.buffers.used - 1 + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return −1: the buffers grow."""
-        return -1
-
-
 class Foreign:
     """A cache of transformers' own for models that keep more than keys and values; rows enter together, and leave."""
 
@@ -161,7 +125,7 @@ class Foreign:
         self.cache: Any = None
         self.seen = torch.zeros(0, 0, dtype=torch.bool)
 
-    def enter(self, read: Cache, seen: Tensor, source: Tensor) -> None:
+    def enter(self, read: Any, seen: Tensor, source: Tensor) -> None:
         """See `Past.enter`; the batch is empty."""
         self.cache, self.seen = read, seen
         if not torch.equal(source, torch.arange(len(seen), device=source.device)):
@@ -175,16 +139,3 @@ class Foreign:
     def next_column(self) -> None:
         """The next token is seen by every row."""
         self.seen = torch.nn.functional.pad(self.seen, (0, 1), value=True)
-
-
-def past_of(model: Any, rows: int, longest: int, dtype: torch.dtype | None) -> Buffers | Foreign:
-    """Return an empty past for `model`: buffers where every layer keeps keys and values of all or of a window."""
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-    chunked = "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
-    plain = kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"} and not chunked
-    return Buffers(rows, longest, dtype) if plain else Foreign()
-
-
-def empty_cache(model: Any, past: Buffers | Foreign) -> Cache:
-    """Return the cache for reading prompts: every column is kept where the past has buffers."""
-    return DynamicCache() if isinstance(past, Buffers) else DynamicCache(config=model.config)

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from apportion.models.policy import Policy, contiguous_head
-from apportion.sampling.key_values import BufferLayer, Buffers, empty_cache, past_of
+from apportion.sampling.key_values import Buffers
 
 
 class Writer:
@@ -23,12 +22,16 @@ class Writer:
     """
 
     def __init__(self, policy: Policy, model: Any, rows: int, longest: int) -> None:
+        from apportion.sampling.caches import past_of
+
         self.policy, self.model = policy, model
         self.past = past_of(model, rows, longest, policy.compute)
-        self.cache: Cache | None = None
+        self.cache: Any = None
 
     def read(self, ids: Tensor, mask: Tensor, source: Tensor) -> Tensor:
         """Read prompts (N,W), left-padded; row i of those that enter has read prompt source[i]. Return logits (n,V)."""
+        from apportion.sampling.caches import empty_cache
+
         cache = empty_cache(self.model, self.past)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         logits = self._forward(ids, mask, positions, cache)
@@ -37,15 +40,17 @@ class Writer:
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Read one token of every row (n,) at its position (n,); return the logits of the next (n,V)."""
+        from apportion.sampling.caches import cache_over
+
         self.past.next_column()
         if isinstance(self.past, Buffers):
-            self.cache = self.cache or Cache([BufferLayer(self.past, i) for i in range(len(self.past.layers))])
+            self.cache = cache_over(self.past) if self.cache is None else self.cache
             mask, cache = self.past.seen[: self.past.rows, : self.past.used], self.cache
         else:
             mask, cache = self.past.seen, self.past.cache
         return self._forward(tokens[:, None], mask, positions[:, None], cache)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         with self.policy.autocast(), contiguous_head(self.model):
             out = self.model(
                 input_ids=ids,
