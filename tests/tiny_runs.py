@@ -104,7 +104,7 @@ def prompts(count: int = 5, longest: int = 7, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in lengths]
 
 
-def sampled(made: Policy, rows: Sequence[Sequence[int]], *, seed: int = 0, **settings: Any) -> Rollouts:
+def sampled(made: Policy, rows: Sequence[Sequence[int]], /, *, seed: int = 0, **settings: Any) -> Rollouts:
     """Return rollouts of the prompts `rows`."""
     chosen = SamplingConfig(**{"max_new_tokens": 6, "temperature": made.temperature, **settings})
     return sample(made, rows, chosen, torch.Generator().manual_seed(seed))

@@ -57,6 +57,7 @@ class SamplingConfig:
     Attributes:
         batch_size: rollouts a step.
         samples_per_prompt: rollouts of one prompt; null picks 1, and 4 for estimators that compare a prompt's rollouts.
+        rows: rollouts written at a time (memory and speed only; the rest enter as others end); null writes all at once.
         max_new_tokens: longest response, tokens.
         stop: "length" writes exactly max_new_tokens (EOS is never sampled); "eos" ends at EOS.
         temperature: divides the logits in sampling and in every log-probability.
@@ -66,6 +67,7 @@ class SamplingConfig:
 
     batch_size: int = 32
     samples_per_prompt: int | None = None
+    rows: int | None = None
     max_new_tokens: int = 24
     stop: str = "length"
     temperature: float = 1.0
@@ -365,7 +367,7 @@ def _check_pair(name: str, pair: Any) -> None:
 
 
 _ANY = math.inf
-_COUNTS = ("batch_size", "samples_per_prompt", "max_new_tokens", "max_prompt_tokens")
+_COUNTS = ("batch_size", "samples_per_prompt", "rows", "max_new_tokens", "max_prompt_tokens")
 RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(
         (

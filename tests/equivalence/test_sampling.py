@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from apportion.config import SamplingConfig
 from apportion.errors import ModelError
 from apportion.sampling import sample
-from apportion.sampling.cached import draw, refuse_unlike_numbers
+from apportion.sampling.drawing import allowed_, draw, refuse_unlike_numbers
 
 EOS, PAD = tiny_runs.EOS, tiny_runs.PAD
 
@@ -76,40 +76,75 @@ def test_the_second_token_follows_its_own_prompt_and_first_token(world: Path) ->
     ],
 )
 def test_an_id_of_probability_zero_is_never_drawn(logits: torch.Tensor) -> None:
-    logp = logits.log_softmax(dim=-1)
-    drawn = draw(logp.expand(50_000, -1), torch.Generator().manual_seed(0))
-    assert drawn.shape == (50_000, 1) and drawn.dtype == torch.int64
-    counts = torch.bincount(drawn[:, 0], minlength=5)
-    assert len(counts) == 5 and counts[logp == -torch.inf].sum() == 0
-    assert fits(counts, logp.exp()) > 1e-3
+    p = logits.softmax(dim=-1)
+    ids, logprobs = draw(logits.expand(50_000, -1), uniforms(50_000))
+    assert ids.shape == logprobs.shape == (50_000,) and ids.dtype == torch.int64 and logprobs.dtype == torch.float32
+    counts = torch.bincount(ids, minlength=5)
+    assert len(counts) == 5 and counts[p == 0].sum() == 0
+    assert fits(counts, p) > 1e-3
+    torch.testing.assert_close(logprobs, logits.log_softmax(dim=-1)[ids], rtol=1e-6, atol=1e-6)
 
 
-def test_a_uniform_of_exactly_zero_draws_the_first_id_that_is_allowed() -> None:
-    """It comes once in 2^53 draws; here the generator's state is emptied, so that it gives nothing but zeros."""
-    generator = torch.Generator()
-    state = generator.get_state()
-    state[24 : 24 + 624 * 8] = 0  # the words of the Mersenne twister, after seed, counters and position
-    generator.set_state(state)
-    assert (torch.rand(4, dtype=torch.float64, generator=generator) == 0).all()
-    logp = torch.tensor([[-torch.inf, -torch.inf, 0.3, 0.2, -torch.inf]]).log_softmax(dim=-1)
-    assert draw(logp, generator).tolist() == [[2]]
+def uniforms(count: int, seed: int = 0) -> torch.Tensor:
+    """Return uniforms (count,) as the sampler draws them."""
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53, 0.5])
+@pytest.mark.parametrize("size", [5, 16, 17, 300])
+def test_the_ends_of_the_uniform_draw_the_first_and_the_last_id_that_is_allowed(size: int, uniform: float) -> None:
+    logits = torch.full((1, size), -torch.inf)
+    logits[0, 2], logits[0, 3] = 0.3, 0.3
+    ids, _ = draw(logits, torch.tensor([uniform], dtype=torch.float64))
+    assert ids.tolist() == [2 if uniform < 0.5 else 3]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 65, 400, 5000])
+def test_blocks_invert_the_whole_cumulative_distribution(size: int) -> None:
+    """Against searchsorted over all of it in float64; a uniform within rounding of a step may fall on either side."""
+    logits = torch.randn(300, size, generator=torch.Generator().manual_seed(size)) * 3
+    logits[:, ::3] = -torch.inf if size > 1 else 0.0
+    u = uniforms(300, seed=size)
+    ids, logprobs = draw(logits, u)
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = cumulative / cumulative[:, -1:]
+    upper = cumulative.gather(1, ids[:, None])[:, 0]
+    lower = upper - logits.double().softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+    assert (u >= lower - 1e-6).all() and (u <= upper + 1e-6).all()
+    exact = torch.searchsorted(cumulative, u[:, None], right=True)[:, 0]
+    assert (ids == exact).float().mean() > 0.99
+    expected = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=2e-6)
 
 
 def test_drawing_from_a_large_vocabulary_is_exact_in_the_tail() -> None:
-    """50,000 ids, half of the mass on ids of 1e-5 each: float32 sums would lose some of it."""
+    """50,000 ids, half of the mass on ids of 1e-5 each: sums in float32 alone would lose some of it."""
     p = torch.full((50_000,), 0.5 / 49_999)
     p[0] = 0.5
-    drawn = draw(p.log().expand(400, -1), torch.Generator().manual_seed(1))[:, 0]
-    assert abs(int((drawn == 0).sum()) - 200) < 4 * 10  # 4 standard deviations
-    tail = drawn[drawn > 0]
-    assert tail.max() > 45_000 and tail.unique().numel() > 0.95 * tail.numel()
+    ids, _ = draw(p.log().expand(4_000, -1), uniforms(4_000, seed=1))
+    tail = torch.bincount(ids, minlength=50_000)
+    assert fits(torch.stack([tail[0], tail[1:].sum()]), torch.tensor([0.5, 0.5])) > 1e-3
+    places = torch.histc(ids[ids > 0].float(), bins=40, min=0, max=50_000).long()
+    assert fits(places, torch.full((40,), 1 / 40)) > 1e-3
+
+
+def test_allowed_in_place_is_the_policys_distribution(world: Path) -> None:
+    policy = tiny_runs.policy(world, **{"sampling.temperature": 0.7})
+    logits = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    for given in (logits, logits.bfloat16()):
+        expected = policy.allowed(given)
+        came = allowed_(given.clone(), torch.tensor(policy.banned), policy.temperature)
+        assert torch.equal(came, expected) and came.dtype == torch.float32
 
 
 def test_rows_without_a_finite_probability_are_refused_by_number() -> None:
-    logp = torch.zeros(3, 4)
-    logp[1] = torch.nan
-    with pytest.raises(ModelError, match="rollout 1: got nan"):
-        refuse_unlike_numbers(logp)
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = torch.nan
+    _, logprobs = draw(logits, uniforms(3))
+    with pytest.raises(ModelError, match="rollout 11: got nan"):
+        refuse_unlike_numbers(logprobs, torch.tensor([10, 11, 12]))
+    logits[1] = -torch.inf
+    assert not torch.isfinite(draw(logits, uniforms(3))[1][1])
 
 
 @pytest.mark.parametrize(("stop", "never"), [("length", [PAD, EOS]), ("eos", [PAD])])

@@ -90,7 +90,7 @@ def watch(recorder: Recorder) -> None:
 
     rl: Any = importlib.import_module("apportion.stages.rl")
 
-    def sampled(rollouts: Rollouts, policy: Policy, prompts: Sequence[Sequence[int]], *args: Any) -> None:
+    def sampled(rollouts: Rollouts, policy: Policy, prompts: Sequence[Sequence[int]], *args: Any, **more: Any) -> None:
         tokens = int(rollouts.prompt_mask.sum())
         recorder.add(prompts=len(prompts), prompt_tokens=tokens, generated_tokens=int(rollouts.mask.sum()))
 

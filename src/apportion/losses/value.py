@@ -23,4 +23,6 @@ def clipped_value(
         return 0.5 * torch.where(mask, plain, 0.0).sum(), {"loss/value_clipfrac": plain.new_zeros(())}
     limited = (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2
     loss = 0.5 * torch.where(mask, torch.maximum(plain, limited), 0.0).sum()
-    return loss, {"loss/value_clipfrac": (mask & (limited > plain)).sum().float().detach()}
+    # within the clip the two differ by rounding alone, which is no clipping
+    clipped = mask & ((values - old_values).abs() > clip) & (limited > plain)
+    return loss, {"loss/value_clipfrac": clipped.sum().float().detach()}

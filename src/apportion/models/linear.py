@@ -7,7 +7,7 @@ here replace a layer's `forward` and nothing else: parameters, names, merging an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,10 @@ def quick_lora() -> type:
             """peft's LoRA layer; one plain adapter is computed as base product plus two thin ones, in place."""
 
             def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                name = str(self.active_adapters[0]) if len(self.active_adapters) == 1 else ""
+                name = active_adapter(self)
                 if self.disable_adapters and not self.merged:
                     return self.base_layer(x)
-                if name not in self.lora_A or not plain_adapter(self, name) or args or kwargs:
+                if name is None or args or kwargs:
                     return super().forward(x, *args, **kwargs)
                 base, down, up = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
                 flat = x.reshape(-1, x.shape[-1])
@@ -60,15 +60,46 @@ def quick_lora() -> type:
     return _QUICK_LORA[0]
 
 
-def plain_adapter(layer: Any, name: str) -> bool:
-    """Whether that adapter is W + s·BA and nothing else: not merged, no dropout, no bias, no variant (DoRA, …)."""
-    return (
-        not layer.merged
+def active_adapter(layer: Any) -> str | None:
+    """Return the name of the one adapter of peft's `layer`, if that is W + s·BA and nothing else, else None.
+
+    That is: not merged, no dropout, no bias, no variant (DoRA, …), and a frozen base.
+    """
+    names = layer.active_adapters
+    name = str(names[0]) if len(names) == 1 else ""
+    plain = (
+        name in layer.lora_A
+        and not layer.merged
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and not layer.lora_bias[name]
         and name not in getattr(layer, "lora_variant", {})
         and not layer.base_layer.weight.requires_grad
     )
+    return name if plain else None
+
+
+class Parts(NamedTuple):
+    """What a linear layer computes: x·weightᵀ + bias, and x·downᵀ·upᵀ beside it where it is adapted."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+
+def parts_of(layer: Any) -> Parts | None:
+    """Return the parts of a plain linear layer, adapted as in `quick_lora` or not; None for any other layer."""
+    if type(layer) in (nn.Linear, FlatLinear):
+        return Parts(layer.weight, layer.bias)
+    if not _QUICK_LORA or type(layer) is not _QUICK_LORA[0]:
+        return None
+    name = active_adapter(layer)
+    if layer.disable_adapters and not layer.merged:
+        return parts_of(layer.base_layer)
+    if name is None:
+        return None
+    up = layer.lora_B[name].weight * layer.scaling[name]
+    return Parts(layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight, up)
 
 
 class LowRank(torch.autograd.Function):

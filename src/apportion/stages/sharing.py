@@ -14,6 +14,7 @@ from apportion import parallel
 from apportion.config import RLConfig
 from apportion.errors import ConfigError, message
 from apportion.runs import Follower, Run
+from apportion.sampling.cached import draw_uniforms
 from apportion.types import Rollouts
 
 # what `accelerate launch` asks for by environment, and what it would have to say for a run to be the one asked for
@@ -75,17 +76,16 @@ def check_start(step: int) -> int:
 
 
 def uniforms(config: RLConfig, generator: torch.Generator) -> Tensor:
-    """Return this process's random numbers of one batch, (max_new_tokens, its rollouts) float64.
+    """Return this process's random numbers of one batch, (its rollouts, max_new_tokens) float64.
 
     All processes draw those of the whole batch from the same generator and take their own, so that what is sampled
     does not depend on the number of processes, and the generator stays the same in all.
     """
     sampling = config.sampling
     copies = sampling.samples_per_prompt or 1
-    shape = (sampling.max_new_tokens, sampling.batch_size)
-    drawn = torch.rand(shape, dtype=torch.float64, generator=generator, device=generator.device)
+    drawn = draw_uniforms(sampling.batch_size, sampling.max_new_tokens, generator)
     mine = parallel.span(sampling.batch_size // copies)
-    return drawn[:, mine.start * copies : mine.stop * copies]
+    return drawn[mine.start * copies : mine.stop * copies]
 
 
 def reseed(generator: torch.Generator | None, seed: int, step: int) -> None:

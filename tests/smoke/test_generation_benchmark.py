@@ -1,0 +1,54 @@
+"""The benchmark of writing, tiny: its fields, what it counts by hand, and that both sides write all; never a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generation_speed.py"
+TINY = ["--random", "llama-tiny", "--rows", "4", "--prompt", "6", "--new", "5", "--rounds", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def generation_speed() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generation_speed", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_reports_both_sides_and_the_bound_counted_by_hand(
+    generation_speed: ModuleType, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    assert generation_speed.main([*TINY, "--dtype", dtype, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # a layer: q and o 32×32, k and v 32×16, three of 32×64; the head 32×400
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + 32 * 400
+    length = 6 + 5 / 2
+    assert found["operations"] == 2 * weights * 4 + 4 * 4 * length * 2 * 4 * 8
+    assert found["bytes"] == (weights + 2 * 4 * length * 2 * 2 * 8) * (4 if dtype == "float32" else 2)
+    assert found["bound_s"] == max(found["bytes_s"], found["operations_s"])
+    for name in ("ours", "generate"):
+        row = found[name]
+        assert row["step_low_s"] <= row["step_s"] <= row["step_high_s"]
+        assert row["of_bound"] == pytest.approx(found["bound_s"] / row["step_s"])
+
+
+def test_both_sides_write_every_token(generation_speed: ModuleType) -> None:
+    model = generation_speed.build(generation_speed.parse([*TINY, "--dtype", "float32"]))
+    prompts = torch.randint(2, 400, (4, 6), generator=torch.Generator().manual_seed(0))
+    batch = generation_speed.ours(model, prompts)(5)
+    assert batch.mask.all() and batch.mask.shape == (4, 5) and torch.equal(batch.prompt_ids, prompts)
+    assert generation_speed.peer(model, prompts)(5).shape == (4, 11)
+
+
+def test_a_step_needs_two_tokens(generation_speed: ModuleType) -> None:
+    with pytest.raises(SystemExit):
+        generation_speed.parse(["--new", "1"])
