@@ -36,6 +36,7 @@ from apportion import cores
 from apportion.cli import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig, ScoreConfig
 from apportion.models.attention_row import _eager
+from apportion.sampling import llama
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
 from apportion.stages.rl import experience, learn, make_learner
@@ -101,11 +102,22 @@ def watched(book: Book) -> Iterator[None]:
 
         return attend
 
+    decode = llama.attend
+
+    def decoding(query: Any, keys: Any, values: Any, bias: Any, scaling: float) -> Any:
+        def again(module: Any, q: Any, k: Any, v: Any, mask: Any) -> tuple[Any]:
+            return (decode(q[:, :, 0], k, v, mask, scaling),)
+
+        book.note("decode", again, (None, query[:, :, None], keys, values, bias), {})
+        return decode(query, keys, values, bias, scaling)
+
     for name in ("sdpa", "eager"):
         REGISTRY[name] = wrapped(name)
+    llama.attend = decoding  # a Llama's steps are written out and use no registry
     try:
         yield
     finally:
+        llama.attend = decode
         REGISTRY._local_mapping.clear()
         REGISTRY._local_mapping.update(before)
 

@@ -57,7 +57,7 @@ def test_two_processes_take_the_steps_of_one(
     assert len(two["gradients"]) == len(one["gradients"]) > 2
     # the first step is from the same weights; Adam lets their roundings grow from there
     apart = [float((a - b).norm() / a.norm()) for a, b in zip(one["gradients"], two["gradients"], strict=True)]
-    assert apart[0] < 1e-5 and max(apart) < 1e-4, apart
+    assert apart[0] < 1e-5 and max(apart) < 1e-3, apart
     for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
         assert mine.keys() == theirs.keys()
         for name in mine:

@@ -93,13 +93,14 @@ def parts_of(layer: Any) -> Parts | None:
         return Parts(layer.weight, layer.bias)
     if not _QUICK_LORA or type(layer) is not _QUICK_LORA[0]:
         return None
-    name = active_adapter(layer)
-    if layer.disable_adapters and not layer.merged:
-        return parts_of(layer.base_layer)
+    adapted: Any = layer
+    name = active_adapter(adapted)
+    if adapted.disable_adapters and not adapted.merged:
+        return parts_of(adapted.base_layer)
     if name is None:
         return None
-    up = layer.lora_B[name].weight * layer.scaling[name]
-    return Parts(layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight, up)
+    up = adapted.lora_B[name].weight * adapted.scaling[name]
+    return Parts(adapted.base_layer.weight, adapted.base_layer.bias, adapted.lora_A[name].weight, up)
 
 
 class LowRank(torch.autograd.Function):

@@ -88,17 +88,27 @@ class LlamaWriter(Writer):
         heads = inputs.view(rows, -1, size)
         qk = heads[:, : self.heads + groups]
         qk = qk * turn[0] + qk.roll(size // 2, dims=-1) * turn[1]
-        keys, values = (buffer[:rows, :, :used].flatten(0, 1) for buffer in pair)  # (n·G,L,D), views
+        keys, values = (buffer[:rows, :, :used] for buffer in pair)  # (n,G,L,D), views
         pair[0][:rows, :, used - 1] = qk[:, self.heads :]
         pair[1][:rows, :, used - 1] = heads[:, self.heads + groups :]
-        query = qk[:, : self.heads].to(keys.dtype).reshape(rows * groups, -1, size)
-        # keys times queries, not the other way: a CPU's products with a transposed large side take twice as long
-        scores = torch.bmm(keys, query.transpose(1, 2)).transpose(1, 2).unflatten(0, (rows, groups))  # (n,G,H/G,L)
-        # into memory in order, which softmax over the last axis needs to be quick; rounded as the model rounds
-        ordered = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
-        scores = torch.mul(scores, self.scaling, out=ordered).add_(bias)
-        weights = scores.softmax(dim=-1).flatten(0, 1)
-        return torch.bmm(weights, values).view(rows, -1)
+        return attend(qk[:, : self.heads].to(keys.dtype), keys, values, bias, self.scaling)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """Return what the heads of one query a row say, (n,H·D), as eager attention computes it.
+
+    Args:
+        query: (n,H,D); keys, values: (n,G,L,D), each for H/G heads; bias: (n,1,1,L), −inf on keys not to be seen.
+    """
+    rows, groups, _, size = keys.shape
+    query = query.reshape(rows * groups, -1, size)
+    # keys times queries, not the other way: a CPU's products with a transposed large side take twice as long
+    scores = torch.bmm(keys.flatten(0, 1), query.transpose(1, 2)).transpose(1, 2).unflatten(0, (rows, groups))
+    # into memory in order, which softmax over the last axis needs to be quick; rounded as the model rounds
+    ordered = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
+    scores = torch.mul(scores, scaling, out=ordered).add_(bias)  # (n,G,H/G,L)
+    weights = scores.softmax(dim=-1).flatten(0, 1)
+    return torch.bmm(weights, values.flatten(0, 1)).view(rows, -1)
 
 
 def bare(model: Any) -> Any:
