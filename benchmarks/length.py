@@ -37,6 +37,7 @@ from apportion.cli import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig, ScoreConfig
 from apportion.models.attention_row import _eager
 from apportion.sampling import llama
+from apportion.sampling.writers import spare
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
 from apportion.stages.rl import experience, learn, make_learner
@@ -82,7 +83,7 @@ def phase_of(query: torch.Tensor, key: torch.Tensor) -> str:
     """Return the phase that a call belongs to: only the update needs gradients, only decoding grows by a token."""
     if query.requires_grad:
         return "update"
-    return "generate" if query.shape[2] == 1 or key.shape[2] <= PROMPT else "score"
+    return "generate" if query.shape[2] == 1 or key.shape[2] <= PROMPT + spare(query.device) else "score"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from apportion.errors import ConfigError, message
+from apportion.ranges import CHOICES, NAMES, RANGES
 
 Spec = Any  # a method: a name, {name: {key: value}}, or a list of these
 
@@ -364,52 +365,3 @@ def _check_pair(name: str, pair: Any) -> None:
     whole = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(x) is int for x in pair)
     if not whole or not 1 <= pair[0] <= pair[1]:
         raise ConfigError(message(name, pair, "[low, high] with 1 <= low <= high", "Example: [4, 8]."))
-
-
-_ANY = math.inf
-_COUNTS = ("batch_size", "samples_per_prompt", "rows", "max_new_tokens", "max_prompt_tokens")
-RANGES: dict[str, tuple[float, float, str]] = {
-    **dict.fromkeys(
-        (
-            *_COUNTS,
-            "epochs",
-            "mini_batch",
-            "micro_batch",
-            "micro_tokens",
-            "steps",
-            "clips",
-            "test_texts",
-            "count",
-            "keep_checkpoints",
-        ),
-        (1, _ANY, "a whole number >= 1"),
-    ),
-    "keep_checkpoints": (1, _ANY, "a whole number >= 1"),
-    **dict.fromkeys(("rank", "checkpoint_every", "log_rollouts"), (0, _ANY, "a whole number >= 0")),
-    "threads": (1, _ANY, "a whole number >= 1, or null"),
-    "seed": (0, 2**31, "a whole number from 0 to 2^31"),
-    **dict.fromkeys(("lr", "eps", "temperature", "max_grad_norm", "alpha"), (1e-12, _ANY, "a number > 0")),
-    **dict.fromkeys(("weight_decay", "value_coef"), (0, _ANY, "a number >= 0")),
-    "clip": (1e-6, _ANY, "a number > 0"),
-    "value_clip": (1e-6, _ANY, "a number > 0, or null"),
-    **dict.fromkeys(("warmup", "lam"), (0, 1, "a number in [0, 1]")),
-    **dict.fromkeys(("samples", "batch"), (2, _ANY, "a whole number >= 2")),
-    "width": (8, _ANY, "a whole number >= 8"),
-    "truncation_penalty": (-_ANY, _ANY, "a finite number"),
-}
-NAMES = {  # field -> (what is expected, the mend), where more can be said than that it is a name or a path
-    "reward_model": (
-        "a folder or hub id of a sequence classifier",
-        "Train one with `apportion reward`, then pass --reward_model runs/reward/final.",
-    ),
-}
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "stop": ("length", "eos"),
-    "value_model": ("shared", "separate"),
-    "value_tokens": (None, "first", "all"),
-    "truncated": (None, "terminal", "bootstrap", "mask", "penalty"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "reward_dtype": ("auto", "float32", "bfloat16"),
-    "device": ("auto", "cpu", "cuda"),
-    "moments": ("float32", "bfloat16"),
-}

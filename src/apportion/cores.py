@@ -310,6 +310,16 @@ def keep_memory(environment: Mapping[str, str] = os.environ) -> bool:
     return glibc and all(library.mallopt(*pair) for pair in ((M_MMAP_THRESHOLD, MAPPED), (M_TRIM_THRESHOLD, KEPT)))
 
 
+def return_memory() -> None:
+    """Give freed memory back to the system now, where the C library is glibc: after a model was loaded, for one."""
+    try:
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
+    except (OSError, TypeError):  # no C library to ask
+        return
+
+
 def _read(path: Path) -> str:
     """Return the text of a small system file, "" where there is none or it may not be read."""
     try:

@@ -234,7 +234,7 @@ def test_each_model_reads_each_token_once_a_batch(
         assert rows["policy"] == rows["reference"] == rows["reward"] == 6
         assert forwards["policy"] == forwards["reference"] == forwards["reward"] == 2  # micro-batches of 4 and 2
         assert step["tokens"]["policy"] == step["tokens"]["reference"] == step["tokens"]["reward"]
-        assert rows["generation"] == 6 * 5 and forwards["generation"] == 5
+        assert rows["generation"] == 6 and forwards["generation"] == 1  # prompts; a Llama's steps are written out
         assert rows["update"] == 6 * config.ppo.epochs
         models = sum(rows[use] for use in ("policy", "reference", "reward", "generation", "update"))
         values = 6 + 6 * config.ppo.epochs if value_model == "separate" else 0

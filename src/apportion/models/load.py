@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from apportion import cores
 from apportion.errors import ModelError, message
+from apportion.models.lean import lean
 from apportion.models.linear import quicken
 
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -223,10 +225,12 @@ def _refuse_missing(field: str, folder: str, info: Any) -> None:
 def own_memory(model: nn.Module) -> nn.Module:
     """Copy weights out of the memory-mapped file (its alignment changes the last bits of float32 products), and let
     the linear layers compute without detours."""
-    quicken(model)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
+    quicken(model)
+    lean(model)
+    cores.return_memory()  # of the file and of copies in another dtype
     return model
 
 

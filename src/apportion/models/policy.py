@@ -80,12 +80,20 @@ class Policy:
         logprobs, spread, hidden = self.read(self.model, rollouts, entropy)
         if not values or self.value_head is None:
             return Outputs(logprobs, None, None, spread)
-        if self.value_trunk is not None:
-            hidden = trunk_states(self.value_trunk, rollouts)
-        all_values = self.value_head(hidden.float()).squeeze(-1)  # (B,T+1)
-        before = torch.where(rollouts.mask, all_values[:, :-1], 0.0)
-        after = all_values.gather(1, (last_index(rollouts.valid) + 1)[:, None]).squeeze(1)
+        before, after = self.values(rollouts, hidden if self.value_trunk is None else None)
         return Outputs(logprobs, before, after, spread)
+
+    def values(self, rollouts: Rollouts, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return V before each response token (B,T), 0 off the mask, and after the last one (B,).
+
+        Args:
+            states: (B,T+1,d) under the value head; None computes them, in a forward of the value trunk.
+        """
+        assert self.value_head is not None
+        states = trunk_states(self.value_trunk, rollouts) if states is None else states
+        everywhere = self.value_head(states.float()).squeeze(-1)  # (B,T+1)
+        after = everywhere.gather(1, (last_index(rollouts.valid) + 1)[:, None]).squeeze(1)
+        return torch.where(rollouts.mask, everywhere[:, :-1], 0.0), after
 
     @torch.no_grad()
     def reference_logprobs(self, rollouts: Rollouts) -> Tensor:

@@ -105,13 +105,17 @@ def _mini_batch(
     for part in micro_batches(rollouts, mine, config.micro_batch, config.micro_tokens) if len(mine) else ():
         batch = trim(rollouts.select(part))
         advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
-        out = policy.forward(batch, values="values" in batch.evidence)
+        critic = "values" in batch.evidence
+        out = policy.forward(batch, values=critic and policy.value_trunk is None)
         policy_loss, found = loss.terms(out.logprobs, batch, advantages, policy_mask, segments)
-        total = policy_loss / denominator
+        total, values = policy_loss / denominator, out.values
         found = {k: v / tokens for k, v in found.items()} | {"loss/policy": total}
-        if out.values is not None:
+        if critic and values is None:  # a trunk of its own: what the policy kept for its backward pass is freed first
+            total.backward()  # type: ignore[no-untyped-call]
+            total, values = torch.zeros_like(total), policy.values(batch)[0]
+        if values is not None:
             value_loss, value_sums = clipped_value(
-                out.values, batch.evidence["values"], returns, value_mask, clip=config.value_clip
+                values, batch.evidence["values"], returns, value_mask, clip=config.value_clip
             )
             total = total + config.value_coef * value_loss / actions
             found |= {"loss/value": value_loss / actions} | {k: v / actions for k, v in value_sums.items()}
