@@ -14,25 +14,46 @@ from apportion.types import Rollouts
 def micro_batches(rollouts: Rollouts, index: Tensor, rows: int, tokens: int) -> list[Tensor]:
     """Return the rollouts numbered `index` (n,) in groups to compute at once, the longest first.
 
-    Rows of like length stand together, so that little is padded. A group has at most `rows` rows and, prompts and
-    responses padded to its longest, at most `tokens` positions (one row always).
+    Responses to one prompt stand together, so that it is read once (`models.prefix`); otherwise rows of like length
+    do, so that little is padded. A group has at most `rows` rows and at most `tokens` positions: its distinct prompts
+    and its responses, padded to the longest (one row always).
     """
     prompts = rollouts.prompt_mask[index].sum(dim=1)
     # up to the last token that is attended to: a response may have holes
     steps = torch.arange(1, rollouts.valid.shape[1] + 1, device=index.device)
     responses = (rollouts.valid[index] * steps).amax(dim=1) if len(steps) else torch.zeros_like(prompts)
-    order = (prompts + responses).argsort(descending=True, stable=True)
-    groups: list[list[int]] = []
-    width = (0, 0)
-    for i, prompt, response in zip(order.tolist(), prompts[order].tolist(), responses[order].tolist(), strict=True):
-        wider = (max(width[0], prompt), max(width[1], response))
-        if groups and len(groups[-1]) < rows and (len(groups[-1]) + 1) * sum(wider) <= tokens:
-            groups[-1].append(i)
-            width = wider
-        else:
-            groups.append([i])
-            width = (prompt, response)
-    return [index[torch.tensor(sorted(group), device=index.device)] for group in groups]
+    _, group = torch.unique(rollouts.group[index], return_inverse=True)
+    total = prompts + responses
+    longest = torch.zeros_like(total).scatter_reduce_(0, group, total, "amax")[group]
+    order = total.argsort(descending=True, stable=True)
+    order = order[(longest[order] * len(index) - group[order]).argsort(descending=True, stable=True)]
+    batches: list[_Batch] = []
+    for i, mine, *lengths in torch.stack([order, group[order], prompts[order], responses[order]], dim=1).tolist():
+        if not batches or not batches[-1].takes(mine, lengths, rows, tokens):
+            batches.append(_Batch())
+        batches[-1].add(i, mine, lengths)
+    return [index[torch.tensor(sorted(batch.rows), device=index.device)] for batch in batches]
+
+
+class _Batch:
+    """Rows to compute at once: their numbers, their prompts' numbers, and the longest prompt and response."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.prompts: set[int] = set()
+        self.longest = [0, 0]
+
+    def takes(self, prompt: int, lengths: list[int], rows: int, tokens: int) -> bool:
+        """Return whether a row more stays within `rows` and `tokens`."""
+        wide = [max(pair) for pair in zip(self.longest, lengths, strict=True)]
+        size = len(self.prompts | {prompt}) * wide[0] + (len(self.rows) + 1) * wide[1]
+        return len(self.rows) < rows and size <= tokens
+
+    def add(self, row: int, prompt: int, lengths: list[int]) -> None:
+        """Take a row."""
+        self.rows.append(row)
+        self.prompts.add(prompt)
+        self.longest = [max(pair) for pair in zip(self.longest, lengths, strict=True)]
 
 
 def trim(rollouts: Rollouts) -> Rollouts:

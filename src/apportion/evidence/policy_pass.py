@@ -19,7 +19,8 @@ STEPS_AT_ONCE = 64  # attention rows held at a time
 def policy_pass(policy: Policy, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
     """Return what is wanted of old_logprobs, values, entropy, policy_attention_* (B,T) and bootstrap_values (B,)."""
     tapped = any(name.startswith("policy_attention") for name in wanted)
-    with attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
+    watched = contextlib.nullcontext() if not tapped else policy.whole()
+    with watched, attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
         out = policy.forward(rollouts, values="values" in wanted or "bootstrap_values" in wanted, entropy=True)
     found: dict[str, Tensor | None] = {
         "old_logprobs": out.logprobs,

@@ -18,6 +18,7 @@ from apportion.masking import last_index
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.masters import to_sixteen_bit
+from apportion.models.prefix import Shared, can_share, shared_prompts, states_behind
 from apportion.models.token_logprobs import token_logprobs
 from apportion.types import Rollouts
 
@@ -45,6 +46,7 @@ class Policy:
         temperature: divides the logits in sampling and in every log-probability.
         remainders: the lower halves of the float32 masters of weights that learn in 16 bit (`models.masters`).
         plain: whether the logits are the output layer's as they come, so that they can be computed in blocks.
+        shares: whether a prompt with several responses is read once (`models.prefix`).
     """
 
     model: Any
@@ -56,9 +58,11 @@ class Policy:
     temperature: float = 1.0
     remainders: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     plain: bool = field(init=False)
+    shares: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.plain = plain_head(self.model)
+        self.shares = self.plain and can_share(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +94,7 @@ class Policy:
             states: (B,T+1,d) under the value head; None computes them, in a forward of the value trunk.
         """
         assert self.value_head is not None
-        states = trunk_states(self.value_trunk, rollouts) if states is None else states
+        states = trunk_states(self.value_trunk, rollouts, self.shared(rollouts)) if states is None else states
         everywhere = self.value_head(states.float()).squeeze(-1)  # (B,T+1)
         after = everywhere.gather(1, (last_index(rollouts.valid) + 1)[:, None]).squeeze(1)
         return torch.where(rollouts.mask, everywhere[:, :-1], 0.0), after
@@ -113,7 +117,7 @@ class Policy:
             with torch.no_grad():
                 spread = torch.where(rollouts.mask, entropy_of(logits), 0.0) if entropy else None
             return chosen_logprobs(logits, rollouts), spread, hidden
-        hidden = response_states(model, rollouts)
+        hidden = response_states(model, rollouts, self.shared(rollouts))
         head, mask = model.get_output_embeddings(), rollouts.mask
         rows, columns = mask.nonzero(as_tuple=True)
         index = rows * hidden.shape[1] + columns
@@ -125,6 +129,19 @@ class Policy:
         )
         logprobs = chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
         return logprobs, None if spread is None else spread.new_zeros(mask.shape).masked_scatter(mask, spread), hidden
+
+    def shared(self, rollouts: Rollouts) -> Shared | None:
+        """Return the distinct prompts of `rollouts` where reading each once is possible and pays."""
+        return shared_prompts(rollouts) if self.shares else None
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have every row read whole inside, in one forward, for those who watch it (attention rows)."""
+        before, self.shares = self.shares, False
+        try:
+            yield
+        finally:
+            self.shares = before
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[Any]:
@@ -148,12 +165,20 @@ def response_logits(model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     return logits[:, -length - 1 :], caught[-1][:, -length - 1 :]
 
 
-def response_states(model: Any, rollouts: Rollouts) -> Tensor:
-    """Return the states under the output layer, (B,T+1,d), without its logits: entry t is before response token t."""
-    length = rollouts.response_ids.shape[1]
-    with contiguous_head(model, first_only=True) as caught:
-        model(**inputs_of(rollouts), use_cache=False, logits_to_keep=length + 1)
-    return caught[-1][:, -length - 1 :]
+def response_states(model: Any, rollouts: Rollouts, shared: Shared | None = None) -> Tensor:
+    """Return the states under the output layer, (B,T+1,d), without its logits: entry t is before response token t.
+
+    With `shared` each distinct prompt is read once.
+    """
+
+    def run(keep: int, **inputs: Any) -> Tensor:
+        with contiguous_head(model, first_only=True) as caught:
+            model(**inputs, logits_to_keep=keep)
+        return caught[-1][:, -keep:]
+
+    if shared is not None:
+        return states_behind(run, rollouts, shared)
+    return run(rollouts.response_ids.shape[1] + 1, **inputs_of(rollouts), use_cache=False)
 
 
 @torch.no_grad()
@@ -185,10 +210,16 @@ def contiguous_head(model: Any, *, first_only: bool = False) -> Iterator[list[Te
         handle.remove()
 
 
-def trunk_states(trunk: Any, rollouts: Rollouts) -> Tensor:
-    """Return the last states (B,T+1,d) of a model without a head: entry t is before response token t."""
-    states = trunk(**inputs_of(rollouts), use_cache=False).last_hidden_state
-    return states[:, rollouts.prompt_ids.shape[1] - 1 :]
+def trunk_states(trunk: Any, rollouts: Rollouts, shared: Shared | None = None) -> Tensor:
+    """Return the last states (B,T+1,d) of a model without a head, as `response_states` does."""
+
+    def run(keep: int, **inputs: Any) -> Tensor:
+        states: Tensor = trunk(**inputs).last_hidden_state
+        return states[:, -keep:]
+
+    if shared is not None:
+        return states_behind(run, rollouts, shared)
+    return run(rollouts.response_ids.shape[1] + 1, **inputs_of(rollouts), use_cache=False)
 
 
 def inputs_of(rollouts: Rollouts) -> dict[str, Tensor]:

@@ -1,0 +1,74 @@
+"""Reading several responses to one prompt: the prompt once, then every response behind its keys and values.
+
+With K samples of P prompt and R response tokens a model computes P + K·R positions instead of K·(P + R); gradients of
+all responses flow back through the one prompt. It works on any model whose layers keep plain keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion.types import Rollouts
+
+SAVING = 0.2  # least part of the positions that sharing must save: two forwards have their price
+
+Run = Callable[..., Tensor]  # (keep, **inputs) -> the last `keep` states (n,keep,d)
+
+
+class Shared(NamedTuple):
+    """The distinct prompts of a batch: a row of each (U,), and the prompt of each row (B,), numbers from 0 to U − 1."""
+
+    first: Tensor
+    prompt: Tensor
+
+
+def shared_prompts(rollouts: Rollouts) -> Shared | None:
+    """Return the distinct prompts, by `group`, or None where sharing them saves too little."""
+    rows, length = rollouts.prompt_ids.shape
+    _, prompt = torch.unique(rollouts.group, return_inverse=True)
+    count = int(prompt.max()) + 1 if rows else 0
+    if (rows - count) * length < SAVING * rows * (length + rollouts.response_ids.shape[1]):
+        return None
+    numbers = torch.arange(rows, device=prompt.device)
+    first = numbers.new_full((count,), rows).scatter_reduce_(0, prompt, numbers, "amin")
+    alike = torch.equal(rollouts.prompt_ids[first[prompt]], rollouts.prompt_ids)
+    masked_alike = torch.equal(rollouts.prompt_mask[first[prompt]], rollouts.prompt_mask)
+    return Shared(first, prompt) if alike and masked_alike else None
+
+
+def can_share(model: Any) -> bool:
+    """Whether every layer of `model` keeps the keys and values of all positions, and nothing else."""
+    from transformers import DynamicCache
+
+    text = model.config.get_text_config()
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
+    return kinds <= {"DynamicLayer"} and not window and getattr(text, "model_type", "") not in NO_CACHE
+
+
+NO_CACHE = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "bloom")  # bloom's biases count columns, pads included
+
+
+def states_behind(run: Run, rollouts: Rollouts, shared: Shared) -> Tensor:
+    """Return the states (B,T+1,d) before each response token and after the last, each distinct prompt read once."""
+    from transformers import DynamicCache
+
+    prompts = rollouts.prompt_mask[shared.first]
+    cache = DynamicCache()
+    positions = (prompts.long().cumsum(dim=1) - 1).clamp_min(0)
+    inputs = {"input_ids": rollouts.prompt_ids[shared.first], "attention_mask": prompts.long()}
+    last = run(1, **inputs, position_ids=positions, past_key_values=cache, use_cache=True)  # (U,1,d)
+    behind = DynamicCache()
+    layer: Any
+    for number, layer in enumerate(cache.layers):
+        behind.update(layer.keys[shared.prompt], layer.values[shared.prompt], number)
+    mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1).long()
+    length = rollouts.response_ids.shape[1]
+    places = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
+    inputs = {"input_ids": rollouts.response_ids, "attention_mask": mask, "position_ids": places}
+    rest = run(length, **inputs, past_key_values=behind, use_cache=True)  # (B,T,d)
+    return torch.cat([last[shared.prompt], rest], dim=1)
