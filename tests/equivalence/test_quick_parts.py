@@ -10,11 +10,14 @@ import pytest
 import tiny_models
 import tiny_runs
 import torch
+import zoo
 from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from apportion.batching import micro_batches, trim
 from apportion.config import LoraConfig
+from apportion.credit.reading import Reading
+from apportion.evidence.reward_pass import sharing
 from apportion.models import token_logprobs as blocks
 from apportion.models.adapters import add_adapter
 from apportion.models.lean import LEAN, Gate, RMSNorm, lean
@@ -22,6 +25,7 @@ from apportion.models.linear import FlatLinear, LowRank, parts_of, quicken
 from apportion.models.masters import MasterAdamW, join, split, to_float32, to_sixteen_bit, total_norm
 from apportion.models.policy import Policy, load_policy, plain_head
 from apportion.models.prefix import shared_prompts
+from apportion.models.reward import RewardModel
 from apportion.models.token_logprobs import token_logprobs
 from apportion.sampling.llama import product
 
@@ -377,3 +381,23 @@ def test_trimming_takes_columns_that_are_padding_everywhere() -> None:
 def test_loading_leaves_heads_and_sharing_known(world: Path) -> None:
     policy = load_policy(tiny_runs.config(world))
     assert policy.plain and policy.shares
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama (grouped queries)", "gpt2", "opt", "gpt-neox (partial rotary)", "qwen2"])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_a_reward_model_reads_a_prompt_once(name: str, kernel: str, extra: int) -> None:
+    """Scores, positions and attention rows of whole rows, in the last layer and in all of them."""
+    reward = RewardModel(zoo.build(name, kernel, labels=2), tiny_runs.tiny.tokenizer())
+    reward.model.config.get_text_config().pad_token_id = tiny_runs.PAD
+    batch = ragged_groups(extra)
+    shared, readings = shared_prompts(batch), [Reading(), Reading(heads="max", layers="all")]
+    assert shared is not None and sharing(reward, batch, readings) is not None
+    ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
+    mask = torch.cat([batch.prompt_mask, batch.valid], dim=1)
+    scores, rows, positions = reward.read(ids, mask, readings)
+    found, found_rows, found_positions = reward.read_shared(batch, shared, readings)
+    assert torch.equal(found_positions, positions)
+    assert_near([found, *found_rows], [scores, *rows], 2e-5)
+    assert torch.equal(reward.read_shared(batch, shared, [])[0], found)
+    assert sharing(reward, batch, [Reading(rollout=True)]) is None

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.credit.reading import EVIDENCE, asked_reading
+from apportion.credit.reading import EVIDENCE, Reading, asked_reading
 from apportion.errors import ScoreError, message
 from apportion.evidence.prefix_pass import GIVES, head_outputs, prefix_evidence
 from apportion.evidence.text_reward import to_policy, translate
 from apportion.masking import first_index, last_index
+from apportion.models.prefix import Shared, can_share, shared_prompts
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Rollouts
 
@@ -43,8 +44,13 @@ def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> di
     ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
     asked = {name: asked_reading(name) for name in wanted if registry.asked(name)[0] == EVIDENCE}
+    readings = list(asked.values())
+    shared = None if wanted & GIVES else sharing(reward, rollouts, readings)
     with head_outputs(reward.model, bool(wanted & GIVES)) as caught:
-        scores, rows, positions = reward.read(ids, mask, list(asked.values()))
+        if shared is None:
+            scores, rows, positions = reward.read(ids, mask, readings)
+        else:
+            scores, rows, positions = reward.read_shared(rollouts, shared, readings)
     # an encoder's first token is its score's position; without text (padded on the left) it is not to be had
     reads = first_index(mask) if reward.text is not None and not is_decoder(reward.model) else last_index(mask)
     elsewhere = positions != reads
@@ -57,3 +63,9 @@ def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> di
     for name, row in zip(asked, rows, strict=True):
         found[name] = torch.where(rollouts.valid, row[:, rollouts.prompt_ids.shape[1] :], 0.0)
     return found
+
+
+def sharing(reward: RewardModel, rollouts: Rollouts, readings: list[Reading]) -> Shared | None:
+    """Return the distinct prompts of `rollouts` where the model can read each once and it pays."""
+    able = reward.text is None and is_decoder(reward.model) and not any(one.rollout for one in readings)
+    return shared_prompts(rollouts) if able and can_share(reward.model) else None

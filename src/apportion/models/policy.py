@@ -61,7 +61,7 @@ class Policy:
     shares: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plain = plain_head(self.model)
+        self.plain = self.model is not None and plain_head(self.model)
         self.shares = self.plain and can_share(self.model)
 
     @property

@@ -55,20 +55,29 @@ NO_CACHE = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "bloom")  # bloom's bi
 
 def states_behind(run: Run, rollouts: Rollouts, shared: Shared) -> Tensor:
     """Return the states (B,T+1,d) before each response token and after the last, each distinct prompt read once."""
+    last, past = read_prompts(run, rollouts, shared)
+    rest = run(rollouts.response_ids.shape[1], **inputs_behind(rollouts, past))  # (B,T,d)
+    return torch.cat([last, rest], dim=1)
+
+
+def read_prompts(run: Run, rollouts: Rollouts, shared: Shared) -> tuple[Tensor, Any]:
+    """Return (the state (B,1,d) at each prompt's end, every row's keys and values), each distinct prompt read once."""
     from transformers import DynamicCache
 
-    prompts = rollouts.prompt_mask[shared.first]
-    cache = DynamicCache()
-    positions = (prompts.long().cumsum(dim=1) - 1).clamp_min(0)
-    inputs = {"input_ids": rollouts.prompt_ids[shared.first], "attention_mask": prompts.long()}
-    last = run(1, **inputs, position_ids=positions, past_key_values=cache, use_cache=True)  # (U,1,d)
-    behind = DynamicCache()
+    mask = rollouts.prompt_mask[shared.first].long()
+    cache, past = DynamicCache(), DynamicCache()
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    inputs = {"input_ids": rollouts.prompt_ids[shared.first], "attention_mask": mask, "position_ids": positions}
+    last = run(1, **inputs, past_key_values=cache, use_cache=True)  # (U,1,d)
     layer: Any
     for number, layer in enumerate(cache.layers):
-        behind.update(layer.keys[shared.prompt], layer.values[shared.prompt], number)
+        past.update(layer.keys[shared.prompt], layer.values[shared.prompt], number)
+    return last[shared.prompt], past
+
+
+def inputs_behind(rollouts: Rollouts, past: Any) -> dict[str, Any]:
+    """Return what a model is given to read the responses behind `past`, the prompts' keys and values."""
     mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1).long()
-    length = rollouts.response_ids.shape[1]
-    places = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -length:]
-    inputs = {"input_ids": rollouts.response_ids, "attention_mask": mask, "position_ids": places}
-    rest = run(length, **inputs, past_key_values=behind, use_cache=True)  # (B,T,d)
-    return torch.cat([last[shared.prompt], rest], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -rollouts.response_ids.shape[1] :]
+    ids = {"input_ids": rollouts.response_ids, "attention_mask": mask, "position_ids": positions}
+    return {**ids, "past_key_values": past, "use_cache": True}

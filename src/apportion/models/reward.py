@@ -17,7 +17,9 @@ from apportion.errors import ConfigError, ModelError, ScoreError, message
 from apportion.models.attention_row import attention_row, union
 from apportion.models.load import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
 from apportion.models.own_tokenizer import check_model, check_tokenizer
+from apportion.models.prefix import Shared, inputs_behind, read_prompts
 from apportion.models.token_text import PolicyText
+from apportion.types import Rollouts
 
 STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text
 
@@ -72,6 +74,28 @@ class RewardModel:
             logits = self.model(**inputs).logits
         scores = self.difference(logits)
         return scores, [tap.read(one, positions) for one in readings], positions
+
+    @torch.no_grad()
+    def read_shared(
+        self, rollouts: Rollouts, shared: Shared, readings: Sequence[Reading]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return what `read` does of `rollouts` whose ids are this model's, each distinct prompt read once."""
+        pad = self.model.config.get_text_config().pad_token_id
+
+        def run(keep: int, **inputs: Any) -> Tensor:
+            states: Tensor = self.model.base_model(**inputs).last_hidden_state
+            return states[:, -keep:]
+
+        _, past = read_prompts(run, rollouts, shared)
+        inputs = inputs_behind(rollouts, past)
+        inputs["input_ids"] = rollouts.response_ids.masked_fill(~rollouts.valid, pad)
+        positions = self.positions(inputs["input_ids"])  # in the response, as the model is given it alone
+        width = rollouts.prompt_ids.shape[1]
+        if not readings:
+            return self.difference(self.model(**inputs).logits), [], width + positions
+        with attention_row(self.model, union(readings)) as tap:
+            logits = self.model(**inputs).logits
+        return self.difference(logits), [tap.read(one, positions) for one in readings], width + positions
 
     def difference(self, logits: Tensor) -> Tensor:
         """Return R (B,) float32 from logits (B, 1 or 2). Raises ScoreError for one that is not finite."""
