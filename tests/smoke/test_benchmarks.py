@@ -118,3 +118,25 @@ def test_the_script_prints_a_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "llama-tiny, float32, 1 threads" in done.stdout and done.stdout.count("no T×T tensor") == 2
     assert "Traceback" not in done.stderr
+
+
+def test_the_updates_rate_and_numbers(tmp_path: Path) -> None:
+    """Operations counted by hand, and the shortcuts' numbers: far below what the issue of speed allows."""
+    import tiny
+
+    folder = tiny.save_policy(tmp_path / "policy")
+    words = ["--model", folder, "--rows", 4, "--prompt", 5, "--response", 7, "--repeats", 1, "--micro_tokens", 24]
+    script = SCRIPT.parent / "update_speed.py"
+    command = [sys.executable, str(script), *map(str, words), "--threads", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    attention, gated, head = 32 * (32 + 16 + 16 + 32), 3 * 32 * 64, 400 * 32  # weights of a layer's parts
+    tokens, layers = 4 * 12, 2
+    full = 6 * tokens * layers * (attention + gated) + 6 * 4 * 7 * head
+    assert found["settings"]["all weights"]["operations"] == full
+    frozen = 4 * tokens * layers * (attention + gated) + 4 * 4 * 7 * head
+    thin = 6 * tokens * layers * 16 * (32 + 32 + 32 + 16 + 32 + 16 + 32 + 32)  # A and B of q, k, v and o
+    assert found["settings"]["adapters"]["operations"] == frozen + thin
+    assert 0 < found["settings"]["adapters"]["least"] <= found["settings"]["adapters"]["ratio"]
+    assert found["numbers"]["shortcuts"] < 1e-5 and 0 < found["numbers"]["bfloat16"] < 0.05

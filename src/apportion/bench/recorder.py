@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apportion.bench.operations import FORMULAS
 from apportion.bench.settings import Work
 from apportion.errors import ConfigError, message
+from apportion.models.masters import join
 
 COUNTED = ("prompts", "prompt_tokens", "generated_tokens", "trained_tokens", "optimizer_steps")
 LEFT = ("generate", "score", "reference", "update")
@@ -147,12 +148,12 @@ class Recorder:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._counter is not None and self.changed is None:
             learned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            self._before = [(p, p.detach().clone()) for p in learned]
+            self._before = [(p, whole(optimizer, p)) for p in learned]
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.add(optimizer_steps=1)
         if self._before is not None:
-            different = sum(int((p.detach() != old).sum()) for p, old in self._before)
+            different = sum(int((whole(optimizer, p) != old).sum()) for p, old in self._before)
             self.changed = different / max(1, sum(p.numel() for p, _ in self._before))
             self._before = None
 
@@ -163,6 +164,12 @@ class Recorder:
         found = {"batches": self.batches, "peak": self.peak, "flop": self.flop, "changed": self.changed, **more}
         found["versions"] = versions()
         (Path(self.work.folder) / "result.json").write_text(json.dumps(found, indent=1))
+
+
+def whole(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """Return a copy of what is stepped: the float32 master where the weight is half of one, else the weight."""
+    remainder = getattr(optimizer, "remainders", {}).get(parameter)
+    return parameter.detach().clone() if remainder is None else join(parameter.detach(), remainder)
 
 
 def peak_memory(cuda: bool) -> dict[str, float]:
