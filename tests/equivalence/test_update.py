@@ -306,3 +306,41 @@ def test_models_of_a_learner_are_the_runs(world: Path) -> None:
     assert isinstance(learner.models, Models) and learner.models.policy.temperature == config.sampling.temperature
     rates = {group["eps"] for group in learner.optimizer.param_groups}
     assert rates == {1e-5} and not any(m.training for m in learner.models.policy.model.modules())
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_learning_once_needs_no_forward_before_it(world: Path, tmp_path: Path, group: bool) -> None:
+    """One optimizer step a batch: the same run whether the old log-probabilities are the update's own or come before.
+
+    A method that asks for the policy's values, attention or entropy still gets its pass.
+    """
+    changes: dict[str, Any] = {
+        "algorithm": "grpo",
+        "sampling.samples_per_prompt": 3,
+        "ppo.epochs": 1,
+        "ppo.mini_batch": 6,
+    }
+    if not group:
+        changes |= {"sampling.samples_per_prompt": 1, "algorithm": "reinforce"}
+    forwards, found = [], []
+    for once in (True, False):
+        config = tiny_runs.config(world, tmp_path / f"{once}", **changes, log_rollouts=0)
+        learner = make_learner(config, build_method(config))
+        assert learner.once
+        learner.once = once
+        seen: list[int] = []
+        handle = learner.models.policy.model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        metrics = [learn(learner, r, config, step)[0] for step, r in experience(learner, config, 0)]
+        handle.remove()
+        forwards.append(len(seen))
+        found.append((metrics, [p.detach().clone() for p in learner.models.policy.trainable()]))
+    assert forwards[0] < forwards[1]
+    for one, two in zip(*(f[0] for f in found), strict=True):
+        assert one.keys() == two.keys()
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+        assert one["sampling/logprob_gap"] < 1e-5 and one["objective/entropy"] > 1
+    for one, two in zip(*(f[1] for f in found), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    for more in ({"ppo.epochs": 2}, {"ppo.mini_batch": 3}, {"segments": "entropy"}):
+        config = tiny_runs.config(world, tmp_path / "more", **changes | more, log_rollouts=0)
+        assert not make_learner(config, build_method(config)).once

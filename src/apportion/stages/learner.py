@@ -22,6 +22,7 @@ class Learner:
         models: policy and reward model. method: the three choices. prompts: where prompts come from.
         needs: all evidence to produce. generator: the run's only randomness after loading.
         compare: credits whose rewards are logged beside the one that is trained.
+        once: each rollout is learned from once, in one step: the update says what the policy said before it.
         clock: seconds of the current batch by phase.
     """
 
@@ -34,9 +35,10 @@ class Learner:
         generator: torch.Generator,
         optim: OptimConfig,
         compare: Mapping[str, Credit],
+        once: bool = False,
     ) -> None:
         self.models, self.method, self.prompts = models, method, prompts
-        self.needs, self.generator, self.compare = needs, generator, compare
+        self.needs, self.generator, self.compare, self.once = needs, generator, compare, once
         self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from apportion import cores, credit, parallel
+from apportion import cores, credit, parallel, registry
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig, to_dict
 from apportion.evidence import Models
+from apportion.evidence.producers import POLICY
 from apportion.masking import masked_mean, whiten
 from apportion.models.load import load_tokenizer, locate, pick_device
 from apportion.models.policy import load_policy
@@ -26,7 +27,7 @@ from apportion.models.save import save_policy
 from apportion.models.token_text import PolicyText
 from apportion.runs import Run, explained, need_space
 from apportion.sampling import sample
-from apportion.scoring import score
+from apportion.scoring import ALWAYS, score
 from apportion.segments import check as check_segments
 from apportion.stages.checkpoint import load_latest, save_checkpoint
 from apportion.stages.learner import Learner
@@ -34,7 +35,7 @@ from apportion.stages.methods import build_method
 from apportion.stages.prompts import PromptStream, context_of, load_prompts
 from apportion.stages.records import comparisons, memory_mb, rollout_records
 from apportion.stages.sharing import check_shares, check_start, open_run, reseed, uniforms, whole_batch
-from apportion.stages.update import learning_rate, make_targets, update
+from apportion.stages.update import FirstPass, learning_rate, make_targets, update
 from apportion.types import Rollouts
 
 Tell = Callable[[int, dict[str, float]], None]
@@ -99,7 +100,8 @@ def experience(learner: Learner, config: RLConfig, start: int) -> Iterator[tuple
             rollouts = sample(learner.models.policy, prompts[mine], config.sampling, learner.generator, uniforms=chance)
             rollouts = replace(rollouts, group=rollouts.group + mine.start)
             sampled = time.perf_counter()
-            rollouts = score(learner.models, rollouts, learner.needs, config.scores)
+            asked = ALWAYS - POLICY if learner.once else ALWAYS
+            rollouts = score(learner.models, rollouts, learner.needs, config.scores, asked)
         learner.clock = {"time/generate": sampled - began, "time/score": time.perf_counter() - sampled}
         yield step, rollouts
 
@@ -126,9 +128,12 @@ def learn(
     targets = make_targets(estimated, segments, rollouts, ppo)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config.optim, step - 1, config.steps)
-    models, chance = learner.models, learner.generator
-    metrics = update(models.policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance)
+    policy, chance = learner.models.policy, learner.generator
+    first = FirstPass(*torch.zeros((2, *rollouts.mask.shape), device=policy.device)) if learner.once else None
+    metrics = update(policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance, first)
     rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
+    if first is not None:
+        rollouts = replace(rollouts, old_logprobs=first.old_logprobs).with_evidence(entropy=first.entropy)
     records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
     if hasattr(method.estimate, "stats"):
         counted = method.estimate.stats(rewards, segments, rollouts)
@@ -199,4 +204,14 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
     own = generator if parallel.world() == 1 else torch.Generator(device=policy.device)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores)
-    return Learner(models, method, stream, needs, generator, config.optim, compare)
+    once = learned_once(config, needs)
+    return Learner(models, method, stream, needs, generator, config.optim, compare, once)
+
+
+def learned_once(config: RLConfig, needs: frozenset[str]) -> bool:
+    """Whether one optimizer step learns from the whole batch and nothing else asks what the policy says before it.
+
+    The update's own forward then gives the old log-probabilities, and one forward of the policy a batch is saved.
+    """
+    one_step = (config.ppo.epochs or 1) == 1 and config.ppo.mini_batch >= config.sampling.batch_size
+    return one_step and parallel.world() == 1 and not {registry.asked(name)[0] for name in needs} & POLICY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from apportion.errors import ScoreError, message
 from apportion.losses import clipped_value
 from apportion.masking import whiten
 from apportion.models.masters import MasterAdamW, total_norm
-from apportion.models.policy import Policy
+from apportion.models.policy import Outputs, Policy
 from apportion.types import Advantages, PolicyLoss, Rollouts
 
 
@@ -47,6 +48,24 @@ def first_of_action(segments: Tensor) -> Tensor:
     return segments > seen
 
 
+class FirstPass(NamedTuple):
+    """What the update's own forward says before any step: old log-probabilities and entropies (B,T), to be filled.
+
+    Where each rollout is learned from once, before the policy moves, a forward of its own for them says the same again.
+    """
+
+    old_logprobs: Tensor
+    entropy: Tensor
+
+    def note(self, rows: Tensor, batch: Rollouts, out: Outputs) -> Rollouts:
+        """Fill in what a micro-batch said, and return it with its old log-probabilities."""
+        length, old = batch.mask.shape[1], out.logprobs.detach()
+        self.old_logprobs[rows, :length] = old
+        if out.entropy is not None:
+            self.entropy[rows, :length] = out.entropy
+        return replace(batch, old_logprobs=old)
+
+
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -56,12 +75,16 @@ def update(
     config: PPOConfig,
     optim: OptimConfig,
     generator: torch.Generator,
+    first: FirstPass | None = None,
 ) -> dict[str, float]:
     """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
 
     Each loss is divided by the count that it declares, taken over the whole mini-batch, so that micro-batches change
     nothing. Values are learned where the rollouts carry some. Each of several processes has the whole batch, and takes
     its share of every mini-batch; gradients and metrics are summed over them.
+
+    Args:
+        first: filled with old log-probabilities and entropies, which the rollouts then lack; for one optimizer step.
 
     Raises:
         ScoreError: the loss or gradient is not finite; no step is taken with it.
@@ -72,7 +95,7 @@ def update(
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
             with parallel.together():
-                sums = _mini_batch(policy, loss, rollouts, targets, config, rows)
+                sums = _mini_batch(policy, loss, rollouts, targets, config, rows, first)
             parallel.sum_gradients(policy.trainable())
             # the same in every process, and summed over them below
             sums["policy/grad_norm"] = finite_norm(policy.trainable(), optim) / parallel.world()
@@ -94,7 +117,13 @@ def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Te
 
 
 def _mini_batch(
-    policy: Policy, loss: PolicyLoss, rollouts: Rollouts, targets: Targets, config: PPOConfig, rows: Tensor
+    policy: Policy,
+    loss: PolicyLoss,
+    rollouts: Rollouts,
+    targets: Targets,
+    config: PPOConfig,
+    rows: Tensor,
+    first: FirstPass | None,
 ) -> dict[str, Tensor]:
     """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
     tokens = targets.policy_mask[rows].sum().clamp_min(1)
@@ -106,7 +135,8 @@ def _mini_batch(
         batch = trim(rollouts.select(part))
         advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
         critic = "values" in batch.evidence
-        out = policy.forward(batch, values=critic and policy.value_trunk is None)
+        out = policy.forward(batch, values=critic and policy.value_trunk is None, entropy=first is not None)
+        batch = batch if first is None else first.note(part, batch, out)
         policy_loss, found = loss.terms(out.logprobs, batch, advantages, policy_mask, segments)
         total, values = policy_loss / denominator, out.values
         found = {k: v / tokens for k, v in found.items()} | {"loss/policy": total}
