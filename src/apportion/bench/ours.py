@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from apportion import cores
 from apportion.bench.recorder import Recorder, read_work
 from apportion.bench.settings import Work
 from apportion.config import RLConfig, check
@@ -124,6 +125,7 @@ def logged(work: Work) -> dict[str, float]:
 def main() -> int:
     """Train, measure, write; return 0, or 2 with a message in error.txt."""
     work = read_work()
+    cores.keep_memory()  # as every command of ours does
     try:
         config = rl_config(work)
         from apportion.stages.rl import train
