@@ -47,6 +47,8 @@ class _LeanNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return x·weight/√(mean x² + ε), computed in float32 and rounded before the weight."""
+        if hidden_states.dtype != self.weight.dtype:  # the library then promotes, and so the result is of another dtype
+            return super().forward(hidden_states)  # type: ignore[no-any-return, misc]
         if not torch.is_grad_enabled():
             return normed(hidden_states, self.variance_epsilon)[0].mul_(self.weight)
         return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call, no-any-return]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-BLOCK = 1 << 19  # weights at a time on a CPU: 2 MiB of each float32 operand
+BLOCK = 1 << 19  # weights at a time on a CPU: 2 MiB of each float32 operand, which its caches hold
+GPU_BLOCK = 1 << 24  # on a GPU, where few launches count and caches do not
 MOMENTS = ("float32", "bfloat16")
 
 
@@ -138,7 +139,7 @@ class MasterAdamW(torch.optim.Optimizer):
         """Move one split weight: join a block, step it, split it again."""
         state = self.state[parameter]
         assert parameter.grad is not None
-        size = BLOCK if parameter.device.type == "cpu" else parameter.numel()
+        size = BLOCK if parameter.device.type == "cpu" else GPU_BLOCK
         flat = [t.view(-1).split(size) for t in (parameter.data, state["remainder"])]
         flat += [parameter.grad.reshape(-1).split(size)]
         flat += [state[name].view(-1).split(size) for name in ("exp_avg", "exp_avg_sq")]
@@ -181,7 +182,7 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     squares: list[Tensor] = []
     wide = torch.empty(0)
     for grad in [p.grad for p in parameters if p.grad is not None]:
-        for block in grad.reshape(-1).split(BLOCK if grad.device.type == "cpu" else grad.numel()):
+        for block in grad.reshape(-1).split(BLOCK if grad.device.type == "cpu" else GPU_BLOCK):
             if block.dtype != torch.float32:  # a norm of 16-bit numbers is not vectorised: widen a block first
                 wide = (
                     wide if len(wide) >= len(block) and wide.device == grad.device else torch.empty_like(block).float()
