@@ -65,8 +65,10 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
         {"lora.rank": 0},
         {"lora.rank": 4, "ppo.value_model": "separate"},
         {"lora.rank": 4, "dtype": "bfloat16"},
+        {"lora.rank": 0, "dtype": "bfloat16", "ppo.value_model": "separate"},
+        {"lora.rank": 0, "dtype": "bfloat16", "optim.moments": "bfloat16"},
     ],
-    ids=["adapters", "all weights", "separate values", "16-bit base"],
+    ids=["adapters", "all weights", "separate values", "16-bit base", "float32 masters", "16-bit moments"],
 )
 @pytest.mark.parametrize("last", [1, 3])
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(
