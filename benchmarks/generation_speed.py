@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from measuring import SHAPES
 
 from apportion.cli import quiet_libraries
 from apportion.config import SamplingConfig
@@ -30,14 +31,6 @@ from apportion.models.load import load_causal, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy
 from apportion.sampling import sample
 
-LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-LLAMA_135M = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-LLAMA_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-1b": LLAMA_1B | {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
-    "llama-135m": LLAMA_135M | {"num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192},
-    "llama-tiny": LLAMA_TINY | {"num_key_value_heads": 2, "vocab_size": 400, "max_position_embeddings": 512},
-}
 PAD, EOS = 0, 1
 
 

@@ -16,6 +16,15 @@ import torch
 from apportion.models.load import load_classifier, load_tokenizer, locate
 
 SHAPES: dict[str, dict[str, int]] = {
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
     "llama-135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,

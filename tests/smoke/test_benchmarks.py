@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import script
 
 from apportion.models.attention_row import attention_row
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "abc_cost.py"
 TINY = ["--random", "llama-tiny", "--tokens", "40", "90", "--pairs", "3", "--repetitions", "4", "--threads", "1"]
-sys.path.append(str(SCRIPT.parent))  # what the scripts share lies beside them
 LENGTHS = (40, 90)  # neither is the size of a head nor of anything else in the model
 
 
@@ -33,11 +32,7 @@ def same_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def abc_cost() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("abc_cost", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("abc_cost")
 
 
 def tiny_model(abc_cost: ModuleType, *more: str) -> Any:

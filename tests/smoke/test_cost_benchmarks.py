@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -15,22 +15,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from scripts import FOLDER, script
 
 from apportion.models.reward import load_reward
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(FOLDER))  # the scripts share a module, which lies beside them
 TINY = ["--dtype", "float32", "--threads", "1"]
 LENGTHS = (30, 60, 90, 120)
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)

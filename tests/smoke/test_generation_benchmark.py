@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generation_speed.py"
 TINY = ["--random", "llama-tiny", "--rows", "4", "--prompt", "6", "--new", "5", "--rounds", "2", "--device", "cpu"]
@@ -16,11 +16,7 @@ TINY = ["--random", "llama-tiny", "--rows", "4", "--prompt", "6", "--new", "5", 
 
 @pytest.fixture(scope="module")
 def generation_speed() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generation_speed", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("generation_speed")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
@@ -14,6 +13,8 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from apportion import cores
 
 ISA = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 ARM = ("asimd", "sve", "sve2", "bf16", "i8mm")
@@ -30,7 +31,7 @@ def describe() -> dict[str, Any]:
     return {
         "cpu": name,
         "cores": os.cpu_count(),
-        "usable_cores": usable_cores(),
+        "usable_cores": cores.available().threads,
         "isa": [flag for flag in (*ISA, *ARM) if flag in flags],
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -62,17 +63,6 @@ def processor() -> tuple[str, set[str]]:
     lines = [line.partition(":") for line in file.read_text().splitlines()]
     found = {key.strip().lower(): value.strip() for key, _, value in reversed(lines)}  # the first processor's
     return found.get("model name", platform.machine()), set(found.get("flags", found.get("features", "")).split())
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use: its affinity, and the quota of its control group on Linux."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        allowed, _, period = quota.read_text().strip().partition(" ")
-        if allowed != "max" and period:
-            cores = min(cores, math.ceil(int(allowed) / int(period)))
-    return max(1, cores)
 
 
 def matmul_rate(dtype: torch.dtype, *, device: str = "cpu", seconds: float = 0.4) -> float:
@@ -129,4 +119,4 @@ def _median_time(call: Callable[[], Any], seconds: float, device: str) -> float:
 if __name__ == "__main__":
     import json
 
-    sys.stdout.write(json.dumps(describe() | rates(threads=usable_cores()), indent=2) + "\n")
+    sys.stdout.write(json.dumps(describe() | rates(threads=cores.available().threads), indent=2) + "\n")

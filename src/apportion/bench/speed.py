@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from apportion import cores
 from apportion.bench import figures, machine
 from apportion.bench.environment import environment, installed
 from apportion.bench.ours import rl_config
@@ -38,7 +39,7 @@ def speed(config: SpeedConfig, tell: Tell = lambda line: None) -> Result:
             result file then holds what each did, and no ratio.
     """
     peer, output = PEERS[config.peer], output_of(config)
-    config = replace(shaped(config), threads=config.threads or machine.usable_cores())
+    config = replace(shaped(config), threads=config.threads or cores.available().threads)
     config.device = str(pick_device(config.device))
     with tempfile.TemporaryDirectory(prefix="apportion-bench-") as name:
         works = make_works(config, peer, Path(name))
