@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from measuring import SHAPES
 
+from apportion.bench.machine import matmul_rate, read_bandwidth
 from apportion.cli import quiet_libraries
 from apportion.config import SamplingConfig
 from apportion.models.load import load_causal, locate, pick_device, pick_dtype
@@ -194,24 +195,11 @@ def bound(model: Any, options: argparse.Namespace) -> dict[str, float]:
     kept = 2 * options.rows * length * layers * config.num_key_value_heads * size
     attention = 4 * options.rows * length * layers * config.num_attention_heads * size
     moved, operations = (weights + kept) * head.element_size(), 2 * weights * options.rows + attention
-    bandwidth, rate = bandwidth_of(model.device), matmul_rate(model.dtype, model.device)
+    device = model.device.type
+    bandwidth, rate = read_bandwidth(device=device), matmul_rate(model.dtype, device=device)
     least = {"bytes_s": moved / bandwidth, "operations_s": operations / rate}
     shown = {"bytes": moved, "operations": operations, "bytes_per_s": bandwidth, "operations_per_s": rate}
     return {**shown, **least, "bound_s": max(least.values())}
-
-
-def bandwidth_of(device: torch.device) -> float:
-    """Return bytes/s of reading a warm preallocated buffer of 0.5 GB; the median of 7."""
-    buffer = torch.ones(125_000_000, device=device)
-    times = [timed(lambda: buffer.sum(), device) for _ in range(8)][1:]
-    return buffer.numel() * 4 / statistics.median(times)
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Return operations/s of a 4096³ matrix product into a preallocated matrix; the median of 5."""
-    a, b, out = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(3))
-    times = [timed(lambda: torch.mm(a, b, out=out), device) for _ in range(6)][1:]
-    return 2 * 4096**3 / statistics.median(times)
 
 
 def table(found: dict[str, Any]) -> str:
