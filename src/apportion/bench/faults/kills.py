@@ -1,0 +1,126 @@
+"""One kill: a run begins, is killed at a moment, goes on to its end, and is compared with the reference."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apportion.bench.faults.compare import Traces, difference, traces
+from apportion.bench.faults.process import Process
+from apportion.bench.faults.world import arguments
+from apportion.errors import ApportionError
+
+LOOK = 0.0003  # seconds between looks for a checkpoint that is being written
+MOST = 20  # attempts: a run may be over before the moment drawn, a checkpoint written before it is seen
+
+
+class Broken(ApportionError):
+    """A run that ended otherwise than it should: what it printed."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A run that was left alone: what it made, and how many seconds it took."""
+
+    traces: Traces
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One kill: its number, the kind of run, whether a checkpoint's writing is aimed at, and its own seed."""
+
+    number: int
+    kind: str
+    aimed: bool
+    seed: int
+    root: Path
+    shared: dict[str, Any]  # settings of every run
+
+    def begin(self, name: str) -> tuple[Path, Process]:
+        """Begin a run into the folder `name`, or go on with it."""
+        run = self.root / name
+        words = arguments(self.root / "world", run, self.kind, **self.shared)
+        # the whole model's runs are begun anew, as a user's are
+        return run, Process(words, run.with_name(f"{name}.txt"), anew=self.kind == "smollm2")
+
+
+def reference(plan: Plan) -> Reference:
+    """Run to the end, undisturbed."""
+    run, process = plan.begin(f"whole-{plan.kind.replace(' ', '-')}")
+    _done(process)
+    return Reference(traces(run), time.monotonic() - process.began)
+
+
+def _done(process: Process) -> None:
+    code = process.wait()
+    if code != 0:
+        raise Broken(f"a run ended with exit code {code} and said:\n{process.text()}")
+
+
+def kill_once(plan: Plan, whole: Reference) -> dict[str, Any]:
+    """Kill a run, let it go on, and return what came of it."""
+    chance = random.Random(plan.seed)
+    for attempt in range(1, MOST + 1):
+        run, process = plan.begin(f"kill-{plan.number}")
+        late = 0.0
+        if plan.aimed:
+            steps = plan.shared["steps"] if plan.kind != "smollm2" else 8
+            _await_checkpoint(run, process, chance.randrange(1, steps))
+        else:
+            late = chance.uniform(0, whole.seconds)
+            while time.monotonic() < process.began + late and process.poll() is None:
+                time.sleep(0.002)
+        killed = process.kill() == -9
+        half = bool(list(run.glob("checkpoints/step-*.tmp")))
+        if killed and half >= plan.aimed:
+            break
+        shutil.rmtree(run, ignore_errors=True)
+    else:
+        raise Broken(f"no run of kind {plan.kind} could be killed as planned in {MOST} attempts")
+    at = _logged(run)
+    _, again = plan.begin(run.name)
+    _done(again)
+    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    found = difference(whole.traces, traces(run))
+    if found["weights"] and found["logs"]:  # what differs is kept, to be looked at
+        shutil.rmtree(run)
+    return {
+        "number": plan.number,
+        "kind": plan.kind,
+        "aimed": plan.aimed,
+        "attempts": attempt,
+        "seconds": round(late, 3),
+        "batches_logged": at,
+        "in_checkpoint": half,
+        "resumed_from": status.get("resumed_from", 0),
+        **found,
+    }
+
+
+def _await_checkpoint(run: Path, process: Process, after: int) -> None:
+    """Return when a checkpoint later than step `after` (or the first one there is time for) is being written."""
+    folder = run / "checkpoints"
+    while process.poll() is None:
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            names = []
+        if any(name.endswith(".tmp") and int(name[5:-4]) >= after for name in names):
+            return
+        time.sleep(LOOK)
+
+
+def _logged(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
+
+
+Tell = Callable[[dict[str, Any]], None]
