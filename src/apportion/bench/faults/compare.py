@@ -38,6 +38,8 @@ def traces(run: Path) -> Traces:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():  # a reward model has no rollouts
+        return []
     # not splitlines(): a text of the model's may hold U+2028 and the like
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
