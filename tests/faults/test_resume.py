@@ -332,6 +332,13 @@ TWICE = """
 import os, signal, sys, time
 from apportion.stages.signals import Signals
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        print("not reached")
+    except KeyboardInterrupt:  # there is no batch to finish
+        assert not signals
+with Signals(lambda line: print(line, end="", flush=True)) as signals:
+    signals.batches = True
     os.kill(os.getpid(), signal.SIGINT)
     assert signals and signals.caught == signal.SIGINT
     time.sleep(1.1)

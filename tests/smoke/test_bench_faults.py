@@ -91,7 +91,7 @@ def test_growth_is_seen_through_noise() -> None:
     flat, grows = judged(rows(0.0), [(i, 9) for i in range(1000)], 200), judged(rows(0.02), [(500, 9), (900, 12)], 200)
     assert abs(flat["memory_growth"]) < 1e-9 and flat["handles"]["most"] == 9
     assert grows["memory_growth"] == pytest.approx(0.02 * 720 / (500 + 0.02 * 240.5), rel=1e-3)
-    assert grows["memory_slope_mb_per_1000"] == pytest.approx(20, rel=1e-3)
+    assert grows["memory_slope_mb_per_1000"] == pytest.approx(20, rel=1e-2)
     assert grows["handles"]["median_first_half"] == 9 and grows["handles"]["median_second_half"] == 12
 
 
@@ -116,6 +116,6 @@ def test_bad_settings_are_named(words: list[str], piece: str, capsys: pytest.Cap
 @pytest.mark.long
 def test_a_short_soak(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    done = bench("soak", "--batches", 300, "--warmup", 100, "--tokenizer", tmp_path / "tokenizer", "--json")
+    done = bench("soak", "--batches", 300, "--judge_after", 100, "--tokenizer", tmp_path / "tokenizer", "--json")
     found = json.loads(done.stdout)
     assert found["batches"] == 300 and found["handles"]["least"] > 0

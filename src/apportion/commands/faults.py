@@ -62,7 +62,7 @@ def run_soak(arguments: list[str]) -> int:
     if not as_json:
         memory, handles = found["memory_mb"], found["handles"]
         sys.stdout.write(
-            f"{found['batches']} batches in {found['seconds']:.0f} s, judged after {found['warmup']}\n"
+            f"{found['batches']} batches in {found['seconds']:.0f} s, judged after {found['judge_after']}\n"
             f"memory   {memory['first']:.1f} to {memory['last']:.1f} MB: {found['memory_growth']:+.2%}, "
             f"{found['memory_slope_mb_per_1000']:+.3f} MB per 1000 batches\n"
             f"handles  {handles['median_first_half']:g} in the first half, {handles['median_second_half']:g} in the "

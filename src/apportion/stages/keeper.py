@@ -50,6 +50,7 @@ class Keeper:
                 set_aside(self.run, start)
             if start:
                 self.run.know(resumed_from=start)
+        self.signals.batches = True
         return start
 
     def log(self, step: int, metrics: Mapping[str, float], records: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -83,6 +84,7 @@ class Keeper:
             wanted: bytes that it takes, about.
         """
         part = self.run.path / "final.tmp"
+        self.signals.batches = False
 
         def work() -> None:
             shutil.rmtree(part, ignore_errors=True)

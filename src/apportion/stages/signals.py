@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: the first lets the batch be finished, a second one stops at once."""
+"""SIGINT and SIGTERM during training: the first lets the batch be finished, a second stops at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ class Signals:
 
     Attributes:
         caught: the signal's number, 0 before one came.
+        batches: whether batches are learned from, so that one can be finished; else a signal does what it did before.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.caught, self._say, self._when = 0, say, 0.0
+        self.batches = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -40,7 +42,10 @@ class Signals:
         return self.caught != 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.caught:
+        if not self.batches and not self.caught:
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
+        elif not self.caught:
             self.caught, self._when = number, time.monotonic()
             Console(stderr=True).show_cursor(True)  # a progress bar hides it, and a second signal may be final
             self._say(

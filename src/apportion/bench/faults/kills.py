@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apportion.bench.faults.compare import Traces, difference, traces
 from apportion.bench.faults.process import Process
-from apportion.bench.faults.world import arguments
+from apportion.bench.faults.world import KINDS, arguments
 from apportion.errors import ApportionError
 
 LOOK = 0.0003  # seconds between looks for a checkpoint that is being written
@@ -44,6 +44,12 @@ class Plan:
     root: Path
     shared: dict[str, Any]  # settings of every run
 
+    @property
+    def last(self) -> int:
+        """The step of the last checkpoint of such a run, at least 1."""
+        own = {**self.shared, **KINDS[self.kind]}
+        return int((own["steps"] - 1) // own["checkpoint_every"] * own["checkpoint_every"])
+
     def begin(self, name: str) -> tuple[Path, Process]:
         """Begin a run into the folder `name`, or go on with it."""
         run = self.root / name
@@ -68,23 +74,9 @@ def _done(process: Process) -> None:
 def kill_once(plan: Plan, whole: Reference) -> dict[str, Any]:
     """Kill a run, let it go on, and return what came of it."""
     chance = random.Random(plan.seed)
-    for attempt in range(1, MOST + 1):
-        run, process = plan.begin(f"kill-{plan.number}")
-        late = 0.0
-        if plan.aimed:
-            steps = plan.shared["steps"] if plan.kind != "smollm2" else 8
-            _await_checkpoint(run, process, chance.randrange(1, steps))
-        else:
-            late = chance.uniform(0, whole.seconds)
-            while time.monotonic() < process.began + late and process.poll() is None:
-                time.sleep(0.002)
-        killed = process.kill() == -9
-        half = bool(list(run.glob("checkpoints/step-*.tmp")))
-        if killed and half >= plan.aimed:
-            break
-        shutil.rmtree(run, ignore_errors=True)
-    else:
-        raise Broken(f"no run of kind {plan.kind} could be killed as planned in {MOST} attempts")
+    attempts, (run, late, half) = next(
+        (number, done) for number in itertools.count(1) if (done := _killed(plan, whole, chance, number)) is not None
+    )
     at = _logged(run)
     _, again = plan.begin(run.name)
     _done(again)
@@ -96,13 +88,35 @@ def kill_once(plan: Plan, whole: Reference) -> dict[str, Any]:
         "number": plan.number,
         "kind": plan.kind,
         "aimed": plan.aimed,
-        "attempts": attempt,
+        "attempts": attempts,
         "seconds": round(late, 3),
         "batches_logged": at,
         "in_checkpoint": half,
         "resumed_from": status.get("resumed_from", 0),
         **found,
     }
+
+
+def _killed(plan: Plan, whole: Reference, chance: random.Random, attempt: int) -> tuple[Path, float, bool] | None:
+    """Begin a run and kill it; return (its folder, the seconds it had, whether a checkpoint was being written).
+
+    None where it was over before its moment, or the checkpoint that was aimed at was whole before the kill.
+    """
+    run, process = plan.begin(f"kill-{plan.number}")
+    if plan.aimed:
+        _await_checkpoint(run, process, chance.randint(1, plan.last))
+    else:
+        late = chance.uniform(0, whole.seconds)
+        while time.monotonic() < process.began + late and process.poll() is None:
+            time.sleep(0.002)
+    killed, seconds = process.kill() == -9, time.monotonic() - process.began
+    half = any(run.glob("checkpoints/step-*.tmp"))
+    if killed and half >= plan.aimed:
+        return run, seconds, half
+    shutil.rmtree(run, ignore_errors=True)
+    if attempt == MOST:
+        raise Broken(f"no run of kind {plan.kind} could be killed as planned in {MOST} attempts")
+    return None
 
 
 def _await_checkpoint(run: Path, process: Process, after: int) -> None:
@@ -121,6 +135,3 @@ def _await_checkpoint(run: Path, process: Process, after: int) -> None:
 def _logged(run: Path) -> int:
     log = run / "metrics.jsonl"
     return log.read_bytes().count(b"\n") if log.is_file() else 0
-
-
-Tell = Callable[[dict[str, Any]], None]

@@ -42,7 +42,7 @@ class SoakConfig:
 
     Attributes:
         batches: how many.
-        warmup: batches before memory is judged.
+        judge_after: batches before memory is judged.
         tokenizer: `smollm2`, or a folder with a tokenizer.
         seed: of the run.
         folder: where it is written; null is a temporary folder, removed at the end.
@@ -50,7 +50,7 @@ class SoakConfig:
     """
 
     batches: int = 2000
-    warmup: int = 200
+    judge_after: int = 200
     tokenizer: str = "smollm2"
     seed: int = 0
     folder: str | None = None
@@ -80,6 +80,8 @@ def check_faults(config: FaultsConfig) -> None:
 
 def check_soak(config: SoakConfig) -> None:
     """Raise ConfigError for a setting outside its range."""
-    if config.warmup < 1 or config.batches < 2 * config.warmup:
-        expected = f"at least twice warmup ({config.warmup})"
+    if config.judge_after < 1:
+        raise ConfigError(message("judge_after", config.judge_after, "a whole number >= 1", "Set it to one."))
+    if config.batches < 2 * config.judge_after:
+        expected = f"at least twice judge_after ({config.judge_after})"
         raise ConfigError(message("batches", config.batches, expected, "Growth is judged after the warm-up."))

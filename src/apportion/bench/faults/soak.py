@@ -37,7 +37,7 @@ def soak(config: SoakConfig, tell: Tell = lambda done, line: None) -> dict[str, 
             raise Broken(f"the run ended with exit code {process.wait()} and said:\n{process.text()}")
         seconds = time.monotonic() - process.began
         rows = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().split("\n") if line]
-    return judged(rows, handles, config.warmup) | {"seconds": round(seconds, 1)}
+    return judged(rows, handles, config.judge_after) | {"seconds": round(seconds, 1)}
 
 
 def _watch(process: Process, log: Path, tell: Tell) -> list[tuple[int, int]]:
@@ -51,26 +51,26 @@ def _watch(process: Process, log: Path, tell: Tell) -> list[tuple[int, int]]:
         batches = log.read_bytes().count(b"\n") if log.is_file() else 0
         if batches:
             seen.append((batches, handles))
-        tell(batches, f"{handles} file handles")
+            tell(batches, f"{handles} file handles")
         time.sleep(LOOK)
     return seen
 
 
-def judged(rows: list[dict[str, float]], handles: list[tuple[int, int]], warmup: int) -> dict[str, Any]:
-    """Return growth and slope of the memory after `warmup` batches, and how many handles were open.
+def judged(rows: list[dict[str, float]], handles: list[tuple[int, int]], judge_after: int) -> dict[str, Any]:
+    """Return growth and slope of the memory after `judge_after` batches, and how many handles were open.
 
     Growth compares the means of the first and the last tenth: single values move with the allocator.
     """
-    points = [(row["step"], row["memory/rss_mb"]) for row in rows if row["step"] > warmup]
+    points = [(row["step"], row["memory/rss_mb"]) for row in rows if row["step"] > judge_after]
     tenth = max(1, len(points) // 10)
     first = statistics.fmean(mb for _, mb in points[:tenth])
     last = statistics.fmean(mb for _, mb in points[-tenth:])
     slope = statistics.linear_regression(*zip(*points, strict=True)).slope
-    open_then = [count for batches, count in handles if batches > warmup]
+    open_then = [count for batches, count in handles if batches > judge_after]
     half = len(open_then) // 2
     return {
         "batches": len(rows),
-        "warmup": warmup,
+        "judge_after": judge_after,
         "memory_mb": {"first": round(first, 2), "last": round(last, 2), "most": round(max(mb for _, mb in points), 2)},
         "memory_growth": (last - first) / first,
         "memory_slope_mb_per_1000": 1000 * slope,

@@ -46,9 +46,11 @@ def make_world(folder: Path, tokenizer: str) -> Path:
     from apportion.models.load import load_tokenizer, locate
 
     words = load_tokenizer("tokenizer", str(Path(tokenizer)) if Path(tokenizer).is_dir() else locate("", tokenizer))
-    for seed, (name, auto, more) in enumerate(
-        [("policy", AutoModelForCausalLM, {}), ("reward", AutoModelForSequenceClassification, {"num_labels": 2})]
-    ):
+    made: list[tuple[str, Any, dict[str, Any]]] = [
+        ("policy", AutoModelForCausalLM, {}),
+        ("reward", AutoModelForSequenceClassification, {"num_labels": 2}),
+    ]
+    for seed, (name, auto, more) in enumerate(made):
         torch.manual_seed(seed)
         config = LlamaConfig(
             hidden_size=32,
