@@ -29,7 +29,8 @@ def soak(config: SoakConfig, tell: Tell = lambda done, line: None) -> dict[str, 
     """
     with place(config.folder, "apportion-soak-") as root:
         make_world(root / "world", config.tokenizer)
-        more = {"steps": config.batches, "checkpoint_every": 50, "seed": config.seed}
+        # a rate at which a random model does not diverge over thousands of batches
+        more = {"steps": config.batches, "checkpoint_every": 50, "seed": config.seed, "optim.lr": 1e-4}
         words = arguments(root / "world", root / "run", "adapters", **more)
         process = Process(words, root / "run.txt", anew=True)
         handles = _watch(process, root / "run" / "metrics.jsonl", tell)
