@@ -28,6 +28,7 @@ from apportion.errors import ConfigError, DiskError, Interrupted
 from apportion.runs import Run
 from apportion.stages import randomness, reward, rl
 from apportion.stages.checkpoint import MANIFEST, PROGRESS, Damaged, check, manifest
+from apportion.stages.surroundings import repeatable
 
 FILES = (MANIFEST, PROGRESS, *(f"{name}.safetensors" for name in ("weights", "optimizer", "state", "random")))
 SAME = {"weights": True, "logs": True, "rows_lost": 0, "rows_doubled": 0}
@@ -350,6 +351,37 @@ with Signals(lambda line: print(line, end="", flush=True)) as signals:
 def test_a_second_signal_stops_at_once(python: Callable[..., Any]) -> None:
     done = python("-c", TWICE)
     assert done.code == -signal.SIGTERM and "stopped at once" in done.out and "not reached" not in done.out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_processes_end_after_the_same_batch_and_go_on(models: Path, tmp_path: Path, number: int) -> None:
+    """torchrun passes a signal on; a terminal sends SIGINT to every process as well."""
+    run, flags = tmp_path / "run", tiny_runs.flags(models, tmp_path / "run", steps=60, checkpoint_every=50)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launcher, "-m", "apportion", "rl", *flags]
+    process = subprocess.Popen(words, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "interrupted" and 0 < status["checkpoint"] < 50
+    done = subprocess.run(words, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in tiny_runs.read_lines(run / "metrics.jsonl")] == list(range(1, 61))
+    assert json.loads((run / "status.json").read_text())["resumed_from"] == status["checkpoint"]
+
+
+def test_deterministic_kernels_are_left_as_they_were() -> None:
+    with repeatable(torch.device("cpu")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # it would cost a pass over every new tensor
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_finished_run_says_what_it_went_on_from(models: Path, run: Path, whole: Path) -> None:

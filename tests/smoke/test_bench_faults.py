@@ -18,7 +18,7 @@ from apportion.bench.faults.settings import FaultsConfig
 from apportion.bench.faults.soak import judged
 from apportion.cli import main
 
-QUICK = ("--kills", "5", "--model_kills", "0", "--steps", "10", "--checkpoint_every", "2")
+QUICK = ("--kills", "5", "--model_kills", "0", "--steps", "8", "--checkpoint_every", "2")
 
 
 def bench(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
