@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -10,7 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from apportion.bench.faults.compare import Traces, difference, traces
 from apportion.bench.faults.process import Process
@@ -73,10 +72,18 @@ def _done(process: Process) -> None:
 
 def kill_once(plan: Plan, whole: Reference) -> dict[str, Any]:
     """Kill a run, let it go on, and return what came of it."""
-    chance = random.Random(plan.seed)
-    attempts, (run, late, half) = next(
-        (number, done) for number in itertools.count(1) if (done := _killed(plan, whole, chance, number)) is not None
-    )
+    chance, length, attempts = random.Random(plan.seed), whole.seconds, 0
+    while True:
+        attempts += 1
+        death = _killed(plan, length, chance)
+        if death.killed and death.half >= plan.aimed:
+            break
+        if attempts == MOST:
+            raise Broken(f"no run of kind {plan.kind} could be killed as planned in {MOST} attempts")
+        if not death.killed:  # it was over before its moment: runs are this quick now
+            length = death.seconds
+        shutil.rmtree(death.run, ignore_errors=True)
+    run = death.run
     at = _logged(run)
     _, again = plan.begin(run.name)
     _done(again)
@@ -89,34 +96,34 @@ def kill_once(plan: Plan, whole: Reference) -> dict[str, Any]:
         "kind": plan.kind,
         "aimed": plan.aimed,
         "attempts": attempts,
-        "seconds": round(late, 3),
+        "seconds": round(death.seconds, 3),
         "batches_logged": at,
-        "in_checkpoint": half,
+        "in_checkpoint": death.half,
         "resumed_from": status.get("resumed_from", 0),
         **found,
     }
 
 
-def _killed(plan: Plan, whole: Reference, chance: random.Random, attempt: int) -> tuple[Path, float, bool] | None:
-    """Begin a run and kill it; return (its folder, the seconds it had, whether a checkpoint was being written).
+class Death(NamedTuple):
+    """How a run ended: its folder, the seconds it had, whether the kill came first, and left half a checkpoint."""
 
-    None where it was over before its moment, or the checkpoint that was aimed at was whole before the kill.
-    """
+    run: Path
+    seconds: float
+    killed: bool
+    half: bool
+
+
+def _killed(plan: Plan, length: float, chance: random.Random) -> Death:
+    """Begin a run and kill it: while a checkpoint is written, or at a moment of its `length`, seconds."""
     run, process = plan.begin(f"kill-{plan.number}")
     if plan.aimed:
         _await_checkpoint(run, process, chance.randint(1, plan.last))
     else:
-        late = chance.uniform(0, whole.seconds)
-        while time.monotonic() < process.began + late and process.poll() is None:
+        moment = process.began + chance.uniform(0, length)
+        while time.monotonic() < moment and process.poll() is None:
             time.sleep(0.002)
     killed, seconds = process.kill() == -9, time.monotonic() - process.began
-    half = any(run.glob("checkpoints/step-*.tmp"))
-    if killed and half >= plan.aimed:
-        return run, seconds, half
-    shutil.rmtree(run, ignore_errors=True)
-    if attempt == MOST:
-        raise Broken(f"no run of kind {plan.kind} could be killed as planned in {MOST} attempts")
-    return None
+    return Death(run, seconds, killed, any(run.glob("checkpoints/step-*.tmp")))
 
 
 def _await_checkpoint(run: Path, process: Process, after: int) -> None:
