@@ -28,7 +28,7 @@ class FaultsConfig:
     model_kills: int = 3
     in_checkpoint: float = 0.3
     tokenizer: str = "smollm2"
-    steps: int = 40
+    steps: int = 60
     checkpoint_every: int = 3
     jobs: int = 2
     seed: int = 0
