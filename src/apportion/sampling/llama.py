@@ -76,9 +76,9 @@ class LlamaWriter(Writer):
         bias = torch.zeros(hidden.shape, dtype=past.layers[0][0].dtype, device=hidden.device)
         bias = bias.masked_fill_(hidden, -torch.inf)[:, None, None]  # (n,1,1,L)
         for layer, pair in zip(self.layers, past.layers, strict=True):
-            states = states + layer.output(self._attend(layer.inputs(layer.norm(states)), turn, bias, pair))
+            states = layer.output(self._attend(layer.inputs(layer.norm(states)), turn, bias, pair)).add_(states)
             gate, up = layer.gate_up(layer.middle_norm(states)).chunk(2, dim=-1)
-            states = states + layer.down(layer.activation(gate) * up)
+            states = layer.down(layer.activation(gate).mul_(up)).add_(states)
         return self.head(self.trunk.norm(states))
 
     def _attend(self, inputs: Tensor, turn: Pair, bias: Tensor, pair: Pair) -> Tensor:
