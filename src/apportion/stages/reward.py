@@ -22,6 +22,7 @@ from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.masters import to_float32, to_sixteen_bit
+from apportion.models.packed import packed
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
 from apportion.runs import Run, explained, need_space
@@ -59,7 +60,8 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
             model, clips, tokenizer, folder, test_rows = _prepare(run, config)
         parallel.broadcast(p for p in model.parameters() if p.requires_grad)
         remainders = _halved(model, config)
-        _fit(model, remainders, clips, config, tokenizer.pad_token_id, run, tell)
+        with packed(model):
+            _fit(model, remainders, clips, config, tokenizer.pad_token_id, run, tell)
         with parallel.together():
             if parallel.is_main():
                 to_float32(remainders)
