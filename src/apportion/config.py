@@ -311,9 +311,9 @@ class DemoConfig:
     """
 
     output: str = "runs/demo"
-    steps: int = 40
+    steps: int = 36
     credit: Spec = "attention"
-    clips: int = 10000
+    clips: int = 8000
     count: int = 128
     lr: float = 4e-4
     seed: int = 0
