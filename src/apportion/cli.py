@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
 from apportion import parallel
-from apportion.errors import ApportionError, ConfigError, message, unknown_name
+from apportion.errors import ApportionError, ConfigError, Interrupted, message, unknown_name
 
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -40,7 +41,7 @@ Find out which tokens earned the reward, and train on it.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 done, 2 a mistake whose mend was printed, 130 interrupted."""
+    """Run the command line; return 0 done, 2 a mistake whose mend was printed, 130 or 143 interrupted by a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(usage())
@@ -56,11 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ApportionError as error:
         say(f"apportion: {error}\n")
         return 2
+    except Interrupted as end:
+        say(f"apportion: {end} Go on with:\n\n  {again(arguments)}\n")
+        return end.code
     except KeyboardInterrupt:
         say("apportion: interrupted; the same command goes on from the last checkpoint.\n")
         return 130
     finally:
         parallel.stop()
+
+
+def again(arguments: Sequence[str]) -> str:
+    """Return the command that goes on with an interrupted run: the same one, which must not start it over."""
+    command = shlex.join(["apportion", *(word for word in arguments if word != "--fresh")])
+    processes = parallel.launched()
+    return command if processes == 1 else f"{command}    (in {processes} processes, through the same launcher)"
 
 
 def say(text: str) -> None:

@@ -146,6 +146,9 @@ class RewardConfig:
         batch_size: clips an optimizer step.
         micro_batch: clips a forward and backward pass (memory only; it does not change the result).
         test_texts: held-out texts to evaluate on.
+        checkpoint_every: steps between checkpoints; 0 for none.
+        keep_checkpoints: newest ones kept.
+        disk_wait: seconds to wait for space on a full disk before the run ends; 0 ends it at once.
         pad_token: a token of the tokenizer to pad with, when it has none of its own.
         seed: random seed.
         device: auto, cpu, cuda.
@@ -165,6 +168,9 @@ class RewardConfig:
     batch_size: int = 16
     micro_batch: int = 16
     test_texts: int = 1000
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    disk_wait: float = 300.0
     pad_token: str | None = None
     seed: int = 0
     device: str = "auto"
@@ -191,6 +197,7 @@ class RLConfig:
         steps: batches to learn from.
         checkpoint_every: steps between checkpoints; 0 for none.
         keep_checkpoints: newest ones kept.
+        disk_wait: seconds to wait for space on a full disk before the run ends; 0 ends it at once.
         log_rollouts: rollouts of each step written to rollouts.jsonl.
         compare: credit methods whose rewards are logged beside, for the report.
         pad_token: a token of the tokenizer to pad with, when it has none of its own.
@@ -213,6 +220,7 @@ class RLConfig:
     steps: int = 40
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
+    disk_wait: float = 300.0
     log_rollouts: int = 4
     compare: list[str] = field(default_factory=lambda: ["sparse", "uniform", "attention", "policy_attention"])
     pad_token: str | None = None

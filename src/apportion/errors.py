@@ -30,6 +30,18 @@ class DiskError(ApportionError, OSError):
     """A run folder that cannot be written to."""
 
 
+class Interrupted(Exception):
+    """A run that a signal ended after its batch, with a checkpoint: no error, and it can go on.
+
+    Attributes:
+        code: the exit code that says so, 128 and the signal's number.
+    """
+
+    def __init__(self, said: str, code: int) -> None:
+        super().__init__(said)
+        self.code = code
+
+
 def message(field: str, came: object, expected: str, mend: str) -> str:
     """Return the one shape of every error text: field, value, expectation, mend."""
     return f"{field}: got {came!r}; expected {expected}. {mend}"

@@ -28,7 +28,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "threads": (1, _ANY, "a whole number >= 1, or null"),
     "seed": (0, 2**31, "a whole number from 0 to 2^31"),
     **dict.fromkeys(("lr", "eps", "temperature", "max_grad_norm", "alpha"), (1e-12, _ANY, "a number > 0")),
-    **dict.fromkeys(("weight_decay", "value_coef"), (0, _ANY, "a number >= 0")),
+    **dict.fromkeys(("weight_decay", "value_coef", "disk_wait"), (0, _ANY, "a number >= 0")),
     "clip": (1e-6, _ANY, "a number > 0"),
     "value_clip": (1e-6, _ANY, "a number > 0, or null"),
     **dict.fromkeys(("warmup", "lam"), (0, 1, "a number in [0, 1]")),

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from safetensors import SafetensorError
 
-from apportion.errors import ApportionError, ConfigError, DiskError, ScoreError, message
+from apportion import disk, parallel
+from apportion.disk import explained as explained
+from apportion.disk import need_space as need_space
+from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError, message
+
+T = TypeVar("T")
 
 README = """# {name}: a run of `apportion {stage}`
 
 | file | what it is |
 |---|---|
 | config.yaml | every setting, resolved; `apportion {stage} --config config.yaml` repeats the run |
-| status.json | running, finished or failed |
+| status.json | running, interrupted, finished or failed; the step that it went on from |
 | metrics.jsonl | one line a step |
 | rollouts.jsonl | sampled texts with each token's credit, reward, advantage and KL |
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
@@ -33,16 +37,27 @@ README = """# {name}: a run of `apportion {stage}`
 
 `apportion report {path}` draws it.
 """
-# settings that say where and whether, not what
-PLACES = ("output", "fresh", "config", "threads")
+# settings that say where, whether and how safely, not what
+PLACES = ("output", "fresh", "config", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait")
+LOGS = ("metrics.jsonl", "rollouts.jsonl")
+NEWBORN = {".status.json.tmp", "status.json", ".config.yaml.tmp"}  # what a run killed while it was opened may leave
+TAIL = 1 << 16  # bytes before a log's end whose sum a checkpoint holds
 
 
 class Run:
-    """One run folder. Every write is flushed; a full disk is a DiskError that says how to go on."""
+    """One run folder. Every write is flushed; a full disk is waited for, then a DiskError that says how to go on.
+
+    Attributes:
+        facts: what status.json says besides, such as the number of threads.
+        disk_wait: seconds to wait for space on a full disk.
+        hurried: asked while it waits; True ends the waiting.
+    """
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
-        self.facts: dict[str, Any] = {}  # what status.json says besides, such as the number of threads
+        self.facts: dict[str, Any] = {}
+        self.disk_wait = 0.0
+        self.hurried: Callable[[], bool] = lambda: False
 
     @classmethod
     def open(cls, output: str, stage: str, config: Mapping[str, Any], *, fresh: bool = False) -> Run:
@@ -55,19 +70,32 @@ class Run:
         run = cls(Path(output).expanduser(), stage)
         with explained(run.path):
             if fresh and run.is_run:
-                shutil.rmtree(run.path)
+                run._discard()
             run._refuse_foreign()
             if run.started:
                 run._refuse_other(config)
             run.path.mkdir(parents=True, exist_ok=True)
+            for old in (*run.path.glob("final.old"), *run.path.glob("checkpoints/step-*.old")):
+                disk.recover(old.with_suffix(""))
             if not run.started:
+                run.status("running")  # first: a folder without it is nobody's
                 run._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
                 run._write("README.md", README.format(name=run.path.name, stage=stage, path=output))
             if not run.finished:
-                threads = run.read("status.json").get("threads")
-                run.facts = {} if threads is None else {"threads": threads}
+                before = run.read("status.json")
+                run.facts = {name: before[name] for name in ("threads", "checkpoint") if name in before}
                 run.status("running")
         return run
+
+    def _discard(self) -> None:
+        """Remove the folder; killed meanwhile, it is gone by its name already, or whole."""
+        gone = self.path.with_name(f".{self.path.name}.discarded")
+        shutil.rmtree(gone, ignore_errors=True)
+        try:
+            os.replace(self.path, gone)
+        except OSError:  # a mount point cannot be moved
+            gone = self.path
+        shutil.rmtree(gone)
 
     @property
     def is_run(self) -> bool:
@@ -82,20 +110,35 @@ class Run:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Write status "failed" with the message of an error that the user can mend, and raise it again."""
+        """Write status "failed" with the message of an error that the user can mend, "interrupted" where the user
+        ended it, and raise it again."""
         try:
             yield
         except ApportionError as error:
-            with suppress(DiskError):  # the disk may be what failed
-                self.status("failed", error=str(error))
+            self._end("failed", error=str(error))
             raise
+        except (KeyboardInterrupt, Interrupted):
+            self._end("interrupted")
+            raise
+
+    def _end(self, status: str, **more: Any) -> None:
+        self.disk_wait = 0.0
+        with suppress(DiskError):  # the disk may be what failed
+            self.status(status, **more)
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(message("output", str(self.path), "a folder", "It is a file: choose another name."))
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run:
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run and not self._newborn:
             mend = "Choose another --output, or empty it."
             raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
+
+    @property
+    def _newborn(self) -> bool:
+        """Whether the folder holds only the first words of a run that was killed while it was opened."""
+        if {p.name for p in self.path.iterdir()} - NEWBORN:
+            return False
+        return not (self.path / "status.json").is_file() or "stage" in self.read("status.json")
 
     def _refuse_other(self, config: Mapping[str, Any]) -> None:
         again = "Choose another --output, or pass --fresh to start over in this one."
@@ -156,31 +199,73 @@ class Run:
         self.append("metrics.jsonl", [{"step": step, **{k: float(f"{v:.7g}") for k, v in metrics.items()}}])
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append JSON lines to file `name`."""
-        with explained(self.path), open(self.path / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        """Append JSON lines to file `name`: all of them, or none where the disk is full."""
+        data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+        self.patiently(lambda: self._append(name, data), len(data))
+
+    def _append(self, name: str, data: bytes) -> None:
+        handle = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            before = os.fstat(handle).st_size
+            try:
+                while data:
+                    data = data[os.write(handle, data) :]
+            except OSError:
+                os.ftruncate(handle, before)  # half a line must not stay
+                raise
+        finally:
+            os.close(handle)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object to file `name`, at once or not at all."""
-        with explained(self.path):
-            self._write(name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        self.patiently(lambda: self._write(name, text), len(text))
+
+    def patiently(self, work: Callable[[], T], wanted: int) -> T:
+        """Return what `work` does, which writes `wanted` bytes here; where the disk is full it waits (`disk_wait`)."""
+        return disk.patiently(self.path, work, wanted=wanted, seconds=self.disk_wait, stop=self.hurried, say=self.say)
+
+    def say(self, line: str) -> None:
+        """Write a line about this run to stderr; one of several processes alone does."""
+        if parallel.speaks():
+            sys.stderr.write(line)
+            sys.stderr.flush()
 
     def _write(self, name: str, text: str) -> None:
         part = self.path / f".{name}.tmp"
         part.write_text(text, encoding="utf-8")
+        disk.sync(part)
         os.replace(part, self.path / name)
 
-    def sizes(self) -> dict[str, int]:
-        """Return the byte sizes of the growing logs, to go back to when a run is resumed."""
-        names = ("metrics.jsonl", "rollouts.jsonl")
-        return {n: (self.path / n).stat().st_size for n in names if (self.path / n).is_file()}
+    def marks(self) -> dict[str, dict[str, Any]]:
+        """Return where the growing logs end now, durably: {name: {"size": bytes, "tail": sha256 of the last ones}}."""
+        there = [name for name in LOGS if (self.path / name).is_file()]
+        for name in there:
+            disk.sync(self.path / name)
+        return {name: self._mark(name, (self.path / name).stat().st_size) for name in there}
 
-    def cut(self, sizes: Mapping[str, int]) -> None:
-        """Cut the logs back to `sizes`; logs not named there are removed."""
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+    def _mark(self, name: str, end: int) -> dict[str, Any]:
+        with (self.path / name).open("rb") as file:
+            file.seek(max(0, end - TAIL))
+            return {"size": end, "tail": hashlib.sha256(file.read(min(end, TAIL))).hexdigest()}
+
+    def lost(self, marks: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Return what is wrong with the logs at `marks`, None when all that stood before them is there."""
+        for name, mark in marks.items():
             path = self.path / name
-            if name in sizes:
-                os.truncate(path, sizes[name])
+            length = path.stat().st_size if path.is_file() else 0
+            if length < mark["size"]:
+                return f"{name} has {length} of the {mark['size']} bytes that it had"
+            if self._mark(name, mark["size"]) != mark:
+                return f"{name} has other bytes before byte {mark['size']} than it had"
+        return None
+
+    def cut(self, marks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Cut the logs back to `marks`; logs not named there are removed."""
+        for name in LOGS:
+            path = self.path / name
+            if name in marks:
+                os.truncate(path, marks[name]["size"])
             else:
                 path.unlink(missing_ok=True)
 
@@ -195,45 +280,8 @@ class Follower(Run):
     def _write(self, name: str, text: str) -> None:
         return None
 
-    def cut(self, sizes: Mapping[str, int]) -> None:
+    def cut(self, marks: Mapping[str, Mapping[str, Any]]) -> None:
         """Cut nothing."""
-
-
-class explained:  # a context manager
-    """Turn a failed write into a DiskError that names the folder and the mend."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, SafetensorError) and "os error" in reason:  # its writer raises no OSError
-            number = re.search(r"os error (\d+)", reason)
-            error = OSError(int(number[1]) if number else 0, reason)
-        if not isinstance(error, OSError) or isinstance(error, DiskError):
-            return
-        mends = {
-            errno.ENOSPC: "Free some space, then run the same command again: it goes on from the last checkpoint.",
-            errno.EACCES: "Choose a folder you may write to.",
-            errno.EROFS: "Choose a folder that is not read-only.",
-        }
-        mend = mends.get(error.errno or 0, "Choose another --output.")
-        raise DiskError(message("output", f"{self.path} ({reason})", "a folder to write to", mend)) from error
-
-
-def need_space(path: Path, wanted: int) -> None:
-    """Raise DiskError unless `wanted` bytes are free where `path` is or will be."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < wanted:
-        came = f"{path} with {free / 1e6:.0f} MB free"
-        mend = "Free some space or choose another --output."
-        raise DiskError(message("output", came, f"at least {wanted / 1e6:.0f} MB for models and checkpoints", mend))
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

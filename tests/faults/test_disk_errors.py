@@ -64,10 +64,13 @@ cp -r disk/run kept
 
 
 def test_a_disk_that_fills_up_and_is_emptied_again(tmp_path: Path, disk: Path, rl_flags: list[str]) -> None:
-    flags = [*rl_flags, "--output", "disk/run", "--steps", "60", "--checkpoint_every", "2"]
+    flags = [*rl_flags, "--output", "disk/run", "--steps", "60", "--checkpoint_every", "2", "--disk_wait", "1"]
     in_namespace(FILLED, flags, tmp_path)
     first = (tmp_path / "first.err").read_text()
     assert (tmp_path / "first.code").read_text() == "2\n" and "Traceback" not in first, first
+    assert (
+        first.count("apportion: paused: the disk of disk/run is full (") == 1 and "It waits 1 s (--disk_wait)" in first
+    )
     assert "apportion: output: got 'disk/run (" in first and "No space left on device" in first
     assert first.endswith("Free some space, then run the same command again: it goes on from the last checkpoint.\n")
     assert json.loads((tmp_path / "first.json").read_text())["status"] != "finished"
@@ -76,6 +79,34 @@ def test_a_disk_that_fills_up_and_is_emptied_again(tmp_path: Path, disk: Path, r
     lines = (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
     assert (tmp_path / "kept" / "final" / "model.safetensors").is_file()
+
+
+PAUSED = f"""
+mount -t tmpfs -o size=260m t disk
+{RUN} 2> run.err & run=$!
+while kill -0 $run 2> /dev/null && [ ! -d disk/run/checkpoints/step-2 ]; do sleep 0.02; done
+cat /dev/zero > disk/filler 2> /dev/null
+while kill -0 $run 2> /dev/null && ! grep -q paused run.err; do sleep 0.02; done
+ls disk/run/checkpoints > left
+rm disk/filler
+wait $run; echo $? > run.code
+cp -r disk/run kept
+"""
+
+
+def test_a_run_waits_for_space_and_goes_on_by_itself(tmp_path: Path, disk: Path, rl_flags: list[str]) -> None:
+    """Whether a log or a checkpoint came first: no half a line stays and no checkpoint is lost."""
+    flags = [*rl_flags, "--steps", "60", "--checkpoint_every", "2", "--log_rollouts", "4"]
+    in_namespace(PAUSED, [*flags, "--output", "disk/run"], tmp_path)
+    said = (tmp_path / "run.err").read_text()
+    assert (tmp_path / "run.code").read_text() == "0\n" and "Traceback" not in said, said
+    assert "apportion: paused: " in said and "there is space in disk/run again: the run goes on.\n" in said
+    left = (tmp_path / "left").read_text().split()
+    assert left and all(name.startswith("step-") for name in left)
+    rows = [json.loads(line) for line in (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    texts = [json.loads(line) for line in (tmp_path / "kept" / "rollouts.jsonl").read_text().split("\n") if line]
+    assert [(t["step"], t["row"]) for t in texts] == [(step, row) for step in range(1, 61) for row in range(4)]
 
 
 @pytest.mark.parametrize("more", [[], ["--checkpoint_every", "1", "--lora.rank", "0"]])

@@ -139,6 +139,8 @@ def test_a_checkpoint_holds_weights_moments_controller_and_randomness(world: Pat
         "optimizer.safetensors",
         "state.safetensors",
         "progress.json",
+        "manifest.json",
+        "random.safetensors",
     }
     count = len(load_file(folder / "weights.safetensors"))
     moments = load_file(folder / "optimizer.safetensors")
@@ -151,7 +153,7 @@ def test_a_checkpoint_holds_weights_moments_controller_and_randomness(world: Pat
     assert float(coefficient) == pytest.approx(logged[3]["kl/coef"], rel=1e-6) and float(coefficient) != 0.1
     progress = json.loads((folder / "progress.json").read_text())
     assert progress["step"] == 4
-    cut = (run.path / "metrics.jsonl").read_bytes()[: progress["sizes"]["metrics.jsonl"]]
+    cut = (run.path / "metrics.jsonl").read_bytes()[: progress["logs"]["metrics.jsonl"]["size"]]
     assert cut.count(b"\n") == 4 and cut.endswith(b"}\n")
 
 

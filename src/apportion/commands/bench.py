@@ -1,4 +1,4 @@
-"""`apportion bench`: measurements beside released packages; `speed` is the one there is."""
+"""`apportion bench`: speed beside released packages, and whether runs survive being killed and running long."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from apportion.errors import ConfigError, message, unknown_name
 HELP = """usage: apportion bench NAME [options]
 
   speed   seconds and memory of a batch, ours and a released trainer's, at the same work
+  faults  runs are killed and go on: is the result the same, bit for bit?
+  soak    a long run: do memory and file handles stay flat?
 
 `apportion bench NAME --help` explains one and every setting.
 """
@@ -39,8 +41,12 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
         return 0
+    if arguments[0] in ("faults", "soak"):
+        from apportion.commands import faults
+
+        return (faults.run_faults if arguments[0] == "faults" else faults.run_soak)(arguments[1:])
     if arguments[0] != "speed":
-        raise ConfigError(unknown_name("benchmark", arguments[0], ["speed"]))
+        raise ConfigError(unknown_name("benchmark", arguments[0], ["speed", "faults", "soak"]))
     as_json = "--json" in arguments
     parsed = parse(SpeedConfig, "bench speed", [a for a in arguments[1:] if a != "--json"], EXAMPLES)
     if parsed.fresh:

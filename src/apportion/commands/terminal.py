@@ -33,6 +33,15 @@ class Bar:
             sys.stderr.write(f"{self._label} {done}/{self._total}  {numbers}\n")
             sys.stderr.flush()
 
+    def line(self, done: int, text: str) -> None:
+        """Move the bar to `done` with a line beside it, which is printed alone without a terminal."""
+        moved = done > self._progress.tasks[self._task].completed or not done
+        self._progress.update(self._task, completed=done, numbers=text)
+        every = max(1, self._total // 50)
+        if moved and not self._progress.console.is_terminal and done % every == 0:
+            sys.stderr.write(f"{self._label} {done}/{self._total}  {text}\n")
+            sys.stderr.flush()
+
 
 @contextmanager
 def bar(label: str, total: int, shown: Mapping[str, str]) -> Iterator[Bar]:

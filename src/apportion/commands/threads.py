@@ -14,19 +14,25 @@ def settle(config: Any = None, stage: str = "") -> cores.Settled:
     """Give torch the threads that `config.threads` says, have freed memory kept, and print what a person should know:
     what may slow the run, or change its last bits.
 
-    A run of `stage` that began with another number of threads goes on, but not to the same bits: sums are split
-    otherwise.
+    A run of `stage` that began with another number of threads goes on with that number, as sums are split otherwise:
+    unless `config.threads` says another, or there are not as many processors.
     """
     cores.keep_memory()
-    settled = cores.settle(getattr(config, "threads", None))
+    asked = getattr(config, "threads", None)
+    settled = cores.settle(asked)
     for warning in settled.warnings:
         note(f"warning: {warning}")
     if stage:
         begun = Run(Path(config.output).expanduser(), stage)
         before = begun.read("status.json").get("threads")
         if before not in (None, settled.threads) and begun.started and not begun.finished:
-            note(
-                f"warning: this run began with {before} threads and goes on with {settled.threads}: the last bits of "
-                f"its numbers will differ from an uninterrupted run's. --threads {before} keeps them."
-            )
+            if asked is None and before <= len(cores.affinity()):
+                note(
+                    f"this run began with {before} threads and goes on with them ({settled.source}: {settled.threads})."
+                )
+            else:
+                note(
+                    f"warning: this run began with {before} threads and goes on with {settled.threads}: the last bits "
+                    f"of its numbers will differ from an uninterrupted run's. --threads {before} keeps them."
+                )
     return settled

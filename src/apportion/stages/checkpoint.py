@@ -1,95 +1,179 @@
-"""Checkpoints of a run: everything a learner holds, written whole or not at all, in safetensors and JSON."""
+"""Checkpoints, the same for every stage: all that it holds, written whole or not at all, checked before it is used.
+
+`step-N/` holds safetensors, `progress.json` (the step, where the logs ended, what the numbers depend on) and, written
+last, `manifest.json` with the size and SHA-256 of each of them. It is written as `step-N.tmp`, made durable, renamed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from apportion.runs import Run, explained
-from apportion.stages.learner import Learner
+from apportion import disk
+from apportion.errors import DiskError, message
+from apportion.runs import Run
+from apportion.stages import randomness
+from apportion.stages.held import Held, Tensors
+from apportion.stages.surroundings import changed, surroundings
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+T = TypeVar("T")
+Say = Callable[[str], None]
 
 
-def save_checkpoint(run: Run, learner: Learner, step: int, *, keep: int) -> Path:
-    """Write checkpoints/step-N (to a temporary name first, then renamed), prune older ones, and return it."""
-    folder = run.path / "checkpoints"
-    part, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
-    with explained(run.path):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, tensors in _tensors(learner).items():
-            save_file({k: v.contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
-        progress = {"step": step, "sizes": run.sizes()}
-        (part / "progress.json").write_text(json.dumps(progress))
-        for file in part.iterdir():
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
-        _sync(folder)
-        for _, old in sorted(_steps(folder))[:-keep]:
-            shutil.rmtree(old)
+class Damaged(Exception):
+    """A checkpoint that cannot be used, and why."""
+
+
+def save_checkpoint(run: Run, held: Held, step: int, *, keep: int) -> Path:
+    """Write checkpoints/step-N, prune older ones, have status.json say so, and return it.
+
+    Raises:
+        DiskError: no space, also after waiting for it; the checkpoints that were there still are.
+    """
+    final = run.path / "checkpoints" / f"step-{step}"
+    files = held.tensors() | {"random": randomness.states()}
+    progress = {"step": step, "logs": run.marks(), "surroundings": surroundings(held.readers())}
+    wanted = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+    run.patiently(lambda: _write(final, files, progress), wanted + (1 << 16))
+    for old in [*(path for _, path in steps_in(final.parent)[:-keep]), *final.parent.glob("step-*.damaged")]:
+        shutil.rmtree(old, ignore_errors=True)  # what is left of one will be counted as damaged
+    run.know(checkpoint=step)
     return final
 
 
-def load_latest(run: Run, learner: Learner) -> int:
-    """Put the newest whole checkpoint into `learner`, cut the logs back to it, and return its step (0: none)."""
-    found = sorted(_steps(run.path / "checkpoints"))
-    if not found:
-        run.cut({})
-        return 0
-    step, folder = found[-1]
-    progress = json.loads((folder / "progress.json").read_text())
-    _restore(learner, {f.stem: load_file(f) for f in folder.glob("*.safetensors")})
-    run.cut(progress["sizes"])
-    return step
-
-
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder) of the whole checkpoints; half-written ones end in .tmp and do not count."""
-    names = folder.glob("step-*") if folder.is_dir() else ()
-    return [(int(p.name[5:]), p) for p in names if p.name[5:].isdigit() and (p / "progress.json").is_file()]
-
-
-def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
-    parameters = dict(enumerate(learner.models.policy.trainable()))
-    moments = learner.optimizer.state
-    return {
-        "weights": {str(i): p.detach().cpu() for i, p in parameters.items()},
-        "optimizer": {
-            f"{i}.{name}": value.cpu() for i, p in parameters.items() for name, value in moments.get(p, {}).items()
-        },
-        "state": learner.credit_state | {"generator": learner.generator.get_state()},
-    }
-
-
-def _restore(learner: Learner, stored: dict[str, dict[str, Tensor]]) -> None:
-    with torch.no_grad():
-        for i, parameter in enumerate(learner.models.policy.trainable()):
-            parameter.copy_(stored["weights"][str(i)])
-            moments: dict[str, Any] = {
-                name.partition(".")[2]: value
-                for name, value in stored["optimizer"].items()
-                if name.partition(".")[0] == str(i)
-            }
-            # `step` too: the fused optimizer counts on the parameter's device
-            moments = {k: v.to(parameter.device) for k, v in moments.items()}
-            if "remainder" in moments:  # the policy holds the same tensor
-                moments["remainder"] = learner.models.policy.remainders[parameter].copy_(moments["remainder"])
-            learner.optimizer.state[parameter] = moments
-    state = dict(stored["state"])
-    learner.generator.set_state(state.pop("generator"))
-    learner.credit_state = state
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _write(final: Path, files: Tensors, progress: dict[str, Any]) -> None:
+    part = final.with_name(f"{final.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        for name, tensors in files.items():
+            save_file({k: v.contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
+        (part / PROGRESS).write_text(json.dumps(progress, indent=2), encoding="utf-8")
+        (part / MANIFEST).write_text(manifest(part), encoding="utf-8")
+        disk.place(part, final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # on a full disk its room is needed for the logs
+        raise
+
+
+def manifest(folder: Path) -> str:
+    """Return the text of the manifest of `folder`'s files; it carries its own sum, so that it is checked as well."""
+    there = sorted(p for p in folder.iterdir() if p.name != MANIFEST)
+    return _manifest({p.name: {"size": p.stat().st_size, "sha256": _sum(p)} for p in there})
+
+
+def _manifest(files: dict[str, Any]) -> str:
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": own}, indent=2, sort_keys=True) + "\n"
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(folder: Path) -> None:
+    """Raise Damaged, naming the file, unless every file of the checkpoint is what was written."""
+    text = _read(folder / MANIFEST, Path.read_bytes)
+    try:
+        files = json.loads(text)["files"]
+        whole = _manifest(files).encode() == text
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{MANIFEST} is not as it was written")
+    for name, said in files.items():
+        size = _read(folder / name, lambda path: path.stat().st_size)
+        if size != said["size"]:
+            raise Damaged(f"{name} has {size} bytes instead of {said['size']}")
+        if _read(folder / name, _sum) != said["sha256"]:
+            raise Damaged(f"{name} has another SHA-256 than was written")
+
+
+def _read(path: Path, how: Callable[[Path], T]) -> T:
+    """Return what `how` reads of a file. Raises Damaged where it is not there or cannot be read."""
+    try:
+        return how(path)
+    except FileNotFoundError:
+        raise Damaged(f"{path.name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from error
+
+
+def load_latest(run: Run, held: Held, say: Say | None = None) -> int:
+    """Put the newest good checkpoint into `held`, cut the logs back to it, and return its step; 0 when there is none.
+
+    One that is damaged, or from which the logs have lost something, is told by name and passed over.
+
+    Raises:
+        DiskError: there are checkpoints, or were, and none is good. ConfigError: it is another model's.
+    """
+    say = run.say if say is None else say
+    found, bad = steps_in(run.path / "checkpoints"), []
+    for step, folder in reversed(found):
+        try:
+            progress = _usable(run, folder)
+        except Damaged as problem:
+            bad.append(f"{folder.name}: {problem}")
+            say(f"apportion: checkpoint {folder} cannot be used: {problem}.\n")
+            continue
+        _restore(held, folder)
+        warning = changed(progress["surroundings"], surroundings(held.readers()))
+        if warning is not None:
+            say(f"apportion: warning: {warning}\n")
+        run.cut(progress["logs"])
+        say(f"apportion: going on from {folder}.\n")
+        return step
+    known = run.facts.get("checkpoint", 0)
+    if bad or known:
+        came = f"{run.path / 'checkpoints'} ({'; '.join(bad) or f'nothing, and step-{known} was there'})"
+        mend = "Put it back from a copy, or pass --fresh to start over from step 1."
+        raise DiskError(message("checkpoints", came, "a whole checkpoint to go on from", mend))
+    if any((run.path / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl")):
+        say(f"apportion: {run.path} has no checkpoint yet: starting over from step 1.\n")
+    run.cut({})
+    return 0
+
+
+def _usable(run: Run, folder: Path) -> dict[str, Any]:
+    """Return what `progress.json` says of a whole checkpoint whose logs are there. Raises Damaged."""
+    check(folder)
+    progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    problem = run.lost(progress["logs"])
+    if problem is not None:
+        raise Damaged(problem)
+    return progress
+
+
+def _restore(held: Held, folder: Path) -> None:
+    stored: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            # cloned: the file is mapped into memory, at any alignment, and will be pruned
+            stored[file.stem] = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118
+    everywhere = stored.pop("random")
+    held.restore(stored)
+    randomness.restore(everywhere)
+
+
+def set_aside(run: Run, step: int) -> None:
+    """Rename checkpoints after `step`, which were passed over, so that they are neither used nor counted again."""
+    for number, folder in steps_in(run.path / "checkpoints"):
+        if number > step:
+            gone = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)
+
+
+def steps_in(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the checkpoints in `folder` in order; half-written ones have other names."""
+    return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit() and p.is_dir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from apportion.algorithms import Method
 from apportion.config import OptimConfig
 from apportion.evidence import Models
+from apportion.stages.held import Tensors, learned, relearn
 from apportion.stages.prompts import PromptStream
 from apportion.stages.update import make_optimizer
 from apportion.types import Credit, Rollouts, State
@@ -42,6 +44,27 @@ class Learner:
         self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}
+
+    def tensors(self) -> Tensors:
+        """Return everything that the next batch depends on, for a checkpoint (`held.Held`)."""
+        # `models.generator` is the same one, or started anew each step (`sharing.reseed`)
+        return learned(self.models.policy.trainable(), self.optimizer) | {
+            "state": self.credit_state | {"generator": self.generator.get_state()}
+        }
+
+    def restore(self, stored: Tensors) -> None:
+        """Take back what `tensors` gave. Raises ConfigError where it is another model's."""
+        policy = self.models.policy
+        relearn(stored, policy.trainable(), self.optimizer, policy.remainders)
+        state = dict(stored["state"])
+        self.generator.set_state(state.pop("generator"))
+        self.credit_state = state
+
+    def readers(self) -> dict[str, Any]:
+        """Return the models whose numbers the run's depend on."""
+        policy = self.models.policy
+        models = {"policy": policy.model, "reward": self.models.reward.model, "value": policy.value_trunk}
+        return {name: model for name, model in models.items() if model is not None}
 
     def move_controllers(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         """Update the credit's state once for the batch and return its statistics as means."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion import cores, parallel
+from apportion import parallel
 from apportion.config import RewardConfig, to_dict
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
@@ -25,13 +25,16 @@ from apportion.models.masters import to_float32, to_sixteen_bit
 from apportion.models.packed import packed
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
-from apportion.runs import Run, explained, need_space
+from apportion.runs import Run, need_space
+from apportion.stages import randomness
 from apportion.stages.clips import Clip, batches, random_clips, right_pad, tokenized
+from apportion.stages.keeper import Keeper, keeping
 from apportion.stages.probe import probe_head
 from apportion.stages.prompts import context_of
 from apportion.stages.records import memory_mb
 from apportion.stages.sharing import check_launch, open_run
-from apportion.stages.update import finite_norm, learning_rate, make_optimizer
+from apportion.stages.trainee import Trainee
+from apportion.stages.update import finite_norm, learning_rate
 from apportion.statistics import calibration, mean_interval, proportion
 
 Tell = Callable[[int, int, dict[str, float]], None]
@@ -54,20 +57,23 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
     run = open_run(config.output, "reward", to_dict(config), fresh=fresh)
     if parallel.from_main(run.finished):
         return run
-    with run.failing():
-        run.know(threads=cores.use(config.threads))
+    with keeping(run, config) as keeper:
         with parallel.together():
             model, clips, tokenizer, folder, test_rows = _prepare(run, config)
         parallel.broadcast(p for p in model.parameters() if p.requires_grad)
-        remainders = _halved(model, config)
-        with packed(model):
-            _fit(model, remainders, clips, config, tokenizer.pad_token_id, run, tell)
+        trainee = Trainee(model, _halved(model, config), config.optim)
+        del model
+        start = keeper.resume(trainee)
+        with packed(trainee.model):
+            _fit(trainee, start, clips, config, tokenizer.pad_token_id, keeper, tell)
+        to_float32(trainee.remainders)
+        found: dict[str, Any] = {}
+        keeper.final(
+            lambda part: _save(trainee, config, tokenizer, folder, part),
+            lambda part: found.update(_judged(trainee, run, config, test_rows, part)),
+        )
         with parallel.together():
             if parallel.is_main():
-                to_float32(remainders)
-                _save(run, config, model, tokenizer, folder)
-                del model
-                found = _judged(run, config, test_rows)
                 run.write_json("evaluation.json", found)
                 run.status("finished", accuracy=found["accuracy"])
     return run
@@ -83,7 +89,6 @@ def check_shares(config: RewardConfig) -> None:
 
 def _prepare(run: Run, config: RewardConfig) -> tuple[Any, list[Clip], Any, str, list[Any]]:
     """Return (model, training clips, tokenizer, its folder, held-out rows). Cheap checks come before the model."""
-    run.cut({})
     train_rows, test_rows = read_data(config)
     need_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
@@ -93,7 +98,7 @@ def _prepare(run: Run, config: RewardConfig) -> tuple[Any, list[Clip], Any, str,
         expected = f"at most the model's context of {context} tokens"
         raise ConfigError(message("clip_tokens", config.clip_tokens, expected, "Lower the second number."))
     clips = random_clips(*_ids(train_rows, tokenizer, config), config.clips, config.clip_tokens, config.seed)
-    torch.manual_seed(config.seed)
+    randomness.seed(config.seed)
     return _model(config, folder, tokenizer, device, clips), clips, tokenizer, folder, test_rows
 
 
@@ -104,19 +109,18 @@ def _halved(model: Any, config: RewardConfig) -> dict[torch.nn.Parameter, Tensor
     return to_sixteen_bit(model) if full else {}
 
 
-def _save(run: Run, config: RewardConfig, model: Any, tokenizer: Any, folder: str) -> None:
-    """Write the model to final/."""
+def _save(trainee: Trainee, config: RewardConfig, tokenizer: Any, base: str, folder: Path) -> None:
+    """Write the model to `folder`."""
     card = model_card("Reward model", "reward-model", "R = logit(positive) − logit(negative).", to_dict(config))
-    with explained(run.path):
-        save_classifier(model, tokenizer, folder, run.path / "final", card, lora=config.lora.rank > 0)
+    save_classifier(trainee.model, tokenizer, base, folder, card, lora=config.lora.rank > 0)
 
 
-def _judged(run: Run, config: RewardConfig, test_rows: list[Any]) -> dict[str, Any]:
-    """Return what `evaluate` found of final/, and put the mean and sd of R there."""
-    found = evaluate(run.path / "final", test_rows, config)
-    with explained(run.path):
-        statistics = {"mean": found["score_mean"], "sd": found["score_sd"]}
-        (run.path / "final" / STATISTICS).write_text(json.dumps(statistics))
+def _judged(trainee: Trainee, run: Run, config: RewardConfig, test_rows: list[Any], folder: Path) -> dict[str, Any]:
+    """Return what `evaluate` found of the model in `folder`, and put the mean and sd of R there."""
+    trainee.release()
+    found = evaluate(folder, test_rows, config)
+    statistics = json.dumps({"mean": found["score_mean"], "sd": found["score_sd"]})
+    run.patiently(lambda: (folder / STATISTICS).write_text(statistics), len(statistics))
     return found
 
 
@@ -165,24 +169,23 @@ def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.devi
 
 
 def _fit(
-    model: Any,
-    remainders: dict[torch.nn.Parameter, Tensor],
+    trainee: Trainee,
+    start: int,
     clips: list[Clip],
     config: RewardConfig,
     pad: int,
-    run: Run,
+    keeper: Keeper,
     tell: Tell,
 ) -> None:
-    """Train on every clip once; `remainders` are of weights that learn in 16 bit."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(trainable, remainders, config.optim)
+    """Train on every clip once, from the batch after `start`."""
+    trainable, optimizer = trainee.trainable, trainee.optimizer
     dealt = batches(clips, config.batch_size, config.seed)
-    for step, batch in enumerate(dealt, 1):
+    for step, batch in enumerate(dealt[start:], start + 1):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step - 1, len(dealt))
         with parallel.together():
-            sums = _accumulate(model, batch, config.micro_batch, pad)
+            sums = _accumulate(trainee.model, batch, config.micro_batch, pad)
         parallel.sum_gradients(trainable)
         norm = finite_norm(trainable, config.optim)
         optimizer.step()
@@ -193,8 +196,8 @@ def _fit(
             "lr": optimizer.param_groups[0]["lr"],
         }
         metrics |= parallel.largest({"time/total": time.perf_counter() - began, "memory/rss_mb": memory_mb()})
-        with parallel.together():
-            run.log(step, metrics)
+        keeper.log(step, metrics)
+        keeper.kept(step, len(dealt))
         tell(step, len(dealt), metrics)
 
 

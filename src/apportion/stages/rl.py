@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from apportion import cores, credit, parallel, registry
+from apportion import credit, parallel, registry
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig, to_dict
 from apportion.evidence import Models
@@ -25,16 +25,17 @@ from apportion.models.policy import load_policy
 from apportion.models.reward import adjust, load_reward
 from apportion.models.save import save_policy
 from apportion.models.token_text import PolicyText
-from apportion.runs import Run, explained, need_space
+from apportion.runs import Run, need_space
 from apportion.sampling import sample
 from apportion.scoring import ALWAYS, score
 from apportion.segments import check as check_segments
-from apportion.stages.checkpoint import load_latest, save_checkpoint
+from apportion.stages import randomness
+from apportion.stages.keeper import keeping
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
 from apportion.stages.prompts import PromptStream, context_of, load_prompts
 from apportion.stages.records import comparisons, memory_mb, rollout_records
-from apportion.stages.sharing import check_shares, check_start, open_run, reseed, uniforms, whole_batch
+from apportion.stages.sharing import check_shares, open_run, reseed, uniforms, whole_batch
 from apportion.stages.update import FirstPass, learning_rate, make_targets, update
 from apportion.types import Rollouts
 
@@ -59,12 +60,10 @@ def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, me
     run = open_run(config.output, "rl", config_dict, fresh=fresh)
     if parallel.from_main(run.finished):
         return run
-    with run.failing():
-        run.know(threads=cores.use(config.threads))
+    with keeping(run, config) as keeper:
         with parallel.together():
             learner = make_learner(config, method)
-            start = load_latest(run, learner)
-        check_start(start)
+        start = keeper.resume(learner)
         parallel.broadcast(learner.models.policy.trainable())
         for step, rollouts in experience(learner, config, start):
             began = time.perf_counter()
@@ -72,15 +71,11 @@ def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, me
             clock = {"time/update": time.perf_counter() - began, **learner.clock, "memory/rss_mb": memory_mb()}
             metrics |= parallel.largest(clock)
             metrics["time/total"] = sum(metrics[k] for k in ("time/generate", "time/score", "time/update"))
-            with parallel.together():
-                run.log(step, metrics, records)
-                due = config.checkpoint_every and step % config.checkpoint_every == 0 and step < config.steps
-                if due and parallel.is_main():
-                    save_checkpoint(run, learner, step, keep=config.keep_checkpoints)
+            keeper.log(step, metrics, records)
+            keeper.kept(step, config.steps)
             tell(step, metrics)
-        with parallel.together(), explained(run.path):
-            if parallel.is_main():
-                save_policy(learner.models.policy, locate("policy", config.policy), run.path / "final", config_dict)
+        base, policy = locate("policy", config.policy), learner.models.policy
+        keeper.final(lambda folder: save_policy(policy, base, folder, config_dict))
         run.status("finished", steps=config.steps)
     return run
 
@@ -185,7 +180,7 @@ def batch_metrics(rollouts: Rollouts, rewards: torch.Tensor, segments: torch.Ten
 
 def make_learner(config: RLConfig, method: Method) -> Learner:
     """Return everything that a run holds: models, prompts, optimizer, states. Cheap checks come before models."""
-    torch.manual_seed(config.seed)
+    randomness.seed(config.seed)
     need_space(Path(config.output).expanduser(), 200_000_000)
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
     texts = load_prompts(config.prompts, "rl")

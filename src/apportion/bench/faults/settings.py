@@ -1,0 +1,87 @@
+"""The settings of `apportion bench faults` and `apportion bench soak`; standard library alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from apportion.errors import ConfigError, message
+
+
+@dataclass
+class FaultsConfig:
+    """`apportion bench faults`: runs are killed (SIGKILL), go on, and are compared with ones that were left alone.
+
+    Attributes:
+        kills: how many, half of them with adapters and half with all weights learning.
+        model_kills: of these, how many on the whole built-in model instead of a 2-layer one.
+        in_checkpoint: part of the kills that is aimed at the writing of a checkpoint; the others come at any time.
+        tokenizer: `smollm2`, or a folder with a tokenizer (then model_kills must be 0).
+        steps: batches of a run.
+        checkpoint_every: batches between checkpoints.
+        jobs: runs at a time, with one thread each.
+        seed: of the moments.
+        folder: where the runs are written; null is a temporary folder, removed at the end.
+        out: the result file; null writes none.
+    """
+
+    kills: int = 50
+    model_kills: int = 3
+    in_checkpoint: float = 0.3
+    tokenizer: str = "smollm2"
+    steps: int = 40
+    checkpoint_every: int = 3
+    jobs: int = 2
+    seed: int = 0
+    folder: str | None = None
+    out: str | None = None
+
+
+@dataclass
+class SoakConfig:
+    """`apportion bench soak`: one long run of a small model, whose memory and file handles may not grow.
+
+    Attributes:
+        batches: how many.
+        judge_after: batches before memory is judged.
+        tokenizer: `smollm2`, or a folder with a tokenizer.
+        seed: of the run.
+        folder: where it is written; null is a temporary folder, removed at the end.
+        out: the result file; null writes none.
+    """
+
+    batches: int = 2000
+    judge_after: int = 200
+    tokenizer: str = "smollm2"
+    seed: int = 0
+    folder: str | None = None
+    out: str | None = None
+
+
+def check_faults(config: FaultsConfig) -> None:
+    """Raise ConfigError for a setting outside its range."""
+    whole = {"kills": (config.kills, 1), "model_kills": (config.model_kills, 0), "jobs": (config.jobs, 1)}
+    whole |= {"steps": (config.steps, 3), "checkpoint_every": (config.checkpoint_every, 1)}
+    for name, (value, low) in whole.items():
+        if type(value) is not int or value < low:
+            raise ConfigError(message(name, value, f"a whole number >= {low}", f"Set {name} to one."))
+    if not 0 <= config.in_checkpoint <= 1:
+        mend = "0 aims at none, 1 at all."
+        raise ConfigError(message("in_checkpoint", config.in_checkpoint, "a number in [0, 1]", mend))
+    if config.model_kills > config.kills:
+        raise ConfigError(message("model_kills", config.model_kills, f"at most kills ({config.kills})", "Lower it."))
+    if config.model_kills and config.tokenizer != "smollm2":
+        mend = "The whole model reads its own tokenizer: set model_kills to 0."
+        raise ConfigError(message("tokenizer", config.tokenizer, "smollm2 where model_kills > 0", mend))
+    if config.checkpoint_every >= config.steps:
+        expected = f"less than steps ({config.steps})"
+        mend = "Without a checkpoint there is nothing to go on from."
+        raise ConfigError(message("checkpoint_every", config.checkpoint_every, expected, mend))
+
+
+def check_soak(config: SoakConfig) -> None:
+    """Raise ConfigError for a setting outside its range."""
+    if config.judge_after < 1:
+        raise ConfigError(message("judge_after", config.judge_after, "a whole number >= 1", "Set it to one."))
+    if config.batches < 2 * config.judge_after:
+        expected = f"at least twice judge_after ({config.judge_after})"
+        raise ConfigError(message("batches", config.batches, expected, "Growth is judged after the warm-up."))

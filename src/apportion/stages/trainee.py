@@ -1,0 +1,41 @@
+"""What a reward model's training holds between batches, all of it in the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from apportion.config import OptimConfig
+from apportion.stages.held import Tensors, learned, relearn
+from apportion.stages.update import make_optimizer
+
+
+class Trainee:
+    """A model and its optimizer; the clips are dealt by the seed, and nothing is drawn while it trains.
+
+    Attributes:
+        model: with parameters that learn, in `trainable`.
+        remainders: of weights that learn in 16 bit (`models.masters`).
+    """
+
+    def __init__(self, model: Any, remainders: dict[nn.Parameter, Tensor], optim: OptimConfig) -> None:
+        self.model, self.remainders = model, remainders
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.trainable, remainders, optim)
+
+    def tensors(self) -> Tensors:
+        """Return everything that the next batch depends on (`held.Held`)."""
+        return learned(self.trainable, self.optimizer)
+
+    def restore(self, stored: Tensors) -> None:
+        """Take back what `tensors` gave. Raises ConfigError where it is another model's."""
+        relearn(stored, self.trainable, self.optimizer, self.remainders)
+
+    def release(self) -> None:
+        """Give up the model and the optimizer, for their memory: nothing is learned from then on."""
+        del self.model, self.trainable, self.optimizer
+
+    def readers(self) -> dict[str, Any]:
+        """Return the model."""
+        return {"model": self.model}

@@ -1,0 +1,121 @@
+"""`apportion bench faults` and `soak`: five real kills, and what their comparisons would notice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from apportion.bench.faults.compare import difference, traces
+from apportion.bench.faults.harness import plans
+from apportion.bench.faults.settings import FaultsConfig
+from apportion.bench.faults.soak import judged
+from apportion.cli import main
+
+QUICK = ("--kills", "5", "--model_kills", "0", "--steps", "8", "--checkpoint_every", "2")
+
+
+def bench(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run `apportion bench` as a user does: it forks, which a process with threads should not."""
+    command = [sys.executable, "-m", "apportion", "bench", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def test_five_kills_change_nothing(tmp_path: Path) -> None:
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    done = bench("faults", *QUICK, "--tokenizer", tmp_path / "tokenizer", "--json", "--out", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "found.json").read_text())
+    assert found["kills"] == found["bit_identical"] == 5 and found["log_rows_lost"] == found["log_rows_doubled"] == 0
+    assert found["kills_in_checkpoint"] >= 2 and found["resumed_from_checkpoint"] >= 1
+    assert len(found["reference_sha256"]) == 64 and set(found["kinds"]) == {"adapters", "all weights"}
+    one, two = (found["kinds"][kind] for kind in ("adapters", "all weights"))
+    assert one["weights"] != two["weights"] and one["logs"] != two["logs"]
+
+
+def test_a_share_of_the_kills_is_aimed_at_checkpoints_and_each_kind_is_there() -> None:
+    made = plans(FaultsConfig(), Path())
+    kinds = [plan.kind for plan in made]
+    assert len(made) == 50 and kinds.count("smollm2") == 3 and kinds.count("adapters") - kinds.count("all weights") == 1
+    assert sum(plan.aimed for plan in made) == 15 and len({plan.seed for plan in made}) == 50
+    assert all(plan.aimed for plan in plans(FaultsConfig(in_checkpoint=1.0), Path()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """Return a maker of finished runs by their metrics, rollouts and weights."""
+
+    def make(name: str, steps: list[int], rows: list[tuple[int, int]], weights: bytes, **more: Any) -> Path:
+        path = tmp_path / name
+        (path / "final").mkdir(parents=True)
+        (path / "final" / "model.safetensors").write_bytes(weights)
+        lines = [{"step": s, "objective/kl": 0.5 * s, "time/total": len(name)} | more for s in steps]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        texts = [{"step": s, "row": r, "text": "a\u2028b"} for s, r in rows]
+        (path / "rollouts.jsonl").write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts))
+        return path
+
+    return make
+
+
+def test_what_differs_is_noticed(folder: Callable[..., Path]) -> None:
+    rows = [(1, 0), (1, 1), (2, 0)]
+    one = traces(folder("one", [1, 2], rows, b"w"))
+    assert difference(one, traces(folder("same", [1, 2], rows, b"w"))) == {
+        "weights": True,
+        "logs": True,
+        "rows_lost": 0,
+        "rows_doubled": 0,
+    }
+    other = difference(one, traces(folder("other", [1, 2], rows, b"v")))
+    assert not other["weights"] and other["logs"]
+    doubled = difference(one, traces(folder("doubled", [1, 2, 2], rows, b"w")))
+    assert doubled == {"weights": True, "logs": False, "rows_lost": 0, "rows_doubled": 1}
+    lost = difference(one, traces(folder("lost", [2], rows[1:], b"w")))
+    assert lost == {"weights": True, "logs": False, "rows_lost": 2, "rows_doubled": 0}
+    value = difference(one, traces(folder("value", [1, 2], rows, b"w", **{"loss/policy": 1.0})))
+    assert not value["logs"] and value["rows_lost"] == 0
+
+
+def test_growth_is_seen_through_noise() -> None:
+    def rows(slope: float) -> list[dict[str, float]]:
+        return [{"step": i, "memory/rss_mb": 500 + slope * i + 3 * (-1) ** i} for i in range(1, 1001)]
+
+    flat, grows = judged(rows(0.0), [(i, 9) for i in range(1000)], 200), judged(rows(0.02), [(500, 9), (900, 12)], 200)
+    assert abs(flat["memory_growth"]) < 1e-9 and flat["handles"]["most"] == 9
+    assert grows["memory_growth"] == pytest.approx(0.02 * 720 / (500 + 0.02 * 240.5), rel=1e-3)
+    assert grows["memory_slope_mb_per_1000"] == pytest.approx(20, rel=1e-2)
+    assert grows["handles"]["median_first_half"] == 9 and grows["handles"]["median_second_half"] == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "piece"),
+    [
+        (["faults", "--kills", "0"], "kills: got 0"),
+        (["faults", "--kills", "2"], "model_kills: got 3"),
+        (["faults", "--tokenizer", "mine"], "tokenizer: got 'mine'"),
+        (["faults", "--steps", "3"], "checkpoint_every: got 3"),
+        (["faults", "--in_checkpoint", "2"], "in_checkpoint: got 2"),
+        (["faults", "--fresh"], "--fresh"),
+        (["soak", "--batches", "300"], "batches: got 300"),
+        (["fault"], "Did you mean 'faults'"),
+    ],
+)
+def test_bad_settings_are_named(words: list[str], piece: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *words]) == 2
+    assert piece in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_short_soak(tmp_path: Path) -> None:
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    done = bench("soak", "--batches", 300, "--judge_after", 100, "--tokenizer", tmp_path / "tokenizer", "--json")
+    found = json.loads(done.stdout)
+    assert found["batches"] == 300 and found["handles"]["least"] > 0
