@@ -132,6 +132,41 @@ class ScoreConfig:
 
 
 @dataclass
+class GuardsConfig:
+    """What is done when a run goes wrong. A watch is off, warns (once an episode), stops the run with its rollouts
+    saved, or tightens: it raises the KL coefficient while it fires (kl, entropy, length and reward alone).
+
+    Attributes:
+        max_skipped: updates in a row whose loss or gradient is not finite before the run stops; each one is skipped.
+        timeout: seconds that a call of a reward function of yours may take; null for no limit.
+        negative_kl: the KL from the reference falls below zero.
+        sampler_gap: the sampler's and the trainer's log-probabilities part.
+        ratio: probability ratios blow up within an update.
+        entropy: the policy's entropy collapses.
+        length: responses grow or shrink out of proportion.
+        reward: every response gets the same score.
+        value_loss: the critic diverges.
+        kl: the policy runs away from the reference.
+    """
+
+    max_skipped: int = 3
+    timeout: float | None = 600.0
+    negative_kl: str | bool = "warn"
+    sampler_gap: str | bool = "warn"
+    ratio: str | bool = "warn"
+    entropy: str | bool = "warn"
+    length: str | bool = "warn"
+    reward: str | bool = "warn"
+    value_loss: str | bool = "warn"
+    kl: str | bool = "warn"
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # YAML reads `off` as false
+            if getattr(self, f.name) is False:
+                setattr(self, f.name, "off")
+
+
+@dataclass
 class RewardConfig:
     """`apportion reward`: train a 2-class reward model, R = logit(positive) − logit(negative).
 
@@ -226,6 +261,7 @@ class RLConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
 
 
 @dataclass

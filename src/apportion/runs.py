@@ -29,12 +29,13 @@ README = """# {name}: a run of `apportion {stage}`
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
 | diagnosis.json | what `apportion diagnose` found of each method |
 | checkpoints/ | the newest states to go on from |
+| stopped/ | the rollouts at hand when a guard or an error stopped the run |
 | final/ | the trained model in Hugging Face format |
 
 `apportion report {path}` draws it.
 """
-# settings that say where and whether, not what
-PLACES = ("output", "fresh", "config", "threads")
+# settings that say where and whether, not what; a run that a guard stopped may go on under another one
+PLACES = ("output", "fresh", "config", "threads", "guards")
 
 
 class Run:

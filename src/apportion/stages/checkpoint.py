@@ -65,6 +65,7 @@ def _tensors(learner: Learner) -> dict[str, dict[str, Tensor]]:
             f"{i}.{name}": value.cpu() for i, p in parameters.items() for name, value in moments.get(p, {}).items()
         },
         "state": learner.credit_state | {"generator": learner.generator.get_state()},
+        "guards": learner.guards.state,
     }
 
 
@@ -82,6 +83,7 @@ def _restore(learner: Learner, stored: dict[str, dict[str, Tensor]]) -> None:
             if "remainder" in moments:  # the policy holds the same tensor
                 moments["remainder"] = learner.models.policy.remainders[parameter].copy_(moments["remainder"])
             learner.optimizer.state[parameter] = moments
+    learner.guards.restore(stored.get("guards", {}))
     state = dict(stored["state"])
     learner.generator.set_state(state.pop("generator"))
     learner.credit_state = state

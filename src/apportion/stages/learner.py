@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from apportion.algorithms import Method
-from apportion.config import OptimConfig
+from apportion.config import GuardsConfig, OptimConfig
 from apportion.evidence import Models
+from apportion.stages.guards import Guards
 from apportion.stages.prompts import PromptStream
 from apportion.stages.update import make_optimizer
 from apportion.types import Credit, Rollouts, State
@@ -23,7 +24,7 @@ class Learner:
         needs: all evidence to produce. generator: the run's only randomness after loading.
         compare: credits whose rewards are logged beside the one that is trained.
         once: each rollout is learned from once, in one step: the update says what the policy said before it.
-        clock: seconds of the current batch by phase.
+        clock: seconds of the current batch by phase. guards: what watches over the run.
     """
 
     def __init__(
@@ -36,12 +37,15 @@ class Learner:
         optim: OptimConfig,
         compare: Mapping[str, Credit],
         once: bool = False,
+        guards: GuardsConfig | None = None,
     ) -> None:
         self.models, self.method, self.prompts = models, method, prompts
         self.needs, self.generator, self.compare, self.once = needs, generator, compare, once
         self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}
+        specs = {**method.specs, "compare": list(compare), "needs": needs}
+        self.guards = Guards(guards or GuardsConfig(), models.users, models.policy.tokenizer, specs)
 
     def move_controllers(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         """Update the credit's state once for the batch and return its statistics as means."""
@@ -57,5 +61,18 @@ class Learner:
 
     def kl_coefficients(self) -> list[Tensor]:
         """Return κ of every KL penalty in the chain (one at most, as the refusal table says)."""
+        return [self.credit_state[key] for key in self._kl_keys()]
+
+    def tighten(self, factor: float, most: float) -> bool:
+        """Multiply κ by `factor`, to at most `most` times what it began with; return whether it rose."""
+        rose = False
+        for key in self._kl_keys():
+            now, start = self.credit_state[key], self.method.credit.init()[key]
+            risen = torch.maximum(now, torch.minimum(now * factor, start.to(now) * most))
+            self.credit_state = self.credit_state | {key: risen}
+            rose = rose or bool(risen > now)
+        return rose
+
+    def _kl_keys(self) -> list[str]:
         chain = enumerate(self.method.specs["credit"])  # `chain` puts the position before a state's key
-        return [self.credit_state[f"{i}.coef"] for i, spec in chain if "kl_penalty" in spec]
+        return [f"{i}.coef" for i, spec in chain if "kl_penalty" in spec]
