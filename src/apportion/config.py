@@ -133,8 +133,10 @@ class ScoreConfig:
 
 @dataclass
 class GuardsConfig:
-    """What is done when a run goes wrong. A watch is off, warns (once an episode), stops the run with its rollouts
-    saved, or tightens: it raises the KL coefficient while it fires (kl, entropy, length and reward alone).
+    """What to do when a run goes wrong. Each watch is off, warn, stop, or tighten (kl, entropy, length, reward).
+
+    `warn` names it once an episode, `stop` ends the run with its rollouts saved, `tighten` raises the KL coefficient
+    while it fires. docs/guards.md has the thresholds.
 
     Attributes:
         max_skipped: updates in a row whose loss or gradient is not finite before the run stops; each one is skipped.
