@@ -202,6 +202,22 @@ def test_a_reward_model_that_says_nan_at_batch_seven(rl: Command, tmp_path: Path
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 6
 
 
+def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
+    """A run that failed at its seventh batch and goes on has the guards' state of one that never did, bit for bit."""
+    more = {"steps": 9, "checkpoint_every": 1, "optim.lr": 0.03}
+    assert rl(credit=by("nan_at_seven"), **more).code == 2
+    rl(credit=by("nan_at_seven"), **more).assert_done()  # the function counts from one again
+    rl(credit=by("plain"), **more, output="whole").assert_done()
+    parts, whole = (tmp_path / name for name in ("run", "whole"))
+    state = "checkpoints/step-8/guards.safetensors"
+    assert (parts / state).read_bytes() == (whole / state).read_bytes()
+    logs = [rows(run / "metrics.jsonl") for run in (parts, whole)]
+    names = [name for name in logs[0][0] if name.startswith("guards/")]
+    assert len(names) == 9 and len(logs[0]) == 9
+    assert [[row[name] for name in names] for row in logs[0]] == [[row[name] for name in names] for row in logs[1]]
+    assert (parts / "stopped" / "step-7" / "rollouts.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "pieces"),
     [
