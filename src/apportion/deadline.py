@@ -10,21 +10,24 @@ function, which ends loops, sleeps, sockets and regular expressions; if Python d
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from apportion import watchdog
 
 T = TypeVar("T")
 # a real-time signal has no other meaning; SIGUSR1 and SIGUSR2 have one for job schedulers
 SIGNAL = int(signal.SIGRTMIN) + 7 if hasattr(signal, "SIGRTMIN") else int(signal.SIGUSR2)
+TRACE = SIGNAL + 1 if hasattr(signal, "SIGRTMIN") else int(signal.SIGUSR1)  # asks faulthandler where Python is
 GRACE = 5.0  # seconds from the signal to the end of the process
 
 
@@ -43,13 +46,22 @@ class Deadline:
         self.seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        self._answers: IO[bytes] | None = None
 
-    def call(self, function: Callable[..., T], *args: Any, error: str, files: Mapping[str, str] | None = None) -> T:
+    def call(
+        self,
+        function: Callable[..., T],
+        *args: Any,
+        error: str,
+        files: Mapping[str, str] | None = None,
+        trace: str | None = None,
+    ) -> T:
         """Return `function(*args)`.
 
         Args:
             error: what the watchdog writes to stderr where it has to kill the process.
             files: {path: text} that it then writes as well, beside those of `leave`.
+            trace: path that it then writes to where Python was (on Linux).
 
         Raises:
             TimedOut: after `seconds`, wherever Python comes to (in the main thread; from another one the process is
@@ -62,7 +74,8 @@ class Deadline:
         if polite and signal.getsignal(SIGNAL) != _expired:
             signal.signal(SIGNAL, _expired)
         grace = min(GRACE, max(self.seconds, 0.5)) if polite else 0.0
-        self._tell({"arm": self.seconds, "grace": grace, "polite": polite, "error": error, "last": files or {}})
+        said = {"arm": self.seconds, "grace": grace, "polite": polite, "error": error, "last": files or {}}
+        self._tell(said | {"trace": {} if trace is None else self._faulthandler(trace)})
         _RUNNING.append(self)
         try:
             return function(*args)
@@ -72,6 +85,13 @@ class Deadline:
             except TimedOut:  # the signal came between the function's end and this
                 _RUNNING.clear()
             self._tell({"disarm": True})
+
+    def _faulthandler(self, to: str) -> dict[str, Any]:
+        """Have faulthandler answer a signal, and return what the watchdog needs to know of it."""
+        if self._answers is None or self._owner != os.getpid():
+            self._answers = tempfile.TemporaryFile()  # noqa: SIM115 (faulthandler keeps it)
+            faulthandler.register(TRACE, file=self._answers, all_threads=False)
+        return {"signal": TRACE, "from": f"/proc/{os.getpid()}/fd/{self._answers.fileno()}", "to": to}
 
     def leave(self, files: Mapping[str, str]) -> None:
         """Have `files` ({path: text}) written if the process has to be killed; they replace those said before."""
@@ -87,6 +107,10 @@ class Deadline:
                 self._process.stdin.close()
             self._process.wait()
         self._process = None
+        if self._answers is not None:
+            faulthandler.unregister(TRACE)
+            self._answers.close()
+            self._answers = None
 
     def __del__(self) -> None:
         self.close()

@@ -4,11 +4,13 @@ Run by path with the standard library alone: `watchdog.py PARENT SIGNAL`; `deadl
 line of its input is a JSON object:
 
     {"files": {path: text}}            what to leave behind if it has to kill
-    {"arm": seconds, "grace": seconds, "polite": bool, "error": text, "last": {path: text}}
+    {"arm": seconds, "grace": seconds, "polite": bool, "error": text, "last": {path: text}, "trace": {…}}
     {"disarm": true}
 
 When the time is over it sends the signal, once a second, so that Python raises an error in the function (`polite`).
-When the grace is over too, Python does not come to: it writes the files and the error, and kills the parent.
+When the grace is over too, Python does not come to: it writes the files and the error, and kills the parent. Where
+Python hangs, faulthandler tells even so, from inside a signal's handler: "trace" holds the `signal` that asks it, the
+file that it writes to (`from`) and the path that this is copied to (`to`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import time
 from typing import Any
 
+TRACE = 0.2  # seconds that faulthandler has
 AGAIN = 1.0  # seconds between signals, and between looks at whether the parent lives
 
 
@@ -45,7 +48,8 @@ def main(parent: int, number: int) -> None:
             continue
         now = time.monotonic()
         if armed and now >= armed["end"]:
-            end(parent, files | armed["last"], armed["error"])
+            trace = traced(parent, **armed["trace"]) if armed["trace"] else {}
+            end(parent, files | armed["last"] | trace, armed["error"])
             return
         if armed and now >= armed["next"]:
             os.kill(parent, number)
@@ -55,7 +59,17 @@ def main(parent: int, number: int) -> None:
 def _armed(said: dict[str, Any]) -> dict[str, Any]:
     over = time.monotonic() + said["arm"]
     end = over + said["grace"]
-    return {"next": over if said["polite"] else end, "end": end, "error": said["error"], "last": said["last"]}
+    return {"next": over if said["polite"] else end, "end": end, **{k: said[k] for k in ("error", "last", "trace")}}
+
+
+def traced(parent: int, signal: int, to: str, **place: str) -> dict[str, str]:
+    """Return {to: where the parent's Python is}, or {} where it cannot be had."""
+    with contextlib.suppress(OSError):
+        os.kill(parent, signal)
+        time.sleep(TRACE)
+        with open(place["from"], encoding="utf-8", errors="replace") as file:
+            return {to: file.read()}
+    return {}
 
 
 def end(parent: int, files: dict[str, str], error: str) -> None:

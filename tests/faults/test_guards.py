@@ -305,9 +305,6 @@ def test_an_exploding_ratio_is_named_once_and_stops_a_run_that_says_so(rl: Comma
     saved = assert_saved(tmp_path / "run", 1, columns=("ratio", "advantage", "credit", "reward"))
     assert max(abs(math.log(r)) for row in saved for r in row["ratio"]) > 2
     assert json.loads((tmp_path / "run" / "stopped" / "step-1" / "metrics.json").read_text())["policy/approxkl"] > 0.5
-    done = rl("--fresh", **WILD, **others, **{"guards.ratio": "off"})
-    done.assert_done()
-    assert "guard" not in done.err
 
 
 def test_a_stopped_run_goes_on_under_another_guard(rl: Command, tmp_path: Path) -> None:
@@ -370,6 +367,9 @@ def test_a_reward_function_that_hangs_in_c(rl: Command, tmp_path: Path) -> None:
     assert re.search(named + r"interrupted\. The rollouts are in run/stopped/step-2\.\n$", done.err), done.err
     assert_saved(tmp_path / "run", 2)
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 1
+    if Path("/proc/self/fd").exists():
+        trace = (tmp_path / "run" / "stopped" / "step-2" / "traceback.txt").read_text()
+        assert "in hangs_in_c" in trace and 'rewards.py", line' in trace
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion.deadline import Deadline, TimedOut
-from apportion.errors import ApportionError, DataError, ScoreError, UserCodeError, message
+from apportion.errors import ApportionError, ConfigError, DataError, ScoreError, UserCodeError, message
 
 LONGEST = 300  # characters of a user's error in ours; the traceback has the rest
 RAISED = "A failure never becomes a reward: mend the function, or have it return a number for such a text"
@@ -26,6 +26,7 @@ class Users:
     def __init__(self, timeout: float | None = None) -> None:
         self.deadline = Deadline(timeout)
         self._where = ""
+        self._trace: str | None = None
         self._words: Callable[[str], Mapping[str, str]] = lambda error: {}
 
     def ask(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -33,24 +34,35 @@ class Users:
 
         Raises:
             UserCodeError: it raised (that is the cause), tried to end the process, or took too long.
+            ConfigError: its time cannot be kept, because no process can be started.
         """
         seconds = self.deadline.seconds
         late = message(name, f"no answer after {seconds} s", f"one within {seconds} s (guards.timeout)", f"{LATE}.")
+        hung = f"{late} It hung in code that cannot be interrupted. {self._where}".strip()
+
+        def called() -> Any:
+            try:
+                return function(*args)
+            except ApportionError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise raised(name, error) from error
+
         try:
-            hung = f"{late} It hung in code that cannot be interrupted. {self._where}".strip()
-            return self.deadline.call(function, *args, error=hung, files=self._words(hung))
-        except ApportionError:
-            raise
+            return self.deadline.call(called, error=hung, files=self._words(hung), trace=self._trace)
         except TimedOut as error:
             raise UserCodeError(late) from error
-        except (Exception, SystemExit) as error:
-            raise raised(name, error) from error
+        except OSError as error:
+            came, mend = f"{seconds} ({error})", "Set it to null: then nothing keeps the time."
+            raise ConfigError(message("guards.timeout", came, "a process to keep the time in", mend)) from error
 
-    def leave(self, files: Mapping[str, str], where: str, words: Callable[[str], Mapping[str, str]]) -> None:
-        """Have `files` ({path: text}) written if a call has to be ended together with the process, and those that
-        `words` makes of the error, which is told `where` they lie."""
+    def leave(
+        self, files: Mapping[str, str], where: str, trace: str, words: Callable[[str], Mapping[str, str]]
+    ) -> None:
+        """Say what is left behind if a call has to be ended together with the process: `files` ({path: text}), those
+        that `words` makes of the error (which is told `where` they lie), and at path `trace` where Python was."""
         self.deadline.leave(files)
-        self._where, self._words = where, words
+        self._where, self._trace, self._words = where, trace, words
 
 
 def raised(name: str, error: BaseException) -> UserCodeError:

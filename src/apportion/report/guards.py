@@ -1,4 +1,4 @@
-"""The section on guards: which watches fired and when, updates that were skipped, and what a stopped run left behind."""
+"""The section on guards: which watches fired and when, updates that were skipped, what a stopped run left behind."""
 
 from __future__ import annotations
 

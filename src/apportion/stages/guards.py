@@ -134,7 +134,9 @@ class Guards:
             )
 
         rows = stopped.lines(self.tokenizer, step, rollouts, {}, split=False)
-        self.users.leave({str(place / "rollouts.jsonl"): rows}, f"The rollouts are in {place}.", words)
+        self.users.leave(
+            {str(place / "rollouts.jsonl"): rows}, f"The rollouts are in {place}.", str(place / "traceback.txt"), words
+        )
 
     @contextmanager
     def keeping(self, step: int, rollouts: Rollouts, *, alone: bool = False) -> Iterator[Scene]:
