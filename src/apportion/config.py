@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from apportion.errors import ConfigError, message
+from apportion.guard_settings import GuardsConfig
 from apportion.ranges import CHOICES, NAMES, RANGES
 
 Spec = Any  # a method: a name, {name: {key: value}}, or a list of these
@@ -129,43 +130,6 @@ class ScoreConfig:
     clip: float | None = None
     micro_batch: int = 32
     micro_tokens: int = 4096
-
-
-@dataclass
-class GuardsConfig:
-    """What to do when a run goes wrong. Each watch is off, warn, stop, or tighten (kl, entropy, length, reward).
-
-    `warn` names it once an episode, `stop` ends the run with its rollouts saved, `tighten` raises the KL coefficient
-    while it fires. docs/guards.md has the thresholds.
-
-    Attributes:
-        max_skipped: updates in a row whose loss or gradient is not finite before the run stops; each one is skipped.
-        timeout: seconds that a call of a reward function of yours may take; null for no limit.
-        negative_kl: the KL from the reference falls below zero.
-        sampler_gap: the sampler's and the trainer's log-probabilities part.
-        ratio: probability ratios blow up within an update.
-        entropy: the policy's entropy collapses.
-        length: responses grow or shrink out of proportion.
-        reward: every response gets the same score.
-        value_loss: the critic diverges.
-        kl: the policy runs away from the reference.
-    """
-
-    max_skipped: int = 3
-    timeout: float | None = 600.0
-    negative_kl: str | bool = "warn"
-    sampler_gap: str | bool = "warn"
-    ratio: str | bool = "warn"
-    entropy: str | bool = "warn"
-    length: str | bool = "warn"
-    reward: str | bool = "warn"
-    value_loss: str | bool = "warn"
-    kl: str | bool = "warn"
-
-    def __post_init__(self) -> None:
-        for f in fields(self):  # YAML reads `off` as false
-            if getattr(self, f.name) is False:
-                setattr(self, f.name, "off")
 
 
 @dataclass
