@@ -260,7 +260,7 @@ def test_infinite_gradients_are_skipped_and_counted(rl: Command, tmp_path: Path)
     assert [row["guards/skipped_updates"] for row in logged] == [0, 2, 0, 1]
     # none of the second batch's two updates was taken: there is no loss to tell of
     assert ["loss/policy" in row for row in logged] == [True, False, True, True]
-    assert "warning: guard max_skipped at step 2: 2 updates were not finite and skipped" in done.err
+    assert "warning: guard max_skipped at step 2: updates skipped as not finite: 2" in done.err
     assert done.err.count("warning: guard max_skipped") == 2
     assert not (tmp_path / "run" / "stopped").exists()
 
@@ -270,7 +270,7 @@ def test_too_many_in_a_row_stop_the_run(rl: Command, tmp_path: Path, loss: bool)
     chosen = json.dumps({"methods:infinite": {"updates": list(range(2, 99)), "loss": loss}})
     done = rl(**{"loss": chosen, "steps": 9, "guards.max_skipped": 4})
     what = "loss" if loss else "norm of the gradient"
-    warned = [f"warning: guard max_skipped at step {n}: 1 updates were not finite and skipped\n" for n in (2, 3, 4)]
+    warned = [f"warning: guard max_skipped at step {n}: updates skipped as not finite: 1\n" for n in (2, 3, 4)]
     assert_stopped(
         done,
         f"{what} of 4 updates in a row (guards.max_skipped): got",

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from apportion import guards, parallel
-from apportion.config import GuardsConfig
 from apportion.errors import ApportionError, DiskError, GuardError, ScoreError, message
 from apportion.evidence.users import Users, raised
+from apportion.guard_settings import GuardsConfig
 from apportion.guards import Finding
 from apportion.runs import Run
 from apportion.stages import stopped
@@ -91,7 +91,7 @@ class Guards:
         said = {f"guards/{name}": float(finding is not None) for name, finding in found.items()}
         said["guards/skipped_updates"] = float(self.skips.batch)
         if self.skips.batch:
-            announce(f"guard max_skipped at step {step}: {self.skips.batch} updates were not finite and skipped")
+            announce(f"guard max_skipped at step {step}: updates skipped as not finite: {self.skips.batch}")
         for finding in (finding for finding in fires if finding.begins):
             raises = " κ is raised while it fires." if self._does(finding) == "tighten" else ""
             announce(describe(finding, step) + raises)

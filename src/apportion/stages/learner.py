@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from apportion.algorithms import Method
-from apportion.config import GuardsConfig, OptimConfig
+from apportion.config import OptimConfig
 from apportion.evidence import Models
+from apportion.guard_settings import GuardsConfig
 from apportion.stages.guards import Guards
 from apportion.stages.prompts import PromptStream
 from apportion.stages.update import make_optimizer
