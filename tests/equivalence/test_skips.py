@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from apportion import losses
 from apportion.config import OptimConfig, PPOConfig, ScoreConfig
-from apportion.errors import GuardError
+from apportion.errors import GuardError, ScoreError
 from apportion.evidence import Models
 from apportion.models.policy import Policy
 from apportion.scoring import score
+from apportion.stages.guards import check_rows, drop_unknown
 from apportion.stages.skips import Skips
 from apportion.stages.update import FirstPass, Targets, make_optimizer, update
 from apportion.types import PolicyLoss, Rollouts
@@ -180,3 +182,16 @@ def test_the_counts_are_in_the_state(world: Path) -> None:
     one, two = Skips(most=3, in_a_row=2, total=5), Skips(most=3)
     two.restore(one.state)
     assert (two.in_a_row, two.total) == (2, 5)
+
+
+def test_metrics_of_a_skipped_update_are_left_out_and_counted() -> None:
+    metrics = {"sampling/logprob_gap": math.nan, "objective/entropy": math.inf, "objective/scores": 1.0}
+    assert drop_unknown(metrics, 2) == {"objective/scores": 1.0, "guards/dropped_metrics": 2.0}
+    assert drop_unknown(metrics, 0) == metrics  # an error to log, not to hide
+
+
+def test_rows_that_are_not_finite_are_named() -> None:
+    mask = torch.tensor([[True, False], [True, True]])
+    check_rows("rewards", torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), mask)
+    with pytest.raises(ScoreError, match="rewards of rollout 1: got inf; expected finite numbers"):
+        check_rows("rewards", torch.tensor([[1.0, torch.nan], [2.0, torch.inf]]), mask)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from apportion.report.page import write_report
+
 Command = Callable[..., Any]
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
 
@@ -282,6 +284,10 @@ def test_too_many_in_a_row_stop_the_run(rl: Command, tmp_path: Path, loss: bool)
     saved = assert_saved(tmp_path / "run", 5, columns=columns)
     assert all(row["skipped"] and math.isfinite(row["score"]) for row in saved)
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 4
+    if loss:
+        page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
+        assert "stopped/step-5: loss of 4 updates in a row" in page and "(4 rollouts saved)" in page
+        assert "3 updates were skipped" in page and '{"step":5,"rollouts":[{' in page  # the heat maps have them
 
 
 WILD = {"steps": 4, "optim.lr": 30.0, "optim.warmup": 0.0, "ppo.epochs": 4}

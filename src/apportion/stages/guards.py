@@ -126,12 +126,9 @@ class Guards:
         status = {"stage": run.stage, "name": run.path.name, "status": "failed", **run.facts}
 
         def words(error: str) -> dict[str, str]:
-            files = {str(place / "error.txt"): f"{error}\n"}
-            return files | (
-                {str(run.path / "status.json"): json.dumps(status | {"error": error}, indent=2) + "\n"}
-                if parallel.is_main()
-                else {}
-            )
+            # another process's end is the run's: the launcher ends the main one before it can say so
+            said = json.dumps(status | {"error": error}, indent=2) + "\n"
+            return {str(place / "error.txt"): f"{error}\n", str(run.path / "status.json"): said}
 
         rows = stopped.lines(self.tokenizer, step, rollouts, {}, split=False)
         self.users.leave(
