@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from apportion.errors import ConfigError, message
+from apportion.guard_settings import GuardsConfig
 from apportion.ranges import CHOICES, NAMES, RANGES
 
 Spec = Any  # a method: a name, {name: {key: value}}, or a list of these
@@ -234,6 +235,7 @@ class RLConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
 
 
 @dataclass

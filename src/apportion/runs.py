@@ -33,12 +33,13 @@ README = """# {name}: a run of `apportion {stage}`
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
 | diagnosis.json | what `apportion diagnose` found of each method |
 | checkpoints/ | the newest states to go on from |
+| stopped/ | the rollouts at hand when a guard or an error stopped the run |
 | final/ | the trained model in Hugging Face format |
 
 `apportion report {path}` draws it.
 """
-# settings that say where, whether and how safely, not what
-PLACES = ("output", "fresh", "config", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait")
+# settings that say where, whether and how safely, not what; a run that a guard stopped may go on under another one
+PLACES = ("output", "fresh", "config", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait", "guards")
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 NEWBORN = {".status.json.tmp", "status.json", ".config.yaml.tmp"}  # what a run killed while it was opened may leave
 TAIL = 1 << 16  # bytes before a log's end whose sum a checkpoint holds
@@ -83,7 +84,7 @@ class Run:
                 run._write("README.md", README.format(name=run.path.name, stage=stage, path=output))
             if not run.finished:
                 before = run.read("status.json")
-                run.facts = {name: before[name] for name in ("threads", "checkpoint") if name in before}
+                run.facts = {name: before[name] for name in ("threads", "checkpoint", "guards") if name in before}
                 run.status("running")
         return run
 

@@ -34,7 +34,7 @@ def rollout_records(
     kl = torch.where(some.mask, some.logprobs - some.evidence["reference_logprobs"], 0.0)
     by_method = {name: credit.apply(method, some)[0] for name, method in learner.compare.items()}
     columns = {
-        "credit": _before_penalty(learner, some),
+        "credit": before_penalty(learner, some),
         "kl": kl,
         "reward": rewards[:rows],
         "advantage": estimated.advantages[:rows],
@@ -53,7 +53,7 @@ def reading_of(method: Credit) -> str:
     return min((name for name in method.needs if registry.asked(name)[0] == EVIDENCE), default=EVIDENCE)
 
 
-def _before_penalty(learner: Learner, rollouts: Rollouts) -> Tensor:
+def before_penalty(learner: Learner, rollouts: Rollouts) -> Tensor:
     """Return the rewards (B,T) of the whole chain but its KL penalty."""
     rewards, _ = credit.apply(learner.method.credit, rollouts, learner.credit_state)
     if learner.method.credit.keeps_return:
