@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
+from apportion import plain_yaml
 from apportion.errors import ApportionError, ConfigError, DiskError, ScoreError, message
 
 README = """# {name}: a run of `apportion {stage}`
@@ -104,7 +105,7 @@ class Run:
             came = f"{self.path} of `apportion {stage}`"
             raise ConfigError(message("output", came, f"a folder of `apportion {self.stage}`", again))
         try:
-            before = flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+            before = flat(plain_yaml.load((self.path / "config.yaml").read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
             came = f"{self.path}/config.yaml ({' '.join(str(error).split())})"
             raise ConfigError(message("output", came, "the settings of the run in it", again)) from error

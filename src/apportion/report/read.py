@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from apportion import plain_yaml
 from apportion.errors import DataError, message
 
 HOLDS = (
@@ -146,7 +147,7 @@ def _config(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str]:
     if text is None:
         return {}, ""
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.load(text)
     except yaml.YAMLError as error:
         notes.append(f"{path.name}: not valid YAML ({str(error).splitlines()[0]}); shown as it stands.")
         return {}, text

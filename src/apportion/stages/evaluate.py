@@ -19,6 +19,7 @@ from apportion.models.reward import RewardModel, load_reward
 from apportion.models.token_text import PolicyText
 from apportion.runs import Run
 from apportion.sampling import sample
+from apportion.stages.bad_rows import leaving_out
 from apportion.stages.judge import fit_judge
 from apportion.stages.prompts import context_of, conversations, load_prompts, tokenize
 from apportion.statistics import distinct, mean_interval
@@ -39,7 +40,8 @@ def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell 
     """
     run, settings = _open(config)
     sampling = SamplingConfig(**settings["sampling"])
-    texts = load_prompts(config.prompts, part)[: config.count]
+    with leaving_out(run.path, config.skip_bad_rows, "evaluate_bad_rows.jsonl") as bad:
+        texts = load_prompts(config.prompts, part, bad)[: config.count]
     context = context_of(locate("policy", settings["policy"]))
     tokenizer = load_tokenizer("run", str(run.path / "final"))
     prompts = tokenize(texts, tokenizer, sampling, config.seed, context)

@@ -8,15 +8,19 @@ from typing import Any
 import torch
 
 from apportion.config import RLConfig, SamplingConfig
+from apportion.data import BadRows
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.load import load_settings
 
 
-def load_prompts(source: str, part: str) -> list[Any]:
-    """Return prompts: texts, or conversations as lists of {role, content}; `part` is for the built-in set only."""
+def load_prompts(source: str, part: str, bad: BadRows | None = None) -> list[Any]:
+    """Return prompts: texts, or conversations as lists of {role, content}; `part` is for the built-in set only.
+
+    `bad` is where rows that cannot be used are written down; None makes the first of them an error.
+    """
     from apportion.data import prompts
 
-    return list(prompts(source, part if source == "imdb" else None))
+    return list(prompts(source, part if source == "imdb" else None, bad=bad))
 
 
 def tokenize(

@@ -29,6 +29,7 @@ from apportion.runs import Run, explained, need_space
 from apportion.sampling import sample
 from apportion.scoring import ALWAYS, score
 from apportion.segments import check as check_segments
+from apportion.stages.bad_rows import leaving_out
 from apportion.stages.checkpoint import load_latest, save_checkpoint
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
@@ -188,7 +189,8 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     torch.manual_seed(config.seed)
     need_space(Path(config.output).expanduser(), 200_000_000)
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    texts = load_prompts(config.prompts, "rl")
+    with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
+        texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     stream = PromptStream(texts, tokenizer, config, context_of(folder))
     reads = PolicyText(tokenizer, stream.conversations)

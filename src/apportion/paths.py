@@ -1,0 +1,26 @@
+"""Names of files and folders as people give them, made into paths that can be looked at. Standard library only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apportion.errors import ApportionError, message
+
+
+def local_path(name: str, field: str, error: type[ApportionError]) -> Path:
+    """Return the path that `name` stands for, `~` being the home folder; whether anything is there is not asked.
+
+    Raises:
+        ApportionError: of the kind `error`, where it cannot be looked up: too long, a NUL in it, an unknown user, a
+            folder that may not be entered.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, RuntimeError) as reason:
+        said = getattr(reason, "strerror", None) or str(reason)
+        came = name if len(name) <= 80 else f"{name[:60]}… ({len(name)} characters)"
+        raise error(message(field, f"{came} ({said})", "a path of this system", "Check the name.")) from reason
+    return path
