@@ -11,13 +11,12 @@ def local_path(name: str, field: str, error: type[ApportionError]) -> Path:
     """Return the path that `name` stands for, `~` being the home folder; whether anything is there is not asked.
 
     Raises:
-        ApportionError: of the kind `error`, where it cannot be looked up: too long, a NUL in it, an unknown user, a
-            folder that may not be entered.
+        ApportionError: of the kind `error`, where it cannot be looked up: too long, a NUL in it, an unknown user.
     """
     try:
         path = Path(name).expanduser()
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return path
     except (OSError, ValueError, RuntimeError) as reason:
         said = getattr(reason, "strerror", None) or str(reason)

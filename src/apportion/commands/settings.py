@@ -62,6 +62,8 @@ def parse(kind: type, command: str, arguments: Sequence[str], examples: str = ""
     for name, spec in methods.items():
         setattr(config, name, merge_method(name, getattr(config, name), spec, getattr(config, "algorithm", None)))
     check(config)
+    for name in ("output", "run"):
+        local_path(getattr(config, name, "."), name, ConfigError)
     return Parsed(config, "fresh" in switches, "dry_run" in switches)
 
 
@@ -69,16 +71,27 @@ def _parsed(parser: Any, values: list[str]) -> Any:
     """Return jsonargparse's namespace of settings. Raises ConfigError for what it refuses."""
     for name, value in zip(values[::2], values[1::2], strict=True):
         try:
-            plain_yaml.load(value)
+            loaded = plain_yaml.load(value)
         except plain_yaml.Excess as error:  # jsonargparse reads YAML too, without any limit
-            mend = "Write less, or put it into a file."
+            mend = "Write it out, and less of it."
             raise ConfigError(message(name, f"{value[:40]}… ({error})", "a value of bounded size", mend)) from error
         except yaml.YAMLError:  # a text that is no YAML is a text
-            pass
+            continue
+        _refuse_classes(name, loaded)
     try:
         return parser.instantiate(parser.parse_args(values))
     except (argparse.ArgumentError, SystemExit, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ConfigError(_explain(error)) from None  # the second half: what YAML's own types raise, unguarded
+
+
+def _refuse_classes(field: str, value: Any) -> None:
+    """Raise ConfigError for a mapping from which jsonargparse would make an object of any class: `class_path`."""
+    layer = [value]
+    while layer := [item for item in layer if isinstance(item, (Mapping, list))]:
+        if any(isinstance(item, Mapping) and "class_path" in item for item in layer):
+            mend = "Name a function of yours: package.module:function."
+            raise ConfigError(message(field, "class_path", "no such key: settings make no objects", mend))
+        layer = [inner for item in layer for inner in (item.values() if isinstance(item, Mapping) else item)]
 
 
 def keys_of(kind: type, prefix: str = "") -> list[str]:
@@ -219,6 +232,7 @@ def _check_yaml(path: str, kind: type) -> None:
         raise ConfigError(message("--config", path, "valid YAML in UTF-8", f"It says: {reason}.")) from error
     if not isinstance(loaded, Mapping):
         raise ConfigError(message("--config", path, "a mapping of settings", "Example: `steps: 20`."))
+    _refuse_classes(f"{path}: key", loaded)
     known = keys_of(kind)
     settings = [name for name in known if name not in _sections(known)]
     for key, value in flat(loaded).items():

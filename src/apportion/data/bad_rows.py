@@ -45,6 +45,5 @@ class BadRows:
 def judge(source: str, kept: int, bad: int, first: DataError | None, field: str) -> None:
     """Raise DataError when more rows of `source` are bad than can be used."""
     if bad > kept:
-        came = f"{source}: {bad} of {kept + bad} rows cannot be used; the first: {first}"
-        mend = "So many are no accident: mend the file, or the setting that names it."
-        raise DataError(message(field, came, "at least half of the rows usable", mend))
+        came = f"{source}: {bad} of {kept + bad} rows cannot be used"
+        raise DataError(message(field, came, "at least half of them usable", f"The first of them: {first}"))

@@ -15,7 +15,7 @@ from apportion.errors import DataError, message
 
 DEEPEST = 64  # values inside one another, in a JSON row
 LONGEST_LIST = 2**29  # bytes of a JSON list, which is read whole
-BATCH = 1024  # rows of a Parquet file in memory at a time
+BATCH = 64  # rows of a Parquet file in memory at a time
 
 
 class Row(dict[str, Any]):

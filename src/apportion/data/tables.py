@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -113,13 +114,13 @@ def _tables(source: str, columns: Sequence[str], field: str) -> Iterator[tuple[s
     if not source.strip():  # Path("") is the working folder
         raise DataError(message(field, source, "a file, folder or hub dataset", "Name one."))
     path = local_path(source, field, DataError)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, these say no where they may not look
         for file in _tables_in(path, field):
             yield str(file), READERS[file.suffix.lower()](file, field, columns)
-    elif path.exists():
+    elif os.path.exists(path):
         _check_reader(path, field)
         yield source, READERS[path.suffix.lower()](path, field, columns)
-    elif path.is_symlink():
+    elif os.path.islink(path):
         mend = "Mend the link, or name the file itself."
         raise DataError(message(field, f"{source}, a link that leads nowhere", "a file, folder or hub dataset", mend))
     elif path.suffix.lower() in READERS or not _HUB_ID.fullmatch(source):

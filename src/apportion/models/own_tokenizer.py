@@ -130,15 +130,20 @@ def check_tokenizer(field: str, tokenizer: Any) -> None:
 
 def check_model(field: str, model: Any, tokenizer: Any) -> None:
     """Raise ModelError for a model without an embedding for each token, or that reads no single position."""
+    check_embeddings(field, model, tokenizer)
+    if getattr(model.config, "classifier_pooling", "cls") != "cls":
+        came = f"classifier_pooling {model.config.classifier_pooling!r}"
+        mend = "Use an encoder that scores its first token: the attention of that one position is what is read."
+        raise ModelError(message(field, came, "'cls'", mend))
+
+
+def check_embeddings(field: str, model: Any, tokenizer: Any) -> None:
+    """Raise ModelError for a model without an embedding for each token of `tokenizer`."""
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if largest >= rows:
         mend = "Use the tokenizer that it was trained with, or call `model.resize_token_embeddings` and train it."
         came = f"a vocabulary with ids up to {largest}"
         raise ModelError(message(f"{field}'s tokenizer", came, f"ids below the model's {rows} embeddings", mend))
-    if getattr(model.config, "classifier_pooling", "cls") != "cls":
-        came = f"classifier_pooling {model.config.classifier_pooling!r}"
-        mend = "Use an encoder that scores its first token: the attention of that one position is what is read."
-        raise ModelError(message(field, came, "'cls'", mend))
 
 
 def context_limit(model: Any, tokenizer: Any) -> int:
