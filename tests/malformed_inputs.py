@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-Files = dict[str, bytes | str]
+Files = Mapping[str, bytes | str]
 
 
 class Case(NamedTuple):
@@ -26,7 +28,7 @@ class Case(NamedTuple):
     name: str
     arguments: tuple[str, ...]
     pieces: tuple[str, ...]
-    files: Files = {}
+    files: Files = MappingProxyType({})
     early: bool = True
 
 

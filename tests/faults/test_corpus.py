@@ -14,10 +14,12 @@ import pytest
 from malformed_inputs import CASES, Case
 
 Command = Callable[..., Any]
+ANEW = os.environ.get("APPORTION_LONG") == "1"
 KINDS = ("data", "yaml", "flags", "models", "tokenizers", "plugins")
 LIGHT = [case for case in CASES if case.early]
 HEAVY = [case for case in CASES if not case.early]
-SAMPLE = [next(case for case in LIGHT if case.kind == kind) for kind in ("data", "yaml", "flags", "plugins")]
+# anew a process takes seconds: two kinds always, all of them when there is time
+SAMPLE = [next(c for c in LIGHT if c.kind == kind) for kind in ("data", "plugins", "yaml", "flags")][: 4 if ANEW else 2]
 PROBE = """
 import json, sys
 from apportion.cli import main
@@ -95,6 +97,7 @@ def test_in_a_process_of_its_own(python: Command, lay: Callable[[Case], list[str
     assert not [name for name in STACK if name in found]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [HEAVY[0]], ids=named)
 def test_a_model_in_a_process_of_its_own(python: Command, lay: Callable[[Case], list[str]], case: Case) -> None:
     python("-m", "apportion", *lay(case)).assert_refused(*case.pieces)
