@@ -19,8 +19,13 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads 5e-4 as a number, as jsonargparse does; YAML 1.1 takes it for a word."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as the same: the text "5e-4" in quotes."""
+
+
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 class Excess(yaml.YAMLError):
@@ -52,6 +57,12 @@ def load(text: str) -> Any:
         raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
     finally:
         loader.dispose()
+
+
+def dump(value: Any) -> str:
+    """Return the YAML of plain values, keys in their order, from which `load` makes the same."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], inside: set[int]) -> tuple[int, int]:

@@ -62,7 +62,7 @@ class Run:
                 run._refuse_other(config)
             run.path.mkdir(parents=True, exist_ok=True)
             if not run.started:
-                run._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+                run._write("config.yaml", plain_yaml.dump(dict(config)))
                 run._write("README.md", README.format(name=run.path.name, stage=stage, path=output))
             if not run.finished:
                 threads = run.read("status.json").get("threads")

@@ -267,4 +267,4 @@ def _explain(error: BaseException) -> str:
 
 def show(config: Any) -> str:
     """Return the resolved settings as YAML, for `--dry-run`."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return plain_yaml.dump(to_dict(config))

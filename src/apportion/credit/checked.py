@@ -68,5 +68,6 @@ def _check_rewards(name: str, rewards: Any, mask: Tensor) -> None:
     bad = mask & ~torch.isfinite(rewards)
     if bad.any():
         row, token = (int(i) for i in bad.nonzero()[0])
-        field, came = f"credit of rollout {row}, token {token}, from {name}", float(rewards[row, token])
-        raise ScoreError(message(field, came, "a finite number", f"A failure never becomes a reward. {CHECK}"))
+        field = f"credit of rollout {row}, token {token}, from {name}"
+        number = float(rewards[row, token])
+        raise ScoreError(message(field, number, "a finite number", f"A failure never becomes a reward. {CHECK}"))

@@ -71,7 +71,8 @@ def lines(stream: BinaryIO) -> Iterator[Line]:
                 size += len(more)
             yield Line(number, raw[:200], first, f"a line of {size + len(more)} bytes")
         elif number == 1 and raw.startswith(_MARK):
-            yield Line(number, raw.removeprefix(_MARK), first + len(_MARK))
+            if raw != _MARK:
+                yield Line(number, raw.removeprefix(_MARK), first + len(_MARK))
         else:
             yield Line(number, raw, first)
         offset = stream.tell()
