@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from apportion.errors import ApportionError, message
@@ -23,3 +24,20 @@ def local_path(name: str, field: str, error: type[ApportionError]) -> Path:
         came = name if len(name) <= 80 else f"{name[:60]}… ({len(name)} characters)"
         raise error(message(field, f"{came} ({said})", "a path of this system", "Check the name.")) from reason
     return path
+
+
+def link_outside(folder: Path) -> Path | None:
+    """Return a link somewhere in `folder` that leads out of it, or nowhere; None when there is none.
+
+    `folder` itself may be a link: that is how a run is put on another disk.
+    """
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder):
+        for name in sorted((*folders, *files)):
+            path = os.path.join(place, name)
+            if not os.path.islink(path):
+                continue
+            target = os.path.realpath(path)
+            if not os.path.exists(target) or os.path.commonpath((root, target)) != root:
+                return Path(path)
+    return None

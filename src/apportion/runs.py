@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from apportion import plain_yaml
 from apportion.errors import ApportionError, ConfigError, DiskError, ScoreError, message
+from apportion.paths import link_outside
 
 README = """# {name}: a run of `apportion {stage}`
 
@@ -97,6 +98,14 @@ class Run:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run:
             mend = "Choose another --output, or empty it."
             raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
+        self.refuse_links()
+
+    def refuse_links(self) -> None:
+        """Raise ConfigError for a link in the folder that leads out of it: what is written there goes elsewhere."""
+        link = link_outside(self.path)
+        if link is not None:
+            mend = "Remove it; to use another disk, make the run folder itself a link."
+            raise ConfigError(message("output", f"{link}, a link to {os.readlink(link)}", "a folder without", mend))
 
     def _refuse_other(self, config: Mapping[str, Any]) -> None:
         again = "Choose another --output, or pass --fresh to start over in this one."
@@ -124,8 +133,10 @@ class Run:
         """Return the JSON object in file `name`, or {} when it is absent. Raises ConfigError for a damaged one."""
         path = self.path / name
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
+            found: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if not isinstance(found, dict):
+                raise ValueError(f"a {type(found).__name__}")
+        except (ValueError, RecursionError) as error:
             mend = "Choose another folder, or pass --fresh to start over in this one."
             raise ConfigError(message(str(path), str(error), "a JSON object", mend)) from error
         return found

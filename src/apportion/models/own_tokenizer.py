@@ -88,13 +88,11 @@ def _skipped(response: str, shown: str) -> int | None:
 
 
 def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str) -> str:
-    from jinja2 import TemplateError
-
     answered = [*turns, {"role": "assistant", "content": response}]
     try:
         return tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
-    except (ValueError, TemplateError) as error:
-        came = f"a conversation ({str(error).splitlines()[0]})"
+    except Exception as error:  # a template is a program of the model's: whatever it raises is said
+        came = f"a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
         mend = "Give prompts as text, or turns that this reward model's template knows."
         raise ModelError(message("reward_model's chat template", came, "turns that it can render", mend)) from error
 

@@ -116,7 +116,7 @@ def _lines(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], ...]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             why = "the last line is cut off" if i == last else "not valid JSON"
             notes.append(f"{path.name}: line {i + 1} skipped ({why}).")
             continue
@@ -133,7 +133,7 @@ def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"{path.name}: not valid JSON ({error}); left out.")
         return {}
     if isinstance(value, dict):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from apportion import plain_yaml
 from apportion.config import EvaluateConfig, SamplingConfig
 from apportion.errors import DataError, message
 from apportion.evidence.reward_pass import reward_pass
@@ -82,7 +83,21 @@ def _open(config: EvaluateConfig) -> tuple[Run, dict[str, Any]]:
     if not ours or not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
         mend = "Train one with `apportion rl`, or point to its folder."
         raise DataError(message("run", config.run, "the folder of a finished `apportion rl` run", mend))
-    return run, yaml.safe_load(stored.read_text())
+    run.refuse_links()
+    return run, _settings(stored)
+
+
+def _settings(stored: Path) -> dict[str, Any]:
+    """Return the settings of the run. Raises DataError where they are damaged."""
+    try:
+        found: dict[str, Any] = plain_yaml.load(stored.read_text(encoding="utf-8"))
+        SamplingConfig(**found["sampling"])
+        if not all(isinstance(found[name], str) for name in ("policy", "reward_model")) or "pad_token" not in found:
+            raise ValueError("no policy, reward_model or pad_token")
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        came = f"{stored} ({' '.join(str(error).split())[:200]})"
+        raise DataError(message("run", came, "the settings of an `apportion rl` run", "Use another run.")) from error
+    return found
 
 
 def _policies(
