@@ -193,6 +193,7 @@ CASES = (
     _model("code-in-model", "policy: got", "custom code", "a config.json that transformers can read"),
     _model("no-base", "policy: got", "names no base model"),
     _model("lost-base", "policy: got", "no-such-model"),
+    _model("pickled-base", "policy: got", "pickled-base (", "an adapter whose base model can be loaded"),
     _model("pickled-adapter", "weights in safetensors", early=True),
     _model("adapter-garbage", "policy: got"),
     _model("statistics-nan", "reward.json: got", "not finite", '{"mean": number', flag="reward_model"),

@@ -100,6 +100,7 @@ def damaged_adapters(folder: Path) -> None:
     for name, base in {
         "no-base": None,
         "lost-base": "./no-such-model",
+        "pickled-base": str(folder / "pickle-only"),
         "pickled-adapter": str(folder / "no-base-model"),
     }.items():
         adapter = folder / name

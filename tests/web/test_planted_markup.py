@@ -93,8 +93,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("policy", ["on", "off"])
-@pytest.mark.parametrize("name", ["report", "diagnosis", "credit"])
+@pytest.mark.parametrize(
+    ("name", "policy"), [("report", "on"), ("report", "off"), ("diagnosis", "off"), ("credit", "off")]
+)
 def test_planted_markup_is_text_everywhere(pages: dict[str, Path], open_page: Open, name: str, policy: str) -> None:
     page = open_page(pages[name], bypass_csp=policy == "off")
     for summary in page.locator("details > summary").all():
