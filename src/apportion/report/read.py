@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from apportion import plain_yaml
 from apportion.errors import DataError, message
 
 HOLDS = (
@@ -135,7 +136,7 @@ def _lines(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], ...]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             why = "the last line is cut off" if i == last else "not valid JSON"
             notes.append(f"{path.name}: line {i + 1} skipped ({why}).")
             continue
@@ -152,7 +153,7 @@ def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"{path.name}: not valid JSON ({error}); left out.")
         return {}
     if isinstance(value, dict):
@@ -166,7 +167,7 @@ def _config(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str]:
     if text is None:
         return {}, ""
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.load(text)
     except yaml.YAMLError as error:
         notes.append(f"{path.name}: not valid YAML ({str(error).splitlines()[0]}); shown as it stands.")
         return {}, text

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion import credit, registry
+from apportion.credit.checked import checked
 from apportion.credit.reading import EVIDENCE
 from apportion.masking import normalise
 from apportion.types import Advantages, Credit, Rollouts
@@ -22,7 +23,9 @@ DECIMALS = 8  # with 6, the rounding of a hundred tokens' credit adds up to more
 
 def comparisons(names: Iterable[str]) -> dict[str, Credit]:
     """Return the credit methods to log beside the one that is trained, by name. Raises ConfigError."""
-    return {name: registry.call("compare", name, registry.find("compare", name, credit.METHODS), {}) for name in names}
+    for name in names:
+        registry.find("compare", name, credit.METHODS)  # an unknown one is an error of this setting
+    return {name: checked(name, credit.make(name, {})) for name in names}
 
 
 def rollout_records(

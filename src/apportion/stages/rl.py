@@ -30,6 +30,7 @@ from apportion.sampling import sample
 from apportion.scoring import ALWAYS, score
 from apportion.segments import check as check_segments
 from apportion.stages import randomness
+from apportion.stages.bad_rows import leaving_out
 from apportion.stages.guards import Scene, check_rows, drop_unknown
 from apportion.stages.keeper import keeping
 from apportion.stages.learner import Learner
@@ -226,7 +227,8 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     randomness.seed(config.seed)
     need_space(Path(config.output).expanduser(), 200_000_000)
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    texts = load_prompts(config.prompts, "rl")
+    with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
+        texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     stream = PromptStream(texts, tokenizer, config, context_of(folder))
     reads = PolicyText(tokenizer, stream.conversations)
