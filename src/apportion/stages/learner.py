@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from apportion.algorithms import Method
 from apportion.config import OptimConfig
+from apportion.doctor import Finding
 from apportion.evidence import Models
 from apportion.stages.prompts import PromptStream
 from apportion.stages.update import make_optimizer
@@ -23,6 +24,7 @@ class Learner:
         needs: all evidence to produce. generator: the run's only randomness after loading.
         compare: credits whose rewards are logged beside the one that is trained.
         once: each rollout is learned from once, in one step: the update says what the policy said before it.
+        findings: what the check-up before the models were loaded warned of.
         clock: seconds of the current batch by phase.
     """
 
@@ -36,9 +38,11 @@ class Learner:
         optim: OptimConfig,
         compare: Mapping[str, Credit],
         once: bool = False,
+        findings: Sequence[Finding] = (),
     ) -> None:
         self.models, self.method, self.prompts = models, method, prompts
         self.needs, self.generator, self.compare, self.once = needs, generator, compare, once
+        self.findings = findings
         self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}

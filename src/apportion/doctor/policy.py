@@ -1,0 +1,131 @@
+"""Checks of the policy itself: its weights, its padding, its sampler, its reference, and whether it ever ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion.doctor.case import Case
+from apportion.doctor.findings import fail, graded, ok, warn
+from apportion.doctor.probes import LOGPROB, SHOWN, TOKENS, alone, difference, widened
+from apportion.models.policy import load_policy
+from apportion.sampling import sample
+
+Said = tuple[str, str, str]
+
+
+def weights(case: Case) -> Said:
+    """The policy's weights are all stored, and finite."""
+    case.policy = load_policy(case.config)
+    return finite_weights(case.policy.model, "policy")
+
+
+def finite_weights(model: Any, named: str) -> Said:
+    """Say how many weights there are, and which hold numbers that are none."""
+    bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+    first = next(model.parameters())
+    count = sum(p.numel() for p in model.parameters())
+    said = f"{count / 1e6:.3g} M weights, {str(first.dtype).removeprefix('torch.')} on {first.device.type}"
+    if bad:
+        came = f"{said}; {len(bad)} tensors hold numbers that are not finite, the first {bad[0]}"
+        return fail(came, f"Save the {named} again from a state before it diverged.")
+    return ok(f"{said}, all finite")
+
+
+def ends(case: Case) -> Said:
+    """The policy writes, and where responses are to end at EOS some do, with it on their mask."""
+    sampling = replace(
+        case.config.sampling,
+        batch_size=SHOWN,
+        samples_per_prompt=1,
+        rows=None,
+        max_new_tokens=min(TOKENS, case.config.sampling.max_new_tokens),
+    )
+    rows = sorted(case.rows, key=len)[:: max(1, len(case.rows) // SHOWN)][:SHOWN]  # of every length: they need padding
+    generator = torch.Generator(device=case.policy.device).manual_seed(case.config.seed)
+    rollouts = sample(case.policy, rows, sampling, generator)
+    case.rollouts = rollouts
+    lengths = rollouts.mask.sum(dim=1)
+    said = f"{len(rollouts)} responses of {int(lengths.min())} to {int(lengths.max())} tokens"
+    if sampling.stop == "length":
+        return ok(f"{said}, of fixed length: EOS is never sampled")
+    assert rollouts.ended is not None
+    eos = case.policy.tokenizer.eos_token_id
+    holds = ((rollouts.response_ids == eos) & rollouts.mask).any(dim=1)
+    ended = int(rollouts.ended.sum())
+    said = f"{said}; {ended} end with EOS within {sampling.max_new_tokens} tokens"
+    if bool((rollouts.ended & ~holds).any()):
+        return fail(f"{said}, some without it on their mask", "Report it: such a policy cannot learn to end.")
+    if not ended:
+        mend = "Raise sampling.max_new_tokens, check the EOS token, or use sampling.stop length."
+        return warn(said, mend)
+    return ok(said)
+
+
+@torch.no_grad()
+def sampler_gap(case: Case) -> Said:
+    """The sampler's log-probabilities are the trainer's."""
+    rollouts = rollouts_of(case)
+    trained = case.policy.forward(rollouts, values=False).logprobs
+    gap = difference(rollouts.logprobs, trained, rollouts.mask)
+    most = float((rollouts.logprobs - trained).abs()[rollouts.mask].max())
+    said = f"{gap:.2g} nats a token on average, {most:.2g} at most"
+    mend = "Ratios would start away from 1: use --dtype float32, or a policy whose cache keeps what it reads."
+    return graded(gap, LOGPROB[dtype_of(case)], said, mend)
+
+
+@torch.no_grad()
+def padding(case: Case) -> Said:
+    """A rollout's log-probabilities do not depend on the pads around it."""
+    rollouts = rollouts_of(case)
+    fill = case.policy.tokenizer.pad_token_id
+    together = read(case, rollouts)
+    length = rollouts.mask.shape[1]
+    gaps = {"left": together, "right": together}
+    gaps["left"] = read(case, widened(rollouts, fill, 5, 0))
+    gaps["right"] = read(case, widened(rollouts, fill, 0, 3))[:, :length]
+    found = {side: difference(value, together, rollouts.mask) for side, value in gaps.items()}
+    found["alone"] = max(alone_gap(case, rollouts, together, row) for row in range(len(rollouts)))
+    worst = max(found.values(), key=lambda gap: (gap != gap, gap))
+    said = ", ".join(f"{side} {gap:.2g}" for side, gap in found.items())
+    mend = "Its results depend on the batch: check the pad token's embedding, or use a policy that reads its mask."
+    return graded(worst, LOGPROB[dtype_of(case)], f"differences in nats a token: {said}", mend)
+
+
+def alone_gap(case: Case, rollouts: Any, together: Tensor, row: int) -> float:
+    """Return how far a rollout read alone is from the same one read in the batch, nats a token."""
+    one = alone(rollouts, row)
+    length = one.mask.shape[1]
+    return difference(read(case, one), together[row : row + 1, :length], one.mask)
+
+
+@torch.no_grad()
+def reference(case: Case) -> Said:
+    """The reference is the policy as it starts: the KL is 0 before the first update."""
+    rollouts = rollouts_of(case)
+    gap = difference(read(case, rollouts), case.policy.reference_logprobs(rollouts), rollouts.mask)
+    how = "a frozen copy" if case.policy.reference is not None else "the policy without its adapters"
+    said = f"{gap:.2g} nats a token from {how}"
+    mend = "Start from merged weights whose adapters do nothing yet: the KL would count from elsewhere."
+    return graded(gap, (LOGPROB[dtype_of(case)][0] / 10, LOGPROB[dtype_of(case)][1]), said, mend)
+
+
+def read(case: Case, rollouts: Any) -> Tensor:
+    """Return the trainer's log-probabilities (B,T) of `rollouts`."""
+    found: Tensor = case.policy.forward(rollouts, values=False).logprobs
+    return found
+
+
+def rollouts_of(case: Case) -> Any:
+    """Return the responses that were sampled."""
+    assert case.rollouts is not None
+    return case.rollouts
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    """Return the dtype that the policy computes in."""
+    dtype: torch.dtype = case.policy.model.get_output_embeddings().weight.dtype
+    return dtype

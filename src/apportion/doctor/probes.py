@@ -1,0 +1,53 @@
+"""Rows for the probes of real models: widened with pads, one by one, and how far two readings of them may differ."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from apportion.types import Rollouts
+
+SHOWN = 8  # prompts that are sampled on
+TOKENS = 64  # most new tokens of each
+# (ok up to, fail beyond) by the dtype that computes: mean |Δ log p| in nats a token, and |Δ score| in its sd
+LOGPROB = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.05, 0.25), torch.float16: (0.01, 0.1)}
+SCORE = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.1, 0.5), torch.float16: (0.02, 0.2)}
+ATTENTION = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.02, 0.1), torch.float16: (5e-3, 0.05)}
+
+
+def widened(rollouts: Rollouts, fill: int, left: int, right: int) -> Rollouts:
+    """Return `rollouts` with `left` more prompt columns and `right` more response columns of pads."""
+    changes: dict[str, Tensor] = {}
+    for name in (f.name for f in fields(rollouts)):
+        value = getattr(rollouts, name)
+        if isinstance(value, Tensor) and value.dim() == 2:
+            sides = (left, 0) if name.startswith("prompt") else (0, right)
+            changes[name] = pad(value, sides, value=fill if name.endswith("_ids") else 0)
+    return replace(rollouts, **changes, evidence={})
+
+
+def alone(rollouts: Rollouts, row: int) -> Rollouts:
+    """Return one rollout without a pad on either side, as a batch of one."""
+    one = rollouts.select(torch.tensor([row], device=rollouts.mask.device))
+    width = int(one.prompt_mask.sum())
+    length = int((one.valid.long() * torch.arange(1, one.valid.shape[1] + 1, device=one.valid.device)).max())
+    changes: dict[str, Tensor] = {}
+    for name in (f.name for f in fields(one)):
+        value = getattr(one, name)
+        if isinstance(value, Tensor) and value.dim() == 2:
+            changes[name] = value[:, -width:] if name.startswith("prompt") else value[:, :length]
+    return replace(one, **changes, evidence={})
+
+
+def joined(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Return (ids, mask), both (B,P+T), of prompt and response together."""
+    ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
+    return ids, torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
+
+
+def difference(one: Tensor, other: Tensor, mask: Tensor) -> float:
+    """Return mean |one − other| on the mask; NaN where either is no finite number there."""
+    return float((one.float() - other.float()).abs()[mask].mean())
