@@ -10,29 +10,40 @@ from torch import Tensor
 
 from apportion.doctor.case import Case
 from apportion.doctor.findings import fail, graded, ok, warn
-from apportion.doctor.probes import LOGPROB, SHOWN, TOKENS, alone, difference, widened
+from apportion.doctor.probes import LOGPROB, SHOWN, TOKENS, alone, difference, made_up, widened
 from apportion.models.policy import load_policy
 from apportion.sampling import sample
+from apportion.types import Rollouts
 
 Said = tuple[str, str, str]
 
 
 def weights(case: Case) -> Said:
-    """The policy's weights are all stored, and finite."""
+    """The policy's weights are all stored."""
     case.policy = load_policy(case.config)
+    learning = sum(p.numel() for p in case.policy.trainable())
+    return ok(f"{size(case.policy.model)}; {learning / 1e6:.3g} M learn")
+
+
+def finite(case: Case) -> Said:
+    """Every weight of the policy is a finite number."""
     return finite_weights(case.policy.model, "policy")
 
 
+def size(model: Any) -> str:
+    """Return how many weights a model has, in which format and where."""
+    first, count = next(model.parameters()), sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:.3g} M weights, {str(first.dtype).removeprefix('torch.')} on {first.device.type}"
+
+
 def finite_weights(model: Any, named: str) -> Said:
-    """Say how many weights there are, and which hold numbers that are none."""
-    bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
-    first = next(model.parameters())
-    count = sum(p.numel() for p in model.parameters())
-    said = f"{count / 1e6:.3g} M weights, {str(first.dtype).removeprefix('torch.')} on {first.device.type}"
+    """Say how many tensors there are, and which hold numbers that are none."""
+    every = dict(model.named_parameters())
+    bad = [name for name, value in every.items() if not torch.isfinite(value).all()]
+    said = f"{len(bad)} of {len(every)} tensors hold numbers that are not finite"
     if bad:
-        came = f"{said}; {len(bad)} tensors hold numbers that are not finite, the first {bad[0]}"
-        return fail(came, f"Save the {named} again from a state before it diverged.")
-    return ok(f"{said}, all finite")
+        return fail(f"{said}, the first {bad[0]}", f"Save the {named} again from a state before it diverged.")
+    return ok(said)
 
 
 def ends(case: Case) -> Said:
@@ -44,9 +55,8 @@ def ends(case: Case) -> Said:
         rows=None,
         max_new_tokens=min(TOKENS, case.config.sampling.max_new_tokens),
     )
-    rows = sorted(case.rows, key=len)[:: max(1, len(case.rows) // SHOWN)][:SHOWN]  # of every length: they need padding
     generator = torch.Generator(device=case.policy.device).manual_seed(case.config.seed)
-    rollouts = sample(case.policy, rows, sampling, generator)
+    rollouts = sample(case.policy, shown(case), sampling, generator)
     case.rollouts = rollouts
     lengths = rollouts.mask.sum(dim=1)
     said = f"{len(rollouts)} responses of {int(lengths.min())} to {int(lengths.max())} tokens"
@@ -63,6 +73,11 @@ def ends(case: Case) -> Said:
         mend = "Raise sampling.max_new_tokens, check the EOS token, or use sampling.stop length."
         return warn(said, mend)
     return ok(said)
+
+
+def shown(case: Case) -> list[list[int]]:
+    """Return a few prompts of every length, so that they need padding."""
+    return [list(row) for row in sorted(case.rows, key=len)[:: max(1, len(case.rows) // SHOWN)][:SHOWN]]
 
 
 @torch.no_grad()
@@ -95,7 +110,7 @@ def padding(case: Case) -> Said:
     return graded(worst, LOGPROB[dtype_of(case)], f"differences in nats a token: {said}", mend)
 
 
-def alone_gap(case: Case, rollouts: Any, together: Tensor, row: int) -> float:
+def alone_gap(case: Case, rollouts: Rollouts, together: Tensor, row: int) -> float:
     """Return how far a rollout read alone is from the same one read in the batch, nats a token."""
     one = alone(rollouts, row)
     length = one.mask.shape[1]
@@ -113,15 +128,16 @@ def reference(case: Case) -> Said:
     return graded(gap, (LOGPROB[dtype_of(case)][0] / 10, LOGPROB[dtype_of(case)][1]), said, mend)
 
 
-def read(case: Case, rollouts: Any) -> Tensor:
+def read(case: Case, rollouts: Rollouts) -> Tensor:
     """Return the trainer's log-probabilities (B,T) of `rollouts`."""
     found: Tensor = case.policy.forward(rollouts, values=False).logprobs
     return found
 
 
-def rollouts_of(case: Case) -> Any:
-    """Return the responses that were sampled."""
-    assert case.rollouts is not None
+def rollouts_of(case: Case) -> Rollouts:
+    """Return the responses that were sampled; made-up ones where the policy could not write."""
+    if case.rollouts is None:
+        case.rollouts = made_up(shown(case), case.policy)
     return case.rollouts
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from apportion.models.policy import Policy
+from apportion.sampling.decode import left_pad
 from apportion.types import Rollouts
 
 SHOWN = 8  # prompts that are sampled on
@@ -40,6 +43,25 @@ def alone(rollouts: Rollouts, row: int) -> Rollouts:
         if isinstance(value, Tensor) and value.dim() == 2:
             changes[name] = value[:, -width:] if name.startswith("prompt") else value[:, :length]
     return replace(one, **changes, evidence={})
+
+
+def made_up(prompts: Sequence[Sequence[int]], policy: Policy) -> Rollouts:
+    """Return rollouts whose responses, of 2 to 9 tokens, are drawn evenly from the ids that the policy may write."""
+    pad_id, device = policy.tokenizer.pad_token_id, policy.device
+    generator = torch.Generator().manual_seed(0)
+    allowed = torch.tensor([i for i in range(len(policy.tokenizer)) if i not in {*policy.banned, pad_id}])
+    ids, seen = left_pad(prompts, pad_id)
+    lengths = torch.tensor([2 + i % 8 for i in range(len(prompts))])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    drawn = allowed[torch.randint(len(allowed), mask.shape, generator=generator)].masked_fill(~mask, pad_id)
+    return Rollouts(
+        prompt_ids=ids.to(device),
+        prompt_mask=seen.to(device),
+        response_ids=drawn.to(device),
+        mask=mask.to(device),
+        logprobs=torch.zeros(mask.shape, device=device),
+        group=torch.arange(len(prompts), device=device),
+    )
 
 
 def joined(rollouts: Rollouts) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from apportion.doctor.case import Case
 from apportion.doctor.findings import fail, graded, ok, skip, warn
 from apportion.doctor.method import reads_attention
-from apportion.doctor.policy import finite_weights, rollouts_of
+from apportion.doctor.policy import finite_weights, rollouts_of, size
 from apportion.doctor.probes import ATTENTION, SCORE, joined
 from apportion.evidence.text_reward import translate
 from apportion.models.load import load_settings, with_pad
@@ -55,7 +55,7 @@ def tokenizer(case: Case) -> Said:
 
 
 def head(case: Case) -> Said:
-    """The reward model's head is stored, finite, and not as it was drawn."""
+    """The reward model's weights and head are stored, and the head is not as a new one is drawn."""
     case.reward = load_reward(
         case.config.reward_model,
         dtype=case.config.reward_dtype,
@@ -64,9 +64,7 @@ def head(case: Case) -> Said:
         policy=PolicyText(case.tokenizer, case.notes.get("conversations", {})),
     )
     model = case.reward.model
-    level, said, mend = finite_weights(model, "reward model")
-    if level != "ok":
-        return level, said, mend
+    said = size(model)
     found = next((m for n, m in model.named_modules() if n.split(".")[-1] in HEADS and hasattr(m, "weight")), None)
     labels = [str(v) for v in (model.config.id2label or {}).values()]
     said = f"{said}; labels {', '.join(labels)}"
@@ -83,6 +81,11 @@ def head(case: Case) -> Said:
     return ok(said)
 
 
+def finite(case: Case) -> Said:
+    """Every weight of the reward model is a finite number."""
+    return finite_weights(case.reward.model, "reward model")
+
+
 def padding(case: Case) -> Said:
     """A score does not depend on the pads around its text."""
     ids, mask = inputs(case)
@@ -92,7 +95,9 @@ def padding(case: Case) -> Said:
     found = {"right": reward.score(*beside(ids, mask, 0, 3, pad_id))[0]}
     if is_decoder(reward.model):
         found["left"] = reward.score(*beside(ids, mask, 5, 0, pad_id))[0]
-    found["alone"] = torch.cat([reward.score(row[seen][None], seen[seen][None])[0] for row, seen in zip(ids, mask)])
+    found["alone"] = torch.cat(
+        [reward.score(row[seen][None], seen[seen][None])[0] for row, seen in zip(ids, mask, strict=True)]
+    )
     gaps = {side: float((value - together).abs().max()) for side, value in found.items()}
     said = ", ".join(f"{side} {gap:.2g}" for side, gap in gaps.items())
     worst = max(gaps.values(), key=lambda gap: (gap != gap, gap))

@@ -12,8 +12,8 @@ import yaml
 from apportion.config import LoraConfig, OptimConfig, RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, labelled
 from apportion.doctor import Case, Check, Finding, examine, machine, method, policy, prompts, reward, tokens
-from apportion.doctor.findings import FAIL, OK, WARN, ok
-from apportion.errors import ConfigError, DataError, DiskError, message
+from apportion.doctor.findings import FAIL, WARN, ok
+from apportion.errors import ConfigError, DataError, DiskError
 from apportion.models.load import load_settings, locate, read_tokenizer
 from apportion.stages.methods import build_method
 from apportion.stages.prompts import context_of, conversations, encoded, load_prompts
@@ -117,13 +117,15 @@ CHECKS: tuple[Check, ...] = (
     check("memory", machine.memory, "policy", "prompts", "processor", error=ConfigError, estimate=True),
     check("disk", machine.disk, "policy", error=DiskError),
     check("policy weights", policy.weights, "vocabulary", "pad token", "processor", loads=True),
+    check("policy numbers", policy.finite, "policy weights", loads=True),
     check("reward head", reward.head, "reward tokenizer", "processor", loads=True),
+    check("reward numbers", reward.finite, "reward head", loads=True),
     check("responses", policy.ends, "policy weights", "method", "prompts", "end of text", loads=True),
     check("sampler and trainer", policy.sampler_gap, "responses", loads=True),
-    check("policy padding", policy.padding, "responses", loads=True),
-    check("reference", policy.reference, "responses", loads=True),
-    check("reward padding", reward.padding, "reward head", "responses", loads=True),
-    check("attention row", reward.attention, "reward head", "responses", "method", loads=True),
+    check("policy padding", policy.padding, "policy weights", "prompts", loads=True),
+    check("reference", policy.reference, "policy weights", "prompts", loads=True),
+    check("reward padding", reward.padding, "reward head", "policy weights", "prompts", loads=True),
+    check("attention row", reward.attention, "reward head", "policy weights", "prompts", "method", loads=True),
     check("scores", reward.scores, "reward head", "responses", loads=True),
     check("order of scores", reward.order, "reward head", loads=True),
 )

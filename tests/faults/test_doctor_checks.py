@@ -1,0 +1,140 @@
+"""`apportion doctor --config`: every check finds what is planted for it and names the mend; a good run passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+import tiny_runs
+import yaml
+
+from apportion.doctor import Case, policy
+from apportion.stages.checkup import CHECKS, OWN
+
+Command = Callable[..., Any]
+NEVER_PLANTED = {"reference"}  # no setting moves it: its test below stirs the adapters
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.good(tmp_path_factory.mktemp("good"))
+
+
+def findings(done: Any) -> dict[str, dict[str, str]]:
+    """Return the findings of a `--json` run by name, once the object is what it should be."""
+    assert "Traceback" not in done.err, done.err
+    said = json.loads(done.out)
+    assert set(said) == {"stage", "fast", "passed", "counts", "findings"}
+    assert said["passed"] == (said["counts"]["fail"] == 0) == (done.code == 0), done.out
+    assert sum(said["counts"].values()) == len(said["findings"])
+    return {one["name"]: one for one in said["findings"]}
+
+
+@pytest.mark.parametrize("name", planted.PLANTED)
+def test_what_is_planted_is_found(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
+    make, check, level, pieces, fast = planted.PLANTED[name]
+    flags = planted.flags(good, **make(good, tmp_path))
+    found = findings(model_command("doctor", *flags, "--json", *(["--fast"] if fast else [])))
+    one = found[check]
+    assert one["level"] == level, found
+    assert one["mend"].endswith(".") and one["found"]
+    for piece in pieces:
+        assert piece in f"{one['found']} {one['mend']}", one
+    blamed = {other["name"] for other in found.values() if other["level"] == "fail"} - {check}
+    assert not blamed or level == "fail", f"{blamed} fail as well"
+
+
+def test_every_check_has_something_planted_for_it() -> None:
+    asked = {one.name for one in CHECKS}
+    assert {one.check for one in planted.PLANTED.values()} | NEVER_PLANTED == asked
+    assert len({one.check for one in planted.PLANTED.values()}) >= 12
+
+
+def test_a_good_run_passes_wholly(model_command: Command, good: Path, tmp_path: Path) -> None:
+    other = planted.rows(tmp_path / "other.jsonl", ["A new story", "Some other beginning"])
+    flags = planted.flags(good, eval_prompts=other)
+    found = findings(model_command("doctor", *flags, "--json"))
+    assert {name: one for name, one in found.items() if one["level"] != "ok"}.keys() == {"chat template"}, found
+    assert list(found) == [one.name for one in CHECKS]
+
+
+def test_a_good_run_on_conversations_that_end_passes(model_command: Command, good: Path, tmp_path: Path) -> None:
+    template = planted.TURNS.replace("{END}", "<eos>") + planted.ASKS
+    flags = planted.flags(good, **planted.conversations(good, tmp_path, template, **{"sampling.stop": "eos"}))
+    found = findings(model_command("doctor", *flags, "--json", "--fast"))
+    assert {one["level"] for one in found.values()} <= {"ok", "skip"}, found
+    assert found["chat template"]["level"] == "ok" and "assistant" in found["chat template"]["found"]
+
+
+def test_adapters_that_do_something_are_no_reference(good: Path) -> None:
+    """A policy whose reference is elsewhere: no setting makes one, so its adapters are moved."""
+    config = tiny_runs.config(good)
+    case = Case(config, rows=tiny_runs.prompts(), policy=tiny_runs.policy(good, stirred=False))
+    assert policy.reference(case)[0] == "ok"
+    tiny_runs.stir(case.policy)
+    level, found, mend = policy.reference(case)
+    assert level == "fail" and "without its adapters" in found and "merged weights" in mend
+
+
+def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Path) -> None:
+    flags = tiny_runs.flags(good, labels=good / "reviews.csv", reward_model=good / "reward")
+    done = model_command("doctor", *flags)
+    assert done.code == 0 and done.err == ""
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.out.splitlines() if "│" in line}
+    assert list(rows) == [one.name for one in CHECKS]
+    assert rows["order of scores"] in ("ok", "warn", "fail") and rows["reward data"] == "skip"
+    assert "\nwarn reward head: Make sure that this is a trained reward model" in done.out
+    assert done.out.rstrip().endswith("skip")
+
+
+@pytest.mark.parametrize(
+    ("words", "pieces"),
+    [
+        (["--stage", "sft"], ["--stage: got 'sft'", "one of reward, rl"]),
+        (["--fast=1"], ["--fast: got '1'", "Write --fast alone"]),
+        (["--eval_prompts"], ["--eval_prompts: got 'nothing'", "--eval_prompts VALUE"]),
+        (["--stepz", "3"], ["flag: got '--stepz'", "Did you mean '--steps'"]),
+        (["--config", "absent.yaml"], ["--config: got 'absent.yaml'", "check the path"]),
+    ],
+)
+def test_its_own_flags_are_checked_before_any_model(command: Command, words: list[str], pieces: list[str]) -> None:
+    command("doctor", "--fast", *words).assert_refused_early(*pieces)
+
+
+def test_what_it_compares_with_has_to_be_there(model_command: Command, good: Path) -> None:
+    done = model_command("doctor", *planted.flags(good, eval_prompts="absent.jsonl"), "--fast")
+    assert done.code == 2 and done.err.startswith("apportion: prompts: got 'absent.jsonl'"), done.err
+
+
+def test_a_file_of_settings_is_read_and_flags_win(model_command: Command, good: Path, tmp_path: Path) -> None:
+    flags = planted.flags(good)
+    settings = yaml.safe_dump({"reward_model": str(good / "policy"), "compare": [], "credit": "sparse"})
+    (tmp_path / "run.yaml").write_text(settings)
+    found = findings(model_command("doctor", "--config", "run.yaml", *flags, "--json"))
+    assert found["reward head"]["level"] == "ok" and found["attention row"]["found"] == "no credit of this run reads it"
+
+
+@pytest.mark.parametrize("name", [name for name, one in planted.PLANTED.items() if one.check in OWN])
+def test_rl_asks_the_quick_questions_itself(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
+    make, check, level, pieces, _ = planted.PLANTED[name]
+    done = model_command("rl", *planted.flags(good, **make(good, tmp_path)), "--steps", "1", "--output", "run")
+    if level == "fail" and check != "memory":
+        done.assert_refused(f"{check}: got ", *(piece for piece in pieces if "'" not in piece))
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+        return
+    if check == "memory":  # an estimate only warns, and this batch would never end
+        pytest.skip("the run would really take the memory")
+    done.assert_done()
+    assert f"warning: {check}: " in done.err
+    told = json.loads((tmp_path / "run" / "status.json").read_text())["doctor"]
+    assert [one["name"] for one in told] == [check] and told[0]["mend"] in done.err
+
+
+def test_a_run_with_nothing_to_warn_of_says_nothing(model_command: Command, good: Path, tmp_path: Path) -> None:
+    done = model_command("rl", *planted.flags(good), "--output", "run")
+    done.assert_done()
+    assert "warning" not in done.err and "doctor" not in json.loads((tmp_path / "run" / "status.json").read_text())
