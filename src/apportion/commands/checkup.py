@@ -11,7 +11,7 @@ from typing import Any
 from apportion import cores
 from apportion.commands.settings import parse
 from apportion.commands.terminal import console
-from apportion.config import RLConfig
+from apportion.config import RewardConfig, RLConfig
 from apportion.errors import ConfigError, message, unknown_name
 
 OWN = {"eval_prompts": None, "labels": None, "stage": "rl"}
@@ -46,20 +46,33 @@ def own_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def run(arguments: Sequence[str]) -> int:
     """Check a run's settings, print what was found, and return 0 where nothing failed, else 2."""
     given, rest = own_flags(arguments)
-    config = parse(RLConfig, "doctor", rest).config
+    if given["stage"] == "reward":
+        refuse_unused(given)
+    config = parse(RewardConfig if given["stage"] == "reward" else RLConfig, "doctor", rest).config
     cores.keep_memory()
     settled = cores.settle(config.threads)
 
     from apportion.stages.checkup import checkup, failed
+    from apportion.stages.checkup_reward import checkup_reward
 
     more = {name: given[name] for name in ("fast", "eval_prompts", "labels")}
     with progress() as tell:
-        findings = checkup(config, settled=settled, tell=tell, **more)
+        if given["stage"] == "reward":
+            findings = checkup_reward(config, settled=settled, tell=tell)
+        else:
+            findings = checkup(config, settled=settled, tell=tell, **more)
     if given["json"]:
         sys.stdout.write(json.dumps(as_object(findings, given), ensure_ascii=False) + "\n")
     else:
         show(findings)
     return 2 if failed(findings) else 0
+
+
+def refuse_unused(given: dict[str, Any]) -> None:
+    """Raise ConfigError for a flag of the rl stage's checks beside `--stage reward`."""
+    for name in ("eval_prompts", "labels"):
+        if given[name] is not None:
+            raise ConfigError(message(f"--{name}", given[name], "nothing with --stage reward", "Leave it out."))
 
 
 @contextmanager

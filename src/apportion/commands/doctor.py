@@ -29,7 +29,7 @@ and both models, and say what is wrong and how to mend it. Each line of the tabl
 With --credit alone: check a credit method against the contract that every one must keep, and show the smallest batch on
 which it does not. Without anything: show the cores of this machine that a run would use.
 
-  --fast          leave out what needs the models' weights: seconds instead of a minute
+  --fast          leave out what needs the models' weights: seconds instead of a minute (rl)
   --json          print one object {passed, counts, findings: [{name, level, found, mend}]} instead of a table
   --eval_prompts  prompts that the policy will be evaluated on: they may not be among those it learns from
   --labels        labelled texts (columns text and label) to test the reward model's order on; for one that was trained

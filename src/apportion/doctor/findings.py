@@ -58,8 +58,8 @@ class Check(NamedTuple):
 def examine(case: Case, checks: Iterable[Check], tell: Callable[[str], None] = lambda name: None) -> list[Finding]:
     """Return what every check found, in order; `tell` is called with the name of each before it is asked.
 
-    An error that a user can mend becomes a failure of the check that met it; so does any other exception, with its
-    type: training would meet it as well.
+    An error that a user can mend becomes a failure of the check that met it. So does any other exception, with its
+    type, where models run: training would meet it as well. Elsewhere it is a warning.
     """
     found: dict[str, Finding] = {}
     for check in checks:
@@ -75,6 +75,8 @@ def examine(case: Case, checks: Iterable[Check], tell: Callable[[str], None] = l
         except Exception as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             level, mend = FAIL, "Training would meet the same error: try another model, or other settings."
+            if not check.loads:  # the check may be at fault, and the run may work
+                level, mend = WARN, "This could not be asked: report it, with these settings, if the run works."
         found[check.name] = Finding(check.name, level, said, mend)
     return list(found.values())
 

@@ -23,8 +23,11 @@ def processor(case: Case) -> Said:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     named = str(dtype).removeprefix("torch.")
-    said = f"{device.type} in {named}, reward model in {config.reward_dtype}"
-    slow = [n for n in ("dtype", "reward_dtype") if getattr(config, n) == "bfloat16" and not has_bfloat16(device)]
+    said = f"{device.type} in {named}"
+    if hasattr(config, "reward_dtype"):
+        said = f"{said}, reward model in {config.reward_dtype}"
+    asked = {name: getattr(config, name, None) for name in ("dtype", "reward_dtype")}
+    slow = [name for name, wanted in asked.items() if wanted == "bfloat16" and not has_bfloat16(device)]
     if settled is not None:
         said = f"{said}; {settled.threads} threads ({settled.source})"
         if settled.warnings:

@@ -64,7 +64,8 @@ def reward_data(case: Case) -> Said:
     learned = set(keys(row.text for row in case.training))
     both = sum(key in learned for key in keys(row.text for row in case.held_out))
     again = sum(key in learned for key in keys(case.texts))
-    said = f"{both} of {len(case.held_out)} held-out texts and {again} of {len(case.texts)} prompts"
+    said = f"{both} of {len(case.held_out)} held-out texts"
+    said = f"{said} and {again} of {len(case.texts)} prompts" if case.texts else said
     said = f"{said} are among the {len(case.training)} that the reward model learned from"
     if both:
         mend = "Its held-out accuracy says nothing: give `apportion reward` a --test_data without them."

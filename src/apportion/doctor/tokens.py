@@ -40,11 +40,16 @@ def stop_tokens(case: Case) -> Said:
 
 def turn_end(case: Case) -> int | None:
     """Return the special token that the chat template writes after a response, or None where it writes none."""
+    from jinja2 import TemplateError
+
     if not case.conversations or not case.tokenizer.chat_template:
         return None
     said = "RESPONSE"
     turns = [*case.conversations[0], {"role": "assistant", "content": said}]
-    text = case.tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        text = case.tokenizer.apply_chat_template(turns, tokenize=False)
+    except (ValueError, TemplateError):  # a template without answers says nothing of how they end
+        return None
     after = case.tokenizer(text[text.rindex(said) + len(said) :], add_special_tokens=False)["input_ids"]
     special = {i for i, token in case.tokenizer.added_tokens_decoder.items() if token.special}
     return next((i for i in after if i in special | set(case.tokenizer.all_special_ids)), None)
