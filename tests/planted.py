@@ -133,11 +133,11 @@ def nan_pad(weights: dict[str, torch.Tensor]) -> None:
     weights["model.embed_tokens.weight"][0] = torch.nan
 
 
-def more_words(world: Path, folder: Path) -> Path:
-    """Return a policy with a tokenizer that has a word more than it has embeddings."""
+def longer() -> Any:
+    """Return a tokenizer that has a word more than the policy has embeddings."""
     made = tiny.tokenizer()
     made.add_tokens(["hello"])
-    return tokenizer_of(policy(world, folder / "policy"), made)
+    return made
 
 
 class Planted(NamedTuple):
@@ -226,7 +226,8 @@ PLANTED: dict[str, Planted] = {
         "end of text", "fail", ("generation stops at [7]", "Set eos_token"),
     ),
     "fewer embeddings than tokens": Planted(
-        lambda w, f: {"policy": more_words(w, f)}, "vocabulary", "fail", ("up to 400, 400 embeddings", "resize_token")
+        lambda w, f: {"policy": tokenizer_of(policy(w, f / "m"), longer())}, "vocabulary", "fail",
+        ("up to 400, 400 embeddings", "resize_token"),
     ),
     "reward model pads with a word": Planted(
         lambda w, f: {"reward_model": settings_of(judge(w, f / "judge"), pad_token_id=2)}, "reward tokenizer", "fail",
