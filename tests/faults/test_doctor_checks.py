@@ -10,10 +10,11 @@ from typing import Any
 import planted
 import pytest
 import tiny_runs
+import torch
 import yaml
 
-from apportion.doctor import Case, policy
-from apportion.models.load import load_tokenizer
+from apportion.doctor import Case, machine, policy
+from apportion.models.load import load_settings, load_tokenizer
 from apportion.stages import checkup_reward
 from apportion.stages.checkup import CHECKS, OWN, quick
 
@@ -85,11 +86,11 @@ def test_adapters_that_do_something_are_no_reference(good: Path) -> None:
 def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Path) -> None:
     flags = tiny_runs.flags(good, labels=good / "reviews.csv", reward_model=good / "reward")
     done = model_command("doctor", *flags)
-    assert done.code == 0 and done.err == ""
+    assert done.code == 2 and done.err == ""
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.out.splitlines() if "│" in line}
     assert list(rows) == [one.name for one in CHECKS]
-    assert rows["order of scores"] in ("ok", "warn", "fail") and rows["reward data"] == "skip"
-    assert "\nwarn reward head: Make sure that this is a trained reward model" in done.out
+    assert rows["reward head"] == "ok" and rows["order of scores"] == "fail" and rows["reward data"] == "skip"
+    assert "\nfail order of scores: Its labels are the other way round" in done.out
     assert done.out.rstrip().endswith("skip")
 
 
@@ -134,6 +135,15 @@ def test_rl_asks_the_quick_questions_itself(model_command: Command, good: Path, 
     assert f"warning: {check}: " in done.err
     told = json.loads((tmp_path / "run" / "status.json").read_text())["doctor"]
     assert [one["name"] for one in told] == [check] and told[0]["mend"] in done.err
+
+
+def test_counting_the_weights_of_a_hub_model_draws_no_random_number(good: Path) -> None:
+    """A run's adapters are drawn after its check-up: a seed must give what it gave without."""
+    settings = load_settings("policy", str(good / "policy"))
+    before = torch.get_rng_state()
+    counted = machine.weights_of(Case(None, policy_folder="nobody/model", policy_settings=settings), "policy")
+    stored = machine.weights_of(Case(None, policy_folder=str(good / "policy"), policy_settings=settings), "policy")
+    assert counted == stored > 10_000 and torch.equal(torch.get_rng_state(), before)
 
 
 def test_memory_is_an_estimate_that_stops_no_run(good: Path) -> None:

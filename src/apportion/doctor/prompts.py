@@ -94,7 +94,9 @@ def chat_template(case: Case) -> Said:
     if any(a == p or not a.startswith(p) for a, p in zip(asking, plain, strict=True)):
         mend = "Let it write the head of the assistant's turn where add_generation_prompt is true."
         return fail("the chat template writes no generation prompt", mend)
-    torn = sorted({mark for text in asking for mark in MARKER.findall(text) if not is_token(tokenizer, mark)})
+    blank = [[{**turn, "content": "x"} for turn in one] for one in turns]  # markers of the template alone
+    marks = {mark for text in rendered(tokenizer, blank, True) for mark in MARKER.findall(text)}
+    torn = sorted(mark for mark in marks if not is_token(tokenizer, mark))
     if torn:
         mend = "Add them to the tokenizer as special tokens, or use the template that the policy was trained with."
         return fail(f"markers of the chat template that are no tokens: {', '.join(torn)}", mend)

@@ -77,7 +77,9 @@ def head(case: Case) -> Said:
     error = 4 * drawn / math.sqrt(2 * max(1, weight.numel()))
     if case.reward.sd is None and drawn and abs(spread - drawn) < error:
         said = f"{said}, as a new one is drawn (initializer_range {drawn:g})"
-        return warn(said, "Make sure that this is a trained reward model, not a base model with a new head.")
+        if case.labelled:  # the order of its scores will tell
+            return ok(said)
+        return warn(said, "Make sure that it was trained: give labelled texts with --labels, and its order will tell.")
     return ok(said)
 
 
