@@ -133,6 +133,24 @@ def nan_pad(weights: dict[str, torch.Tensor]) -> None:
     weights["model.embed_tokens.weight"][0] = torch.nan
 
 
+def used_to_begin(folder: Path) -> Path:
+    """Return a policy that has learned four sentences after `<s>`, and noise without it; its tokenizer writes none."""
+    made = tiny.tokenizer()
+    made.add_special_tokens({"bos_token": "<unk>"})
+    model = AutoModelForCausalLM.from_config(tiny.config(0))
+    rows = [made(text)["input_ids"][:24] for text in tiny.TEXTS]
+    after = torch.tensor([[2, *row] for row in rows])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        noise = torch.randint(3, 400, after.shape)
+        plain = model(after[:, 1:], labels=noise[:, 1:]).loss
+        (model(after, labels=after).loss + plain).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return tokenizer_of(folder, made)
+
+
 def longer() -> Any:
     """Return a tokenizer that has a word more than the policy has embeddings."""
     made = tiny.tokenizer()
@@ -268,6 +286,10 @@ PLANTED: dict[str, Planted] = {
     ),
     "no response ends": Planted(
         lambda w, f: {"sampling.stop": "eos"}, "responses", "warn", ("0 end with EOS", "sampling.stop length"), False
+    ),
+    "beginning that the tokenizer lost": Planted(
+        lambda w, f: {"policy": used_to_begin(f / "m"), **texts(f, [text[:40] for text in tiny.TEXTS])},
+        "likely beginning", "warn", ("after BOS", "add_bos_token"), False,
     ),
     "sampler that is not the trainer": Planted(
         lambda w, f: {"policy": long_rope(f / "m")}, "sampler and trainer", "fail", ("nats a token", "--dtype"), False

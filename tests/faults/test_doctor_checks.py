@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,10 @@ def test_a_good_run_passes_wholly(model_command: Command, good: Path, tmp_path: 
     other = planted.rows(tmp_path / "other.jsonl", ["A new story", "Some other beginning"])
     flags = planted.flags(good, eval_prompts=other)
     found = findings(model_command("doctor", *flags, "--json"))
-    assert {name: one for name, one in found.items() if one["level"] != "ok"}.keys() == {"chat template"}, found
+    assert {name: one for name, one in found.items() if one["level"] != "ok"}.keys() == {
+        "chat template",
+        "likely beginning",
+    }
     assert list(found) == [one.name for one in CHECKS]
 
 
@@ -83,15 +87,17 @@ def test_adapters_that_do_something_are_no_reference(good: Path) -> None:
     assert level == "fail" and "without its adapters" in found and "merged weights" in mend
 
 
-def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Path) -> None:
-    flags = tiny_runs.flags(good, labels=good / "reviews.csv", reward_model=good / "reward")
+def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Path, tmp_path: Path) -> None:
+    with (good / "reviews.csv").open(newline="") as file:
+        rows = [(row["text"], 1 - int(row["label"])) for row in csv.DictReader(file)]
+    flags = planted.flags(good, labels=labelled(tmp_path / "turned.csv", rows), reward_model=good / "judge" / "final")
     done = model_command("doctor", *flags)
     assert done.code == 2 and done.err == ""
-    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.out.splitlines() if "│" in line}
-    assert list(rows) == [one.name for one in CHECKS]
-    assert rows["reward head"] == "ok" and rows["order of scores"] == "fail" and rows["reward data"] == "skip"
+    levels = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.out.splitlines() if "│" in line}
+    assert list(levels) == [one.name for one in CHECKS]
+    assert [name for name, level in levels.items() if level == "fail"] == ["order of scores"]
     assert "\nfail order of scores: Its labels are the other way round" in done.out
-    assert done.out.rstrip().endswith("skip")
+    assert done.out.rstrip().endswith(", 1 fail, 3 skip")
 
 
 @pytest.mark.parametrize(

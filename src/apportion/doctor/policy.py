@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from apportion.doctor.case import Case
-from apportion.doctor.findings import fail, graded, ok, warn
-from apportion.doctor.probes import LOGPROB, SHOWN, TOKENS, alone, difference, made_up, widened
+from apportion.doctor.findings import fail, graded, ok, skip, warn
+from apportion.doctor.probes import BEGUN, LOGPROB, SHOWN, TOKENS, alone, difference, given, made_up, widened
 from apportion.models.policy import load_policy
 from apportion.sampling import sample
 from apportion.types import Rollouts
@@ -78,6 +78,29 @@ def ends(case: Case) -> Said:
 def shown(case: Case) -> list[list[int]]:
     """Return a few prompts of every length, so that they need padding."""
     return [list(row) for row in sorted(case.rows, key=len)[:: max(1, len(case.rows) // SHOWN)][:SHOWN]]
+
+
+@torch.no_grad()
+def begins(case: Case) -> Said:
+    """Prompts without the beginning-of-text token are no less likely than with it."""
+    bos, rows = case.policy.tokenizer.bos_token_id, [row for row in shown(case) if len(row) > 2]
+    if bos is None or not rows:
+        return skip("the tokenizer has no BOS token" if bos is None else "prompts are shorter than 3 tokens")
+    if all(row[0] == bos for row in rows):
+        return ok(f"{len(rows)} of {len(rows)} prompts begin with it")
+    without, begun = (surprise(case, rows, before) for before in ([], [bos]))
+    said = f"{without:.3g} nats a token as they are, {begun:.3g} after BOS"
+    mend = "The policy learned its texts after BOS: let its tokenizer write one (add_bos_token), or the template."
+    return warn(said, mend) if without - begun > BEGUN else ok(said)
+
+
+def surprise(case: Case, rows: list[list[int]], before: list[int]) -> float:
+    """Return the mean −log p of the prompts' own tokens after their first, with the ids `before` in front, nats."""
+    banned = torch.tensor([case.policy.tokenizer.pad_token_id, *case.policy.banned])
+    batch = given([[*before, row[0]] for row in rows], [row[1:] for row in rows], case.policy)
+    counted = batch.mask & ~torch.isin(batch.response_ids, banned.to(batch.mask.device))
+    batch = replace(batch, mask=counted, valid=batch.mask)
+    return -float(case.policy.forward(batch, values=False).logprobs[counted].mean())
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from apportion.types import Rollouts
 
 SHOWN = 8  # prompts that are sampled on
 TOKENS = 64  # most new tokens of each
+BEGUN = 0.5  # nats a token that a beginning-of-text token may win
 # (ok up to, fail beyond) by the dtype that computes: mean |Δ log p| in nats a token, and |Δ score| in its sd
 LOGPROB = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.05, 0.25), torch.float16: (0.01, 0.1)}
 SCORE = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.1, 0.5), torch.float16: (0.02, 0.2)}
@@ -47,17 +48,24 @@ def alone(rollouts: Rollouts, row: int) -> Rollouts:
 
 def made_up(prompts: Sequence[Sequence[int]], policy: Policy) -> Rollouts:
     """Return rollouts whose responses, of 2 to 9 tokens, are drawn evenly from the ids that the policy may write."""
-    pad_id, device = policy.tokenizer.pad_token_id, policy.device
     generator = torch.Generator().manual_seed(0)
-    allowed = torch.tensor([i for i in range(len(policy.tokenizer)) if i not in {*policy.banned, pad_id}])
-    ids, seen = left_pad(prompts, pad_id)
-    lengths = torch.tensor([2 + i % 8 for i in range(len(prompts))])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    drawn = allowed[torch.randint(len(allowed), mask.shape, generator=generator)].masked_fill(~mask, pad_id)
+    unwritten = {*policy.banned, policy.tokenizer.pad_token_id}
+    allowed = torch.tensor([i for i in range(len(policy.tokenizer)) if i not in unwritten])
+    drawn = [allowed[torch.randint(len(allowed), (2 + i % 8,), generator=generator)] for i in range(len(prompts))]
+    return given(prompts, [row.tolist() for row in drawn], policy)
+
+
+def given(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], policy: Policy) -> Rollouts:
+    """Return rollouts of these ids, none of them sampled: their log-probabilities are 0."""
+    fill, device = policy.tokenizer.pad_token_id, policy.device
+    ids, seen = left_pad(prompts, fill)
+    width = max(map(len, responses))
+    after = torch.tensor([[*row, *[fill] * (width - len(row))] for row in responses], dtype=torch.int64)
+    mask = torch.arange(width) < torch.tensor([[len(row)] for row in responses])
     return Rollouts(
         prompt_ids=ids.to(device),
         prompt_mask=seen.to(device),
-        response_ids=drawn.to(device),
+        response_ids=after.to(device),
         mask=mask.to(device),
         logprobs=torch.zeros(mask.shape, device=device),
         group=torch.arange(len(prompts), device=device),

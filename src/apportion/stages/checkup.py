@@ -121,6 +121,7 @@ CHECKS: tuple[Check, ...] = (
     check("reward head", reward.head, "reward tokenizer", "processor", loads=True),
     check("reward numbers", reward.finite, "reward head", loads=True),
     check("responses", policy.ends, "policy weights", "method", "prompts", "end of text", loads=True),
+    check("likely beginning", policy.begins, "policy weights", "prompts", loads=True),
     check("sampler and trainer", policy.sampler_gap, "responses", loads=True),
     check("policy padding", policy.padding, "policy weights", "prompts", loads=True),
     check("reference", policy.reference, "policy weights", "prompts", loads=True),
