@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign_models
 import planted
 import pytest
 import tiny_runs
@@ -26,6 +27,11 @@ NEVER_PLANTED = {"reference"}  # no setting moves it: its test below stirs the a
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return planted.good(tmp_path_factory.mktemp("good"))
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return foreign_models.world(tmp_path_factory.mktemp("foreign"))
 
 
 def findings(done: Any) -> dict[str, dict[str, str]]:
@@ -67,6 +73,16 @@ def test_a_good_run_passes_wholly(model_command: Command, good: Path, tmp_path: 
         "likely beginning",
     }
     assert list(found) == [one.name for one in CHECKS]
+
+
+@pytest.mark.parametrize("name", ["encoder", "other", "trimming", "chat"])
+def test_reward_models_with_tokenizers_of_their_own_pass(model_command: Command, foreign: Path, name: str) -> None:
+    found = findings(model_command("doctor", *tiny_runs.flags(foreign, reward_model=foreign / name), "--json"))
+    assert not [one for one in found.values() if one["level"] == "fail"], found
+    assert "it reads text" in found["reward tokenizer"]["found"]
+    for check in ("reward padding", "attention row", "scores"):
+        assert found[check]["level"] == "ok", found[check]
+    assert ("left" in found["reward padding"]["found"]) == (name != "encoder")  # encoders are padded on the right
 
 
 def test_a_good_run_on_conversations_that_end_passes(model_command: Command, good: Path, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ class Case:
         labelled: (text, label) rows to test the order of scores on; the held-out ones unless others are given.
         policy, reward: the models (`models.policy.Policy`, `models.reward.RewardModel`).
         rollouts: a few responses of the policy, unscored.
+        notes: what one check leaves for another: the method's "needs", the prompts' "conversations", why the reward
+            model's "reward_data" cannot be read.
     """
 
     config: Any

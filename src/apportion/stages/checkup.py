@@ -70,7 +70,7 @@ def read_learned(case: Case) -> None:
     """Put the data of the reward model's run folder into the case, where it lies in one and its data can be read."""
     file = Path(case.reward_folder).parent / "config.yaml"
     stored = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if not isinstance(stored, dict) or "clips" not in stored or case.config.reward_model in BUILTIN_DATA:
+    if not isinstance(stored, dict) or "clips" not in stored:  # of another stage, or no run of ours
         return
     sections: dict[str, Any] = {"lora": LoraConfig, "optim": OptimConfig}
     known = RewardConfig.__dataclass_fields__
