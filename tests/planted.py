@@ -216,17 +216,17 @@ PLANTED: dict[str, Planted] = {
     "missing beginning": Planted(
         lambda w, f: {"policy": with_begin(w, f, TURNS.replace("{END}", "<eos>") + ASKS),
                       **texts(f, [[turn] for turn in CHAT])},
-        "beginning of text", "fail", ("begins 0 of 4 prompts", "{{ bos_token }}"),
+        "beginning of text", "warn", ("begins 0 of 4 prompts", "{{ bos_token }}"),
     ),
     "no chat template": Planted(
         lambda w, f: conversations(w, f, None), "prompts", "fail", ("chat_template", "Give prompts as text")
     ),
     "no generation prompt": Planted(
-        lambda w, f: conversations(w, f, TURNS.replace("{END}", "<eos>")), "chat template", "fail",
+        lambda w, f: conversations(w, f, TURNS.replace("{END}", "<eos>")), "chat template", "warn",
         ("no generation prompt", "add_generation_prompt"),
     ),
     "markers that are no tokens": Planted(
-        lambda w, f: conversations(w, f, TURNS.replace("{END}", "<|end|>") + ASKS), "chat template", "fail",
+        lambda w, f: conversations(w, f, TURNS.replace("{END}", "<|end|>") + ASKS), "chat template", "warn",
         ("<|end|>", "special tokens"),
     ),
     "markers inside a message": Planted(
@@ -236,7 +236,7 @@ PLANTED: dict[str, Planted] = {
     ),
     "turns end otherwise": Planted(
         lambda w, f: conversations(w, f, TURNS.replace("{END}", "<unk>") + ASKS, **{"sampling.stop": "eos"}),
-        "end of text", "fail", ("ends a turn with '<unk>' (2)", "Set eos_token"),
+        "end of text", "warn", ("ends a turn with '<unk>' (2)", "Set eos_token"),
     ),
     "generation stops elsewhere": Planted(
         lambda w, f: {"policy": settings_of(policy(w, f / "m"), "generation_config.json", eos_token_id=7),

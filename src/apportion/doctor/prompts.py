@@ -93,13 +93,13 @@ def chat_template(case: Case) -> Said:
     asking, plain = rendered(tokenizer, turns, True), rendered(tokenizer, turns, False)
     if any(a == p or not a.startswith(p) for a, p in zip(asking, plain, strict=True)):
         mend = "Let it write the head of the assistant's turn where add_generation_prompt is true."
-        return fail("the chat template writes no generation prompt", mend)
+        return warn("the chat template writes no generation prompt", mend)
     blank = [[{**turn, "content": "x"} for turn in one] for one in turns]  # markers of the template alone
     marks = {mark for text in rendered(tokenizer, blank, True) for mark in MARKER.findall(text)}
     torn = sorted(mark for mark in marks if not is_token(tokenizer, mark))
     if torn:
         mend = "Add them to the tokenizer as special tokens, or use the template that the policy was trained with."
-        return fail(f"markers of the chat template that are no tokens: {', '.join(torn)}", mend)
+        return warn(f"markers of the chat template that are no tokens: {', '.join(torn)}", mend)
     return round_trip(tokenizer, turns, asking)
 
 

@@ -32,10 +32,10 @@ def stop_tokens(case: Case) -> Said:
     mend = "Set eos_token in the policy's tokenizer_config.json to the token that ends its texts."
     if ends is not None and ends != eos:
         said = f"{said}; the chat template ends a turn with {tokenizer.convert_ids_to_tokens(ends)!r} ({ends})"
-        return (fail if stop == "eos" else warn)(said, mend)
     if case.stops and eos not in case.stops:
         return (fail if stop == "eos" else warn)(said, mend)
-    return ok(said)
+    # a base model may well end with its EOS what the template would end otherwise
+    return ok(said) if ends in (None, eos) else warn(said, mend)
 
 
 def turn_end(case: Case) -> int | None:
@@ -69,7 +69,7 @@ def beginning(case: Case) -> Said:
         return fail(said, "Take it out of the texts, or out of the chat template: the tokenizer writes one already.")
     if writes and begun < len(rows):
         mend = "Let the chat template begin with {{ bos_token }}: the tokenizer begins every plain text with it."
-        return fail(said, mend)
+        return warn(said, mend)
     if begun not in (0, len(rows)):
         return warn(said, "Begin every prompt with it, or none.")
     asked = tokenizer.init_kwargs.get("add_bos_token")
