@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apportion.algorithms import Method
 from apportion.config import OptimConfig
+from apportion.doctor import Finding
 from apportion.evidence import Models
 from apportion.guard_settings import GuardsConfig
 from apportion.stages.guards import Guards
@@ -28,6 +29,7 @@ class Learner:
         compare: credits whose rewards are logged beside the one that is trained.
         once: each rollout is learned from once, in one step: the update says what the policy said before it.
         clock: seconds of the current batch by phase. guards: what watches over the run.
+        findings: what the check-up before the models were loaded warned of.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class Learner:
         compare: Mapping[str, Credit],
         once: bool = False,
         guards: GuardsConfig | None = None,
+        findings: Sequence[Finding] = (),
     ) -> None:
         self.models, self.method, self.prompts = models, method, prompts
         self.needs, self.generator, self.compare, self.once = needs, generator, compare, once
+        self.findings = findings
         self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}

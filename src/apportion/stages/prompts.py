@@ -31,12 +31,7 @@ def tokenize(
     Raises:
         DataError: a prompt is empty, or longer than the limit or the model's context allows; it names the row.
     """
-    rows = [_ids(text, tokenizer, sampling) for text in texts]
-    if sampling.prompt_tokens is not None:
-        low, high = sampling.prompt_tokens
-        generator = torch.Generator().manual_seed(seed)
-        cuts = torch.randint(low, high + 1, (len(rows),), generator=generator).tolist()
-        rows = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+    rows = encoded(texts, tokenizer, sampling, seed)
     limit = min(sampling.max_prompt_tokens, context - sampling.max_new_tokens)
     if limit < 1:
         expected = f"less than the policy's context of {context} tokens"
@@ -48,6 +43,17 @@ def tokenize(
             mend = "Shorten it, or set sampling.prompt_tokens to keep only its beginning."
             raise DataError(message(f"prompt {number + 1}", came, expected, mend))
     return rows
+
+
+def encoded(texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int) -> list[list[int]]:
+    """Return prompts as `tokenize` does, of whatever length they are."""
+    rows = [_ids(text, tokenizer, sampling) for text in texts]
+    if sampling.prompt_tokens is None:
+        return rows
+    low, high = sampling.prompt_tokens
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randint(low, high + 1, (len(rows),), generator=generator).tolist()
+    return [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
 
 
 def conversations(

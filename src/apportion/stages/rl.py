@@ -31,6 +31,7 @@ from apportion.scoring import ALWAYS, score
 from apportion.segments import check as check_segments
 from apportion.stages import randomness
 from apportion.stages.bad_rows import leaving_out
+from apportion.stages.checkup import quick
 from apportion.stages.guards import Scene, check_rows, drop_unknown
 from apportion.stages.keeper import keeping
 from apportion.stages.learner import Learner
@@ -45,13 +46,20 @@ from apportion.types import Rollouts
 Tell = Callable[[int, dict[str, float]], None]
 
 
-def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, metrics: None) -> Run:
+def train(
+    config: RLConfig,
+    *,
+    fresh: bool = False,
+    tell: Tell = lambda step, metrics: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Run:
     """Train a policy as `config` says and return its finished run folder; an interrupted run goes on where it was.
 
     Under `accelerate launch` or `torchrun` the processes share the work, and the main one writes the folder.
 
     Args:
         tell: called with the step and its metrics, for a progress bar.
+        warn: called with a line for each thing that may not be meant (`stages.checkup.quick`).
 
     Raises:
         ConfigError, ModelError, DataError, ScoreError, DiskError: each names what to mend.
@@ -67,6 +75,7 @@ def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, me
         with parallel.together():
             learner = make_learner(config, method)
             learner.guards.run = run
+            note_findings(run, learner, warn)
         start = keeper.resume(learner)
         parallel.broadcast(learner.models.policy.trainable())
         for step, rollouts in experience(learner, config, start):
@@ -231,6 +240,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     stream = PromptStream(texts, tokenizer, config, context_of(folder))
+    findings = quick(config, folder, tokenizer, texts, stream.rows)
     reads = PolicyText(tokenizer, stream.conversations)
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
@@ -246,7 +256,15 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     users = Users(config.guards.timeout)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores, users=users)
     once = learned_once(config, needs)
-    return Learner(models, method, stream, needs, generator, config.optim, compare, once, config.guards)
+    return Learner(models, method, stream, needs, generator, config.optim, compare, once, config.guards, findings)
+
+
+def note_findings(run: Run, learner: Learner, warn: Callable[[str], None]) -> None:
+    """Write what the run's own check-up warned of into status.json, and say it."""
+    if learner.findings:
+        run.know(doctor=[{"name": one.name, "found": one.found, "mend": one.mend} for one in learner.findings])
+    for one in learner.findings:
+        warn(f"warning: {one.name}: {one.found}. {one.mend}")
 
 
 def learned_once(config: RLConfig, needs: frozenset[str]) -> bool:
