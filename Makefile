@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2# processes of `make test`, one core each
 STAMP := .venv/.installed
 
-.PHONY: demo test test-long check clean
+.PHONY: demo test test-long check licences audit clean
 
 demo: $(STAMP)
 	$(BIN)/apportion demo
@@ -21,6 +21,16 @@ check: $(STAMP)-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/size_budget.py
+	$(BIN)/python tools/licences.py --check
+
+licences: $(STAMP)-dev
+	$(BIN)/python tools/licences.py
+
+# Asks the vulnerability service for every locked version; --strict, since a package that it does not know is no answer.
+audit:
+	test -x .venv/audit/bin/pip-audit || $(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock -r requirements-dev.lock
 
 $(STAMP): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -14,9 +14,11 @@ import tiny_runs
 import torch
 
 from apportion import parallel
+from apportion.errors import GuardError
 from apportion.masking import masked_mean, whiten
 from apportion.stages import rl
 from apportion.stages.methods import build_method
+from apportion.stages.skips import Skips
 
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
 ENDING = {"sampling.stop": "eos", "sampling.max_new_tokens": 7}
@@ -72,12 +74,27 @@ def reductions() -> dict[str, torch.Tensor]:
     return {"white": parallel.gather_rows(white), "mean": mean, "ragged": ragged, "mask": told}
 
 
+def skips() -> dict[str, Any]:
+    """Return what this process is told of four updates: a loss that is not finite in the last process alone, a
+    gradient that is not, a good one, and a fault of both kinds that is one too many."""
+    plain, bad, rows = torch.tensor(1.0), torch.tensor(torch.nan), torch.tensor([0, 1])
+    mine = bad if parallel.rank() == parallel.world() - 1 else plain
+    counted = Skips(most=2)
+    told = [counted.allow(mine, plain, rows), counted.allow(plain, plain, rows), counted.allow(plain, bad, rows)]
+    error = ""
+    try:
+        counted.allow(mine, bad, rows)
+    except GuardError as caught:
+        error = str(caught)
+    return {"told": told, "total": counted.total, "error": error}
+
+
 def run() -> None:
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
     found: dict[str, Any] = {case: trace(world, out / case, case) for case in CASES}
-    found |= {"reductions": reductions(), "main": parallel.from_main(parallel.rank())}
+    found |= {"skips": skips(), "reductions": reductions(), "main": parallel.from_main(parallel.rank())}
     torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
     parallel.stop()
 

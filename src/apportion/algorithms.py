@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from apportion import advantages, credit, losses, refusals, registry, segments
+from apportion.credit.checked import checked
 from apportion.errors import ConfigError, message, unknown_name
 from apportion.types import Credit, Estimator, PolicyLoss, Segmenter
 
@@ -178,7 +179,7 @@ def build(
         for field, spec in zip(FIELDS, given, strict=True)
     }
     refusals.refuse_repeated([name for name, _ in parts["credit"]])
-    credits = {name: credit.make(name, kwargs) for name, kwargs in parts["credit"]}
+    credits = {name: checked(name, credit.make(name, kwargs)) for name, kwargs in parts["credit"]}
     refusals.refuse_credits(credits)
     method = Method(
         credit.chain(*credits.values()),

@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
     "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
     "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),
-    "doctor": ("doctor", "show the cores a run would use, or check a credit method of your own"),
+    "doctor": ("doctor", "check a run before it starts, or a credit method of your own; show the cores"),
     "bench": ("bench", "measure speed and memory beside a released package, at the same work"),
     "report": ("report", "draw run folders on one page that works offline"),
     "algorithms": ("algorithms", "list algorithms, credit methods, segments, estimators and losses"),

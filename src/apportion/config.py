@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from apportion.errors import ConfigError, message
+from apportion.guard_settings import GuardsConfig
 from apportion.ranges import CHOICES, NAMES, RANGES
 
 Spec = Any  # a method: a name, {name: {key: value}}, or a list of these
@@ -139,6 +140,8 @@ class RewardConfig:
         model: start: `smollm2`, a folder, or a hub id.
         data: `imdb`, a CSV/JSONL/Parquet file or folder with columns text and label, or a hub id.
         test_data: held-out data of the same form; null holds out a fixed part of `data` by hash.
+        skip_bad_rows: leave rows out that cannot be used, count them and write them to bad_rows.jsonl; off, the first
+            of them is an error.
         output: run folder.
         clips: training clips, each cut at random from a text.
         clip_tokens: shortest and longest clip, tokens.
@@ -161,6 +164,7 @@ class RewardConfig:
     model: str = "smollm2"
     data: str = "imdb"
     test_data: str | None = None
+    skip_bad_rows: bool = False
     output: str = "runs/reward"
     clips: int = 10000
     clip_tokens: list[int] = field(default_factory=lambda: [8, 64])
@@ -188,6 +192,8 @@ class RLConfig:
         policy: start and reference: `smollm2`, a folder, or a hub id.
         reward_model: any sequence classifier with 1 or 2 labels: a folder or a hub id.
         prompts: `imdb`, a file or folder with a column prompt or text, or a hub id.
+        skip_bad_rows: leave rows out that cannot be used, count them and write them to bad_rows.jsonl; off, the first
+            of them is an error.
         output: run folder.
         algorithm: a named combination (`apportion algorithms` lists them).
         credit: replaces the algorithm's credit: a name, {name: {key: value}}, or a list (the whole chain).
@@ -211,6 +217,7 @@ class RLConfig:
     policy: str = "smollm2"
     reward_model: str = ""
     prompts: str = "imdb"
+    skip_bad_rows: bool = False
     output: str = "runs/rl"
     algorithm: str = "abc"
     credit: Spec = None
@@ -234,6 +241,7 @@ class RLConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
 
 
 @dataclass
@@ -243,6 +251,8 @@ class EvaluateConfig:
     Attributes:
         run: the folder of a finished `apportion rl` run.
         prompts: `imdb` (reviews that no stage was trained on), a file or folder, or a hub id.
+        skip_bad_rows: leave rows out that cannot be used, count them and write them to evaluate_bad_rows.jsonl; off,
+            the first of them is an error.
         count: prompts to sample on, the first ones.
         judge: also ask a judge that never saw the reward model's data (TF-IDF and logistic regression on IMDb).
         seed: random seed; the start and the policy are sampled with the same one.
@@ -253,6 +263,7 @@ class EvaluateConfig:
 
     run: str = "runs/rl"
     prompts: str = "imdb"
+    skip_bad_rows: bool = False
     count: int = 128
     judge: bool = True
     seed: int = 1
@@ -269,6 +280,8 @@ class DiagnoseConfig:
         policy: the policy as it is now: `smollm2`, a folder, or a hub id.
         reward_model: any sequence classifier with 1 or 2 labels: a folder or a hub id.
         prompts: `imdb`, a file or folder with a column prompt or text, or a hub id.
+        skip_bad_rows: leave rows out that cannot be used, count them and write them to bad_rows.jsonl; off, the first
+            of them is an error.
         output: run folder.
         methods: credits (a name or {name: {key: value}}) and named algorithms to compare.
         count: prompts, the units over which intervals are taken.
@@ -287,6 +300,7 @@ class DiagnoseConfig:
     policy: str = "smollm2"
     reward_model: str = ""
     prompts: str = "imdb"
+    skip_bad_rows: bool = False
     output: str = "runs/diagnose"
     methods: list[Any] = field(default_factory=lambda: ["sparse", "uniform", "attention", "prefix_difference"])
     count: int = 128
@@ -319,9 +333,9 @@ class DemoConfig:
     """
 
     output: str = "runs/demo"
-    steps: int = 40
+    steps: int = 36
     credit: Spec = "attention"
-    clips: int = 10000
+    clips: int = 8000
     count: int = 128
     lr: float = 4e-4
     seed: int = 0

@@ -26,6 +26,14 @@ class ScoreError(ApportionError, ValueError):
     """A reward model returned something that is not a score; it is never turned into a number."""
 
 
+class UserCodeError(ApportionError, RuntimeError):
+    """A function of the user's raised, or did not return in time; the run folder holds its traceback."""
+
+
+class GuardError(ApportionError, ArithmeticError):
+    """A guard stopped the run: updates that are not finite, or a watch that was told to stop."""
+
+
 class DiskError(ApportionError, OSError):
     """A run folder that cannot be written to."""
 

@@ -20,6 +20,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             "test_texts",
             "count",
             "keep_checkpoints",
+            "max_skipped",
         ),
         (1, _ANY, "a whole number >= 1"),
     ),
@@ -34,6 +35,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("warmup", "lam"), (0, 1, "a number in [0, 1]")),
     **dict.fromkeys(("samples", "batch"), (2, _ANY, "a whole number >= 2")),
     "width": (8, _ANY, "a whole number >= 8"),
+    "timeout": (1e-3, _ANY, "a number of seconds > 0, or null"),
     "truncation_penalty": (-_ANY, _ANY, "a finite number"),
 }
 NAMES = {  # field -> (what is expected, the mend), where more can be said than that it is a name or a path
@@ -42,7 +44,10 @@ NAMES = {  # field -> (what is expected, the mend), where more can be said than 
         "Train one with `apportion reward`, then pass --reward_model runs/reward/final.",
     ),
 }
+_ON = ("off", "warn", "stop")
 CHOICES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("negative_kl", "sampler_gap", "ratio", "value_loss"), _ON),
+    **dict.fromkeys(("kl", "entropy", "length", "reward"), (*_ON, "tighten")),
     "stop": ("length", "eos"),
     "value_model": ("shared", "separate"),
     "value_tokens": (None, "first", "all"),

@@ -29,7 +29,7 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     expected = "an importable package.module:function"
     try:
         factory = getattr(_import(module), attribute)
-    except Exception as error:  # whatever a user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(message(field, name, expected, f"Importing it said: {reason}.")) from error
     if not callable(factory):
@@ -57,7 +57,11 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
     Raises:
         ConfigError: a key the factory does not take (with suggestions), or one that it requires and did not get.
     """
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (ValueError, TypeError) as error:
+        mend = "Wrap it in a function of your own."
+        raise ConfigError(message(field, name, "a function that says what it takes", mend)) from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in kwargs:
         if key not in parameters and not takes_any:
@@ -69,7 +73,15 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
     missing = [k for k in required if k not in kwargs]
     if missing:
         raise ConfigError(message(f"{field}.{name}", dict(kwargs), f"a value for {missing[0]!r}", "Add that key."))
-    return factory(**kwargs)
+    if ":" not in name:
+        return factory(**kwargs)
+    try:
+        return factory(**kwargs)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's factory raises
+        came = f"{name}, which raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(message(field, came, "a method", "Mend the function, or its settings.")) from error
 
 
 def method(field: str, name: str, made: Any) -> Any:

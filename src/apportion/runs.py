@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from apportion import disk, parallel
+from apportion import disk, parallel, plain_yaml
 from apportion.disk import explained as explained
 from apportion.disk import need_space as need_space
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError, message
+from apportion.paths import link_outside
 
 T = TypeVar("T")
 
@@ -33,12 +34,13 @@ README = """# {name}: a run of `apportion {stage}`
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
 | diagnosis.json | what `apportion diagnose` found of each method |
 | checkpoints/ | the newest states to go on from |
+| stopped/ | the rollouts at hand when a guard or an error stopped the run |
 | final/ | the trained model in Hugging Face format |
 
 `apportion report {path}` draws it.
 """
-# settings that say where, whether and how safely, not what
-PLACES = ("output", "fresh", "config", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait")
+# settings that say where, whether and how safely, not what; a run that a guard stopped may go on under another one
+PLACES = ("output", "fresh", "config", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait", "guards")
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 NEWBORN = {".status.json.tmp", "status.json", ".config.yaml.tmp"}  # what a run killed while it was opened may leave
 TAIL = 1 << 16  # bytes before a log's end whose sum a checkpoint holds
@@ -79,11 +81,11 @@ class Run:
                 disk.recover(old.with_suffix(""))
             if not run.started:
                 run.status("running")  # first: a folder without it is nobody's
-                run._write("config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+                run._write("config.yaml", plain_yaml.dump(dict(config)))
                 run._write("README.md", README.format(name=run.path.name, stage=stage, path=output))
             if not run.finished:
                 before = run.read("status.json")
-                run.facts = {name: before[name] for name in ("threads", "checkpoint") if name in before}
+                run.facts = {name: before[name] for name in ("threads", "checkpoint", "guards") if name in before}
                 run.status("running")
         return run
 
@@ -132,6 +134,14 @@ class Run:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run and not self._newborn:
             mend = "Choose another --output, or empty it."
             raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
+        self.refuse_links()
+
+    def refuse_links(self) -> None:
+        """Raise ConfigError for a link in the folder that leads out of it: what is written there goes elsewhere."""
+        link = link_outside(self.path)
+        if link is not None:
+            mend = "Remove it; to use another disk, make the run folder itself a link."
+            raise ConfigError(message("output", f"{link}, a link to {os.readlink(link)}", "a folder without", mend))
 
     @property
     def _newborn(self) -> bool:
@@ -147,7 +157,7 @@ class Run:
             came = f"{self.path} of `apportion {stage}`"
             raise ConfigError(message("output", came, f"a folder of `apportion {self.stage}`", again))
         try:
-            before = flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+            before = flat(plain_yaml.load((self.path / "config.yaml").read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
             came = f"{self.path}/config.yaml ({' '.join(str(error).split())})"
             raise ConfigError(message("output", came, "the settings of the run in it", again)) from error
@@ -166,8 +176,10 @@ class Run:
         """Return the JSON object in file `name`, or {} when it is absent. Raises ConfigError for a damaged one."""
         path = self.path / name
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
+            found: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if not isinstance(found, dict):
+                raise ValueError(f"a {type(found).__name__}")
+        except (ValueError, RecursionError) as error:
             mend = "Choose another folder, or pass --fresh to start over in this one."
             raise ConfigError(message(str(path), str(error), "a JSON object", mend)) from error
         return found

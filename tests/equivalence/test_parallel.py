@@ -88,6 +88,13 @@ def test_reductions_and_gathering(ranks: list[dict[str, Any]]) -> None:
     assert [r["main"] for r in ranks] == [0, 0]
 
 
+def test_processes_skip_an_update_together(ranks: list[dict[str, Any]]) -> None:
+    alone = parallel_worker.skips()
+    assert alone["told"] == [False, True, False] and alone["total"] == 3
+    assert "loss of 2 updates in a row (guards.max_skipped): got nan" in alone["error"]
+    assert [rank["skips"] for rank in ranks] == [alone, alone]
+
+
 def test_accelerate_launch_writes_one_global_run(world: Path, tmp_path: Path) -> None:
     flags = tiny_runs.flags(world, tmp_path / "two", policy=world / "ending", **{"sampling.stop": "eos"})
     done = launch([*ACCELERATE, "--config_file", RECIPE, "-m", "apportion", "rl", *flags])
@@ -138,7 +145,10 @@ def test_an_error_in_one_process_ends_all_with_one_message_and_the_run_goes_on(
     assert done.returncode != 0
     assert done.stderr.count("apportion: ") == 1
     assert done.stderr.count("RuntimeError: the reward service is down") == 1
-    assert "process 1 failed" in done.stderr
+    assert "apportion: process 1: failing_rewards:rewards: got" in done.stderr
+    left = tmp_path / "two" / "stopped" / "step-2-process-1"  # each process has its own rollouts until it is scored
+    assert len(tiny_runs.read_lines(left / "rollouts.jsonl")) == 3 and f"The rollouts are in {left}." in done.stderr
+    assert "failing_rewards.py" in (left / "traceback.txt").read_text()
     status = json.loads((tmp_path / "two" / "status.json").read_text())
     assert status["status"] == "failed" and "the reward service is down" in status["error"]
     assert len(tiny_runs.read_lines(tmp_path / "two" / "metrics.jsonl")) == 1

@@ -23,6 +23,7 @@ from apportion.models.adapters import add_adapter
 from apportion.models.lean import LEAN, Gate, RMSNorm, lean
 from apportion.models.linear import FlatLinear, LowRank, parts_of, quicken
 from apportion.models.masters import MasterAdamW, join, split, to_float32, to_sixteen_bit, total_norm
+from apportion.models.packed import can_pack, packed
 from apportion.models.policy import Policy, load_policy, plain_head
 from apportion.models.prefix import shared_prompts
 from apportion.models.reward import RewardModel
@@ -229,6 +230,31 @@ def test_16_bit_adapters_are_as_near_to_float32_as_pefts() -> None:
     theirs = (low @ frozen.T + (low.float() @ down.T) @ up.T * 1.5).to(torch.bfloat16)
     assert found.dtype == torch.bfloat16
     assert (found.double() - exact).norm() < 2 * (theirs.double() - exact).norm()
+
+
+@pytest.mark.skipif(not can_pack(torch.zeros(1, dtype=torch.bfloat16)), reason="no native bfloat16 products here")
+def test_packed_frozen_weights_change_values_and_gradients_by_rounding_alone() -> None:
+    exact, low = adapted(), adapted(torch.bfloat16)
+    ids, push = torch.arange(1, 41).view(4, 10), random(4, 10, 99, seed=7)
+
+    def told(model: Any) -> list[Tensor]:
+        logits = model(ids).logits.float()
+        learned = [p for p in model.parameters() if p.requires_grad]
+        return [logits, *torch.autograd.grad(logits, learned, push)]
+
+    truth, plain = told(exact), told(low)
+    with packed(low):
+        layers = [m for m in low.modules() if type(m) is FlatLinear and m.packs is not None]
+        assert len(layers) >= 14  # all of both layers; the head of a causal model is tied to what may learn
+        found = told(low)
+    assert not any(layer.packs for layer in layers)
+    for one, usual, right in zip(found, plain, truth, strict=True):
+        assert (one - right).norm() < 1.5 * (usual - right).norm() + 1e-6
+    with torch.no_grad():  # packs are what is multiplied inside
+        with packed(low):
+            layers[0].weight.zero_()
+            assert torch.equal(low(ids).logits.float(), found[0])
+        assert not torch.equal(low(ids).logits.float(), found[0])
 
 
 # --- norms and gated units --------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from apportion.stages import randomness, reward, rl
 from apportion.stages.checkpoint import MANIFEST, PROGRESS, Damaged, check, manifest
 from apportion.stages.surroundings import repeatable
 
-FILES = (MANIFEST, PROGRESS, *(f"{name}.safetensors" for name in ("weights", "optimizer", "state", "random")))
+FILES = (MANIFEST, PROGRESS, *(f"{name}.safetensors" for name in ("weights", "optimizer", "state", "guards", "random")))
 SAME = {"weights": True, "logs": True, "rows_lost": 0, "rows_doubled": 0}
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
 HERE = Path(__file__).parent

@@ -96,7 +96,7 @@ def watch(recorder: Recorder) -> None:
         recorder.add(prompts=len(prompts), prompt_tokens=tokens, generated_tokens=int(rollouts.mask.sum()))
 
     recorder.wrap(rl, "sample", "generate", sampled)
-    recorder.wrap(rl, "score", "score")
+    recorder.wrap(rl, "score", "score", lambda rollouts, *_: recorder.scored(rollouts.evidence["raw_scores"]))
     recorder.wrap(Policy, "reference_logprobs", "reference")
     recorder.wrap(rl, "learn", "update")
     build = rl.build_method

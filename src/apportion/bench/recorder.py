@@ -105,6 +105,10 @@ class Recorder:
         for name, value in counts.items():
             self._counts[name] += int(value)
 
+    def scored(self, scores: Tensor) -> None:
+        """Note the reward model's raw scores of the current batch."""
+        self._scores += scores.detach().flatten().tolist()
+
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def batch_done(self) -> bool:
@@ -115,7 +119,8 @@ class Recorder:
         if work.warmup <= self.done < work.warmup + work.batches:
             phases = {name: self._phases.get(name, 0.0) for name in LEFT}
             phases["other"] = wall - sum(phases.values())
-            self.batches.append({"total": wall, "phases": phases, "work": dict(self._counts)})
+            score = sum(self._scores) / len(self._scores) if self._scores else None
+            self.batches.append({"total": wall, "phases": phases, "work": dict(self._counts), "score": score})
         self.done += 1
         if self.done == work.warmup + work.batches:
             self.peak = peak_memory(self._cuda)  # before anything of ours adds to it
@@ -133,6 +138,7 @@ class Recorder:
         self._phases: dict[str, float] = defaultdict(float)
         self._flop: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
+        self._scores: list[float] = []
         self._began = self._now()
 
     def _now(self) -> float:

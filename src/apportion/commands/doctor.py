@@ -1,7 +1,8 @@
-"""`apportion doctor`: what this machine gives a run, and whether a credit method of one's own keeps the contract."""
+"""`apportion doctor`: a run before it starts, a credit method of one's own, or what this machine gives a run."""
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -9,18 +10,39 @@ from rich.console import Console
 from rich.table import Table
 
 from apportion import cores
+from apportion.commands import checkup
 from apportion.commands.settings import load_value, split_flags
 from apportion.errors import ConfigError, message
 
-HELP = """usage: apportion doctor [--credit NAME [--credit.key value ...]]
+HELP = """usage: apportion doctor [--config FILE.yaml] [--name value ...] [--fast] [--json]
+       apportion doctor --credit NAME [--credit.key value ...]
+       apportion doctor
 
-Alone: show the cores of this machine that a run would use. With --credit: check a credit method against the contract
-that every one must keep, and show the smallest batch on which it does not.
+With the settings of a run, from a file and flags as `apportion rl` takes them: check them, the prompts, both tokenizers
+and both models, and say what is wrong and how to mend it. Each line of the table is one question:
 
-  --credit   package.module:function of yours, or a built-in name; `--credit.key value` are its settings
+  ok    it is as it should be; the number says how it was told
+  warn  it may be meant; look at it
+  fail  the run would stop, or learn something else than meant
+  skip  the question does not arise, or what it depends on failed
+
+With --credit alone: check a credit method against the contract that every one must keep, and show the smallest batch on
+which it does not. Without anything: show the cores of this machine that a run would use.
+
+  --fast          leave out what needs the models' weights: seconds instead of a minute (rl)
+  --json          print one object {passed, counts, findings: [{name, level, found, mend}]} instead of a table
+  --eval_prompts  prompts that the policy will be evaluated on: they may not be among those it learns from
+  --labels        labelled texts (columns text and label) to test the reward model's order on; for one that was trained
+                  by `apportion reward` its held-out texts are taken
+  --stage         whose settings: rl, or reward for those of `apportion reward`
+  --credit        package.module:function of yours, or a built-in name; `--credit.key value` are its settings
+
+The exit code is 0 where nothing failed and 2 where something did. `apportion rl` asks the quick questions itself.
 
 examples:
-  apportion doctor
+  apportion doctor --config recipes/imdb_abc.yaml
+  apportion doctor --config run.yaml --policy my/model --fast
+  apportion doctor --config run.yaml --json | jq '.findings[] | select(.level == "fail")'
   apportion doctor --credit my_credits:words --credit.mix 0.5
 """
 WAITING = {  # what `cores.before_torch` says -> what it means
@@ -32,10 +54,12 @@ WAITING = {  # what `cores.before_torch` says -> what it means
 
 def run(arguments: list[str]) -> int:
     """Check, print a table, and return 0 when every clause holds, else 2."""
-    flags, switches = split_flags(arguments, ["credit"])
-    if "help" in switches:
+    if any(word in ("-h", "--help") for word in arguments):
         sys.stdout.write(HELP)
         return 0
+    if any(word.startswith("--") and not re.match(r"--credit($|[.=])", word) for word in arguments):
+        return checkup.run(arguments)
+    flags, _ = split_flags(arguments, ["credit"])
     options = dict(flags)
     if not flags:
         return machine()

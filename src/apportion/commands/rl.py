@@ -54,4 +54,4 @@ def train(parsed: Parsed, label: str = "rl") -> Any:
     if not parallel.speaks():  # one bar for all processes
         return train_rl(parsed.config, fresh=parsed.fresh)
     with bar(label, parsed.config.steps, SHOWN) as progress:
-        return train_rl(parsed.config, fresh=parsed.fresh, tell=progress.tell)
+        return train_rl(parsed.config, fresh=parsed.fresh, tell=progress.tell, warn=note)

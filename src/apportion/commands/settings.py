@@ -7,13 +7,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
+from apportion import plain_yaml
 from apportion.config import check, to_dict
 from apportion.errors import ConfigError, message, unknown_name
+from apportion.paths import local_path
 from apportion.runs import flat
 
 C = TypeVar("C")
@@ -24,6 +25,7 @@ METHODS = (
     "loss",
 )  # fields whose value is a method: a name, {name: {key: value}}, a list
 SWITCHES = ("fresh", "dry_run")
+ALONE = ("skip_bad_rows",)  # settings that are true when their flag stands alone
 
 
 class Parsed(NamedTuple):
@@ -55,16 +57,41 @@ def parse(kind: type, command: str, arguments: Sequence[str], examples: str = ""
     for name, value in flags:
         if name == "config":
             _check_yaml(value, kind)
-    try:
-        namespace = parser.parse_args(values)
-    except (argparse.ArgumentError, SystemExit, ValueError) as error:
-        raise ConfigError(_explain(error)) from None
-    config = parser.instantiate(namespace)
+    config = _parsed(parser, values)
     config = kind(**{f.name: config[f.name] for f in fields(kind)})
     for name, spec in methods.items():
         setattr(config, name, merge_method(name, getattr(config, name), spec, getattr(config, "algorithm", None)))
     check(config)
+    for name in ("output", "run"):
+        local_path(getattr(config, name, "."), name, ConfigError)
     return Parsed(config, "fresh" in switches, "dry_run" in switches)
+
+
+def _parsed(parser: Any, values: list[str]) -> Any:
+    """Return jsonargparse's namespace of settings. Raises ConfigError for what it refuses."""
+    for name, value in zip(values[::2], values[1::2], strict=True):
+        try:
+            loaded = plain_yaml.load(value)
+        except plain_yaml.Excess as error:  # jsonargparse reads YAML too, without any limit
+            mend = "Write it out, and less of it."
+            raise ConfigError(message(name, f"{value[:40]}… ({error})", "a value of bounded size", mend)) from error
+        except yaml.YAMLError:  # a text that is no YAML is a text
+            continue
+        _refuse_classes(name, loaded)
+    try:
+        return parser.instantiate(parser.parse_args(values))
+    except (argparse.ArgumentError, SystemExit, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(_explain(error)) from None  # the second half: what YAML's own types raise, unguarded
+
+
+def _refuse_classes(field: str, value: Any) -> None:
+    """Raise ConfigError for a mapping from which jsonargparse would make an object of any class: `class_path`."""
+    layer = [value]
+    while layer := [item for item in layer if isinstance(item, (Mapping, list))]:
+        if any(isinstance(item, Mapping) and "class_path" in item for item in layer):
+            mend = "Name a function of yours: package.module:function."
+            raise ConfigError(message(field, "class_path", "no such key: settings make no objects", mend))
+        layer = [inner for item in layer for inner in (item.values() if isinstance(item, Mapping) else item)]
 
 
 def keys_of(kind: type, prefix: str = "") -> list[str]:
@@ -102,13 +129,24 @@ def split_flags(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[tu
             raise ConfigError(message(f"--{name}", value or "nothing", "one of its settings", sections[name]))
         base = name.split(".")[0]
         if name not in (*known, "config") and not (base in METHODS and base in known and "." in name):
-            raise ConfigError(unknown_name("flag", f"--{name}", [f"--{k}" for k in (*known, "config", *SWITCHES)]))
+            raise ConfigError(_unknown("flag", f"--{name}", [f"--{k}" for k in (*known, "config", *SWITCHES)]))
         if not equals:
-            if not rest or re.match(r"--[a-zA-Z]", rest[0]):
+            last = not rest or re.match(r"--[a-zA-Z]", rest[0])
+            if last and name in ALONE:
+                rest.insert(0, "true")
+            elif last:
                 raise ConfigError(message(f"--{name}", "nothing", "a value", f"Write --{name} VALUE."))
             value = rest.pop(0)
         flags.append((name, value))
     return flags, switches
+
+
+def _unknown(field: str, name: str, known: Sequence[str]) -> str:
+    """Return the error text for a setting that does not exist."""
+    if name.endswith("trust_remote_code"):
+        mend = "Use a model of a type that transformers knows; there is no way to switch this on."
+        return message(field, name, "no such setting: code inside a model's folder is never run", mend)
+    return unknown_name(field, name, known)
 
 
 def _sections(known: Sequence[str]) -> dict[str, str]:
@@ -134,18 +172,10 @@ def fold_methods(flags: list[tuple[str, str]], kind: type) -> tuple[dict[str, li
     return methods, others
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 5e-4 as a number, as jsonargparse does; YAML 1.1 takes it for a word."""
-
-
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
 def load_value(name: str, text: str) -> Any:
     """Return the YAML value of a flag. Raises ConfigError when it is none."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        return plain_yaml.load(text)
     except yaml.YAMLError as error:
         expected = "a number, a word or other YAML"
         raise ConfigError(message(f"--{name}", text, expected, "Close what you opened, or quote it.")) from error
@@ -192,16 +222,17 @@ def _parser(kind: type, command: str) -> Any:
 
 def _check_yaml(path: str, kind: type) -> None:
     """Raise ConfigError unless `path` is a YAML mapping whose every key is a setting; methods' own keys come later."""
-    file = Path(path).expanduser()
+    file = local_path(path, "--config", ConfigError)
     if not file.is_file():
         raise ConfigError(message("--config", path, "a YAML file", "There is no such file: check the path."))
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = plain_yaml.load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(message("--config", path, "valid YAML in UTF-8", f"It says: {reason}.")) from error
     if not isinstance(loaded, Mapping):
         raise ConfigError(message("--config", path, "a mapping of settings", "Example: `steps: 20`."))
+    _refuse_classes(f"{path}: key", loaded)
     known = keys_of(kind)
     settings = [name for name in known if name not in _sections(known)]
     for key, value in flat(loaded).items():
@@ -214,7 +245,7 @@ def _check_yaml(path: str, kind: type) -> None:
         if key in _sections(known) and value != {}:
             raise ConfigError(message(f"{path}: {key}", value, "a mapping of its settings", "Indent them under it."))
         if key not in known:
-            raise ConfigError(unknown_name(f"{path}: key", key, settings))
+            raise ConfigError(_unknown(f"{path}: key", key, settings))
 
 
 def _explain(error: BaseException) -> str:
@@ -236,4 +267,4 @@ def _explain(error: BaseException) -> str:
 
 def show(config: Any) -> str:
     """Return the resolved settings as YAML, for `--dry-run`."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return plain_yaml.dump(to_dict(config))

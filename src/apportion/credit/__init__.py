@@ -152,4 +152,9 @@ def make(name: str, kwargs: dict[str, Any]) -> Credit:
     if not isinstance(made, Credit):
         mend = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
         raise ConfigError(message("credit", f"{name}, which returned a {type(made).__name__}", "a Credit", mend))
+    named = isinstance(made.needs, frozenset) and all(isinstance(need, str) for need in made.needs)
+    if not named or not callable(made.init) or not callable(made.assign):
+        came = f"{name}, which returned Credit({made.init!r:.40}, {made.assign!r:.40}, needs={made.needs!r:.60})"
+        mend = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
+        raise ConfigError(message("credit", came, "functions init and assign, and a frozenset of names", mend))
     return made

@@ -1,16 +1,18 @@
 """Data by name, file or hub id: tables, labelled reviews, prompts, disjoint parts, and the built-in assets."""
 
 from apportion.data.assets import BUILTIN_DATA, BUILTIN_MODELS, builtin_model, builtin_table, cache_dir
+from apportion.data.bad_rows import BadRows
 from apportion.data.formats import Row
 from apportion.data.prompts import Messages, prompts
 from apportion.data.reviews import Labelled, labelled
 from apportion.data.splits import PARTS, bucket, part
-from apportion.data.tables import check_text, read_rows, require
+from apportion.data.tables import check_text, iter_rows, read_rows, require, usable
 
 __all__ = [
     "BUILTIN_DATA",
     "BUILTIN_MODELS",
     "PARTS",
+    "BadRows",
     "Labelled",
     "Messages",
     "Row",
@@ -19,9 +21,11 @@ __all__ = [
     "builtin_table",
     "cache_dir",
     "check_text",
+    "iter_rows",
     "labelled",
     "part",
     "prompts",
     "read_rows",
     "require",
+    "usable",
 ]

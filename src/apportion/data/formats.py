@@ -1,16 +1,21 @@
-"""The file formats of tables: CSV, JSON lines, JSON lists and Parquet, each row with the line it stands on."""
+"""The file formats of tables: CSV, JSON lines, JSON lists and Parquet, read a row at a time with the place of each."""
 
 from __future__ import annotations
 
 import csv
-import io
+import difflib
 import json
-import sys
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from apportion.data.lines import LONGEST, CsvFeed, Line, lines, not_utf8, opened, too_long
 from apportion.errors import DataError, message
+
+DEEPEST = 64  # values inside one another, in a JSON row
+LONGEST_LIST = 2**29  # bytes of a JSON list, which is read whole
+BATCH = 64  # rows of a Parquet file in memory at a time
 
 
 class Row(dict[str, Any]):
@@ -23,81 +28,157 @@ class Row(dict[str, Any]):
         self.where = where
 
 
-def read_csv(path: Path, field: str) -> list[Row]:
-    """Read comma-separated values with a header line.
+class Unreadable(NamedTuple):
+    """A row that cannot be read while those after it can: where it stands, why, and what there is of it."""
+
+    where: str
+    error: DataError
+    text: str
+
+
+Items = Iterator[Row | Unreadable]
+
+
+def read_csv(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
+    """Yield the rows of comma-separated values with a header line.
 
     Raises:
-        DataError: not UTF-8, a broken quotation, a repeated column, or a row with too many or too few cells.
+        DataError: a header that is not UTF-8, repeats a column or lacks one of `columns`; a broken quotation: where
+            its row ends is not certain, so that none after it is.
     """
-    # Some reviews are longer than the standard limit of 131,072 characters; a C long is the most that csv accepts.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    # strict: an unclosed quotation is an error; otherwise it would swallow the rest of the file without a word.
-    reader = csv.reader(io.StringIO(_text(path, field), newline=""), strict=True)
-    header: list[str] | None = None
-    rows: list[Row] = []
-    before = 0
-    while True:
+    # the standard limit, 131,072 characters, is less than some reviews have
+    csv.field_size_limit(LONGEST)
+    with opened(path, field) as stream:
+        feed = CsvFeed(stream, path, field)
+        # strict: an unclosed quotation is an error; otherwise it would swallow the rest of the file without a word
+        reader = csv.reader(feed, strict=True)
+        header: list[str] | None = None
+        while (record := _record(reader, feed)) is not None:
+            where, cells = record
+            if not cells:  # a blank line
+                continue
+            if header is None:
+                if feed.wrong:
+                    raise feed.wrong
+                header = cells
+                check_columns(header, where, field)
+                require_columns(header, str(path), columns, field)
+            elif feed.wrong:
+                yield Unreadable(where, feed.wrong, feed.text)
+            elif len(cells) != len(header):
+                came, expected = f"{where}: {len(cells)} cells", f"{len(header)} cells, as in the header"
+                error = DataError(message(field, came, expected, "Quote cells that contain commas."))
+                yield Unreadable(where, error, feed.text)
+            else:
+                yield Row(zip(header, cells, strict=True), where)
+
+
+def _record(reader: Any, feed: CsvFeed) -> tuple[str, list[str]] | None:
+    """Return (where, cells) of the next row, None at the end. Raises DataError for a broken quotation."""
+    feed.begin()
+    before = reader.line_num
+    try:
+        cells = next(reader, None)
+    except csv.Error as error:
+        if feed.wrong:
+            raise feed.wrong from error
+        where = _lines(feed.path, before + 1, reader.line_num)
+        mend = "Close the quotation, and double the quotation marks inside it."
+        raise DataError(message(feed.field, f"{where}: {error}", "comma-separated values", mend)) from error
+    return None if cells is None else (_lines(feed.path, before + 1, reader.line_num), cells)
+
+
+def read_json(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
+    """Yield one JSON object a line; a `.json` file may also be one list of objects, which is read whole.
+
+    Raises:
+        DataError: a list that does not parse.
+    """
+    with opened(path, field) as stream:
+        if path.suffix.lower() == ".json" and stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":  # type: ignore[attr-defined]
+            yield from _list(stream.read(LONGEST_LIST + 1), path, field)
+            return
+        for line in lines(stream):
+            where = f"{path}, line {line.number}"
+            if not line.raw.strip():
+                continue
+            try:
+                if line.wrong:
+                    raise too_long(where, line.wrong, field)
+                yield _object(_parse(_decoded(line, path, field), path, line.number, field), where, field)
+            except DataError as error:
+                yield Unreadable(where, error, line.raw.decode("utf-8", "backslashreplace"))
+
+
+def _list(content: bytes, path: Path, field: str) -> Items:
+    if len(content) > LONGEST_LIST:
+        mend = "Write one object a line (.jsonl), which is read line by line."
+        raise DataError(message(field, f"{path}: a list of more than {LONGEST_LIST} bytes", "a shorter list", mend))
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        offset = error.start + len(content) - len(error.object)  # `start` counts from after a byte-order mark
+        begin = content.rfind(b"\n", 0, offset) + 1
+        line = Line(content.count(b"\n", 0, offset) + 1, content[begin:], begin)
+        raise not_utf8(path, line, offset - begin, field) from error
+    for number, item in enumerate(_parse(text, path, 0, field, DEEPEST + 1), 1):
+        where = f"{path}, item {number}"
         try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            where = _lines(path, before + 1, reader.line_num)
-            mend = "Close the quotation, and double the quotation marks inside it."
-            raise DataError(message(field, f"{where}: {error}", "comma-separated values", mend)) from error
-        if cells is None:
-            return rows
-        where, before = _lines(path, before + 1, reader.line_num), reader.line_num
-        if not cells:  # a blank line
-            continue
-        if header is None:
-            header = cells
-            _check_columns(header, where, field)
-        elif len(cells) != len(header):
-            came, expected = f"{where}: {len(cells)} cells", f"{len(header)} cells, as in the header"
-            raise DataError(message(field, came, expected, "Quote cells that contain commas."))
-        else:
-            rows.append(Row(zip(header, cells, strict=True), where))
+            yield _object(item, where, field)
+        except DataError as error:
+            yield Unreadable(where, error, json.dumps(item))
 
 
-def read_json(path: Path, field: str) -> list[Row]:
-    """Read one JSON object a line; a `.json` file may also be one list of objects.
+def read_parquet(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
+    """Yield the rows of a Parquet file, read a batch at a time.
 
     Raises:
-        DataError: not UTF-8, a line that does not parse, or one that is not an object.
+        DataError: a file that is not Parquet or is damaged, one that repeats a column or lacks one of `columns`.
     """
-    text = _text(path, field)
-    if path.suffix.lower() == ".json" and text.lstrip()[:1] == "[":
-        return [_object(item, f"{path}, item {i}", field) for i, item in enumerate(_parse(text, path, 1, field), 1)]
-    rows = []
-    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            rows.append(_object(_parse(line, path, number, field), f"{path}, line {number}", field))
-    return rows
-
-
-def read_parquet(path: Path, field: str) -> list[Row]:
-    """Read a Parquet file.
-
-    Raises:
-        DataError: a file that is not Parquet, a repeated column, or text that is not UTF-8.
-    """
+    opened(path, field).close()
     import pyarrow  # heavy, and only this format needs it
     import pyarrow.parquet
 
+    number = 0
     try:
-        table = pyarrow.parquet.read_table(path)
-        _check_columns(table.column_names, str(path), field)
-        values = table.to_pylist()
-    except UnicodeDecodeError as error:
-        mend = "Write its text columns in UTF-8."
-        raise DataError(message(field, f"{path}: {error}", "a Parquet file with UTF-8 text", mend)) from error
-    except (pyarrow.ArrowException, OSError) as error:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            check_columns(names, str(path), field)
+            require_columns(names, str(path), columns, field)
+            for batch in file.iter_batches(BATCH, use_threads=False):
+                for values in _values(batch):
+                    number += 1
+                    where = f"{path}, row {number}"
+                    yield Row(values, where) if isinstance(values, dict) else _strange(values, where, field)
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         mend = "Write it again, or convert it to CSV or JSON lines."
-        raise DataError(message(field, f"{path}: {error}", "a complete Parquet file", mend)) from error
-    return [Row(row, f"{path}, row {i}") for i, row in enumerate(values, 1)]
+        came = f"{path}: {' '.join(str(error).split())[:300]}"
+        raise DataError(message(field, came, "a complete Parquet file", mend)) from error
 
 
-READERS: dict[str, Callable[[Path, str], list[Row]]] = {
+def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+    """Yield the rows of a record batch as dicts, or what Python says of a row that it cannot hold."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError):  # text that is no UTF-8, a date after the year 9999: find the rows
+        pass
+    for i in range(batch.num_rows):
+        try:
+            yield batch.slice(i, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:
+            yield error
+
+
+def _strange(reason: Exception, where: str, field: str) -> Unreadable:
+    mend = "Write its text columns in UTF-8, and dates between the years 1 and 9999."
+    error = DataError(message(field, f"{where}: {reason}", "values that Python can hold", mend))
+    return Unreadable(where, error, "")
+
+
+READERS: dict[str, Callable[[Path, str, Sequence[str]], Items]] = {
     ".csv": read_csv,
     ".jsonl": read_json,
     ".json": read_json,
@@ -105,33 +186,63 @@ READERS: dict[str, Callable[[Path, str], list[Row]]] = {
 }
 
 
-def _text(path: Path, field: str) -> str:
+def _decoded(line: Line, path: Path, field: str) -> str:
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig")
+        return line.raw.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
-        # `error.start` counts from after a byte-order mark.
-        offset = error.start + len(content) - len(error.object)
-        line = content.count(b"\n", 0, offset) + 1
-        came = f"{path}, line {line}: byte {content[offset]:#04x} at offset {offset}"
-        mend = "Convert the file, for example with `iconv -f latin1 -t utf-8`."
-        raise DataError(message(field, came, "text in UTF-8", mend)) from error
-    except OSError as error:
-        mend = "Check the path and its permissions."
-        raise DataError(message(field, f"{path}: {error.strerror}", "a readable file", mend)) from error
+        raise not_utf8(path, line, error.start, field) from error
 
 
-def _parse(text: str, path: Path, line: int, field: str) -> Any:
+class _Refused(ValueError):
+    """What JSON allows and a table does not, or the other way round."""
+
+
+def _parse(text: str, path: Path, line: int, field: str, deepest: int = DEEPEST) -> Any:
+    """Return the JSON value of line number `line`; 0 stands for a whole file."""
+    where = f"{path}, line {line}" if line else str(path)
+    mend = "Write each row as one JSON object on a line of its own."
     try:
-        return json.loads(text)
+        value = _DECODER.decode(text)
+        # only a row with many brackets can be deep
+        deep = text.count("[") + text.count("{") > deepest and _depth(value) > deepest
     except json.JSONDecodeError as error:
-        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
-        mend = "Write each row as one JSON object on a line of its own."
+        where = f"{path}, line {max(line, 1) + error.lineno - 1}, column {error.colno}"
         raise DataError(message(field, f"{where}: {error.msg}", "valid JSON", mend)) from error
-    except RecursionError as error:
-        came = f"{path}, line {line}: nested too deeply"
+    except RecursionError:
+        deep = True
+    except ValueError as error:  # ours, or a whole number of more digits than Python reads
+        raise DataError(message(field, f"{where}: {error}", "valid JSON, each key once", mend)) from error
+    if deep:
         mend = "Give each column as a key of one object."
-        raise DataError(message(field, came, "a flat JSON object", mend)) from error
+        raise DataError(message(field, f"{where}: nested too deeply", "a flat JSON object", mend))
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Refused(f"the key {next(name for name in names if names.count(name) > 1)[:60]!r} twice in one object")
+    return made
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _Refused(f"the number {text[:20]}, which is no finite one")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
+
+
+def _depth(value: Any) -> int:
+    """Return how many lists and objects lie inside one another at the most, without recursion."""
+    depth, layer = 0, [value]
+    while layer := [item for item in layer if isinstance(item, (list, dict))]:
+        depth += 1
+        layer = [inner for item in layer for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _object(value: Any, where: str, field: str) -> Row:
@@ -146,8 +257,22 @@ def _lines(path: Path, first: int, last: int) -> str:
     return f"{path}, line {first}" if last <= first else f"{path}, lines {first}-{last}"
 
 
-def _check_columns(names: list[str], where: str, field: str) -> None:
+def check_columns(names: Sequence[str], where: str, field: str) -> None:
+    """Raise DataError for a table that has a column twice."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        came = f"{where}: columns {', '.join(names)}"
+        came = f"{where}: columns {', '.join(names)[:300]}"
         raise DataError(message(field, came, "each column once", f"Rename or drop one {repeated[0]!r}."))
+
+
+def require_columns(present: Iterable[str], where: str, columns: Sequence[str], field: str) -> None:
+    """Raise DataError for a table without one of `columns`, with the name that was perhaps meant."""
+    names = list(present)
+    for column in columns:
+        if column in names:
+            continue
+        by_lower = {name.lower(): name for name in names}
+        near = difflib.get_close_matches(column.lower(), by_lower, n=1, cutoff=0.6)
+        hint = f"Did you mean {by_lower[near[0]]!r}? Rename it" if near else "Rename or add it"
+        came = f"{where}: columns {', '.join(names)[:300] or '(none)'}"
+        raise DataError(message(field, came, f"a column {column!r}", f"{hint}."))

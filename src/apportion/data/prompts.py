@@ -8,9 +8,10 @@ from typing import Any
 
 from apportion.data import splits
 from apportion.data.assets import BUILTIN_DATA
+from apportion.data.bad_rows import BadRows
 from apportion.data.formats import Row
 from apportion.data.reviews import labelled
-from apportion.data.tables import check_text, read_rows, require
+from apportion.data.tables import check_text, require, usable
 from apportion.errors import DataError, message
 
 Messages = list[dict[str, Any]]  # each with role and content, both str
@@ -19,7 +20,9 @@ _COLUMNS = ("prompt", "messages", "text")  # the first that a table has is used
 _SHORTEST = 200  # characters; a shorter review is no beginning to continue
 
 
-def prompts(source: str, part: str | None = None, *, field: str = "prompts") -> list[str | Messages]:
+def prompts(
+    source: str, part: str | None = None, *, field: str = "prompts", bad: BadRows | None = None
+) -> list[str | Messages]:
     """Read prompts.
 
     Args:
@@ -28,6 +31,7 @@ def prompts(source: str, part: str | None = None, *, field: str = "prompts") -> 
             a list of {"role", "content"} to which the caller applies the chat template.
         part: one of `splits.PARTS`, or None for every row.
         field: the configuration key that gave `source`, for error messages.
+        bad: where rows of a table that cannot be used are written down; None makes the first of them an error.
 
     Raises:
         DataError: what `read_rows` refuses, an empty prompt, a message without role or content, a part without rows.
@@ -38,9 +42,7 @@ def prompts(source: str, part: str | None = None, *, field: str = "prompts") -> 
     if source in BUILTIN_DATA:
         texts = [row.text for row in labelled(source, part, field=field) if len(row.text) > _SHORTEST]
         return [*sorted(texts, key=_shuffled)]
-    rows = read_rows(source, field=field)
-    column = next((name for name in _COLUMNS if name in rows[0]), _COLUMNS[0])
-    found = [_prompt(row, column, field) for row in rows]
+    found = _table(source, field, bad)
     if part is None:
         return found
     chosen = splits.part(found, part, text=_key)
@@ -48,6 +50,17 @@ def prompts(source: str, part: str | None = None, *, field: str = "prompts") -> 
         came = f"{source}: no prompt of {len(found)} falls into part {part!r}"
         raise DataError(message(field, came, "at least one prompt", "Give more rows, or no part."))
     return chosen
+
+
+def _table(source: str, field: str, bad: BadRows | None) -> list[str | Messages]:
+    column = ""  # chosen at the first row that has one; one without any lacks the first
+
+    def row_of(row: Row) -> str | Messages:
+        nonlocal column
+        column = column or next((name for name in _COLUMNS if name in row), "")
+        return _prompt(row, column or _COLUMNS[0], field)
+
+    return list(usable(source, row_of, field=field, bad=bad))
 
 
 def _prompt(row: Row, column: str, field: str) -> str | Messages:

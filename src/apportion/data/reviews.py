@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from apportion.data import splits
 from apportion.data.assets import BUILTIN_DATA, builtin_table
+from apportion.data.bad_rows import BadRows
 from apportion.data.formats import Row
-from apportion.data.tables import check_text, read_rows
+from apportion.data.tables import check_text, iter_rows, usable
 from apportion.errors import DataError, message
 
 _LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}
@@ -22,7 +23,9 @@ class Labelled(NamedTuple):
     label: int
 
 
-def labelled(source: str, part: str | None = None, *, field: str = "data") -> list[Labelled]:
+def labelled(
+    source: str, part: str | None = None, *, field: str = "data", bad: BadRows | None = None
+) -> list[Labelled]:
     """Read labelled texts, in the order of their file.
 
     Args:
@@ -30,6 +33,7 @@ def labelled(source: str, part: str | None = None, *, field: str = "data") -> li
             text and label; labels are 0 or 1, neg or pos, negative or positive.
         part: one of `splits.PARTS`, or None for every row.
         field: the configuration key that gave `source`, for error messages.
+        bad: where rows of a table that cannot be used are written down; None makes the first of them an error.
 
     Raises:
         DataError: what `read_rows` refuses, a label that is none of these, or a part without rows.
@@ -37,7 +41,7 @@ def labelled(source: str, part: str | None = None, *, field: str = "data") -> li
     """
     if part is not None:
         splits.bounds(part)  # an unknown name is refused before the data is fetched and read
-    rows = _imdb() if source in BUILTIN_DATA else _table(source, field)
+    rows = _imdb() if source in BUILTIN_DATA else _table(source, field, bad)
     if part is None:
         return rows
     chosen = splits.part(rows, part, text=lambda row: row.text)
@@ -47,14 +51,16 @@ def labelled(source: str, part: str | None = None, *, field: str = "data") -> li
     return chosen
 
 
-def _table(source: str, field: str) -> list[Labelled]:
-    rows = read_rows(source, ("text", "label"), field=field)
-    return [Labelled(check_text(row, "text", field=field), _label(row, field)) for row in rows]
+def _table(source: str, field: str, bad: BadRows | None) -> list[Labelled]:
+    def row_of(row: Row) -> Labelled:
+        return Labelled(check_text(row, "text", field=field), _label(row, field))
+
+    return list(usable(source, row_of, ("text", "label"), field=field, bad=bad))
 
 
 def _imdb() -> list[Labelled]:
     # The file also holds sentences of Rotten Tomatoes, which are no reviews.
-    rows = read_rows(str(builtin_table("imdb")), ("text", "label", "source"), field="imdb")
+    rows = iter_rows(str(builtin_table("imdb")), ("text", "label", "source"), field="imdb")
     return [
         Labelled(_LINE_BREAKS.sub("\n", row["text"]).strip(), _label(row, "imdb"))
         for row in rows

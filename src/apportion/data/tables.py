@@ -3,49 +3,78 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from apportion.data.formats import READERS, Row
+from apportion.data.bad_rows import BadRows, judge
+from apportion.data.formats import READERS, Items, Row, Unreadable, require_columns
 from apportion.errors import DataError, message
+from apportion.paths import local_path
 
+T = TypeVar("T")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _BESIDE_DATA = {"", ".md", ".yaml", ".yml"}  # what a dataset folder holds beside its tables: cards, licences
 
 
-def read_rows(source: str, columns: Sequence[str] = (), *, field: str) -> list[Row]:
-    """Read every row of `source`; nothing is dropped but blank lines.
+def iter_rows(source: str, columns: Sequence[str] = (), *, field: str, bad: BadRows | None = None) -> Iterator[Row]:
+    """Yield the rows of `source` one after the other, each in memory alone (of Parquet, a batch of them).
 
     Args:
         source: a `.csv`, `.jsonl`, `.json` or `.parquet` file, a folder with such files (read in the order of their
             names), or the id of a hub dataset (its "train" split). What exists on disk is never looked up on the hub.
+            A `.json` file that is one list is read whole.
         columns: columns that each row must have, neither null nor blank. Other columns are kept as they are.
         field: the configuration key that gave `source`, for error messages.
+        bad: where rows that cannot be used are written down; None makes the first of them an error.
 
-    Returns:
-        One dict a row, at least one; each has `where`, its file and line.
+    Yields:
+        One dict a row, at least one in all; each has `where`, its file and line. Blank lines are no rows.
 
     Raises:
         DataError: an absent or unreadable file, an unknown extension, a missing column, no rows, an encoding other
-            than UTF-8, a line that does not parse, an empty cell; with the file and the line.
+            than UTF-8, a line that does not parse, an empty cell; with the file and the line. With `bad`: what makes
+            the rest of a file uncertain, and more rows that cannot be used than can.
     """
-    path = Path(source).expanduser()
-    if not source.strip():  # Path("") is the working folder
-        raise DataError(message(field, source, "a file, folder or hub dataset", "Name one."))
-    if path.is_dir():
-        tables = [(str(file), _reader(file, field)(file, field)) for file in _tables_in(path, field)]
-    elif path.is_file():
-        tables = [(source, _reader(path, field)(path, field))]
-    elif path.suffix.lower() in READERS or not _HUB_ID.fullmatch(source):
-        raise DataError(message(field, source, "a file, folder or hub dataset that exists", _near_files(path)))
-    else:
-        tables = [(source, _hub(source, field))]
-    for name, rows in tables:
-        if not rows:
+    return usable(source, lambda row: row, columns, field=field, bad=bad)
+
+
+def read_rows(source: str, columns: Sequence[str] = (), *, field: str, bad: BadRows | None = None) -> list[Row]:
+    """Return every row of `source`, as `iter_rows` yields them."""
+    return list(iter_rows(source, columns, field=field, bad=bad))
+
+
+def usable(
+    source: str, make: Callable[[Row], T], columns: Sequence[str] = (), *, field: str, bad: BadRows | None = None
+) -> Iterator[T]:
+    """Yield `make` of each row of `source`; a DataError that it raises makes the row one that cannot be used.
+
+    Otherwise as `iter_rows`.
+    """
+    kept = left_out = 0
+    first: DataError | None = None
+    for name, items in _tables(source, columns, field):
+        before = kept + left_out
+        for item in items:
+            try:
+                if isinstance(item, Unreadable):
+                    raise item.error
+                for column in columns:
+                    require(item, column, field=field)
+                made = make(item)
+            except DataError as error:
+                if bad is None:
+                    raise
+                bad.add(field, item, error)
+                left_out, first = left_out + 1, first or error
+            else:
+                kept += 1
+                yield made
+        if kept + left_out == before:
             raise DataError(message(field, f"{name}: no rows", "at least one row", "Add rows or give another file."))
-        _check_columns(name, rows, columns, field)
-    return [row for _, rows in tables for row in rows]
+    judge(source, kept, left_out, first, field)
 
 
 def check_text(row: Row, column: str, *, field: str) -> str:
@@ -73,53 +102,61 @@ def require(row: Row, column: str, *, field: str) -> None:
     Raises:
         DataError: with the file and the line.
     """
-    if column not in row:
-        raise DataError(_missing(row.where, column, row, field))
+    require_columns(row, row.where, (column,), field)
     value = row[column]
     if value is None or (isinstance(value, str) and not value.strip()):
         came = f"{row.where}: {column} = {value!r:.20}"
         raise DataError(message(field, came, f"a value in column {column!r}", "Fill it in or remove the row."))
 
 
-def _check_columns(name: str, rows: list[Row], columns: Sequence[str], field: str) -> None:
-    for column in columns:
-        if not any(column in row for row in rows):
-            raise DataError(_missing(name, column, rows[0], field))
-        for row in rows:
-            require(row, column, field=field)
+def _tables(source: str, columns: Sequence[str], field: str) -> Iterator[tuple[str, Items]]:
+    """Yield (name, rows) of each file of `source`, or of the hub dataset."""
+    if not source.strip():  # Path("") is the working folder
+        raise DataError(message(field, source, "a file, folder or hub dataset", "Name one."))
+    path = local_path(source, field, DataError)
+    if os.path.isdir(path):  # unlike Path's, these say no where they may not look
+        for file in _tables_in(path, field):
+            yield str(file), READERS[file.suffix.lower()](file, field, columns)
+    elif os.path.exists(path):
+        _check_reader(path, field)
+        yield source, READERS[path.suffix.lower()](path, field, columns)
+    elif os.path.islink(path):
+        mend = "Mend the link, or name the file itself."
+        raise DataError(message(field, f"{source}, a link that leads nowhere", "a file, folder or hub dataset", mend))
+    elif path.suffix.lower() in READERS or not _HUB_ID.fullmatch(source):
+        raise DataError(message(field, source, "a file, folder or hub dataset that exists", _near_files(path)))
+    else:
+        yield source, _hub(source, field)
 
 
-def _missing(where: str, column: str, present: Iterable[str], field: str) -> str:
-    names = list(present)
-    by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(column.lower(), by_lower, n=1, cutoff=0.6)
-    hint = f"Did you mean {by_lower[near[0]]!r}? Rename it" if near else "Rename or add it"
-    came = f"{where}: columns {', '.join(names) or '(none)'}"
-    return message(field, came, f"a column {column!r}", f"{hint}.")
-
-
-def _reader(path: Path, field: str) -> Callable[[Path, str], list[Row]]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+def _check_reader(path: Path, field: str) -> None:
+    if path.suffix.lower() not in READERS:
         mend = "Convert it to one of these, or rename it if it already is one."
         raise DataError(message(field, str(path), "a file that ends in " + ", ".join(READERS), mend))
-    return reader
 
 
 def _tables_in(folder: Path, field: str) -> list[Path]:
-    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        mend = "Check its permissions."
+        raise DataError(message(field, f"{folder}: {error.strerror}", "a readable folder", mend)) from error
+    files = [f for f in inside if not f.is_dir() and not f.name.startswith(".")]
     files = [f for f in files if f.suffix.lower() not in _BESIDE_DATA]
     for file in files:
-        _reader(file, field)
+        _check_reader(file, field)
     if not files:
-        inside = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
+        names = ", ".join(f.name for f in inside[:8]) or "nothing"
         mend = "Give the folder in which the files themselves lie."
-        raise DataError(message(field, f"{folder} with {inside}", "a folder with " + ", ".join(READERS), mend))
+        raise DataError(message(field, f"{folder} with {names}", "a folder with " + ", ".join(READERS), mend))
     return files
 
 
 def _near_files(path: Path) -> str:
-    beside = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        beside = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError:  # it may be entered and not listed: there is nothing to suggest
+        beside = []
     near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
     if near:
         return f"Did you mean {str(path.parent / near[0])!r}?"
@@ -128,13 +165,14 @@ def _near_files(path: Path) -> str:
     return "Check the path."
 
 
-def _hub(source: str, field: str) -> list[Row]:
+def _hub(source: str, field: str) -> Items:
     from datasets import load_dataset  # heavy, and only a hub id needs it
 
     try:
-        rows = list(load_dataset(source, split="train"))
+        rows = load_dataset(source, split="train")
     except Exception as error:  # the hub client raises errors of a dozen libraries; each ends as one DataError
         came = f"{source!r}: {type(error).__name__}: {str(error).strip()[:300]}"
         mend = "Check the name and the network, or give a local file."
         raise DataError(message(field, came, "a file or folder, or a hub dataset with a train split", mend)) from error
-    return [Row(row, f"{source}, row {i}") for i, row in enumerate(rows, 1)]
+    for number, row in enumerate(rows, 1):
+        yield Row(row, f"{source}, row {number}")

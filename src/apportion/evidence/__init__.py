@@ -11,13 +11,14 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.config import SamplingConfig, ScoreConfig
-from apportion.errors import ConfigError, DataError, message, unknown_name
+from apportion.errors import ConfigError, message, unknown_name
 from apportion.evidence.producers import PRODUCERS, Producer
+from apportion.evidence.users import Users, check_given
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts, Segmenter
 
-__all__ = ["PRODUCERS", "Models", "Producer", "plan"]
+__all__ = ["PRODUCERS", "Models", "Producer", "Users", "plan"]
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Models:
         sampling, generator: how the policy writes, for producers that let it write again (vine).
         scores: what is done to a score before it is apportioned, for producers that score further texts.
         others: further models by the path in a setting, loaded when a producer first asks for one.
+        users: calls functions of the user's, in the time that they have.
     """
 
     policy: Policy
@@ -38,6 +40,7 @@ class Models:
     generator: torch.Generator | None = None
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     others: dict[str, Any] = field(default_factory=dict)
+    users: Users = field(default_factory=Users)
 
 
 def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
@@ -80,10 +83,7 @@ def _users(name: str) -> Producer:
     def produce(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
         decode = models.policy.tokenizer.decode
         texts = [decode(ids[mask]) for ids, mask in zip(rollouts.response_ids, rollouts.mask, strict=True)]
-        made = function(models, rollouts, texts)
-        if not isinstance(made, Tensor):
-            mend = "Return one tensor whose first dimension is the batch."
-            raise DataError(message(f"evidence[{name!r}]", type(made).__name__, "a tensor", mend))
-        return {name: made}
+        made = models.users.ask(name, function, models, rollouts, texts)
+        return {name: check_given(name, made, rollouts.mask)}
 
     return Producer(frozenset({name}), getattr(function, "forwards", 0), getattr(function, "backwards", 0), produce)

@@ -27,6 +27,7 @@ def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> 
         ConfigError: rewards of steps in a run whose segments are not known here.
         DataError: another number of rows than rollouts. ScoreError: a row of the wrong length, or with something that
             is not a finite number; it names the rollout.
+        UserCodeError: the function raised, or took longer than `guards.timeout`.
     """
     decode = models.policy.tokenizer.decode
     pairs = zip(rollouts.response_ids, rollouts.mask, strict=True)
@@ -42,7 +43,8 @@ def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> 
                 mend = "Use unit: token, or give Models the segmenter of the run."
                 raise ConfigError(message("process.unit", "step", "a run with segments", mend))
             segments = models.segment(rollouts)
-        found[name] = laid_out(function(texts, rollouts, prompts), rollouts.mask, segments, settings["function"])
+        made = models.users.ask(settings["function"], function, texts, rollouts, prompts)
+        found[name] = laid_out(made, rollouts.mask, segments, settings["function"])
     return found
 
 

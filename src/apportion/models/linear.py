@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apportion.models.packed import Frozen, Packs
+
 
 def quicken(model: nn.Module) -> None:
     """Give every plain linear layer of `model`, and every LoRA layer on one, the `forward` of this file."""
@@ -25,11 +27,17 @@ def quicken(model: nn.Module) -> None:
 
 
 class FlatLinear(nn.Linear):
-    """`nn.Linear` that multiplies (n,d) whatever the input's shape and strides."""
+    """`nn.Linear` that multiplies (n,d) whatever the input's shape and strides, packed weights where it has them."""
+
+    packs: Packs | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input · weightᵀ + bias."""
-        flat = nn.functional.linear(input.reshape(-1, input.shape[-1]), self.weight, self.bias)
+        flat = input.reshape(-1, input.shape[-1])
+        if self.packs is not None and flat.dtype == self.weight.dtype:
+            flat = Frozen.apply(flat, self.packs, self.bias)  # type: ignore[no-untyped-call]
+        else:
+            flat = nn.functional.linear(flat, self.weight, self.bias)
         return flat.view(*input.shape[:-1], flat.shape[-1])
 
 
@@ -53,7 +61,8 @@ def quick_lora() -> type:
                     return super().forward(x, *args, **kwargs)
                 base, down, up = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
                 flat = x.reshape(-1, x.shape[-1])
-                out = LowRank.apply(flat, base.weight, base.bias, down, up, self.scaling[name])
+                packs = getattr(base, "packs", None) if flat.dtype == base.weight.dtype else None
+                out = LowRank.apply(flat, base.weight, base.bias, down, up, self.scaling[name], packs)
                 return out.view(*x.shape[:-1], out.shape[-1])
 
         _QUICK_LORA.append(QuickLora)
@@ -107,13 +116,23 @@ class LowRank(torch.autograd.Function):
     """x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ with a frozen W (n,k), A (r,k) and B (n,r), which may be float32 over a 16-bit W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, s: float) -> Tensor:
-        """Return (m,n) for x (m,k), in x's dtype."""
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        s: float,
+        packs: Packs | None = None,
+    ) -> Tensor:
+        """Return (m,n) for x (m,k), in x's dtype; `packs` are of the weight."""
         narrow_down, narrow_up = down.to(x.dtype), (up * s).to(x.dtype)
         inner = x @ narrow_down.T  # (m,r)
-        out = nn.functional.linear(x, weight, bias).addmm_(inner, narrow_up.T)
+        base = nn.functional.linear(x, weight, bias) if packs is None else packs.times(x, bias)
+        out = base.addmm_(inner, narrow_up.T)
         ctx.save_for_backward(x, weight, narrow_down, narrow_up, inner)
-        ctx.scale, ctx.dtypes = s, (down.dtype, up.dtype)
+        ctx.scale, ctx.dtypes, ctx.packs = s, (down.dtype, up.dtype), packs
         return out
 
     @staticmethod
@@ -122,7 +141,10 @@ class LowRank(torch.autograd.Function):
         x, weight, down, up, inner = ctx.saved_tensors
         gradient = gradients[0]
         thin = gradient @ up  # (m,r), the scale is in it
-        d_x = (gradient @ weight).addmm_(thin, down) if ctx.needs_input_grad[0] else None
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            through = gradient @ weight if ctx.packs is None else ctx.packs.times_transposed(gradient)
+            d_x = through.addmm_(thin, down)
         d_down = (thin.T @ x).to(ctx.dtypes[0])
         d_up = (gradient.T @ inner).to(ctx.dtypes[1]).mul_(ctx.scale)
-        return d_x, None, None, d_down, d_up, None
+        return d_x, None, None, d_down, d_up, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,15 @@ from apportion import cores
 from apportion.errors import ModelError, message
 from apportion.models.lean import lean
 from apportion.models.linear import quicken
+from apportion.paths import local_path
 
+# what transformers, peft and safetensors raise of a folder that is not what they expect
+UNFIT = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+ADAPTER = "adapter_model.safetensors"
 MEND = "Check the folder or id, and save it again if it is damaged; a hub id needs the network or a cached copy."
+# code that lies in a model's folder is never run; unset, transformers would ask on the terminal whether it should be
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -32,13 +39,13 @@ def locate(field: str, name: str) -> str:
 
     if name in BUILTIN_MODELS:
         return str(builtin_model(name))
-    path = Path(name).expanduser()
-    if name.strip() and path.is_dir():
+    path = local_path(name, field, ModelError)
+    if name.strip() and os.path.isdir(path):  # unlike Path's, it says no where it may not look
         _check_folder(field, path)
         return str(path)
     expected = f"a built-in name ({', '.join(BUILTIN_MODELS)}), a model folder, or a hub id such as owner/name"
     # owner/name is a hub id unless `owner` is a folder here, which makes it a mistyped path
-    local = path.exists() or name.startswith(".") or ("/" in name and Path(name.split("/")[0]).exists())
+    local = os.path.exists(path) or name.startswith(".") or ("/" in name and Path(name.split("/")[0]).exists())
     if local or not HUB_ID.fullmatch(name):
         raise ModelError(message(field, name, expected, "There is no such folder: check the path."))
     return name
@@ -49,7 +56,9 @@ def _check_folder(field: str, path: Path) -> None:
     if not adapter and not (path / "config.json").is_file():
         mend = "Point to the folder that `save_pretrained` wrote, such as RUN/final."
         raise ModelError(message(field, str(path), "a folder with config.json and weights", mend))
-    if not any(next(path.glob(pattern), None) for pattern in SAFE_WEIGHTS):
+    # an adapter's weights have one name; beside other safetensors, peft would unpickle adapter_model.bin
+    patterns = (ADAPTER,) if adapter and not any(path.glob("model*.safetensors")) else SAFE_WEIGHTS
+    if not any(next(path.glob(pattern), None) for pattern in patterns):
         mend = "Save it again with `model.save_pretrained(folder)`; pickled weights (.bin) are not loaded."
         raise ModelError(message(field, str(path), "weights in safetensors beside config.json", mend))
 
@@ -104,9 +113,19 @@ def read_tokenizer(field: str, folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        _check_templates(tokenizer.chat_template)
+        return tokenizer
+    except Exception as error:  # the tokenizers library raises bare ones; each ends as one ModelError
         raise ModelError(message(field, _said(folder, error), "a folder or hub id with a tokenizer", MEND)) from error
+
+
+def _check_templates(templates: Any) -> None:
+    """Raise ValueError for named chat templates that could not be saved: each becomes a file of its name."""
+    names = templates if isinstance(templates, dict) else {}
+    wrong = next((str(name) for name in names if not re.fullmatch(r"[\w.-]+", str(name)) or ".." in str(name)), None)
+    if wrong is not None:
+        raise ValueError(f"a chat template named {wrong[:60]!r}")
 
 
 def with_pad(field: str, tokenizer: Any, pad_token: str | None) -> Any:
@@ -133,8 +152,8 @@ def load_settings(field: str, folder: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base_of(folder))
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(base_of(folder), **NO_CODE)
+    except UNFIT as error:
         expected = "a config.json that transformers can read"
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
 
@@ -183,8 +202,10 @@ def _merged_adapter(field: str, folder: str, dtype: torch.dtype) -> nn.Module:
     from peft import AutoPeftModelForCausalLM
 
     try:
-        adapted = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        adapted = AutoPeftModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **NO_CODE
+        )
+    except UNFIT as error:
         expected = "an adapter whose base model can be loaded"
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
     return adapted.merge_and_unload().to(dtype)  # merged in float32: merging in bfloat16 differs by 6e-3
@@ -198,8 +219,8 @@ def _merged_classifier(field: str, folder: str, **kwargs: Any) -> tuple[Any, dic
     model, info = _from_pretrained(field, AutoModelForSequenceClassification, base_of(folder), torch.float32, **kwargs)
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-        stored = load_file(Path(folder) / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        stored = load_file(Path(folder) / ADAPTER)
+    except UNFIT as error:
         raise ModelError(message(field, _said(folder, error), "an adapter that fits its base model", MEND)) from error
     missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
     return adapted.merge_and_unload(), {"missing_keys": missing}
@@ -207,10 +228,9 @@ def _merged_classifier(field: str, folder: str, **kwargs: Any) -> tuple[Any, dic
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
     try:
-        return auto.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, attn_implementation="sdpa", **kwargs
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        loading: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **NO_CODE}
+        return auto.from_pretrained(folder, attn_implementation="sdpa", **loading, **kwargs)
+    except UNFIT as error:
         expected = f"weights that {auto.__name__} can load"
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
 

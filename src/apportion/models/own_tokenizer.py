@@ -88,13 +88,11 @@ def _skipped(response: str, shown: str) -> int | None:
 
 
 def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str) -> str:
-    from jinja2 import TemplateError
-
     answered = [*turns, {"role": "assistant", "content": response}]
     try:
         return tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
-    except (ValueError, TemplateError) as error:
-        came = f"a conversation ({str(error).splitlines()[0]})"
+    except Exception as error:  # a template is a program of the model's: whatever it raises is said
+        came = f"a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
         mend = "Give prompts as text, or turns that this reward model's template knows."
         raise ModelError(message("reward_model's chat template", came, "turns that it can render", mend)) from error
 
@@ -130,15 +128,20 @@ def check_tokenizer(field: str, tokenizer: Any) -> None:
 
 def check_model(field: str, model: Any, tokenizer: Any) -> None:
     """Raise ModelError for a model without an embedding for each token, or that reads no single position."""
+    check_embeddings(field, model, tokenizer)
+    if getattr(model.config, "classifier_pooling", "cls") != "cls":
+        came = f"classifier_pooling {model.config.classifier_pooling!r}"
+        mend = "Use an encoder that scores its first token: the attention of that one position is what is read."
+        raise ModelError(message(field, came, "'cls'", mend))
+
+
+def check_embeddings(field: str, model: Any, tokenizer: Any) -> None:
+    """Raise ModelError for a model without an embedding for each token of `tokenizer`."""
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if largest >= rows:
         mend = "Use the tokenizer that it was trained with, or call `model.resize_token_embeddings` and train it."
         came = f"a vocabulary with ids up to {largest}"
         raise ModelError(message(f"{field}'s tokenizer", came, f"ids below the model's {rows} embeddings", mend))
-    if getattr(model.config, "classifier_pooling", "cls") != "cls":
-        came = f"classifier_pooling {model.config.classifier_pooling!r}"
-        mend = "Use an encoder that scores its first token: the attention of that one position is what is read."
-        raise ModelError(message(field, came, "'cls'", mend))
 
 
 def context_limit(model: Any, tokenizer: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,10 @@ def read_statistics(folder: Path) -> dict[str, float]:
         return {}
     try:
         stored = json.loads(path.read_text())
-        return {"mean": float(stored["mean"]), "sd": float(stored["sd"])}
+        found = {"mean": float(stored["mean"]), "sd": float(stored["sd"])}
+        if not all(map(math.isfinite, found.values())):
+            raise ValueError(f"not finite: {found}")
+        return found
     except (ValueError, KeyError, TypeError) as error:
         mend = "Delete the file, or evaluate the reward model again."
         raise ModelError(message(str(path), str(error), '{"mean": number, "sd": number}', mend)) from error

@@ -52,10 +52,10 @@ def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 
 def other_charts(runs: Sequence[RunData]) -> list[Chart]:
-    """Return a curve for every further number in metrics.jsonl, in alphabetical order."""
+    """Return a curve for every further number in metrics.jsonl, in alphabetical order; guards have a section."""
     known = {measure.key for measure in (*MAIN, *REWARD)} | {"step"}
     keys = {key for run in runs for row in run.metrics for key, value in row.items() if finite(value) is not None}
-    return _charts(runs, range(len(runs)), [Measure(key, key) for key in sorted(keys - known)])
+    return _charts(runs, range(len(runs)), [Measure(k, k) for k in sorted(keys - known) if k[:7] != "guards/"])
 
 
 def charts_html(charts: Sequence[Chart], names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from apportion.report.colours import run_colour
 from apportion.report.curves import charts_html, main_charts, other_charts, reward_charts
 from apportion.report.diagnosis import diagnosis_html, widest
 from apportion.report.document import asset, document, write_page
+from apportion.report.guards import guards_html
 from apportion.report.heatmap import CAUTION, viewer_html
 from apportion.report.numbers import number
 from apportion.report.read import RunData, read_run
@@ -44,6 +45,7 @@ def report_html(runs: Sequence[RunData]) -> str:
     viewer, rollouts = _heat_maps(runs)
     sections: list[Section] = [
         ("summary", "Before and after", _summary(runs)),
+        ("guards", "Guards", guards_html(runs)),
         ("reward-model", "Reward model", _reward_model(runs, reward)),
         ("curves", "Learning curves", _curves(runs, curves, other)),
         ("diagnosis", "Which credit points the true way", diagnosis_html(runs)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from apportion import plain_yaml
 from apportion.errors import DataError, message
 
 HOLDS = (
@@ -34,6 +35,8 @@ class RunData:
         samples: the evaluation's samples before and after, in file order.
         evaluation: the evaluation's summary.
         diagnosis: what `apportion diagnose` found.
+        stopped: each folder of stopped/: its name, its error and the number of its rollouts, which `rollouts` hold
+            too where their step was not logged.
         notes: what was absent, skipped or unreadable, as sentences for the reader of the page.
     """
 
@@ -48,6 +51,7 @@ class RunData:
     samples: tuple[Mapping[str, Any], ...] = ()
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: Mapping[str, Any] = field(default_factory=dict)
+    stopped: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -65,7 +69,9 @@ def read_run(path: Path) -> RunData:
     metrics = _lines(path / "metrics.jsonl", notes)
     evaluation = _mapping(path / "evaluation.json", notes)
     diagnosis = _mapping(path / "diagnosis.json", notes)
-    if not metrics and not evaluation and not diagnosis:
+    rollouts = _lines(path / "rollouts.jsonl", notes)
+    stopped, left = _stopped(path / "stopped", {row.get("step") for row in rollouts}, notes)
+    if not metrics and not evaluation and not diagnosis and not stopped:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
         raise DataError(message("run", f"{path} ({found})", HOLDS, _mend(notes)))
     status = _mapping(path / "status.json", notes)
@@ -78,12 +84,27 @@ def read_run(path: Path) -> RunData:
         config=config,
         config_text=config_text,
         metrics=metrics,
-        rollouts=_lines(path / "rollouts.jsonl", notes),
+        rollouts=(*rollouts, *left),
         samples=_lines(path / "samples.jsonl", notes),
         evaluation=evaluation,
         diagnosis=diagnosis,
+        stopped=stopped,
         notes=tuple(notes),
     )
+
+
+def _stopped(
+    folder: Path, logged: set[Any], notes: list[str]
+) -> tuple[tuple[Mapping[str, Any], ...], list[Mapping[str, Any]]]:
+    """Return (what each folder of a stopped step says, its rollouts whose credit is known and step was not logged)."""
+    found: list[Mapping[str, Any]] = []
+    left: list[Mapping[str, Any]] = []
+    for place in sorted(folder.glob("step-*")) if folder.is_dir() else ():
+        rows = _lines(place / "rollouts.jsonl", notes)
+        error = (_text(place / "error.txt", notes) or "").strip()
+        found.append({"name": f"stopped/{place.name}", "error": error, "rollouts": len(rows)})
+        left += [row for row in rows if "credit" in row and row.get("step") not in logged]
+    return tuple(found), left
 
 
 def _mend(notes: list[str]) -> str:
@@ -115,7 +136,7 @@ def _lines(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], ...]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             why = "the last line is cut off" if i == last else "not valid JSON"
             notes.append(f"{path.name}: line {i + 1} skipped ({why}).")
             continue
@@ -132,7 +153,7 @@ def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"{path.name}: not valid JSON ({error}); left out.")
         return {}
     if isinstance(value, dict):
@@ -146,7 +167,7 @@ def _config(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str]:
     if text is None:
         return {}, ""
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.load(text)
     except yaml.YAMLError as error:
         notes.append(f"{path.name}: not valid YAML ({str(error).splitlines()[0]}); shown as it stands.")
         return {}, text

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apportion.models.linear import parts_of
+from apportion.models.packed import can_pack, pack, packed_product
 from apportion.models.policy import Policy
 from apportion.sampling.key_values import Buffers, Pair
 from apportion.sampling.writers import Writer
@@ -76,9 +77,9 @@ class LlamaWriter(Writer):
         bias = torch.zeros(hidden.shape, dtype=past.layers[0][0].dtype, device=hidden.device)
         bias = bias.masked_fill_(hidden, -torch.inf)[:, None, None]  # (n,1,1,L)
         for layer, pair in zip(self.layers, past.layers, strict=True):
-            states = states + layer.output(self._attend(layer.inputs(layer.norm(states)), turn, bias, pair))
+            states = layer.output(self._attend(layer.inputs(layer.norm(states)), turn, bias, pair)).add_(states)
             gate, up = layer.gate_up(layer.middle_norm(states)).chunk(2, dim=-1)
-            states = states + layer.down(layer.activation(gate) * up)
+            states = layer.down(layer.activation(gate).mul_(up)).add_(states)
         return self.head(self.trunk.norm(states))
 
     def _attend(self, inputs: Tensor, turn: Pair, bias: Tensor, pair: Pair) -> Tensor:
@@ -149,13 +150,6 @@ def product(layers: list[nn.Module]) -> Product:
 def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
     """Return the function x -> x·weightᵀ + bias, packed where that is quicker."""
     if can_pack(weight):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        linear = torch.ops.mkldnn._linear_pointwise
-        return lambda x: linear(x, packed, bias, "none", [], "")
+        packed = pack(weight)
+        return lambda x: packed_product(x, packed, bias)
     return lambda x: functional.linear(x, weight, bias)
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN holds `weight` in an order of its own, in which products with few rows are 15 to 45% faster."""
-    here = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    return here and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion import advantages, algorithms, credit, registry, segments
+from apportion.credit.checked import checked
 from apportion.diagnosis import leave_one_out_baseline, reward_to_go
 from apportion.errors import ConfigError, message, unknown_name
 from apportion.evidence import plan
@@ -89,7 +90,7 @@ def contenders(specs: Sequence[Any], lam: float) -> dict[str, Contender]:
 
 def _contender(name: str, kwargs: dict[str, Any], lam: float) -> Contender:
     if name in credit.METHODS or ":" in name:
-        return Contender(credit.make(name, kwargs), segments.tokens(), advantages.gae(lam=lam))
+        return Contender(checked(name, credit.make(name, kwargs)), segments.tokens(), advantages.gae(lam=lam))
     if name not in algorithms.ALGORITHMS:
         raise ConfigError(unknown_name("methods", name, [*credit.METHODS, *algorithms.ALGORITHMS]))
     if kwargs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from apportion.models.token_text import PolicyText
 from apportion.runs import Run
 from apportion.sampling import sample
 from apportion.scoring import score
+from apportion.stages.bad_rows import leaving_out
 from apportion.stages.contenders import Contender, contenders
 from apportion.stages.prompts import context_of, conversations, load_prompts, tokenize
 from apportion.types import Rollouts
@@ -86,7 +88,8 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
 def open_models(config: DiagnoseConfig, methods: Mapping[str, Contender]) -> tuple[Models, list[list[int]]]:
     """Return the models, to be sampled and read only, and the prompts' ids."""
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    texts = load_prompts(config.prompts, "rl")[: config.count]
+    with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
+        texts = load_prompts(config.prompts, "rl", bad)[: config.count]
     if len(texts) < 2:
         expected = "at least 2 prompts: intervals are taken over prompts"
         raise ConfigError(message("prompts", f"{len(texts)} prompts", expected, "Give more of them."))

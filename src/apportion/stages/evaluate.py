@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from apportion import plain_yaml
 from apportion.config import EvaluateConfig, SamplingConfig
 from apportion.errors import DataError, message
 from apportion.evidence.reward_pass import reward_pass
@@ -19,6 +20,7 @@ from apportion.models.reward import RewardModel, load_reward
 from apportion.models.token_text import PolicyText
 from apportion.runs import Run
 from apportion.sampling import sample
+from apportion.stages.bad_rows import leaving_out
 from apportion.stages.judge import fit_judge
 from apportion.stages.prompts import context_of, conversations, load_prompts, tokenize
 from apportion.statistics import distinct, mean_interval
@@ -39,7 +41,8 @@ def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell 
     """
     run, settings = _open(config)
     sampling = SamplingConfig(**settings["sampling"])
-    texts = load_prompts(config.prompts, part)[: config.count]
+    with leaving_out(run.path, config.skip_bad_rows, "evaluate_bad_rows.jsonl") as bad:
+        texts = load_prompts(config.prompts, part, bad)[: config.count]
     context = context_of(locate("policy", settings["policy"]))
     tokenizer = load_tokenizer("run", str(run.path / "final"))
     prompts = tokenize(texts, tokenizer, sampling, config.seed, context)
@@ -80,7 +83,21 @@ def _open(config: EvaluateConfig) -> tuple[Run, dict[str, Any]]:
     if not ours or not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
         mend = "Train one with `apportion rl`, or point to its folder."
         raise DataError(message("run", config.run, "the folder of a finished `apportion rl` run", mend))
-    return run, yaml.safe_load(stored.read_text())
+    run.refuse_links()
+    return run, _settings(stored)
+
+
+def _settings(stored: Path) -> dict[str, Any]:
+    """Return the settings of the run. Raises DataError where they are damaged."""
+    try:
+        found: dict[str, Any] = plain_yaml.load(stored.read_text(encoding="utf-8"))
+        SamplingConfig(**found["sampling"])
+        if not all(isinstance(found[name], str) for name in ("policy", "reward_model")) or "pad_token" not in found:
+            raise ValueError("no policy, reward_model or pad_token")
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        came = f"{stored} ({' '.join(str(error).split())[:200]})"
+        raise DataError(message("run", came, "the settings of an `apportion rl` run", "Use another run.")) from error
+    return found
 
 
 def _policies(

@@ -48,6 +48,8 @@ class Keeper:
         with parallel.together():
             if parallel.is_main():
                 set_aside(self.run, start)
+            if fired := self.run.facts.pop("guards", {}):
+                self.run.facts["guards"] = {name: said for name, said in fired.items() if said["step"] <= start}
             if start:
                 self.run.know(resumed_from=start)
         self.signals.batches = True

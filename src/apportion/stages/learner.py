@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from apportion.algorithms import Method
 from apportion.config import OptimConfig
+from apportion.doctor import Finding
 from apportion.evidence import Models
+from apportion.guard_settings import GuardsConfig
+from apportion.stages.guards import Guards
 from apportion.stages.held import Tensors, learned, relearn
 from apportion.stages.prompts import PromptStream
 from apportion.stages.update import make_optimizer
@@ -25,7 +28,8 @@ class Learner:
         needs: all evidence to produce. generator: the run's only randomness after loading.
         compare: credits whose rewards are logged beside the one that is trained.
         once: each rollout is learned from once, in one step: the update says what the policy said before it.
-        clock: seconds of the current batch by phase.
+        clock: seconds of the current batch by phase. guards: what watches over the run.
+        findings: what the check-up before the models were loaded warned of.
     """
 
     def __init__(
@@ -38,18 +42,24 @@ class Learner:
         optim: OptimConfig,
         compare: Mapping[str, Credit],
         once: bool = False,
+        guards: GuardsConfig | None = None,
+        findings: Sequence[Finding] = (),
     ) -> None:
         self.models, self.method, self.prompts = models, method, prompts
         self.needs, self.generator, self.compare, self.once = needs, generator, compare, once
+        self.findings = findings
         self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}
+        specs = {**method.specs, "compare": list(compare), "needs": needs}
+        self.guards = Guards(guards or GuardsConfig(), models.users, models.policy.tokenizer, specs)
 
     def tensors(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint (`held.Held`)."""
         # `models.generator` is the same one, or started anew each step (`sharing.reseed`)
         return learned(self.models.policy.trainable(), self.optimizer) | {
-            "state": self.credit_state | {"generator": self.generator.get_state()}
+            "state": self.credit_state | {"generator": self.generator.get_state()},
+            "guards": self.guards.state,
         }
 
     def restore(self, stored: Tensors) -> None:
@@ -59,6 +69,7 @@ class Learner:
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
         self.credit_state = state
+        self.guards.restore(stored["guards"])
 
     def readers(self) -> dict[str, Any]:
         """Return the models whose numbers the run's depend on."""
@@ -80,5 +91,18 @@ class Learner:
 
     def kl_coefficients(self) -> list[Tensor]:
         """Return κ of every KL penalty in the chain (one at most, as the refusal table says)."""
+        return [self.credit_state[key] for key in self._kl_keys()]
+
+    def tighten(self, factor: float, most: float) -> bool:
+        """Multiply κ by `factor`, to at most `most` times what it began with; return whether it rose."""
+        rose = False
+        for key in self._kl_keys():
+            now, start = self.credit_state[key], self.method.credit.init()[key]
+            risen = torch.maximum(now, torch.minimum(now * factor, start.to(now) * most))
+            self.credit_state = self.credit_state | {key: risen}
+            rose = rose or bool(risen > now)
+        return rose
+
+    def _kl_keys(self) -> list[str]:
         chain = enumerate(self.method.specs["credit"])  # `chain` puts the position before a state's key
-        return [self.credit_state[f"{i}.coef"] for i, spec in chain if "kl_penalty" in spec]
+        return [f"{i}.coef" for i, spec in chain if "kl_penalty" in spec]

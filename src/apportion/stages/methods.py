@@ -57,6 +57,7 @@ def settle(config: RLConfig, method: Method) -> None:
         expected = "terminal: with sampling.stop length no response ever ends by itself"
         mend = "Use sampling.stop: eos, where it tells responses apart."
         raise ConfigError(message("ppo.truncated", ppo.truncated, expected, mend))
+    _refuse_tightening(config, method)
     if name == "vine":
         _refuse_other_units(ppo)
     if ppo.value_model == "separate" and not method.critic:
@@ -78,3 +79,13 @@ def _refuse_other_units(ppo: PPOConfig) -> None:
     if ppo.whiten_rewards:
         expected = "false: vine's values are scores, and whitened rewards are in other units"
         raise ConfigError(message("ppo.whiten_rewards", True, expected, "Use scores.scale, which both go through."))
+
+
+def _refuse_tightening(config: RLConfig, method: Method) -> None:
+    """Raise ConfigError for a watch that should raise a KL coefficient where there is none to raise."""
+    guards = [f"guards.{key}" for key, value in vars(config.guards).items() if value == "tighten"]
+    penalties = [kwargs for spec in method.specs["credit"] for name, kwargs in spec.items() if name == "kl_penalty"]
+    if guards and not any(kwargs.get("coef", 1.0) > 0 for kwargs in penalties):
+        expected = "off, warn or stop: no kl_penalty with a coefficient above 0 is in the credit chain to be raised"
+        mend = "Choose one of them, or add kl_penalty to --credit."
+        raise ConfigError(message(guards[0], "tighten", expected, mend))

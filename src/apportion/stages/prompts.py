@@ -8,15 +8,19 @@ from typing import Any
 import torch
 
 from apportion.config import RLConfig, SamplingConfig
+from apportion.data import BadRows
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.load import load_settings
 
 
-def load_prompts(source: str, part: str) -> list[Any]:
-    """Return prompts: texts, or conversations as lists of {role, content}; `part` is for the built-in set only."""
+def load_prompts(source: str, part: str, bad: BadRows | None = None) -> list[Any]:
+    """Return prompts: texts, or conversations as lists of {role, content}; `part` is for the built-in set only.
+
+    `bad` is where rows that cannot be used are written down; None makes the first of them an error.
+    """
     from apportion.data import prompts
 
-    return list(prompts(source, part if source == "imdb" else None))
+    return list(prompts(source, part if source == "imdb" else None, bad=bad))
 
 
 def tokenize(
@@ -27,12 +31,7 @@ def tokenize(
     Raises:
         DataError: a prompt is empty, or longer than the limit or the model's context allows; it names the row.
     """
-    rows = [_ids(text, tokenizer, sampling) for text in texts]
-    if sampling.prompt_tokens is not None:
-        low, high = sampling.prompt_tokens
-        generator = torch.Generator().manual_seed(seed)
-        cuts = torch.randint(low, high + 1, (len(rows),), generator=generator).tolist()
-        rows = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+    rows = encoded(texts, tokenizer, sampling, seed)
     limit = min(sampling.max_prompt_tokens, context - sampling.max_new_tokens)
     if limit < 1:
         expected = f"less than the policy's context of {context} tokens"
@@ -44,6 +43,17 @@ def tokenize(
             mend = "Shorten it, or set sampling.prompt_tokens to keep only its beginning."
             raise DataError(message(f"prompt {number + 1}", came, expected, mend))
     return rows
+
+
+def encoded(texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int) -> list[list[int]]:
+    """Return prompts as `tokenize` does, of whatever length they are."""
+    rows = [_ids(text, tokenizer, sampling) for text in texts]
+    if sampling.prompt_tokens is None:
+        return rows
+    low, high = sampling.prompt_tokens
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randint(low, high + 1, (len(rows),), generator=generator).tolist()
+    return [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
 
 
 def conversations(
@@ -67,12 +77,10 @@ def _ids(text: Any, tokenizer: Any, sampling: SamplingConfig) -> list[int]:
 
 
 def _conversation(turns: Any, tokenizer: Any) -> list[int]:
-    from jinja2 import TemplateError
-
     try:
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-    except (ValueError, TemplateError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a template is a program of the model's: whatever it raises is said
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         mend = "Give prompts as text, or use a policy whose tokenizer has a chat template for such turns."
         raise DataError(message("prompts", f"a conversation ({reason})", "one that the policy reads", mend)) from error
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion import credit, registry
+from apportion.credit.checked import checked
 from apportion.credit.reading import EVIDENCE
 from apportion.masking import normalise
 from apportion.types import Advantages, Credit, Rollouts
@@ -22,7 +23,9 @@ DECIMALS = 8  # with 6, the rounding of a hundred tokens' credit adds up to more
 
 def comparisons(names: Iterable[str]) -> dict[str, Credit]:
     """Return the credit methods to log beside the one that is trained, by name. Raises ConfigError."""
-    return {name: registry.call("compare", name, registry.find("compare", name, credit.METHODS), {}) for name in names}
+    for name in names:
+        registry.find("compare", name, credit.METHODS)  # an unknown one is an error of this setting
+    return {name: checked(name, credit.make(name, {})) for name in names}
 
 
 def rollout_records(
@@ -34,7 +37,7 @@ def rollout_records(
     kl = torch.where(some.mask, some.logprobs - some.evidence["reference_logprobs"], 0.0)
     by_method = {name: credit.apply(method, some)[0] for name, method in learner.compare.items()}
     columns = {
-        "credit": _before_penalty(learner, some),
+        "credit": before_penalty(learner, some),
         "kl": kl,
         "reward": rewards[:rows],
         "advantage": estimated.advantages[:rows],
@@ -53,7 +56,7 @@ def reading_of(method: Credit) -> str:
     return min((name for name in method.needs if registry.asked(name)[0] == EVIDENCE), default=EVIDENCE)
 
 
-def _before_penalty(learner: Learner, rollouts: Rollouts) -> Tensor:
+def before_penalty(learner: Learner, rollouts: Rollouts) -> Tensor:
     """Return the rewards (B,T) of the whole chain but its KL penalty."""
     rewards, _ = credit.apply(learner.method.credit, rollouts, learner.credit_state)
     if learner.method.credit.keeps_return:

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from apportion import parallel
 from apportion.config import RewardConfig, to_dict
+from apportion.data import BadRows
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.masters import to_float32, to_sixteen_bit
+from apportion.models.packed import packed
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
 from apportion.runs import Run, need_space
 from apportion.stages import randomness
+from apportion.stages.bad_rows import leaving_out
 from apportion.stages.clips import Clip, batches, random_clips, right_pad, tokenized
 from apportion.stages.keeper import Keeper, keeping
 from apportion.stages.probe import probe_head
@@ -63,7 +66,8 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
         trainee = Trainee(model, _halved(model, config), config.optim)
         del model
         start = keeper.resume(trainee)
-        _fit(trainee, start, clips, config, tokenizer.pad_token_id, keeper, tell)
+        with packed(trainee.model):
+            _fit(trainee, start, clips, config, tokenizer.pad_token_id, keeper, tell)
         to_float32(trainee.remainders)
         found: dict[str, Any] = {}
         keeper.final(
@@ -87,7 +91,8 @@ def check_shares(config: RewardConfig) -> None:
 
 def _prepare(run: Run, config: RewardConfig) -> tuple[Any, list[Clip], Any, str, list[Any]]:
     """Return (model, training clips, tokenizer, its folder, held-out rows). Cheap checks come before the model."""
-    train_rows, test_rows = read_data(config)
+    with leaving_out(run.path, config.skip_bad_rows) as bad:
+        train_rows, test_rows = read_data(config, bad)
     need_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
     tokenizer = load_tokenizer("model", folder, config.pad_token)
@@ -122,7 +127,7 @@ def _judged(trainee: Trainee, run: Run, config: RewardConfig, test_rows: list[An
     return found
 
 
-def read_data(config: RewardConfig) -> tuple[list[Any], list[Any]]:
+def read_data(config: RewardConfig, bad: BadRows | None = None) -> tuple[list[Any], list[Any]]:
     """Return (training rows, held-out rows) of (text, label). Raises DataError.
 
     A data set without held-out rows of its own keeps a fixed tenth by hash of the text.
@@ -132,9 +137,10 @@ def read_data(config: RewardConfig) -> tuple[list[Any], list[Any]]:
     if config.data == "imdb" and config.test_data is None:
         training, held_out = labelled("imdb", "reward_train"), labelled("imdb", "reward_test")
     elif config.test_data is not None:
-        training, held_out = labelled(config.data), labelled(config.test_data, field="test_data")
+        training = labelled(config.data, bad=bad)
+        held_out = labelled(config.test_data, field="test_data", bad=bad)
     else:
-        rows = labelled(config.data)
+        rows = labelled(config.data, bad=bad)
         training = [row for row in rows if bucket(row.text) >= 10]
         held_out = [row for row in rows if bucket(row.text) < 10]
         if not training or not held_out:

@@ -17,7 +17,7 @@ import torch
 from apportion import credit, parallel, registry
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig, to_dict
-from apportion.evidence import Models
+from apportion.evidence import Models, Users
 from apportion.evidence.producers import POLICY
 from apportion.masking import masked_mean, whiten
 from apportion.models.load import load_tokenizer, locate, pick_device
@@ -30,25 +30,36 @@ from apportion.sampling import sample
 from apportion.scoring import ALWAYS, score
 from apportion.segments import check as check_segments
 from apportion.stages import randomness
+from apportion.stages.bad_rows import leaving_out
+from apportion.stages.checkup import quick
+from apportion.stages.guards import Scene, check_rows, drop_unknown
 from apportion.stages.keeper import keeping
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
 from apportion.stages.prompts import PromptStream, context_of, load_prompts
-from apportion.stages.records import comparisons, memory_mb, rollout_records
+from apportion.stages.records import before_penalty, comparisons, memory_mb, rollout_records
 from apportion.stages.sharing import check_shares, open_run, reseed, uniforms, whole_batch
+from apportion.stages.stopped import ratios
 from apportion.stages.update import FirstPass, learning_rate, make_targets, update
 from apportion.types import Rollouts
 
 Tell = Callable[[int, dict[str, float]], None]
 
 
-def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, metrics: None) -> Run:
+def train(
+    config: RLConfig,
+    *,
+    fresh: bool = False,
+    tell: Tell = lambda step, metrics: None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Run:
     """Train a policy as `config` says and return its finished run folder; an interrupted run goes on where it was.
 
     Under `accelerate launch` or `torchrun` the processes share the work, and the main one writes the folder.
 
     Args:
         tell: called with the step and its metrics, for a progress bar.
+        warn: called with a line for each thing that may not be meant (`stages.checkup.quick`).
 
     Raises:
         ConfigError, ModelError, DataError, ScoreError, DiskError: each names what to mend.
@@ -63,6 +74,8 @@ def train(config: RLConfig, *, fresh: bool = False, tell: Tell = lambda step, me
     with keeping(run, config) as keeper:
         with parallel.together():
             learner = make_learner(config, method)
+            learner.guards.run = run
+            note_findings(run, learner, warn)
         start = keeper.resume(learner)
         parallel.broadcast(learner.models.policy.trainable())
         for step, rollouts in experience(learner, config, start):
@@ -96,7 +109,9 @@ def experience(learner: Learner, config: RLConfig, start: int) -> Iterator[tuple
             rollouts = replace(rollouts, group=rollouts.group + mine.start)
             sampled = time.perf_counter()
             asked = ALWAYS - POLICY if learner.once else ALWAYS
-            rollouts = score(learner.models, rollouts, learner.needs, config.scores, asked)
+            learner.guards.prepare(step, rollouts)
+            with learner.guards.keeping(step, rollouts, alone=True):
+                rollouts = score(learner.models, rollouts, learner.needs, config.scores, asked)
         learner.clock = {"time/generate": sampled - began, "time/score": time.perf_counter() - sampled}
         yield step, rollouts
 
@@ -105,37 +120,75 @@ def learn(
     learner: Learner, rollouts: Rollouts, config: RLConfig, step: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Apportion the scores of one batch, learn from it, and return (metrics, what to log of the rollouts)."""
-    method, ppo, ended = learner.method, config.ppo, rollouts.ended
-    rollouts = settle_truncated(rollouts, ppo)
-    with parallel.together():
-        rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
-        segments = method.segment(rollouts)  # (B,T) ids from 0, -1 off the mask
+    method, guards = learner.method, learner.guards
+    settled = settle_truncated(rollouts, config.ppo)
+    with parallel.together(), guards.keeping(step, rollouts, alone=True):
+        rewards, learner.credit_state = guards.call(  # (B,T)
+            "credit", credit.apply, method.credit, settled, learner.credit_state
+        )
+        segments = guards.call("segments", method.segment, settled)  # (B,T) ids from 0, -1 off the mask
         check_segments(segments, rollouts.mask)
+        check_rows("rewards", rewards, rollouts.mask)
         if "credit_share" in method.estimate.needs and method.credit.share is not None:
-            rollouts = rollouts.with_evidence(credit_share=method.credit.share(rollouts))
+            settled = settled.with_evidence(credit_share=method.credit.share(settled))
     # from here on every process has the whole batch, so that its statistics are one process's
-    rollouts = whole_batch(rollouts, learner.models.policy.tokenizer.pad_token_id)
+    ended = None if rollouts.ended is None else parallel.gather_rows(rollouts.ended)
+    rollouts = whole_batch(settled, learner.models.policy.tokenizer.pad_token_id)
     rewards, segments = parallel.gather_rows(rewards), parallel.gather_rows(segments, fill=-1)
-    ended = None if ended is None else parallel.gather_rows(ended)
-    if ppo.whiten_rewards:
+    if config.ppo.whiten_rewards:
         rewards = whiten(rewards, rollouts.mask, keep_mean=True)
-    estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
+    with guards.keeping(step, replace(rollouts, ended=ended)) as scene:
+        return learn_from(learner, rollouts, ended, rewards, segments, config, scene)
+
+
+def learn_from(
+    learner: Learner,
+    rollouts: Rollouts,
+    ended: torch.Tensor | None,
+    rewards: torch.Tensor,
+    segments: torch.Tensor,
+    config: RLConfig,
+    scene: Scene,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Learn from the whole batch with its rewards (B,T) and segments (B,T); return what `learn` does.
+
+    Args:
+        rollouts, ended: settled by `settle_truncated`, and which ended before that.
+        scene: told what becomes known of the batch, should the run stop in it.
+    """
+    method, ppo, guards, step = learner.method, config.ppo, learner.guards, scene.step
+    scene.columns |= {"reward": rewards}
+    scene.later["credit"] = lambda batch: before_penalty(learner, batch)
+    estimated = guards.call("advantages", method.estimate, rewards, segments, rollouts)  # advantages, returns (B,T)
+    scene.columns |= {"advantage": estimated.advantages, "return": estimated.returns}
+    check_rows("advantages", estimated.advantages, rollouts.mask)
     targets = make_targets(estimated, segments, rollouts, ppo)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config.optim, step - 1, config.steps)
     policy, chance = learner.models.policy, learner.generator
     first = FirstPass(*torch.zeros((2, *rollouts.mask.shape), device=policy.device)) if learner.once else None
-    metrics = update(policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance, first)
+    scene.later["ratio"] = lambda batch: ratios(policy, batch, ppo.micro_batch, ppo.micro_tokens)
+    guards.skips.begin()
+    metrics = update(
+        policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance, first, guards.skips
+    )
     rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
     if first is not None:
         rollouts = replace(rollouts, old_logprobs=first.old_logprobs).with_evidence(entropy=first.entropy)
+    scene.rollouts = rollouts
     records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
     if hasattr(method.estimate, "stats"):
         counted = method.estimate.stats(rewards, segments, rollouts)
         metrics |= {name: float(total / count.clamp_min(1)) for name, (total, count) in counted.items()}
     metrics |= batch_metrics(rollouts, rewards, segments) | learner.move_controllers(rollouts, rewards)
     metrics |= {"policy/lr": learner.optimizer.param_groups[0]["lr"]}
-    return metrics | ({} if ended is None else {"objective/ended": float(ended.float().mean())}), records
+    if config.scores.clip is not None and rollouts.scores is not None:
+        held = rollouts.scores.abs() >= config.scores.clip * (1 - 1e-6)
+        metrics["objective/scores_clipped"] = float(held.float().mean())
+    metrics |= {} if ended is None else {"objective/ended": float(ended.float().mean())}
+    scene.metrics = metrics
+    metrics = drop_unknown(metrics, guards.skips.batch)
+    return metrics | guards.look(step, metrics, len(rollouts), learner.tighten), records
 
 
 def settle_truncated(rollouts: Rollouts, config: PPOConfig) -> Rollouts:
@@ -183,9 +236,11 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     randomness.seed(config.seed)
     need_space(Path(config.output).expanduser(), 200_000_000)
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    texts = load_prompts(config.prompts, "rl")
+    with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
+        texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     stream = PromptStream(texts, tokenizer, config, context_of(folder))
+    findings = quick(config, folder, tokenizer, texts, stream.rows)
     reads = PolicyText(tokenizer, stream.conversations)
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
@@ -198,9 +253,18 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     generator = torch.Generator(device=policy.device).manual_seed(config.seed)
     # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
     own = generator if parallel.world() == 1 else torch.Generator(device=policy.device)
-    models = Models(policy, reward, method.segment, config.sampling, own, config.scores)
+    users = Users(config.guards.timeout)
+    models = Models(policy, reward, method.segment, config.sampling, own, config.scores, users=users)
     once = learned_once(config, needs)
-    return Learner(models, method, stream, needs, generator, config.optim, compare, once)
+    return Learner(models, method, stream, needs, generator, config.optim, compare, once, config.guards, findings)
+
+
+def note_findings(run: Run, learner: Learner, warn: Callable[[str], None]) -> None:
+    """Write what the run's own check-up warned of into status.json, and say it."""
+    if learner.findings:
+        run.know(doctor=[{"name": one.name, "found": one.found, "mend": one.mend} for one in learner.findings])
+    for one in learner.findings:
+        warn(f"warning: {one.name}: {one.found}. {one.mend}")
 
 
 def learned_once(config: RLConfig, needs: frozenset[str]) -> bool:

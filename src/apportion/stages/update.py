@@ -16,6 +16,7 @@ from apportion.losses import clipped_value
 from apportion.masking import whiten
 from apportion.models.masters import MasterAdamW, total_norm
 from apportion.models.policy import Outputs, Policy
+from apportion.stages.skips import Skips
 from apportion.types import Advantages, PolicyLoss, Rollouts
 
 
@@ -76,6 +77,7 @@ def update(
     optim: OptimConfig,
     generator: torch.Generator,
     first: FirstPass | None = None,
+    skips: Skips | None = None,
 ) -> dict[str, float]:
     """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
 
@@ -85,10 +87,14 @@ def update(
 
     Args:
         first: filled with old log-probabilities and entropies, which the rollouts then lack; for one optimizer step.
+        skips: counts optimizer steps that were not taken, because their loss or gradient is not finite: weights,
+            masters, moments and step counters stay as they were, and the metrics are means over the steps taken
+            (where there is none, they are left out).
 
     Raises:
-        ScoreError: the loss or gradient is not finite; no step is taken with it.
+        GuardError: as many steps in a row were skipped as `skips` allows.
     """
+    skips = Skips() if skips is None else skips
     totals: dict[str, Tensor] = {}
     steps = 0
     for _ in range(config.epochs or 1):
@@ -97,13 +103,21 @@ def update(
             with parallel.together():
                 sums = _mini_batch(policy, loss, rollouts, targets, config, rows, first)
             parallel.sum_gradients(policy.trainable())
-            # the same in every process, and summed over them below
-            sums["policy/grad_norm"] = finite_norm(policy.trainable(), optim) / parallel.world()
-            optimizer.step()
+            norm = total_norm(policy.trainable())
+            if skips.allow(sum_of_losses(sums, norm), norm, rows):
+                torch.nn.utils.clip_grads_with_norm_(policy.trainable(), optim.max_grad_norm, norm)
+                optimizer.step()
+                sums["policy/grad_norm"] = norm / parallel.world()  # the same in each, and summed over them below
+                totals = {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
+                steps += 1
             optimizer.zero_grad(set_to_none=True)
-            totals = {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
-            steps += 1
     return {k: float(v) / steps for k, v in parallel.sum_over(totals).items()}
+
+
+def sum_of_losses(sums: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Return the sum () of what a mini-batch minimised, which is finite where every part is; 0 without rows."""
+    parts = [sums[name].to(like.device) for name in ("loss/policy", "loss/value") if name in sums]
+    return torch.stack(parts).sum() if parts else torch.zeros_like(like)
 
 
 def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Tensor:

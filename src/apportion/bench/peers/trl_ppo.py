@@ -63,7 +63,12 @@ def watch(recorder: Recorder, trainer: PPOTrainer, work: Work) -> None:
         recorder.add(prompts=distinct, prompt_tokens=tokens, generated_tokens=int((responses != pad).sum()))
 
     recorder.wrap(ppo_trainer, "batch_generation", "generate", generated)
-    recorder.wrap(ppo_trainer, "get_reward", "score")
+
+    def judged(result: Any, model: Any, *args: Any) -> None:
+        if model is trainer.reward_model:  # it reads values with the same function
+            recorder.scored(result[1])
+
+    recorder.wrap(ppo_trainer, "get_reward", "score", judged)
     forward = ppo_trainer.forward
 
     def phased(model: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:

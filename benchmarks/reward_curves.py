@@ -1,0 +1,191 @@
+"""What the speed costs in learning: reward a batch of our runs beside TRL's PPO, on the same prompts and reward model.
+
+    python benchmarks/reward_curves.py --reward_model runs/demo/reward/final            # 3 seeds, 20 batches, an hour
+    python benchmarks/reward_curves.py --reward_model ... --sides default peer --batches 15
+
+Sides: `default` (our defaults: adapters, a value head on the shared trunk), `full` (all weights, a separate value
+model, float32 masters and moments), `full16` (the same with optim.moments: bfloat16), `peer` (TRL 1.12.0's PPO, all
+weights in float32). Each run is a process of its own, as in `apportion bench speed`; the learning rate is each side's
+usual one unless --lr gives that of all weights. A batch's reward is the mean raw score of its rollouts, sampled before
+it is learned from. A seed gives both sides of a pair the same prompts. Intervals are over seeds: Student's t, 95%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apportion import cores
+from apportion.bench.environment import installed
+from apportion.bench.machine import describe
+from apportion.bench.settings import PEERS, SpeedConfig, Work, shaped
+from apportion.bench.speed import process
+from apportion.bench.workload import write_prompts
+from apportion.data.convert import no_progress_bars
+from apportion.models.load import load_tokenizer, locate
+from apportion.models.reward import load_reward
+
+SIDES = {"default": ("default", []), "full": ("full", []), "full16": ("full", ["optim.moments=bfloat16"]), "peer": None}
+PEER = PEERS["trl-ppo"]
+LAST = 5  # batches at the end whose mean is compared
+T95 = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}  # by degrees of freedom
+
+
+def main() -> int:
+    """Run every side with every seed, print the curves and write them."""
+    options = parse()
+    found: dict[str, Any] = {"machine": describe(), "settings": {k: str(v) for k, v in vars(options).items()}}
+    with tempfile.TemporaryDirectory(prefix="apportion-curves-") as name:
+        work = make_work(options, Path(name))
+        found["curves"] = {side: [] for side in options.sides}
+        for seed in range(options.seeds):
+            for side in options.sides:
+                scores = curve(replace(work, seed=seed), side, options)
+                found["curves"][side].append(scores)
+                print(f"{side:8} seed {seed}: " + " ".join(f"{s:+.2f}" for s in scores), file=sys.stderr, flush=True)
+    found["compared"] = compared(found["curves"])
+    if options.output:
+        Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found) if options.json else table(found))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--reward_model", required=True, help="a trained classifier with 1 or 2 labels: a folder")
+    parser.add_argument("--model", default="smollm2", help="the policy's start: a built-in name or a folder")
+    parser.add_argument("--prompts", default="imdb")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=PEER.lr, help="where all weights learn, ours and the peer's")
+    parser.add_argument("--threads", type=int, default=cores.available().threads)
+    parser.add_argument("--output", help="a JSON file to write")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def make_work(options: argparse.Namespace, folder: Path) -> Work:
+    """Write prompts and a reward model of one label, which TRL wants, and return what every run is given."""
+    shape = shaped(SpeedConfig(batches=options.batches))
+    base = locate("--model", options.model)
+    tokenizer = load_tokenizer("--model", base)
+    assert shape.batch and shape.prompt_tokens and shape.new_tokens and shape.epochs
+    prompts = folder / "prompts.jsonl"
+    write_prompts(options.prompts, tokenizer, shape.prompt_tokens, options.batches * shape.batch, prompts)
+    return Work(
+        role="ours",
+        model=base,
+        reward=str(one_label(options.reward_model, folder / "reward")),
+        prompts=str(prompts),
+        folder=str(folder),
+        algorithm="ppo",
+        lr=options.lr,
+        batch=shape.batch,
+        samples=1,
+        prompt_tokens=shape.prompt_tokens,
+        new_tokens=shape.new_tokens,
+        epochs=shape.epochs,
+        mini_batch=shape.batch,
+        micro_batch=shape.batch,
+        threads=options.threads,
+        device="cpu",
+        pad_token=None,
+        seed=0,
+        warmup=0,
+        batches=options.batches,
+    )
+
+
+def one_label(folder: str, target: Path) -> Path:
+    """Write the reward model with R = logit(positive) − logit(negative) as its one logit; its statistics beside it."""
+    reward = load_reward(folder, dtype="float32", device="cpu")
+    model = reward.model
+    with torch.no_grad():
+        weight = model.score.weight
+        if len(weight) == 2:
+            weight = weight[reward.positive] - weight[1 - reward.positive]
+            model.score.weight = torch.nn.Parameter(weight[None].clone())
+            model.score.out_features = model.config.num_labels = 1
+    with no_progress_bars():
+        model.save_pretrained(target)
+    reward.tokenizer.save_pretrained(target)
+    (target / "reward.json").write_text(json.dumps({"mean": reward.mean or 0.0, "sd": reward.sd or 1.0}))
+    return target
+
+
+def curve(work: Work, side: str, options: argparse.Namespace) -> list[float]:
+    """Return the mean raw score of each batch of one run."""
+    ours = SIDES[side]
+    if ours is None:
+        found = process(replace(work, role="peer"), PEER, installed(PEER), f"{side}-{work.seed}")
+    else:
+        found = process(replace(work, ours=ours[0], overrides=ours[1]), PEER, Path(), f"{side}-{work.seed}")
+    return [batch["score"] for batch in found["batches"]]
+
+
+def compared(curves: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """Return, of each side against the last one, the paired difference of the last batches' rewards over seeds, and in
+    how many batches its running mean first reached what the last one ended with."""
+    *sides, other = curves
+    ends = {side: [statistics.fmean(run[-LAST:]) for run in runs] for side, runs in curves.items()}
+    found: dict[str, Any] = {"against": other, "last_batches": LAST, "end": ends}
+    for side in sides:
+        differences = [a - b for a, b in zip(ends[side], ends[other], strict=True)]
+        reached = [first(run, end) for run, end in zip(curves[side], ends[other], strict=True)]
+        found[side] = {"difference": interval(differences), "batches_to_reach": reached}
+    return found
+
+
+def first(run: list[float], level: float) -> int | None:
+    """Return after how many batches the mean of the last few is at least `level`; None if never."""
+    means = [statistics.fmean(run[i - LAST : i]) for i in range(LAST, len(run) + 1)]
+    return next((i + LAST for i, mean in enumerate(means) if mean >= level), None)
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Return {mean, low, high}; a single value has no interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return {"mean": mean, "low": -math.inf, "high": math.inf}
+    half = T95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the mean curves and the comparison for a reader."""
+    curves, said = found["curves"], found["compared"]
+    lines = ["batch " + "".join(f"{side:>10}" for side in curves)]
+    for step in range(len(next(iter(curves.values()))[0])):
+        means = (statistics.fmean(run[step] for run in runs) for runs in curves.values())
+        lines.append(f"{step + 1:5} " + "".join(f"{mean:>+10.2f}" for mean in means))
+    for side in curves:
+        if side in said:
+            d, reached = said[side]["difference"], ", ".join(str(n) for n in said[side]["batches_to_reach"])
+            span = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
+            lines.append(f"{side} − {said['against']}, last {LAST}: {span}; reached its end after {reached} batches")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

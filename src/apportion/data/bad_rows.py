@@ -1,0 +1,49 @@
+"""Rows that cannot be used: counted and written down with their reason, never left out without a word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from apportion.data.formats import Row, Unreadable
+from apportion.errors import DataError, message
+
+LONGEST = 2000  # characters of a row that are kept
+TOGETHER = 256  # rows that are written at a time
+
+Write = Callable[[Sequence[Mapping[str, Any]]], None]
+
+
+class BadRows:
+    """What was left out of the tables of a run.
+
+    Attributes:
+        count: rows left out so far.
+    """
+
+    def __init__(self, write: Write) -> None:
+        self.count = 0
+        self._write, self._waiting = write, list[dict[str, Any]]()
+
+    def add(self, setting: str, item: Row | Unreadable, why: DataError) -> None:
+        """Write down `item` of the table that `setting` gave, and why it was left out."""
+        text = item.text if isinstance(item, Unreadable) else json.dumps(item, ensure_ascii=False, default=str)
+        row = text[:LONGEST].encode("utf-8", "backslashreplace").decode("utf-8")
+        self._waiting.append({"setting": setting, "where": item.where, "why": str(why), "row": row})
+        self.count += 1
+        if len(self._waiting) >= TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._waiting:
+            self._write(self._waiting)
+            self._waiting = []
+
+
+def judge(source: str, kept: int, bad: int, first: DataError | None, field: str) -> None:
+    """Raise DataError when more rows of `source` are bad than can be used."""
+    if bad > kept:
+        came = f"{source}: {bad} of {kept + bad} rows cannot be used"
+        raise DataError(message(field, came, "at least half of them usable", f"The first of them: {first}"))

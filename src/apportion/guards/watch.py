@@ -1,0 +1,113 @@
+"""What a watch is: a rule over a batch's metrics, judged against the run's own start. Pure: state goes in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion.types import State
+
+START = 5  # batches whose mean is the run's start
+WEIGHT = 1 / 3  # of the newest batch in the running mean: five batches' worth of averaging
+CALM = 5  # quiet batches in a row that end an episode
+
+
+class Track(NamedTuple):
+    """One metric so far: this batch's value, the running mean with it and before it, and the mean of the run's start.
+
+    `before` is None in the first batch, `start` until the first `START` batches are over.
+    """
+
+    value: float
+    recent: float
+    before: float | None = None
+    start: float | None = None
+
+
+class Watch(NamedTuple):
+    """One watch.
+
+    Attributes:
+        name: its setting (`guards.NAME`) and metric (`guards/NAME`).
+        reads: metrics, the first of which must be there for it to judge; those that a run does not log are left out.
+        judge: {metric: Track} -> what is wrong, in words and numbers, or None.
+        expected: what a healthy run shows. causes, mend: what it is likely to be, and what to do about it.
+        tightens: whether a larger KL coefficient holds what it watches.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    judge: Callable[[Mapping[str, Track]], str | None]
+    expected: str
+    causes: str
+    mend: str
+    tightens: bool = False
+
+
+class Finding(NamedTuple):
+    """A watch that fires in this batch: what it says, and whether an episode begins with it."""
+
+    watch: Watch
+    said: str
+    begins: bool
+
+
+def init(watches: Iterable[Watch]) -> State:
+    """Return the state of a run that has seen nothing: float64 tensors (3,).
+
+    "NAME METRIC" holds (batches seen, mean of the first `START` of them, running mean); "NAME episode" holds
+    (1 during an episode, quiet batches since it last fired, episodes).
+    """
+    names = [f"{w.name} {key}" for w in watches for key in (*w.reads, "episode")]
+    return {name: torch.zeros(3, dtype=torch.float64) for name in names}
+
+
+def observe(
+    watches: Iterable[Watch], metrics: Mapping[str, float], state: State
+) -> tuple[dict[str, Finding | None], State]:
+    """Return ({watch: what it found, or None}, the state after this batch).
+
+    A watch whose first metric is absent says nothing at all and is not in the answer.
+    """
+    found: dict[str, Finding | None] = {}
+    state = dict(state)
+    for watch in watches:
+        if watch.reads[0] not in metrics:
+            continue
+        tracks = {}
+        for key in (key for key in watch.reads if key in metrics):
+            tracks[key], state[f"{watch.name} {key}"] = follow(state[f"{watch.name} {key}"], metrics[key])
+        said = watch.judge(tracks)
+        began, state[f"{watch.name} episode"] = _episode(state[f"{watch.name} episode"], said is not None)
+        found[watch.name] = None if said is None else Finding(watch, said, began)
+    return found, state
+
+
+def follow(stored: Tensor, value: float) -> tuple[Track, Tensor]:
+    """Return (the metric with its new value, what to store of it): (seen, start, running mean), (3,) float64."""
+    seen, start, recent = stored.tolist()
+    before = recent if seen else None
+    mean = value if before is None else before + WEIGHT * (value - before)
+    known = start if seen >= START else None
+    if known is None:
+        start = (start * seen + value) / (seen + 1)
+    return Track(value, mean, before, known), torch.tensor([seen + 1, start, mean], dtype=torch.float64)
+
+
+def _episode(stored: Tensor, fires: bool) -> tuple[bool, Tensor]:
+    """Return (whether an episode begins, what to store): it ends after `CALM` batches in which nothing fired."""
+    on, quiet, count = stored.tolist()
+    begins = fires and not on
+    quiet = 0.0 if fires else quiet + 1
+    on = 1.0 if fires or (on and quiet < CALM) else 0.0
+    return begins, torch.tensor([on, quiet, count + begins], dtype=torch.float64)
+
+
+def share(part: float, whole: float) -> str:
+    """Return "12% of the run's start (3.28)", or "9.1 times …" from twice on."""
+    ratio = part / whole if whole else float("inf")
+    size = f"{100 * ratio:.3g}% of" if ratio < 2 else f"{ratio:.3g} times"
+    return f"{size} the run's start ({whole:.3g})"

@@ -1,0 +1,53 @@
+"""What `apportion doctor --stage reward` asks before a reward model is trained; it loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from apportion.config import RewardConfig
+from apportion.doctor import Case, Check, Finding, examine, labels, machine, prompts, tokens
+from apportion.doctor.findings import ok
+from apportion.errors import ConfigError, DataError
+from apportion.models.load import load_settings, locate, read_tokenizer
+from apportion.stages.checkup import check
+from apportion.stages.prompts import context_of
+from apportion.stages.reward import read_data
+
+Said = tuple[str, str, str]
+
+
+def open_model(case: Case) -> Said:
+    """The files of the model to start from are there."""
+    case.policy_folder = locate("model", case.config.model)
+    case.policy_settings = load_settings("model", case.policy_folder)
+    case.context = context_of(case.policy_folder, "model")
+    case.tokenizer = read_tokenizer("model", case.policy_folder)
+    kind, words = case.policy_settings.model_type, len(case.tokenizer.get_vocab())
+    return ok(f"{case.config.model}: {kind}, context {case.context} tokens, vocabulary {words}")
+
+
+def open_data(case: Case) -> Said:
+    """The labelled texts can be read, and both labels are common in training and held-out ones."""
+    case.training, case.held_out = read_data(case.config)
+    return labels.balance(case)
+
+
+CHECKS: tuple[Check, ...] = (
+    check("processor", machine.processor, error=ConfigError),
+    check("model", open_model),
+    check("pad token", tokens.pad_token, "model"),
+    check("vocabulary", tokens.vocabulary, "model"),
+    check("labels", open_data, error=DataError),
+    check("repeated texts", labels.repeated, "labels", error=DataError),
+    check("held-out texts", prompts.reward_data, "labels", error=DataError),
+    check("clips", labels.clips, "labels", "model", error=ConfigError),
+    check("memory", labels.memory, "model", "processor", error=ConfigError, estimate=True),
+)
+
+
+def checkup_reward(
+    config: RewardConfig, *, settled: Any = None, tell: Callable[[str], None] = lambda name: None
+) -> list[Finding]:
+    """Return what every check finds of `apportion reward` with these settings; `settled` is of `cores.settle`."""
+    return examine(Case(config, settled=settled), CHECKS, tell)

@@ -1,0 +1,221 @@
+"""`apportion doctor --config`: every check finds what is planted for it and names the mend; a good run passes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import foreign_models
+import planted
+import pytest
+import tiny_runs
+import torch
+import yaml
+
+from apportion.doctor import Case, machine, policy
+from apportion.models.load import load_settings, load_tokenizer
+from apportion.stages import checkup_reward
+from apportion.stages.checkup import CHECKS, OWN, quick
+
+Command = Callable[..., Any]
+NEVER_PLANTED = {"reference"}  # no setting moves it: its test below stirs the adapters
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.good(tmp_path_factory.mktemp("good"))
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return foreign_models.world(tmp_path_factory.mktemp("foreign"))
+
+
+def findings(done: Any) -> dict[str, dict[str, str]]:
+    """Return the findings of a `--json` run by name, once the object is what it should be."""
+    assert "Traceback" not in done.err, done.err
+    said = json.loads(done.out)
+    assert set(said) == {"stage", "fast", "passed", "counts", "findings"}
+    assert said["passed"] == (said["counts"]["fail"] == 0) == (done.code == 0), done.out
+    assert sum(said["counts"].values()) == len(said["findings"])
+    return {one["name"]: one for one in said["findings"]}
+
+
+@pytest.mark.parametrize("name", planted.PLANTED)
+def test_what_is_planted_is_found(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
+    make, check, level, pieces, fast = planted.PLANTED[name]
+    flags = planted.flags(good, **make(good, tmp_path))
+    found = findings(model_command("doctor", *flags, "--json", *(["--fast"] if fast else [])))
+    one = found[check]
+    assert one["level"] == level, found
+    assert one["mend"].endswith(".") and one["found"]
+    for piece in pieces:
+        assert piece in f"{one['found']} {one['mend']}", one
+    blamed = {other["name"] for other in found.values() if other["level"] == "fail"} - {check}
+    assert not blamed or level == "fail", f"{blamed} fail as well"
+
+
+def test_every_check_has_something_planted_for_it() -> None:
+    asked = {one.name for one in CHECKS}
+    assert {one.check for one in planted.PLANTED.values()} | NEVER_PLANTED == asked
+    assert len({one.check for one in planted.PLANTED.values()}) >= 12
+
+
+def test_a_good_run_passes_wholly(model_command: Command, good: Path, tmp_path: Path) -> None:
+    other = planted.rows(tmp_path / "other.jsonl", ["A new story", "Some other beginning"])
+    flags = planted.flags(good, eval_prompts=other)
+    found = findings(model_command("doctor", *flags, "--json"))
+    assert {name: one for name, one in found.items() if one["level"] != "ok"}.keys() == {
+        "chat template",
+        "likely beginning",
+    }
+    assert list(found) == [one.name for one in CHECKS]
+
+
+@pytest.mark.parametrize("name", ["encoder", "other", "trimming", "chat"])
+def test_reward_models_with_tokenizers_of_their_own_pass(model_command: Command, foreign: Path, name: str) -> None:
+    found = findings(model_command("doctor", *tiny_runs.flags(foreign, reward_model=foreign / name), "--json"))
+    assert not [one for one in found.values() if one["level"] == "fail"], found
+    assert "it reads text" in found["reward tokenizer"]["found"]
+    for check in ("reward padding", "attention row", "scores"):
+        assert found[check]["level"] == "ok", found[check]
+    assert ("left" in found["reward padding"]["found"]) == (name != "encoder")  # encoders are padded on the right
+
+
+def test_a_good_run_on_conversations_that_end_passes(model_command: Command, good: Path, tmp_path: Path) -> None:
+    template = planted.TURNS.replace("{END}", "<eos>") + planted.ASKS
+    flags = planted.flags(good, **planted.conversations(good, tmp_path, template, **{"sampling.stop": "eos"}))
+    found = findings(model_command("doctor", *flags, "--json", "--fast"))
+    assert {one["level"] for one in found.values()} <= {"ok", "skip"}, found
+    assert found["chat template"]["level"] == "ok" and "assistant" in found["chat template"]["found"]
+
+
+def test_adapters_that_do_something_are_no_reference(good: Path) -> None:
+    """A policy whose reference is elsewhere: no setting makes one, so its adapters are moved."""
+    config = tiny_runs.config(good)
+    case = Case(config, rows=tiny_runs.prompts(), policy=tiny_runs.policy(good, stirred=False))
+    assert policy.reference(case)[0] == "ok"
+    tiny_runs.stir(case.policy)
+    level, found, mend = policy.reference(case)
+    assert level == "fail" and "without its adapters" in found and "merged weights" in mend
+
+
+def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Path, tmp_path: Path) -> None:
+    with (good / "reviews.csv").open(newline="") as file:
+        rows = [(row["text"], 1 - int(row["label"])) for row in csv.DictReader(file)]
+    flags = planted.flags(good, labels=labelled(tmp_path / "turned.csv", rows), reward_model=good / "judge" / "final")
+    done = model_command("doctor", *flags)
+    assert done.code == 2 and done.err == ""
+    levels = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.out.splitlines() if "│" in line}
+    assert list(levels) == [one.name for one in CHECKS]
+    assert [name for name, level in levels.items() if level == "fail"] == ["order of scores"]
+    assert "\nfail order of scores: Its labels are the other way round" in done.out
+    assert done.out.rstrip().endswith(", 1 fail, 3 skip")
+
+
+@pytest.mark.parametrize(
+    ("words", "pieces"),
+    [
+        (["--stage", "sft"], ["--stage: got 'sft'", "one of reward, rl"]),
+        (["--fast=1"], ["--fast: got '1'", "Write --fast alone"]),
+        (["--eval_prompts"], ["--eval_prompts: got 'nothing'", "--eval_prompts VALUE"]),
+        (["--stepz", "3"], ["flag: got '--stepz'", "Did you mean '--steps'"]),
+        (["--config", "absent.yaml"], ["--config: got 'absent.yaml'", "check the path"]),
+    ],
+)
+def test_its_own_flags_are_checked_before_any_model(command: Command, words: list[str], pieces: list[str]) -> None:
+    command("doctor", "--fast", *words).assert_refused_early(*pieces)
+
+
+def test_what_it_compares_with_has_to_be_there(model_command: Command, good: Path) -> None:
+    done = model_command("doctor", *planted.flags(good, eval_prompts="absent.jsonl"), "--fast")
+    assert done.code == 2 and done.err.startswith("apportion: prompts: got 'absent.jsonl'"), done.err
+
+
+def test_a_file_of_settings_is_read_and_flags_win(model_command: Command, good: Path, tmp_path: Path) -> None:
+    flags = planted.flags(good)
+    settings = yaml.safe_dump({"reward_model": str(good / "policy"), "compare": [], "credit": "sparse"})
+    (tmp_path / "run.yaml").write_text(settings)
+    found = findings(model_command("doctor", "--config", "run.yaml", *flags, "--json"))
+    assert found["reward head"]["level"] == "ok" and found["attention row"]["found"] == "no credit of this run reads it"
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, one in planted.PLANTED.items() if one.check in OWN and one.check != "memory"]
+)
+def test_rl_asks_the_quick_questions_itself(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
+    make, check, level, pieces, _ = planted.PLANTED[name]
+    done = model_command("rl", *planted.flags(good, **make(good, tmp_path)), "--steps", "1", "--output", "run")
+    if level == "fail":
+        done.assert_refused(f"{check}: got ", *(piece for piece in pieces if "'" not in piece))
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+        return
+    done.assert_done()
+    assert f"warning: {check}: " in done.err
+    told = json.loads((tmp_path / "run" / "status.json").read_text())["doctor"]
+    assert check in [one["name"] for one in told]
+    assert all(f"{one['found']}. {one['mend']}" in done.err for one in told)
+
+
+def test_counting_the_weights_of_a_hub_model_draws_no_random_number(good: Path) -> None:
+    """A run's adapters are drawn after its check-up: a seed must give what it gave without."""
+    settings = load_settings("policy", str(good / "policy"))
+    before = torch.get_rng_state()
+    counted = machine.weights_of(Case(None, policy_folder="nobody/model", policy_settings=settings), "policy")
+    stored = machine.weights_of(Case(None, policy_folder=str(good / "policy"), policy_settings=settings), "policy")
+    assert counted == stored > 10_000 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_memory_is_an_estimate_that_stops_no_run(good: Path) -> None:
+    """The command would really take it: the check-up of the run is asked alone."""
+    config = tiny_runs.config(good, **{"sampling.batch_size": 6 * 10**8})
+    tokenizer = load_tokenizer("policy", config.policy)
+    found = quick(config, config.policy, tokenizer, ["a film"], [[5, 6]])
+    assert [(one.name, one.level) for one in found] == [("memory", "fail")] and "sampling.rows" in found[0].mend
+
+
+def test_a_run_with_nothing_to_warn_of_says_nothing(model_command: Command, good: Path, tmp_path: Path) -> None:
+    done = model_command("rl", *planted.flags(good), "--output", "run")
+    done.assert_done()
+    assert "warning" not in done.err and "doctor" not in json.loads((tmp_path / "run" / "status.json").read_text())
+
+
+def test_the_reward_stage_is_checked_as_well(model_command: Command, good: Path) -> None:
+    flags = ("--stage", "reward", "--model", good / "policy", "--data", good / "reviews.csv", "--clip_tokens", "[4,24]")
+    found = findings(model_command("doctor", *flags, "--json"))
+    assert list(found) == [one.name for one in checkup_reward.CHECKS]
+    assert {one["level"] for one in found.values()} == {"ok"}, found
+
+
+def labelled(path: Path, rows: list[tuple[str, int]]) -> Path:
+    """Write labelled texts as CSV."""
+    path.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("check", "rows", "test", "more", "pieces"),
+    [
+        ("labels", [("a film", 1), ("a story", 0)], [("a cast", 1)], {}, ["1 of 1 held-out", "both kinds"]),
+        ("repeated texts", [("a film", 1), ("A  film", 0)], None, {}, ["1 with the other label", "Drop those texts"]),
+        ("held-out texts", [("a film", 1), ("a story", 0)], [("a film", 1), ("b", 0)], {}, ["1 of 2", "--test_data"]),
+        ("clips", None, None, {"clip_tokens": "[8,200]"}, ["context 128", "Lower the second number"]),
+        ("pad token", None, None, {"pad_token": "<eos>"}, ["distinct from EOS", "--pad_token"]),
+        ("vocabulary", None, None, {"model": "more"}, ["up to 400, 400 embeddings"]),
+        ("model", None, None, {"model": "./none"}, ["check the path"]),
+    ],
+)
+def test_what_is_wrong_with_labelled_texts_is_found(
+    model_command: Command, good: Path, tmp_path: Path, check: str, rows: Any, test: Any, more: Any, pieces: list[str]
+) -> None:
+    planted.tokenizer_of(planted.policy(good, tmp_path / "more"), planted.longer())
+    settings = {"model": good / "policy", "data": good / "reviews.csv", "clip_tokens": "[2,24]"} | more
+    if rows is not None:
+        fine = [("b", 0), ("c", 1)] if test is None else test
+        settings |= {"data": labelled(tmp_path / "d.csv", rows), "test_data": labelled(tmp_path / "t.csv", fine)}
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    one = findings(model_command("doctor", "--stage", "reward", *words, "--json"))[check]
+    assert one["level"] == "fail" and all(piece in f"{one['found']} {one['mend']}" for piece in pieces), one

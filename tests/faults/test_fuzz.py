@@ -1,0 +1,72 @@
+"""A few of the inputs that `benchmarks/fuzz.py` throws for minutes, and each that it found something with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzzing
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scripts import FOLDER, script
+
+
+@pytest.mark.parametrize("target", fuzzing.TARGETS)
+@settings(suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_only_errors_of_ours_come_out(target: str, data: st.DataObject) -> None:
+    fuzzing.TARGETS[target](data)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".csv", b"\xef\xbb\xbf"),  # a byte-order mark and nothing else
+        (".jsonl", b'{"text": ' + b"9" * 5000 + b"}"),  # more digits than Python reads
+        (".jsonl", b"[" * 100_000),
+        (".json", b"[" + b"[" * 200 + b"]" * 200 + b"]"),
+        (".csv", b"text\n\xff\n"),
+        (".csv", b'text\n"\r'),
+    ],
+)
+def test_tables_that_were_found(suffix: str, content: bytes) -> None:
+    fuzzing.check_table(suffix, content)
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "flags"),
+    [
+        ("rl", None, [("policy", "1e-4")]),  # a text that reads back as a number unless it is quoted
+        ("rl", "credit: &a [*a]\n", []),
+        ("rl", "steps: !!timestamp x\n", []),
+        ("rl", None, [("credit", "!!bool perhaps")]),
+        ("reward", "<<: {clips: 3}\n", []),
+        ("rl", "credit: {class_path: os.getcwd}\n", []),
+    ],
+)
+def test_settings_that_were_found(stage: str, text: str | None, flags: list[tuple[str, str]]) -> None:
+    fuzzing.check_settings(stage, text, flags)
+
+
+def test_the_long_one_counts_and_tells_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzz = script("fuzz")
+    found = fuzz.fuzz("offsets", 0.001, 7)
+    assert found["examples"] > 0 and found["failure"] is None and found["cpu_minutes"] < 1
+
+    def fragile(data: st.DataObject) -> None:
+        assert data.draw(st.integers()) < 1000
+
+    monkeypatch.setitem(fuzz.TARGETS, "readers", fragile)
+    found = fuzz.fuzz("readers", 1, 7)
+    assert "AssertionError" in found["failure"] and "1000" in found["failure"] and found["failing_seed"] >= 7
+
+
+@pytest.mark.long
+def test_the_long_one_as_a_command(tmp_path: Path) -> None:
+    words = [sys.executable, FOLDER / "fuzz.py", "--target", "readers", "--minutes", "0.2"]
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] > 100

@@ -1,0 +1,413 @@
+"""Faults injected into real runs of the real command: what goes wrong is named, counted or ends the run, and the
+rollouts at hand are saved."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apportion.report.page import write_report
+
+Command = Callable[..., Any]
+SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
+
+REWARDS = '''
+"""Process rewards that fail in one way each, at one batch (one call a batch)."""
+import collections, itertools, time
+
+CALLS = itertools.count(1)
+
+
+def plain(texts, rollouts, prompts):
+    return [[0.1 * (i % 3) for i in range(n)] for n in rollouts.mask.sum(dim=1).tolist()]
+
+
+def nan_at_seven(texts, rollouts, prompts):
+    rows = plain(texts, rollouts, prompts)
+    if next(CALLS) == 7:
+        rows[2][1] = float("nan")
+    return rows
+
+
+def raises(texts, rollouts, prompts):
+    if next(CALLS) == 2:
+        raise ConnectionError("the reward service\\nis down")
+    return plain(texts, rollouts, prompts)
+
+
+def leaves(texts, rollouts, prompts):
+    raise SystemExit(0)
+
+
+def retries(texts, rollouts, prompts):
+    while next(CALLS) > 1:
+        try:
+            time.sleep(30)
+        except Exception:
+            pass
+    return plain(texts, rollouts, prompts)
+
+
+def hangs_in_c(texts, rollouts, prompts):
+    if next(CALLS) == 2:
+        collections.deque(itertools.repeat(0), maxlen=0)  # holds Python's lock, looks at no signal
+    return plain(texts, rollouts, prompts)
+
+
+def poisons(models, rollouts, texts):
+    if next(CALLS) == 6:  # the reward model answers nan from the next batch on
+        models.reward.model.get_input_embeddings().weight.data.fill_(float("nan"))
+    return rollouts.mask.sum(dim=1).float()
+
+
+def infinite(models, rollouts, texts):
+    return rollouts.mask.sum(dim=1).float() / 0.0
+'''
+METHODS = '''
+"""A loss whose gradient is infinite in some updates, and a credit, segmenter and estimator with mistakes in them."""
+import itertools
+import torch
+from apportion import Advantages, Credit, PolicyLoss
+from apportion.losses import ppo
+
+
+class Infinite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+def infinite(*, updates: list = (), loss: bool = False):
+    plain, calls = ppo(), itertools.count(1)
+
+    def terms(*given):
+        total, sums = plain.terms(*given)
+        return (total * torch.inf if loss else Infinite.apply(total)) if next(calls) in updates else total, sums
+
+    return plain._replace(terms=terms)
+
+
+def mistaken(*, how: str = "raise"):
+    def assign(rollouts, rewards, state):
+        if how == "raise":
+            return rewards[:, 10**9], state
+        return (rewards / 0.0 if how == "nan" else rewards), state
+
+    return Credit(dict, assign, frozenset(), keeps_return=False, causal=True)
+
+
+class Estimate:
+    needs = frozenset()
+
+    def __call__(self, rewards, segments, rollouts):
+        raise KeyError("no such table")
+
+
+def estimate():
+    return Estimate()
+
+
+def broken_loss():
+    def terms(*given):
+        raise ZeroDivisionError("division by zero in my loss")
+
+    return ppo()._replace(terms=terms)
+'''
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of the modules above."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "methods.py").write_text(METHODS)
+    return str(folder)
+
+
+@pytest.fixture
+def rl(model_command: Command, rl_flags: list[str], mine: str) -> Command:
+    """Return `apportion rl` on the tiny world; keywords are flags."""
+
+    def run(*more: object, **flags: object) -> Any:
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        return model_command("rl", *rl_flags, *words, *more, PYTHONPATH=mine)
+
+    return run
+
+
+def by(function: str, **more: object) -> str:
+    """Return a credit chain with the process rewards of `function`."""
+    return json.dumps([{"process": {"function": f"rewards:{function}", "keep": True} | more}, "kl_penalty"])
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_stopped(done: Any, *pieces: str) -> None:
+    """Check exit code 2 and one message in the usual shape, with all `pieces`, after progress and warnings."""
+    *before, last = done.err.splitlines(keepends=True)
+    assert done.code == 2 and done.out == "" and all(line.startswith(("rl ", "warning: ")) for line in before), done.err
+    assert SHAPE.fullmatch(last), last
+    for piece in pieces:
+        assert piece in last, (piece, last)
+    assert not (done.folder / "run" / "final").exists()
+
+
+def assert_saved(run: Path, step: int, *, columns: tuple[str, ...] = (), count: int = 4) -> list[dict[str, Any]]:
+    """Check the rollouts of a stopped step, and that the run says where they are; return them."""
+    place = run / "stopped" / f"step-{step}"
+    saved = rows(place / "rollouts.jsonl")
+    assert [(row["step"], row["row"]) for row in saved] == [(step, i) for i in range(count)]
+    for row in saved:
+        assert row["text"] and row["prompt"] and len(row["logprob"]) == len(row["response_ids"]) == 4
+        assert all(len(row[name]) == 4 for name in columns), row.keys()
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert (place / "error.txt").read_text().strip().split(" The rollouts are in ")[0] in status["error"]
+    return saved
+
+
+def test_a_nan_reward_at_batch_seven(rl: Command, tmp_path: Path) -> None:
+    done = rl(steps=9, credit=by("nan_at_seven"))
+    assert_stopped(
+        done,
+        "process rewards of rollout 2 from rewards:nan_at_seven, number 1: got nan; expected a finite number.",
+        "A failure never becomes a reward",
+        "The rollouts are in run/stopped/step-7.",
+    )
+    assert_saved(tmp_path / "run", 7)
+    logged = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(value) for row in logged for value in row.values())
+
+
+def test_a_reward_model_that_says_nan_at_batch_seven(rl: Command, tmp_path: Path) -> None:
+    (tmp_path / "poison.py").write_text(
+        "from apportion import credit\n\n"
+        "def poisoned():\n"
+        "    return credit.sparse()._replace(needs=frozenset({'rewards:poisons'}))\n"
+    )
+    done = rl(steps=9, credit="[poison:poisoned, kl_penalty]", compare="[sparse]")
+    assert_stopped(done, "score of rollout 0: got nan; expected a finite number", "run/stopped/step-7")
+    assert_saved(tmp_path / "run", 7)
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
+    """A run that failed at its seventh batch and goes on has the guards' state of one that never did, bit for bit."""
+    more = {"steps": 9, "checkpoint_every": 1, "optim.lr": 0.03}
+    assert rl(credit=by("nan_at_seven"), **more).code == 2
+    rl(credit=by("nan_at_seven"), **more).assert_done()  # the function counts from one again
+    rl(credit=by("plain"), **more, output="whole").assert_done()
+    parts, whole = (tmp_path / name for name in ("run", "whole"))
+    state = "checkpoints/step-8/guards.safetensors"
+    assert (parts / state).read_bytes() == (whole / state).read_bytes()
+    logs = [rows(run / "metrics.jsonl") for run in (parts, whole)]
+    names = [name for name in logs[0][0] if name.startswith("guards/")]
+    assert len(names) == 9 and len(logs[0]) == 9
+    assert [[row[name] for name in names] for row in logs[0]] == [[row[name] for name in names] for row in logs[1]]
+    assert (parts / "stopped" / "step-7" / "rollouts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "pieces"),
+    [
+        ({"credit": "[methods:mistaken: {how: nan}]"}, ["rewards of rollout 0: got", "expected finite numbers"]),
+        (
+            {"credit": by("plain"), "compare": "[sparse]", "advantages": "methods:estimate"},
+            ["methods:estimate: got", "KeyError", "no such table"],
+        ),
+        ({"credit": "[methods:mistaken]"}, ["methods:mistaken: got 'IndexError"]),
+        (
+            {"loss": "methods:broken_loss"},
+            ["methods:broken_loss: got 'ZeroDivisionError: division by zero in my loss'"],
+        ),
+    ],
+)
+def test_methods_of_the_users_that_fail(rl: Command, tmp_path: Path, flags: dict[str, str], pieces: list[str]) -> None:
+    done = rl(**flags)
+    assert_stopped(done, *pieces, "run/stopped/step-1")
+    assert_saved(tmp_path / "run", 1)
+    if "Error" in pieces[-1]:
+        trace = (tmp_path / "run" / "stopped" / "step-1" / "traceback.txt").read_text()
+        assert trace.startswith("Traceback") and "methods.py" in trace
+
+
+def test_evidence_of_the_users_that_is_not_finite(rl: Command, tmp_path: Path, mine: str) -> None:
+    (tmp_path / "more.py").write_text(
+        "from apportion import credit\n\ndef more():\n"
+        "    return credit.sparse()._replace(needs=frozenset({'rewards:infinite'}))\n"
+    )
+    done = rl(credit="[more:more]")
+    assert_stopped(done, "evidence['rewards:infinite'] of rollout 0: got inf", "run/stopped/step-1")
+    assert_saved(tmp_path / "run", 1)
+
+
+def test_infinite_gradients_are_skipped_and_counted(rl: Command, tmp_path: Path) -> None:
+    chosen = json.dumps({"methods:infinite": {"updates": [3, 4, 7]}})
+    done = rl(**{"loss": chosen, "steps": 4, "ppo.epochs": 2})
+    done.assert_done()
+    logged = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["guards/skipped_updates"] for row in logged] == [0, 2, 0, 1]
+    # none of the second batch's two updates was taken: there is no loss to tell of
+    assert ["loss/policy" in row for row in logged] == [True, False, True, True]
+    assert "warning: guard max_skipped at step 2: updates skipped as not finite: 2" in done.err
+    assert done.err.count("warning: guard max_skipped") == 2
+    assert not (tmp_path / "run" / "stopped").exists()
+
+
+@pytest.mark.parametrize("loss", [True, False])
+def test_too_many_in_a_row_stop_the_run(rl: Command, tmp_path: Path, loss: bool) -> None:
+    chosen = json.dumps({"methods:infinite": {"updates": list(range(2, 99)), "loss": loss}})
+    done = rl(**{"loss": chosen, "steps": 9, "guards.max_skipped": 4})
+    what = "loss" if loss else "norm of the gradient"
+    warned = [f"warning: guard max_skipped at step {n}: updates skipped as not finite: 1\n" for n in (2, 3, 4)]
+    assert_stopped(
+        done,
+        f"{what} of 4 updates in a row (guards.max_skipped): got",
+        "expected finite numbers. Likely causes: a learning rate too large",
+        "The rollouts are in run/stopped/step-5.",
+    )
+    assert all(warning in done.err for warning in warned)
+    columns = ("advantage", "return", "reward", "credit", "ratio", "old_logprob")
+    saved = assert_saved(tmp_path / "run", 5, columns=columns)
+    assert all(row["skipped"] and math.isfinite(row["score"]) for row in saved)
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 4
+    if loss:
+        page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
+        assert "stopped/step-5: loss of 4 updates in a row" in page and "(4 rollouts saved)" in page
+        assert "3 updates were skipped" in page and '{"step":5,"rollouts":[{' in page  # the heat maps have them
+
+
+WILD = {"steps": 4, "optim.lr": 30.0, "optim.warmup": 0.0, "ppo.epochs": 4}
+
+
+def test_an_exploding_ratio_is_named_once_and_stops_a_run_that_says_so(rl: Command, tmp_path: Path) -> None:
+    others = {f"guards.{name}": "off" for name in ("kl", "entropy", "value_loss", "negative_kl", "reward")}
+    done = rl(**WILD, **others)
+    done.assert_done()
+    logged = rows(tmp_path / "run" / "metrics.jsonl")
+    assert logged[0]["policy/approxkl"] > 0.5 and logged[0]["guards/ratio"] == 1
+    assert done.err.count("warning: guard ratio at step 1: got 'policy/") == 1 and done.err.count("guard ratio") == 1
+    assert "Likely causes: steps too large" in done.err and "guards/kl" not in logged[0]
+    told = json.loads((tmp_path / "run" / "status.json").read_text())["guards"]
+    assert told["ratio"]["step"] == 1 and told["ratio"]["episodes"] == 1
+    done = rl("--fresh", **WILD, **others, **{"guards.ratio": "stop"})
+    assert done.code == 2 and "Traceback" not in done.err and done.out == ""
+    assert re.search(
+        r"\napportion: guard ratio at step 1: got .* The rollouts are in run/stopped/step-1\.\n$", done.err
+    )
+    saved = assert_saved(tmp_path / "run", 1, columns=("ratio", "advantage", "credit", "reward"))
+    assert max(abs(math.log(r)) for row in saved for r in row["ratio"]) > 2
+    assert json.loads((tmp_path / "run" / "stopped" / "step-1" / "metrics.json").read_text())["policy/approxkl"] > 0.5
+
+
+def test_a_stopped_run_goes_on_under_another_guard(rl: Command, tmp_path: Path) -> None:
+    settings = WILD | {"guards.kl": "off", "guards.entropy": "off", "guards.negative_kl": "off"}
+    assert rl(**settings, **{"guards.ratio": "stop"}).code == 2
+    rl(**settings, **{"guards.ratio": "warn"}).assert_done()
+
+
+def test_a_kl_that_explodes_tightens(rl: Command, tmp_path: Path) -> None:
+    done = rl(**WILD | {"steps": 6}, **{"guards.kl": "tighten", "credit": "[attention, kl_penalty: {coef: 0.1}]"})
+    done.assert_done()
+    logged = rows(tmp_path / "run" / "metrics.jsonl")
+    fired = [row["guards/kl"] for row in logged]
+    assert 1.0 in fired and "κ is raised while it fires" in done.err
+    first = fired.index(1.0)
+    assert logged[first]["guards/tightened"] == 1
+    assert logged[first + 1]["kl/coef"] == pytest.approx(1.1 * logged[first]["kl/coef"], rel=1e-5)
+
+
+def test_a_healthy_run_says_nothing(rl: Command, tmp_path: Path) -> None:
+    done = rl(**{"steps": 8, "optim.lr": 0.001, "ppo.epochs": 2})
+    done.assert_done()
+    assert "guard" not in done.err
+    names = {"negative_kl", "sampler_gap", "ratio", "entropy", "length", "reward", "value_loss", "kl"}
+    for row in rows(tmp_path / "run" / "metrics.jsonl"):
+        told = {name: value for name, value in row.items() if name.startswith("guards/")}
+        assert told == {f"guards/{name}": 0.0 for name in names | {"skipped_updates"}}
+
+
+def test_a_reward_function_that_raises(rl: Command, tmp_path: Path) -> None:
+    done = rl(credit=by("raises"))
+    assert_stopped(
+        done,
+        r"rewards:raises: got 'ConnectionError: the reward service\nis down'; expected what it promises to return.",
+        "run/stopped/step-2",
+    )
+    assert_saved(tmp_path / "run", 2)
+    trace = (tmp_path / "run" / "stopped" / "step-2" / "traceback.txt").read_text()
+    assert trace.startswith("Traceback") and 'rewards.py", line' in trace and "ConnectionError" in trace
+
+
+def test_a_reward_function_that_ends_the_process(rl: Command, tmp_path: Path) -> None:
+    assert_stopped(rl(credit=by("leaves")), "rewards:leaves: got 'SystemExit: 0'", "run/stopped/step-1")
+    assert_saved(tmp_path / "run", 1)
+
+
+def test_a_reward_function_that_retries_for_ever(rl: Command, tmp_path: Path) -> None:
+    done = rl(credit=by("retries"), **{"guards.timeout": 0.5})
+    assert_stopped(done, "rewards:retries: got 'no answer after 0.5 s'", "(guards.timeout)", "run/stopped/step-2")
+    assert_saved(tmp_path / "run", 2)
+    assert "time.sleep(30)" in (tmp_path / "run" / "stopped" / "step-2" / "traceback.txt").read_text()
+
+
+def test_a_reward_function_that_hangs_in_c(rl: Command, tmp_path: Path) -> None:
+    done = rl(credit=by("hangs_in_c"), **{"guards.timeout": 0.5})
+    assert done.code in (-9, 137) and done.out == "" and "Traceback" not in done.err
+    named = (
+        r"apportion: rewards:hangs_in_c: got 'no answer after 0.5 s'; expected [^\n]+ It hung in code that cannot be "
+    )
+    assert re.search(named + r"interrupted\. The rollouts are in run/stopped/step-2\.\n$", done.err), done.err
+    assert_saved(tmp_path / "run", 2)
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 1
+    if Path("/proc/self/fd").exists():
+        trace = (tmp_path / "run" / "stopped" / "step-2" / "traceback.txt").read_text()
+        assert "in hangs_in_c" in trace and 'rewards.py", line' in trace
+
+
+@pytest.mark.parametrize(
+    ("flags", "pieces"),
+    [
+        ({"guards.kl": "loud"}, ["guards.kl: got 'loud'", "off, warn, stop, tighten"]),
+        ({"guards.ratio": "tighten"}, ["guards.ratio: got 'tighten'; expected one of off, warn, stop."]),
+        ({"guards.max_skipped": 0}, ["guards.max_skipped: got 0", "a whole number >= 1"]),
+        ({"guards.timeout": -1}, ["guards.timeout: got -1", "seconds > 0, or null"]),
+        ({"guards.klaxon": "warn"}, ["Did you mean", "--guards.kl"]),
+        ({"guards.kl": "tighten", "credit": "[sparse]"}, ["guards.kl: got 'tighten'", "add kl_penalty to --credit"]),
+        (
+            {"guards.length": "tighten", "credit": "[sparse, kl_penalty: {coef: 0}]"},
+            ["guards.length: got 'tighten'", "no kl_penalty with a coefficient above 0"],
+        ),
+    ],
+)
+def test_settings_are_checked_before_models(command: Command, flags: dict[str, Any], pieces: list[str]) -> None:
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    command("rl", "--reward_model", "x", *words).assert_refused_early(*pieces)
+
+
+def test_off_in_yaml_is_a_word(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("guards: {entropy: off, kl: stop}\nreward_model: x\n")
+    done = command("rl", "--config", "a.yaml", "--guards.reward", "off", "--dry_run")
+    done.assert_done()
+    assert "entropy: 'off'" in done.out and "kl: stop" in done.out and "reward: 'off'" in done.out
+
+
+def test_help_explains_them(command: Command) -> None:
+    done = command("rl", "--help")
+    assert done.code == 0 and done.loads_nothing
+    text = " ".join(done.out.split())
+    assert "--guards.entropy" in text and "the policy's entropy collapses" in text
+    assert "Each watch is off, warn, stop, or tighten (kl, entropy, length, reward)" in text

@@ -1,0 +1,338 @@
+"""What is thrown at the data readers, the configuration parser and the offset mapping, and what must hold of it.
+
+Each target draws one input and checks it; only an ApportionError may come out of it. `tests/faults/test_fuzz.py` runs a
+few of each, `benchmarks/fuzz.py` as many as fit into some minutes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import tiny_tokenizers
+import torch
+import yaml
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from apportion.commands.settings import parse, show
+from apportion.config import DiagnoseConfig, EvaluateConfig, RewardConfig, RLConfig
+from apportion.data import BadRows, cache_dir, labelled, prompts, read_rows
+from apportion.errors import ApportionError, ConfigError
+from apportion.models.offsets import carry
+from apportion.models.own_tokenizer import encode, read_as_text
+from apportion.models.token_text import PolicyText
+from apportion.stages.methods import build_method
+
+# --- bytes: anything, valid tables, and valid tables that were damaged
+
+CELL = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["", " ", "1", "pos", '"', '""', ",", "\n", "\r\n", "\ufeff", "text", "null", "\x1a", "\u2028"]),
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "content", "text", "x"]), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(["text", "label", "prompt", "messages", "Text", "x", ""])
+SCRAPS = [
+    "{", "}", "[", "]", ":", ",", '"', "\\", "\\ud800", "\\u0000", "NaN", "-Infinity", "1e999", "9" * 5000, "null",
+    '"text"', '"label"', '"prompt": ', "\n", "\r", "\r\n", "\0", "\ufeff", "text,label\n", '"a\nb",1\n', "[" * 200, "é",
+]  # fmt: skip
+JUNK = [
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\x1f\x8b",
+    b"PAR1",
+    b"\xed\xa0\x80",
+    b"\x00" * 9,
+    b"\xfe\xff",
+    b'"',
+    b"\n",
+    b"{" * 99,
+]
+
+
+@st.composite
+def csv_bytes(draw: st.DrawFn) -> bytes:
+    """A CSV file, right or nearly so."""
+    rows = draw(st.lists(st.lists(CELL, min_size=1, max_size=3), max_size=6))
+    header = draw(st.sampled_from(["text,label", "prompt", "text", "label,text", ""]))
+    quote = draw(st.booleans())
+    lines = [",".join('"' + c.replace('"', '""') + '"' if quote else c for c in row) for row in rows]
+    ending = draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    return ending.join([header, *lines]).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def json_bytes(draw: st.DrawFn) -> bytes:
+    """JSON lines or a list, right or nearly so, or scraps of JSON."""
+    if draw(st.booleans()):
+        return "".join(draw(st.lists(st.sampled_from(SCRAPS), max_size=12))).encode("utf-8", "surrogatepass")
+    rows = draw(st.lists(st.one_of(st.dictionaries(NAMES, JSON, max_size=3), JSON), max_size=5))
+    if draw(st.booleans()):
+        return json.dumps(rows).encode()
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+COLUMNS = st.one_of(
+    st.lists(st.one_of(st.none(), st.text(max_size=6)), min_size=1, max_size=4).map(lambda v: (v, pyarrow.string())),
+    st.lists(st.one_of(st.none(), st.integers(-(2**62), 2**62)), min_size=1, max_size=4).map(
+        lambda v: (v, pyarrow.int64())
+    ),
+    st.lists(st.binary(max_size=4), min_size=1, max_size=4).map(lambda v: (v, pyarrow.binary())),
+    st.lists(st.integers(-(2**45), 2**45), min_size=1, max_size=4).map(lambda v: (v, pyarrow.timestamp("s"))),
+    st.lists(st.lists(st.text(max_size=3), max_size=2), min_size=1, max_size=4).map(
+        lambda v: (v, pyarrow.list_(pyarrow.string()))
+    ),
+)
+
+
+@st.composite
+def parquet_bytes(draw: st.DrawFn) -> bytes:
+    """A Parquet file of one or two columns of any kind, text that is no UTF-8 among them."""
+    arrays, names = [], draw(st.lists(NAMES, min_size=1, max_size=2))
+    for _ in names:
+        values, kind = draw(COLUMNS)
+        if kind == pyarrow.binary() and draw(st.booleans()):
+            arrays.append(pyarrow.array(values, kind).view(pyarrow.string()))
+        else:
+            safe = [v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values]
+            arrays.append(
+                pyarrow.array(safe if kind == pyarrow.string() else values, kind, safe=False)
+                if kind != pyarrow.list_(pyarrow.string())
+                else pyarrow.array(clean(values), kind)
+            )
+    size = min(map(len, arrays))
+    file = io.BytesIO()
+    table = pyarrow.Table.from_arrays([array.slice(0, size) for array in arrays], names=names)
+    pyarrow.parquet.write_table(table, file, compression=draw(st.sampled_from(["none", "snappy", "zstd"])))
+    return file.getvalue()
+
+
+def clean(values: Any) -> Any:
+    """Return lists of texts without lone surrogates, which pyarrow does not take."""
+    return [[text.encode("utf-8", "replace").decode() for text in row] for row in values]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """`content` with some bytes changed, cut out, doubled or put in."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(data)))
+        size = draw(st.integers(0, 24))
+        change = draw(st.sampled_from(["byte", "cut", "double", "put", "end"]))
+        if change == "byte" and at < len(data):
+            data[at] = draw(st.integers(0, 255))
+        elif change == "cut":
+            del data[at : at + size]
+        elif change == "double":
+            data[at:at] = data[at : at + size]
+        elif change == "put":
+            data[at:at] = draw(st.sampled_from(JUNK))
+        elif change == "end":
+            del data[at:]
+    return bytes(data)
+
+
+MADE = {".csv": csv_bytes(), ".jsonl": json_bytes(), ".json": json_bytes(), ".parquet": parquet_bytes()}
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A file's suffix and its bytes."""
+    suffix = draw(st.sampled_from(list(MADE)))
+    content = draw(
+        st.one_of(MADE[suffix], st.sampled_from(list(MADE.values())).flatmap(lambda made: made), st.binary())
+    )
+    return suffix, draw(damaged(content))
+
+
+def readers(data: st.DataObject) -> None:
+    """Any bytes as any table: rows or a DataError; the first row left out is the one that is an error otherwise."""
+    check_table(*data.draw(tables()))
+
+
+def check_table(suffix: str, content: bytes) -> None:
+    """Check what must hold of one table."""
+    handle, name = tempfile.mkstemp(suffix=suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        for read in (
+            lambda **more: read_rows(name, field="data", **more),
+            lambda **more: labelled(name, **more),
+            lambda **more: prompts(name, **more),
+        ):
+            strict = outcome(read)
+            written: list[Any] = []
+            bad = BadRows(written.extend)
+            lenient = outcome(lambda read=read, bad=bad: read(bad=bad))
+            bad.flush()
+            json.dumps(written, ensure_ascii=False).encode()  # each can be written down
+            assert bad.count == len(written)
+            if not isinstance(strict, str):
+                assert repr(lenient) == repr(strict) and not written  # repr: NaN is not equal to itself
+            elif not isinstance(lenient, str):
+                assert written and written[0]["why"] == strict and len(written) <= len(lenient)
+    finally:
+        os.unlink(name)
+
+
+def outcome(read: Callable[[], Any]) -> Any:
+    """Return what `read` does, or the text of its ApportionError."""
+    try:
+        return read()
+    except ApportionError as error:
+        str(error).encode("utf-8", "backslashreplace")
+        return str(error)
+
+
+# --- settings
+
+KINDS = {"rl": RLConfig, "reward": RewardConfig, "evaluate": EvaluateConfig, "diagnose": DiagnoseConfig}
+KEYS = st.sampled_from([
+    "steps", "policy", "optim", "lr", "optim.lr", "lora", "rank", "targets", "credit", "attention", "mix",
+    "kl_penalty", "coef", "segments", "ngrams", "n", "advantages", "gae", "gamma", "loss", "ppo", "epochs",
+    "sampling", "batch_size", "prompt_tokens", "samples_per_prompt", "scores", "clip", "compare", "methods",
+    "clip_tokens", "skip_bad_rows", "seed", "class_path", "init_args", "config", "output", "__path__", "dtype",
+    "data", "test_data", "<<", "", "~", "1", "a b",
+])  # fmt: skip
+WORDS = st.sampled_from([
+    "1", "0", "-1", "0.5", "1e-4", ".nan", ".inf", "null", "~", "true", "yes", "abc", "grpo", "attention", "[]", "{}",
+    "[attention, kl_penalty]", "{attention: {mix: 0.5}}", "{ngrams: {n: 3}}", "[4, 8]", "[8, 4]", "length", "eos",
+    "2001-13-45", "!!python/name:os.system", "!!bool x", "!!timestamp x", "!!int x", "!!binary é", "&a [*a]", "*a",
+    "&b 1", "0x_", "1:99", "9" * 5000, "[" * 60, '"', "'", "|", ">", "@", "`", "%", "- a", "a: b", "? a", "\t", "\0",
+    "\ud800", "é", "float32", "all", "rl", "data.csv", "~nobody-here/x", "x" * 300, "!!set {a}", "!!omap [a: 1]",
+    "!!pairs [a: 1]", "!!null x", "=", "<<", "1_000",
+])  # fmt: skip
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6), WORDS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@st.composite
+def yaml_text(draw: st.DrawFn) -> str:
+    """YAML that says something of settings, or looks like it."""
+    if draw(st.booleans()):
+        return yaml.safe_dump(draw(st.dictionaries(KEYS, VALUES, max_size=5)), allow_unicode=True)
+    lines = draw(st.lists(st.tuples(st.sampled_from(["", "  ", "- ", "\t"]), KEYS, WORDS), max_size=6))
+    return "\n".join(f"{indent}{key}: {word}" for indent, key, word in lines)
+
+
+def settings(data: st.DataObject) -> None:
+    """Any YAML and any flags: settings or a ConfigError; what is shown of settings reads back as the same."""
+    stage = data.draw(st.sampled_from(list(KINDS)))
+    pairs = data.draw(st.lists(st.tuples(KEYS, st.one_of(WORDS, st.text(max_size=6))), max_size=3))
+    text = data.draw(st.one_of(st.none(), yaml_text(), st.text(max_size=40)))
+    check_settings(stage, text, pairs)
+
+
+def check_settings(stage: str, text: str | None, pairs: list[tuple[str, str]]) -> None:
+    """Check what must hold of a configuration file and flags."""
+    words = [word for key, value in pairs if key != "config" for word in (f"--{key}", value)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "c.yaml"
+        if text is not None:
+            file.write_bytes(text.encode("utf-8", "surrogatepass"))
+            words += ["--config", str(file)]
+        if stage in ("rl", "diagnose"):
+            words += ["--reward_model", "x"]
+        if stage == "rl" and data_free(words):
+            words += ["--fresh"]
+        try:
+            config = parse(KINDS[stage], stage, words).config
+            if stage == "rl":
+                build_method(config)
+        except ConfigError as error:
+            str(error).encode("utf-8", "backslashreplace")
+            return
+        shown = show(config)
+        file.write_bytes(shown.encode("utf-8", "surrogatepass"))
+        again = parse(KINDS[stage], stage, ["--config", str(file)]).config
+        assert show(again) == shown
+
+
+def data_free(words: list[str]) -> bool:
+    """Whether no switch is among the words yet."""
+    return not any(word.startswith("--fresh") for word in words)
+
+
+# --- offsets
+
+
+@cache
+def tokenizers() -> dict[str, Any]:
+    """Return the small tokenizers of every family, and that of the built-in model where it was fetched."""
+    found = {name: make() for name, make in tiny_tokenizers.FAMILIES.items()}
+    real = sorted(cache_dir().glob("smollm2-*/tokenizer.json"))
+    return found | ({"smollm2": AutoTokenizer.from_pretrained(real[0].parent)} if real else {})
+
+
+def offsets(data: st.DataObject) -> None:
+    """Any text or ids through any two tokenizers: spans in order that cover the text, amounts that are conserved."""
+    names = sorted(tokenizers())
+    policy, reward = data.draw(st.sampled_from(names)), data.draw(st.sampled_from(names))
+    size = len(tokenizers()[policy])
+    ids = data.draw(
+        st.one_of(st.lists(st.integers(0, size - 1), max_size=24), st.one_of(tiny_tokenizers.TEXTS, st.text()))
+    )
+    check_offsets(policy, reward, ids, data.draw(st.integers(0, 24)))
+
+
+def check_offsets(policy: str, reward: str, given: str | list[int], cut: int) -> None:
+    """Check what must hold of a text, or of ids that need not be any text's, cut into prompt and response."""
+    reads = PolicyText(tokenizers()[policy])
+    ids = given
+    if isinstance(given, str):
+        given = given.encode("utf-8", "replace").decode()  # tokenizers take no lone surrogates, and readers refuse them
+        ids = reads.tokenizer(given, add_special_tokens=False)["input_ids"]
+    prompt, response = list(ids[:cut]), list(ids[cut:])
+    found = reads.read(prompt, response)
+    reach = 0
+    for first, end in found.spans:
+        assert 0 <= first <= end <= len(found.text)
+        if first != end:
+            assert first <= reach <= end, "in order, without gaps"
+            reach = end
+    assert reach == len(found.text), "they cover the text"
+    reading = read_as_text(tokenizers()[reward], reads, prompt, response)
+    encoded = encode(tokenizers()[reward], reading)
+    conserved(encoded.spans, reading.spans, len(reading.text))
+
+
+def conserved(source: list[tuple[int, int]], target: list[tuple[int, int]], length: int) -> None:
+    """Check that `carry` gives the target what the source has on its characters, and nothing else."""
+    weights = torch.linspace(-1.0, 2.0, max(1, len(source)))[None, : len(source)]
+    have = torch.tensor(source, dtype=torch.int64).reshape(1, -1, 2)
+    want = torch.tensor(target, dtype=torch.int64).reshape(1, -1, 2)
+    got = carry(weights, have, want)
+    taken = torch.zeros(length, dtype=torch.bool)
+    for first, end in target:
+        taken[first:end] = True
+    expected = sum(
+        float(weight) * float(taken[first:end].double().mean())
+        for weight, (first, end) in zip(weights[0], source, strict=True)
+        if end > first
+    )
+    assert got.shape == (1, len(target)) and torch.isfinite(got).all()
+    assert abs(float(got.double().sum()) - expected) <= 1e-5 * max(1.0, float(weights.abs().sum()))
+    assert all(float(value) == 0.0 for value, (first, end) in zip(got[0], target, strict=True) if first == end)
+
+
+TARGETS: dict[str, Callable[[st.DataObject], None]] = {"readers": readers, "settings": settings, "offsets": offsets}
