@@ -8,8 +8,8 @@ from apportion.guards.watch import Track, Watch
 
 
 def kl(*, most: float = 2.0, jump: float = 4.0, step: float = 0.5) -> Watch:
-    """Return a watch on objective/kl over objective/length, nats a token: the running means' ratio above `most`, or one batch
-    above `jump` times the running mean before it plus `step`.
+    """Return a watch on objective/kl over objective/length, nats a token: the running means' ratio above `most`, or
+    one batch above `jump` times the running mean before it plus `step`.
 
     A run's own start is no measure here: it is 0. The demo ends near 0.3 nats a token, one pushed further near 0.7;
     a policy that repeats one token regardless pays about 5.
