@@ -1,0 +1,110 @@
+"""Modules as a user would write them, each function in them wrong in one way: process rewards and methods."""
+
+from __future__ import annotations
+
+REWARDS = '''
+"""Process rewards that fail in one way each, at one batch (one call a batch)."""
+import collections, itertools, time
+
+CALLS = itertools.count(1)
+
+
+def plain(texts, rollouts, prompts):
+    return [[0.1 * (i % 3) for i in range(n)] for n in rollouts.mask.sum(dim=1).tolist()]
+
+
+def nan_at_seven(texts, rollouts, prompts):
+    rows = plain(texts, rollouts, prompts)
+    if next(CALLS) == 7:
+        rows[2][1] = float("nan")
+    return rows
+
+
+def raises(texts, rollouts, prompts):
+    if next(CALLS) == 2:
+        raise ConnectionError("the reward service\\nis down")
+    return plain(texts, rollouts, prompts)
+
+
+def leaves(texts, rollouts, prompts):
+    raise SystemExit(0)
+
+
+def retries(texts, rollouts, prompts):
+    while next(CALLS) > 1:
+        try:
+            time.sleep(30)
+        except Exception:
+            pass
+    return plain(texts, rollouts, prompts)
+
+
+def hangs_in_c(texts, rollouts, prompts):
+    if next(CALLS) == 2:
+        collections.deque(itertools.repeat(0), maxlen=0)  # holds Python's lock, looks at no signal
+    return plain(texts, rollouts, prompts)
+
+
+def poisons(models, rollouts, texts):
+    if next(CALLS) == 6:  # the reward model answers nan from the next batch on
+        models.reward.model.get_input_embeddings().weight.data.fill_(float("nan"))
+    return rollouts.mask.sum(dim=1).float()
+
+
+def infinite(models, rollouts, texts):
+    return rollouts.mask.sum(dim=1).float() / 0.0
+'''
+METHODS = '''
+"""A loss whose gradient is infinite in some updates, and a credit, segmenter and estimator with mistakes in them."""
+import itertools
+import torch
+from apportion import Advantages, Credit, PolicyLoss
+from apportion.losses import ppo
+
+
+class Infinite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+def infinite(*, updates: list = (), loss: bool = False):
+    plain, calls = ppo(), itertools.count(1)
+
+    def terms(*given):
+        total, sums = plain.terms(*given)
+        return (total * torch.inf if loss else Infinite.apply(total)) if next(calls) in updates else total, sums
+
+    return plain._replace(terms=terms)
+
+
+def mistaken(*, how: str = "raise"):
+    def assign(rollouts, rewards, state):
+        if how == "raise":
+            return rewards[:, 10**9], state
+        return (rewards / 0.0 if how == "nan" else rewards), state
+
+    return Credit(dict, assign, frozenset(), keeps_return=False, causal=True)
+
+
+class Estimate:
+    needs = frozenset()
+
+    def __call__(self, rewards, segments, rollouts):
+        raise KeyError("no such table")
+
+
+def estimate():
+    return Estimate()
+
+
+def broken_loss():
+    def terms(*given):
+        raise ZeroDivisionError("division by zero in my loss")
+
+    return ppo()._replace(terms=terms)
+'''
