@@ -206,6 +206,10 @@ PLANTED: dict[str, Planted] = {
         ("1 too long", "at most 123", "Row 2 is the first", "sampling.prompt_tokens"),
     ),
     "blank prompt": Planted(lambda w, f: texts(f, ["short", " "]), "prompts", "fail", ("p.jsonl", "remove the row")),
+    "rows that cannot be used": Planted(
+        lambda w, f: texts(f, ["a film", "a story", None]) | {"skip_bad_rows": "true"}, "prompts", "warn",
+        ("2 prompts", "1 rows left out", "bad_rows.jsonl"),
+    ),
     "padding in the texts": Planted(
         lambda w, f: texts(f, ["a <pad> film", "a story"]), "prompt tokens", "warn", ("1 pad", "stands in the texts")
     ),

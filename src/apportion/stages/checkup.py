@@ -11,8 +11,9 @@ import yaml
 
 from apportion.config import LoraConfig, OptimConfig, RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, labelled
+from apportion.data.bad_rows import BadRows
 from apportion.doctor import Case, Check, Finding, examine, machine, method, policy, prompts, reward, tokens
-from apportion.doctor.findings import FAIL, WARN, ok
+from apportion.doctor.findings import FAIL, OK, WARN, ok, warn
 from apportion.errors import ConfigError, DataError, DiskError
 from apportion.models.load import load_settings, locate, read_tokenizer
 from apportion.stages.methods import build_method
@@ -84,12 +85,27 @@ def read_learned(case: Case) -> None:
 
 def open_prompts(case: Case) -> Said:
     """Prompts can be read, and each leaves room for its response in the policy's context."""
-    case.texts = load_prompts(case.config.prompts, "rl")
+    bad = unwritten(case.config)
+    case.texts = load_prompts(case.config.prompts, "rl", bad)
     case.rows = encoded(case.texts, case.tokenizer, case.config.sampling, case.config.seed)
     case.notes["conversations"] = conversations(case.texts, case.rows, case.config.sampling)
     if case.evaluation is None and case.config.prompts in BUILTIN_DATA:
         case.evaluation = load_prompts(case.config.prompts, "evaluate_test")
-    return prompts.lengths(case)
+    return left_out(prompts.lengths(case), bad)
+
+
+def unwritten(config: Any) -> BadRows | None:
+    """Return a counter of the rows that `skip_bad_rows` leaves out, which writes nothing; None where it is off."""
+    return BadRows(lambda rows: None) if config.skip_bad_rows else None
+
+
+def left_out(said: Said, bad: BadRows | None) -> Said:
+    """Return what a check of data said, or a warning where it said ok of data with rows left out."""
+    level, found, mend = said
+    if bad is None or not bad.count:
+        return said
+    found = f"{found}; {bad.count} rows left out (skip_bad_rows)"
+    return (level, found, mend) if level != OK else warn(found, "Look at the run's bad_rows.jsonl, or mend the rows.")
 
 
 def check(name: str, ask: Callable[[Case], Said], *after: str, **more: Any) -> Check:

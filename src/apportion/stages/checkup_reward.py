@@ -10,7 +10,7 @@ from apportion.doctor import Case, Check, Finding, examine, labels, machine, pro
 from apportion.doctor.findings import ok
 from apportion.errors import ConfigError, DataError
 from apportion.models.load import load_settings, locate, read_tokenizer
-from apportion.stages.checkup import check
+from apportion.stages.checkup import check, left_out, unwritten
 from apportion.stages.prompts import context_of
 from apportion.stages.reward import read_data
 
@@ -29,8 +29,9 @@ def open_model(case: Case) -> Said:
 
 def open_data(case: Case) -> Said:
     """The labelled texts can be read, and both labels are common in training and held-out ones."""
-    case.training, case.held_out = read_data(case.config)
-    return labels.balance(case)
+    bad = unwritten(case.config)
+    case.training, case.held_out = read_data(case.config, bad)
+    return left_out(labels.balance(case), bad)
 
 
 CHECKS: tuple[Check, ...] = (
