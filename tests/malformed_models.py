@@ -107,7 +107,8 @@ def damaged_adapters(folder: Path) -> None:
         tiny.tokenizer().save_pretrained(adapter)
         (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
         save_file(
-            {"x": torch.zeros(1)}, adapter / ("other.safetensors" if "pickled" in name else "adapter_model.safetensors")
+            {"x": torch.zeros(1)},
+            adapter / ("other.safetensors" if name == "pickled-adapter" else "adapter_model.safetensors"),
         )
     torch.save({"x": torch.zeros(1)}, folder / "pickled-adapter" / "adapter_model.bin")
     garbage = folder / "adapter-garbage"
