@@ -152,6 +152,7 @@ class RewardConfig:
         checkpoint_every: steps between checkpoints; 0 for none.
         keep_checkpoints: newest ones kept.
         disk_wait: seconds to wait for space on a full disk before the run ends; 0 ends it at once.
+        max_skipped: updates in a row whose loss or gradient is not finite before the run stops; each one is skipped.
         pad_token: a token of the tokenizer to pad with, when it has none of its own.
         seed: random seed.
         device: auto, cpu, cuda.
@@ -175,6 +176,7 @@ class RewardConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     disk_wait: float = 300.0
+    max_skipped: int = 3
     pad_token: str | None = None
     seed: int = 0
     device: str = "auto"

@@ -196,3 +196,25 @@ def test_it_serves_the_rl_stage(world: Path, trained: Path, tmp_path: Path) -> N
     for record in tiny_runs.read_lines(tmp_path / "run" / "rollouts.jsonl"):
         expected = (record["raw_score"] - stored["mean"]) / stored["sd"]
         assert record["score"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, calls, before = stage._accumulate, iter(range(1000)), {}
+
+    def spoilt(model: Any, *given: Any) -> dict[str, torch.Tensor]:
+        sums = inner(model, *given)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        if "weights" in before:  # after the spoilt batch
+            assert all(torch.equal(p, old) for p, old in zip(learned, before.pop("weights"), strict=True))
+        if next(calls) == 4:
+            learned[0].grad.view(-1)[0] = torch.inf
+            before["weights"] = [p.detach().clone() for p in learned]
+        return sums
+
+    monkeypatch.setattr(stage, "_accumulate", spoilt)
+    assert main(["reward", *flags(world, tmp_path / "run", clips=128)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["guards/skipped_updates"] for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0]
+    assert "grad_norm" not in lines[4] and "loss/reward" in lines[4] and not before

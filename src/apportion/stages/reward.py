@@ -22,7 +22,7 @@ from apportion.data import BadRows
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
-from apportion.models.masters import to_float32, to_sixteen_bit
+from apportion.models.masters import to_float32, to_sixteen_bit, total_norm
 from apportion.models.packed import packed
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
@@ -30,13 +30,14 @@ from apportion.runs import Run, need_space
 from apportion.stages import randomness
 from apportion.stages.bad_rows import leaving_out
 from apportion.stages.clips import Clip, batches, random_clips, right_pad, tokenized
+from apportion.stages.guards import drop_unknown
 from apportion.stages.keeper import Keeper, keeping
 from apportion.stages.probe import probe_head
 from apportion.stages.prompts import context_of
 from apportion.stages.records import memory_mb
 from apportion.stages.sharing import check_launch, open_run
 from apportion.stages.trainee import Trainee
-from apportion.stages.update import finite_norm, learning_rate
+from apportion.stages.update import learning_rate
 from apportion.statistics import calibration, mean_interval, proportion
 
 Tell = Callable[[int, int, dict[str, float]], None]
@@ -63,7 +64,7 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
         with parallel.together():
             model, clips, tokenizer, folder, test_rows = _prepare(run, config)
         parallel.broadcast(p for p in model.parameters() if p.requires_grad)
-        trainee = Trainee(model, _halved(model, config), config.optim)
+        trainee = Trainee(model, _halved(model, config), config.optim, config.max_skipped)
         del model
         start = keeper.resume(trainee)
         with packed(trainee.model):
@@ -191,14 +192,19 @@ def _fit(
         with parallel.together():
             sums = _accumulate(trainee.model, batch, config.micro_batch, pad)
         parallel.sum_gradients(trainable)
-        norm = finite_norm(trainable, config.optim)
-        optimizer.step()
+        norm = total_norm(trainable)
+        trainee.skips.begin()
+        if trainee.skips.allow(sums["loss/reward"], norm, torch.arange(len(batch))):
+            torch.nn.utils.clip_grads_with_norm_(trainable, config.optim.max_grad_norm, norm)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         metrics = {
             **{name: float(total) for name, total in parallel.sum_over(sums).items()},
             "grad_norm": float(norm),
             "lr": optimizer.param_groups[0]["lr"],
         }
+        skipped = trainee.skips.batch
+        metrics = drop_unknown(metrics, skipped) | {"guards/skipped_updates": float(skipped)}
         metrics |= parallel.largest({"time/total": time.perf_counter() - began, "memory/rss_mb": memory_mb()})
         keeper.log(step, metrics)
         keeper.kept(step, len(dealt))

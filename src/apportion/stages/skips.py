@@ -23,12 +23,13 @@ class Skips:
     """Decides for each optimizer step whether it may be taken, and counts those that were not.
 
     Attributes:
-        most: skipped steps in a row that end the run.
+        most: skipped steps in a row that end the run. setting: its name where the user sets it.
         in_a_row, total: steps skipped so far. batch: those of the batch at hand.
         rows: rollouts (numbers in the batch at hand) of its skipped steps.
     """
 
     most: int = 3
+    setting: str = "guards.max_skipped"
     in_a_row: int = 0
     total: int = 0
     batch: int = 0
@@ -55,7 +56,7 @@ class Skips:
             what, value = ("loss", float(loss)) if bad[0] else ("norm of the gradient", float(norm))
             # the part of the loss that is not finite may be another process's
             came = value if not math.isfinite(value) else math.nan
-            field = f"{what} of {self.in_a_row} updates in a row (guards.max_skipped)"
+            field = f"{what} of {self.in_a_row} updates in a row ({self.setting})"
             raise GuardError(message(field, came, "finite numbers", CAUSES))
         return False
 

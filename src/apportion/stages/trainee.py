@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from apportion.config import OptimConfig
 from apportion.stages.held import Tensors, learned, relearn
+from apportion.stages.skips import Skips
 from apportion.stages.update import make_optimizer
 
 
@@ -17,20 +18,25 @@ class Trainee:
     Attributes:
         model: with parameters that learn, in `trainable`.
         remainders: of weights that learn in 16 bit (`models.masters`).
+        skips: counts updates that are not finite, `max_skipped` of which in a row end the run.
     """
 
-    def __init__(self, model: Any, remainders: dict[nn.Parameter, Tensor], optim: OptimConfig) -> None:
+    def __init__(
+        self, model: Any, remainders: dict[nn.Parameter, Tensor], optim: OptimConfig, max_skipped: int = 3
+    ) -> None:
         self.model, self.remainders = model, remainders
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.trainable, remainders, optim)
+        self.skips = Skips(max_skipped, "max_skipped")
 
     def tensors(self) -> Tensors:
         """Return everything that the next batch depends on (`held.Held`)."""
-        return learned(self.trainable, self.optimizer)
+        return learned(self.trainable, self.optimizer) | {"skips": self.skips.state}
 
     def restore(self, stored: Tensors) -> None:
         """Take back what `tensors` gave. Raises ConfigError where it is another model's."""
         relearn(stored, self.trainable, self.optimizer, self.remainders)
+        self.skips.restore(stored["skips"])
 
     def release(self) -> None:
         """Give up the model and the optimizer, for their memory: nothing is learned from then on."""

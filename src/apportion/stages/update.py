@@ -11,7 +11,6 @@ from torch import Tensor
 from apportion import parallel
 from apportion.batching import micro_batches, trim
 from apportion.config import OptimConfig, PPOConfig
-from apportion.errors import ScoreError, message
 from apportion.losses import clipped_value
 from apportion.masking import whiten
 from apportion.models.masters import MasterAdamW, total_norm
@@ -118,16 +117,6 @@ def sum_of_losses(sums: dict[str, Tensor], like: Tensor) -> Tensor:
     """Return the sum () of what a mini-batch minimised, which is finite where every part is; 0 without rows."""
     parts = [sums[name].to(like.device) for name in ("loss/policy", "loss/value") if name in sums]
     return torch.stack(parts).sum() if parts else torch.zeros_like(like)
-
-
-def finite_norm(parameters: list[torch.nn.Parameter], config: OptimConfig) -> Tensor:
-    """Clip the gradient and return its norm before that. Raises ScoreError for one that is not finite."""
-    norm = total_norm(parameters)
-    if not torch.isfinite(norm):
-        mend = "Lower optim.lr, or train in float32 (--dtype float32)."
-        raise ScoreError(message("gradient norm", float(norm), "a finite number", mend))
-    torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
-    return norm
 
 
 def _mini_batch(
