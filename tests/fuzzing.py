@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import yaml
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from apportion import plain_yaml
 from apportion.commands.settings import parse, show
 from apportion.config import DiagnoseConfig, EvaluateConfig, RewardConfig, RLConfig
 from apportion.data import BadRows, cache_dir, labelled, prompts, read_rows
@@ -68,9 +70,12 @@ JUNK = [
 @st.composite
 def csv_bytes(draw: st.DrawFn) -> bytes:
     """A CSV file, right or nearly so."""
-    rows = draw(st.lists(st.lists(CELL, min_size=1, max_size=3), max_size=6))
     header = draw(st.sampled_from(["text,label", "prompt", "text", "label,text", ""]))
-    quote = draw(st.booleans())
+    right = draw(st.booleans())
+    width = header.count(",") + 1
+    size = {"min_size": width, "max_size": width} if right else {"min_size": 1, "max_size": 3}
+    rows = draw(st.lists(st.lists(CELL, **size), max_size=6))
+    quote = right or draw(st.booleans())
     lines = [",".join('"' + c.replace('"', '""') + '"' if quote else c for c in row) for row in rows]
     ending = draw(st.sampled_from(["\n", "\r\n", "\r"]))
     return ending.join([header, *lines]).encode("utf-8", "surrogatepass")
@@ -79,6 +84,10 @@ def csv_bytes(draw: st.DrawFn) -> bytes:
 @st.composite
 def json_bytes(draw: st.DrawFn) -> bytes:
     """JSON lines or a list, right or nearly so, or scraps of JSON."""
+    if draw(st.booleans()):
+        finite = st.one_of(st.none(), st.integers(), st.text(max_size=8), st.lists(st.text(max_size=4), max_size=2))
+        made = draw(st.lists(st.dictionaries(NAMES, finite, min_size=1, max_size=3), min_size=1, max_size=5))
+        return "\n".join(json.dumps(row) for row in made).encode()
     if draw(st.booleans()):
         return "".join(draw(st.lists(st.sampled_from(SCRAPS), max_size=12))).encode("utf-8", "surrogatepass")
     rows = draw(st.lists(st.one_of(st.dictionaries(NAMES, JSON, max_size=3), JSON), max_size=5))
@@ -155,6 +164,8 @@ MADE = {".csv": csv_bytes(), ".jsonl": json_bytes(), ".json": json_bytes(), ".pa
 def tables(draw: st.DrawFn) -> tuple[str, bytes]:
     """A file's suffix and its bytes."""
     suffix = draw(st.sampled_from(list(MADE)))
+    if draw(st.booleans()):
+        return suffix, draw(MADE[suffix])
     content = draw(
         st.one_of(MADE[suffix], st.sampled_from(list(MADE.values())).flatmap(lambda made: made), st.binary())
     )
@@ -226,6 +237,35 @@ VALUES = st.recursive(
 )
 
 
+PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
+    "steps": st.integers(1, 99),
+    "clips": st.integers(1, 99),
+    "policy": st.one_of(st.text(min_size=1, max_size=5), WORDS),
+    "prompts": st.one_of(st.text(min_size=1, max_size=5), WORDS),
+    "output": st.text(min_size=1, max_size=5),
+    "seed": st.integers(0, 2**31),
+    "skip_bad_rows": st.booleans(),
+    "algorithm": st.sampled_from(["abc", "ppo", "grpo", "ma-ppo", "rloo"]),
+    "credit": st.sampled_from(["sparse", ["attention", "kl_penalty"], {"attention": {"mix": 0.3}}, None, "uniform"]),
+    "segments": st.sampled_from(["tokens", {"ngrams": {"n": 4}}, None, "sentences"]),
+    "optim": st.fixed_dictionaries({}, optional={"lr": st.floats(1e-9, 1), "warmup": st.floats(0, 1)}),
+    "lora": st.fixed_dictionaries({}, optional={"rank": st.integers(0, 9), "targets": st.sampled_from(["all", ["q"]])}),
+    "sampling": st.fixed_dictionaries(
+        {}, optional={"batch_size": st.sampled_from([8, 32]), "prompt_tokens": st.none()}
+    ),
+    "device": st.sampled_from(["cpu", "auto"]),
+    "pad_token": st.one_of(st.none(), st.text(max_size=4)),
+}
+
+
+@st.composite
+def plausible(draw: st.DrawFn, stage: str) -> dict[str, Any]:
+    """Settings of a stage that are mostly right."""
+    known = {f.name for f in fields(KINDS[stage])}
+    chosen = {name: made for name, made in PLAUSIBLE.items() if name in known}
+    return draw(st.fixed_dictionaries({}, optional=chosen))
+
+
 @st.composite
 def yaml_text(draw: st.DrawFn) -> str:
     """YAML that says something of settings, or looks like it."""
@@ -240,6 +280,9 @@ def settings(data: st.DataObject) -> None:
     stage = data.draw(st.sampled_from(list(KINDS)))
     pairs = data.draw(st.lists(st.tuples(KEYS, st.one_of(WORDS, st.text(max_size=6))), max_size=3))
     text = data.draw(st.one_of(st.none(), yaml_text(), st.text(max_size=40)))
+    if data.draw(st.booleans()):
+        text = plain_yaml.dump(data.draw(plausible(stage)))
+        pairs = pairs[:1] if data.draw(st.booleans()) else []
     check_settings(stage, text, pairs)
 
 

@@ -40,6 +40,7 @@ def test_tables_that_were_found(suffix: str, content: bytes) -> None:
     ("stage", "text", "flags"),
     [
         ("rl", None, [("policy", "1e-4")]),  # a text that reads back as a number unless it is quoted
+        ("rl", None, [("policy", "\ud800")]),  # a lone surrogate, as bytes that are no UTF-8 become on the command line
         ("rl", "credit: &a [*a]\n", []),
         ("rl", "steps: !!timestamp x\n", []),
         ("rl", None, [("credit", "!!bool perhaps")]),

@@ -70,6 +70,8 @@ def parse(kind: type, command: str, arguments: Sequence[str], examples: str = ""
 def _parsed(parser: Any, values: list[str]) -> Any:
     """Return jsonargparse's namespace of settings. Raises ConfigError for what it refuses."""
     for name, value in zip(values[::2], values[1::2], strict=True):
+        if any("\ud800" <= character <= "\udfff" for character in value):  # bytes of the shell's that are no UTF-8
+            raise ConfigError(message(name, value, "text in UTF-8", "Write it in UTF-8, or rename the file."))
         try:
             loaded = plain_yaml.load(value)
         except plain_yaml.Excess as error:  # jsonargparse reads YAML too, without any limit

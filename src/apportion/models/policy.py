@@ -18,7 +18,6 @@ from apportion.masking import last_index
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.masters import to_sixteen_bit
-from apportion.models.own_tokenizer import check_embeddings
 from apportion.models.prefix import Shared, can_share, shared_prompts, states_behind
 from apportion.models.token_logprobs import token_logprobs
 from apportion.types import Rollouts
@@ -254,7 +253,6 @@ def load_policy(config: RLConfig) -> Policy:
     lora = config.lora.rank > 0
     weights = dtype if lora else torch.float32
     model: Any = load_causal("policy", folder, weights, device)
-    check_embeddings("policy", model, tokenizer)
     pair = config.sampling.prompt_tokens or [0, config.sampling.max_prompt_tokens]
     quick_attention(model, device, pair[1] + config.sampling.max_new_tokens)
     model.requires_grad_(not lora)

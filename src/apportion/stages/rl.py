@@ -21,6 +21,7 @@ from apportion.evidence import Models, Users
 from apportion.evidence.producers import POLICY
 from apportion.masking import masked_mean, whiten
 from apportion.models.load import load_tokenizer, locate, pick_device
+from apportion.models.own_tokenizer import check_embeddings
 from apportion.models.policy import load_policy
 from apportion.models.reward import adjust, load_reward
 from apportion.models.save import save_policy
@@ -246,6 +247,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config)
+    check_embeddings("policy", policy.model, tokenizer)
     compare = comparisons(config.compare) if config.log_rollouts else {}
     needs = method.needs | {"reference_logprobs"}
     needs |= frozenset[str]().union(*(c.needs for c in compare.values()))
