@@ -117,12 +117,15 @@ def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "pieces"),
     [
-        ({"credit": "[methods:mistaken: {how: nan}]"}, ["rewards of rollout 0: got", "expected finite numbers"]),
+        (
+            {"credit": "[methods:mistaken: {how: nan}]"},
+            ["credit of rollout 0, token 0, from methods:mistaken: got nan", "expected a finite number"],
+        ),
         (
             {"credit": by("plain"), "compare": "[sparse]", "advantages": "methods:estimate"},
             ["methods:estimate: got", "KeyError", "no such table"],
         ),
-        ({"credit": "[methods:mistaken]"}, ["methods:mistaken: got 'IndexError"]),
+        ({"credit": "[methods:mistaken]"}, ["got 'methods:mistaken, which raised IndexError"]),
         (
             {"loss": "methods:broken_loss"},
             ["methods:broken_loss: got 'ZeroDivisionError: division by zero in my loss'"],

@@ -63,7 +63,8 @@ def parse(kind: type, command: str, arguments: Sequence[str], examples: str = ""
         setattr(config, name, merge_method(name, getattr(config, name), spec, getattr(config, "algorithm", None)))
     check(config)
     for name in ("output", "run"):
-        local_path(getattr(config, name, "."), name, ConfigError)
+        if (place := getattr(config, name, None)) is not None:
+            local_path(place, name, ConfigError)
     return Parsed(config, "fresh" in switches, "dry_run" in switches)
 
 
