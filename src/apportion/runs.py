@@ -39,9 +39,8 @@ README = """# {name}: a run of `apportion {stage}`
 `apportion report {path}` draws it.
 """
 # settings that say where, whether and how safely, not what; a run that a guard stopped may go on under another one
-PLACES = frozenset(
-    "output fresh config device threads checkpoint_every keep_checkpoints disk_wait guards max_skipped".split()
-)
+PLACES = ("output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait")
+HARMLESS = (*PLACES, "guards", "max_skipped")
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 NEWBORN = {".status.json.tmp", "status.json", ".config.yaml.tmp"}  # what a run killed while it was opened may leave
 TAIL = 1 << 16  # bytes before a log's end whose sum a checkpoint holds
@@ -210,7 +209,7 @@ class Run:
             raise ConfigError(message("output", came, "the settings of the run in it", again)) from error
         now = flat(config)
         for key in sorted(set(before) | set(now)):
-            if key.split(".")[0] not in PLACES and before.get(key) != now.get(key):
+            if key.split(".")[0] not in HARMLESS and before.get(key) != now.get(key):
                 expected = f"the settings of the run in it ({key} was {before.get(key)!r})"
                 raise ConfigError(message("output", f"{self.path} with {key} {now.get(key)!r}", expected, again))
 
