@@ -39,8 +39,8 @@ README = """# {name}: a run of `apportion {stage}`
 `apportion report {path}` draws it.
 """
 # settings that say where, whether and how safely, not what; a run that a guard stopped may go on under another one
-PLACES = ("output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait")
-HARMLESS = (*PLACES, "guards", "max_skipped")
+PLACES = {"output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait"}
+PLACES |= {"guards", "max_skipped"}
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 NEWBORN = {".status.json.tmp", "status.json", ".config.yaml.tmp"}  # what a run killed while it was opened may leave
 TAIL = 1 << 16  # bytes before a log's end whose sum a checkpoint holds
@@ -73,6 +73,8 @@ class Run:
             DiskError: it cannot be written to.
         """
         run = cls(Path(output).expanduser(), stage)
+        with explained(run.path):
+            run._refuse_foreign()  # nor is a lock put beside what is no run
         run.lock = lock.take(run.path)
         try:
             with explained(run.path):
@@ -86,6 +88,7 @@ class Run:
         if fresh and self.is_run:
             self._discard()
         self._refuse_foreign()
+        self.refuse_links()
         if self.started:
             self._refuse_other(config)
         self._make()
@@ -180,7 +183,6 @@ class Run:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run and not self._newborn:
             mend = "Choose another --output, or empty it."
             raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
-        self.refuse_links()
 
     def refuse_links(self) -> None:
         """Raise ConfigError for a link in the folder that leads out of it: what is written there goes elsewhere."""
@@ -209,7 +211,7 @@ class Run:
             raise ConfigError(message("output", came, "the settings of the run in it", again)) from error
         now = flat(config)
         for key in sorted(set(before) | set(now)):
-            if key.split(".")[0] not in HARMLESS and before.get(key) != now.get(key):
+            if key.split(".")[0] not in PLACES and before.get(key) != now.get(key):
                 expected = f"the settings of the run in it ({key} was {before.get(key)!r})"
                 raise ConfigError(message("output", f"{self.path} with {key} {now.get(key)!r}", expected, again))
 
