@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
-from apportion import parallel
+from apportion import parallel, stderr
 from apportion.errors import ApportionError, ConfigError, Interrupted, message, unknown_name
 
 # name -> (module, one line of help)
@@ -77,8 +77,7 @@ def again(arguments: Sequence[str]) -> str:
 def say(text: str) -> None:
     """Write `text` to stderr, in one of several processes alone."""
     if parallel.speaks():
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        stderr.write(text)
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from apportion import disk, parallel, plain_yaml
+from apportion import disk, lock, parallel, plain_yaml, stderr
 from apportion.disk import explained as explained
 from apportion.disk import need_space as need_space
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError, message
@@ -40,7 +39,8 @@ README = """# {name}: a run of `apportion {stage}`
 `apportion report {path}` draws it.
 """
 # settings that say where, whether and how safely, not what; a run that a guard stopped may go on under another one
-PLACES = ("output", "fresh", "config", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait", "guards")
+PLACES = {"output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait"}
+PLACES |= {"guards", "max_skipped"}
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 NEWBORN = {".status.json.tmp", "status.json", ".config.yaml.tmp"}  # what a run killed while it was opened may leave
 TAIL = 1 << 16  # bytes before a log's end whose sum a checkpoint holds
@@ -53,6 +53,7 @@ class Run:
         facts: what status.json says besides, such as the number of threads.
         disk_wait: seconds to wait for space on a full disk.
         hurried: asked while it waits; True ends the waiting.
+        lock: keeps other processes out while this one writes the run.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -60,44 +61,92 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.disk_wait = 0.0
         self.hurried: Callable[[], bool] = lambda: False
+        self.lock: lock.Lock | None = None
 
     @classmethod
     def open(cls, output: str, stage: str, config: Mapping[str, Any], *, fresh: bool = False) -> Run:
         """Make or reopen the folder `output` for `config`.
 
         Raises:
-            ConfigError: the folder holds something else, or a run with other settings (it names the first difference).
+            ConfigError: the folder holds something else, or a run with other settings (it names the first difference),
+                or another process is writing it.
             DiskError: it cannot be written to.
         """
         run = cls(Path(output).expanduser(), stage)
         with explained(run.path):
-            if fresh and run.is_run:
-                run._discard()
-            run._refuse_foreign()
-            if run.started:
-                run._refuse_other(config)
-            run.path.mkdir(parents=True, exist_ok=True)
-            for old in (*run.path.glob("final.old"), *run.path.glob("checkpoints/step-*.old")):
-                disk.recover(old.with_suffix(""))
-            if not run.started:
-                run.status("running")  # first: a folder without it is nobody's
-                run._write("config.yaml", plain_yaml.dump(dict(config)))
-                run._write("README.md", README.format(name=run.path.name, stage=stage, path=output))
-            if not run.finished:
-                before = run.read("status.json")
-                run.facts = {name: before[name] for name in ("threads", "checkpoint", "guards") if name in before}
-                run.status("running")
+            run._refuse_foreign()  # nor is a lock put beside what is no run
+        run.lock = lock.take(run.path)
+        try:
+            with explained(run.path):
+                run._begin(output, config, fresh)
+        except BaseException:
+            run.lock = None
+            raise
         return run
 
+    def _begin(self, output: str, config: Mapping[str, Any], fresh: bool) -> None:
+        if fresh and self.is_run:
+            self._discard()
+        self._refuse_foreign()
+        self.refuse_links()
+        if self.started:
+            self._refuse_other(config)
+        self._make()
+        for old in (*self.path.glob("final.old"), *self.path.glob("checkpoints/step-*.old")):
+            disk.recover(old.with_suffix(""))
+        if self.finished:
+            self.lock = None
+            return
+        begins = not self.started
+        if begins:
+            self.status("running")  # first: a folder without it is nobody's
+        self._keep_settings(config)
+        if begins:
+            self._write("README.md", README.format(name=self.path.name, stage=self.stage, path=output))
+        before = self.read("status.json")
+        self.facts = {name: before[name] for name in ("threads", "checkpoint", "guards") if name in before}
+        self.status("running")
+        if self.lock is not None and self.lock.note is not None:
+            self.say(f"apportion: warning: {self.lock.note}.\n")
+
+    def _make(self) -> None:
+        """Make the folder, or the one that a link leads to, durably."""
+        real = Path(os.path.realpath(self.path))
+        if not real.is_dir():
+            real.mkdir(parents=True)
+            with suppress(PermissionError):  # a folder may be written to and not read
+                disk.sync(real.parent)
+
+    def _keep_settings(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml where it does not say `config` yet: settings of PLACES may change on the way."""
+        text = plain_yaml.dump(dict(config))
+        path = self.path / "config.yaml"
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+            self._write("config.yaml", text)
+
     def _discard(self) -> None:
-        """Remove the folder; killed meanwhile, it is gone by its name already, or whole."""
-        gone = self.path.with_name(f".{self.path.name}.discarded")
+        """Remove the folder; killed meanwhile, it is gone by its name already, or whole, or begun to be emptied."""
+        real = Path(os.path.realpath(self.path))
+        gone = real.parent / f".{real.name}.discarded"
         shutil.rmtree(gone, ignore_errors=True)
         try:
-            os.replace(self.path, gone)
-        except OSError:  # a mount point cannot be moved
-            gone = self.path
-        shutil.rmtree(gone)
+            if Path.cwd() == real:
+                raise OSError("this process stands in it")
+            os.replace(real, gone)
+        except OSError:  # nor can a mount point be moved, or a folder in one that may not be written to
+            self._empty(real)
+        else:
+            shutil.rmtree(gone)
+
+    def _empty(self, folder: Path) -> None:
+        with suppress(DiskError):  # a kill amid this must not leave what says that it is finished
+            self.status("running")
+        last = ("config.yaml", "status.json")  # with them it is a run's until all else is gone
+        for path in sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     @property
     def is_run(self) -> bool:
@@ -112,15 +161,15 @@ class Run:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Write status "failed" with the message of an error that the user can mend, "interrupted" where the user
-        ended it, and raise it again."""
+        """Write status "failed" with what an error says, "interrupted" where the user ended it, and raise it again."""
         try:
             yield
-        except ApportionError as error:
-            self._end("failed", error=str(error))
-            raise
         except (KeyboardInterrupt, Interrupted):
             self._end("interrupted")
+            raise
+        except (Exception, SystemExit) as error:
+            kind = "" if isinstance(error, ApportionError) else f"{type(error).__name__}: "
+            self._end("failed", error=f"{kind}{error}")
             raise
 
     def _end(self, status: str, **more: Any) -> None:
@@ -134,7 +183,6 @@ class Run:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run and not self._newborn:
             mend = "Choose another --output, or empty it."
             raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
-        self.refuse_links()
 
     def refuse_links(self) -> None:
         """Raise ConfigError for a link in the folder that leads out of it: what is written there goes elsewhere."""
@@ -187,7 +235,11 @@ class Run:
     def status(self, status: str, **more: Any) -> None:
         """Write status.json: the stage, the status and whatever else is known."""
         said = {"stage": self.stage, "name": self.path.name, "status": status, **self.facts, **more}
-        self.write_json("status.json", said)
+        try:
+            self.write_json("status.json", said)
+        finally:
+            if status != "running":  # nothing is written after that
+                self.lock = None
 
     def know(self, **facts: Any) -> None:
         """Have status.json say `facts` of the running run from now on, to the end."""
@@ -211,22 +263,33 @@ class Run:
         self.append("metrics.jsonl", [{"step": step, **{k: float(f"{v:.7g}") for k, v in metrics.items()}}])
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append JSON lines to file `name`: all of them, or none where the disk is full."""
-        data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+        """Append JSON lines to file `name`, durably: all of them, or none where the disk is full."""
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        data = text.encode("utf-8", errors="backslashreplace")  # half a character becomes its JSON escape
         self.patiently(lambda: self._append(name, data), len(data))
 
     def _append(self, name: str, data: bytes) -> None:
-        handle = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        path = self.path / name
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        before = os.fstat(handle).st_size
         try:
-            before = os.fstat(handle).st_size
             try:
                 while data:
                     data = data[os.write(handle, data) :]
-            except OSError:
-                os.ftruncate(handle, before)  # half a line must not stay
-                raise
-        finally:
-            os.close(handle)
+                os.fsync(handle)  # a quota, or a disk over a network, may say only now that it is full
+            finally:
+                os.close(handle)
+        except OSError:
+            self._cut_back(path, before)  # what is tried again must not be there twice
+            raise
+
+    def _cut_back(self, path: Path, size: int) -> None:
+        try:
+            os.truncate(path, size)
+        except OSError as error:
+            came = f"{path} ({error.strerror})"
+            mend = "Run the same command again: it goes on from the last checkpoint."
+            raise DiskError(message("output", came, "a log that can be cut back to its last row", mend)) from None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object to file `name`, at once or not at all."""
@@ -240,12 +303,12 @@ class Run:
     def say(self, line: str) -> None:
         """Write a line about this run to stderr; one of several processes alone does."""
         if parallel.speaks():
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            stderr.write(line)
 
     def _write(self, name: str, text: str) -> None:
         part = self.path / f".{name}.tmp"
-        part.write_text(text, encoding="utf-8")
+        # the bytes of a path that are no UTF-8 become escapes, as JSON has them
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
         disk.sync(part)
         os.replace(part, self.path / name)
 
@@ -254,6 +317,7 @@ class Run:
         there = [name for name in LOGS if (self.path / name).is_file()]
         for name in there:
             disk.sync(self.path / name)
+        disk.sync(self.path)  # their names
         return {name: self._mark(name, (self.path / name).stat().st_size) for name in there}
 
     def _mark(self, name: str, end: int) -> dict[str, Any]:

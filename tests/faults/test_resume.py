@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DiskError, Interrupted
 from apportion.runs import Run
 from apportion.stages import randomness, reward, rl
-from apportion.stages.checkpoint import MANIFEST, PROGRESS, Damaged, check, manifest
-from apportion.stages.surroundings import repeatable
+from apportion.stages.checkpoint import MANIFEST, PROGRESS, Damaged, check, load_latest, manifest, save_checkpoint
+from apportion.stages.held import Tensors
+from apportion.stages.signals import Signals
+from apportion.stages.surroundings import check_devices, repeatable
 
 FILES = (MANIFEST, PROGRESS, *(f"{name}.safetensors" for name in ("weights", "optimizer", "state", "guards", "random")))
 SAME = {"weights": True, "logs": True, "rows_lost": 0, "rows_doubled": 0}
@@ -240,6 +243,112 @@ def test_another_model_under_a_checkpoint_is_refused(models: Path, run: Path, tm
         rl.train(config)
 
 
+def test_a_run_goes_on_on_the_kind_of_device_that_it_began_on(models: Path, run: Path) -> None:
+    newest = run / "checkpoints" / "step-3"
+    progress = json.loads((newest / PROGRESS).read_text())
+    progress["surroundings"]["device of policy"] = "NVIDIA H200"
+    (newest / PROGRESS).write_text(json.dumps(progress))
+    (newest / MANIFEST).write_text(manifest(newest))
+    log = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"device \(device of policy\): got 'cpu'; expected cuda.* --device cuda"):
+        rl.train(settings(models, run))
+    assert (run / "metrics.jsonl").read_bytes() == log
+    check_devices({"device of policy": "NVIDIA A100"}, {"device of policy": "NVIDIA H200"})
+
+
+def test_a_file_that_no_manifest_names_is_not_read(models: Path, run: Path, whole: Path) -> None:
+    (run / "checkpoints" / "step-3" / "._weights.safetensors").write_bytes(b"what another system leaves beside a file")
+    assert resumed(models, run, whole) == 3
+
+
+class Two:
+    """Holds one tensor under two names, a part of another, and one that learns."""
+
+    def __init__(self) -> None:
+        one = torch.arange(6.0).reshape(2, 3)
+        self.state = {
+            "one": one,
+            "again": one,
+            "part": one[:, 1],
+            "turned": one.T,
+            "learns": torch.ones(2).requires_grad_(),
+        }
+
+    def tensors(self) -> Tensors:
+        return {"state": self.state}
+
+    def restore(self, stored: Tensors) -> None:
+        self.state = stored["state"]
+
+    def readers(self) -> dict[str, Any]:
+        return {}
+
+
+def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
+    run, held = Run.open(str(tmp_path / "run"), "rl", {}), Two()
+    before = {name: tensor.detach().clone() for name, tensor in held.state.items()}
+    save_checkpoint(run, held, 1, keep=1)
+    assert load_latest(run, held) == 1 and held.state.keys() == before.keys()
+    assert all(torch.equal(held.state[name], tensor) for name, tensor in before.items())
+
+
+def test_a_disk_that_is_full_when_the_logs_are_synced_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, sync, failures = Run.open(str(tmp_path / "run"), "rl", {}), disk.sync, [errno.EDQUOT, errno.ENOSPC]
+    run.log(1, {"a": 1.0})
+    run.disk_wait = 5.0
+    synced: list[Path] = []
+
+    def full(path: Path) -> None:
+        if path.name == "metrics.jsonl" and failures:
+            raise OSError(failures.pop(), "full")
+        synced.append(path)
+        sync(path)
+
+    monkeypatch.setattr(disk, "sync", full)
+    monkeypatch.setattr(disk, "LOOK", 0.01)
+    save_checkpoint(run, Two(), 1, keep=1)
+    assert not failures and "paused" in capsys.readouterr().err
+    assert load_latest(run, Two()) == 1
+    order = [path.name for path in synced]
+    # the names of the logs and of checkpoints/, then those in it
+    assert order.index("run") < order.index("checkpoints") and (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_states_go_back_to_their_device(tmp_path: Path) -> None:
+    run, held = Run.open(str(tmp_path / "run"), "rl", {}), Two()
+    held.state["there"] = torch.ones(2, device="cuda")
+    save_checkpoint(run, held, 1, keep=1)
+    load_latest(run, held)
+    assert held.state["there"].device.type == "cuda" and held.state["one"].device.type == "cpu"
+
+
+def test_a_final_save_that_fails_leaves_nothing_and_says_what_it_wants(
+    models: Path, run: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[list[str]] = []
+
+    def full(model: Any, folder: Path, *rest: Any, **more: Any) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def wait(path: Path, wanted: int, *rest: Any) -> None:
+        left.append(sorted(p.name for p in run.glob("*final*")) + sorted(p.name for p in run.glob(".*final*")))
+        left.append([str(wanted)])
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    monkeypatch.setattr(disk, "_wait", wait)
+    with pytest.raises(DiskError):
+        rl.train(settings(models, run, disk_wait=0.2))
+    weights = sum(t.numel() for t in tiny_runs.weights(whole / "final").values())
+    assert left[0] == [] and 4 * weights <= int(left[1][0]) < 8 * weights
+    monkeypatch.undo()
+    assert resumed(models, run, whole) == 3
+
+
 # the reward stage
 
 
@@ -289,6 +398,14 @@ def test_a_reward_model_has_its_name_when_all_of_it_is_there(
 # signals
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Take SIGINT as Python does by itself, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_batch_be_finished(models: Path, tmp_path: Path, whole: Path, number: int, code: int) -> None:
     run, before = tmp_path / "run", signal.getsignal(number)
@@ -304,6 +421,28 @@ def test_a_signal_lets_the_batch_be_finished(models: Path, tmp_path: Path, whole
     assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
     assert resumed(models, run, whole) == 2
+
+
+def test_a_signal_after_the_last_batch_has_its_checkpoint_too(models: Path, tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+
+    def tell(step: int, metrics: dict[str, float]) -> None:
+        if step == 4:  # its checkpoint, if any, is written already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after step 4 of 4"):
+        rl.train(settings(models, run, checkpoint_every=0), tell=tell)
+    assert not (run / "final").exists() and [p.name for p in (run / "checkpoints").iterdir()] == ["step-4"]
+    assert resumed(models, run, whole) == 4
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Signals(lambda line: None) as signals:
+        signals.batches = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not signals
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]) -> None:
@@ -332,6 +471,7 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
 TWICE = """
 import os, signal, sys, time
 from apportion.stages.signals import Signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
     try:
         os.kill(os.getpid(), signal.SIGINT)

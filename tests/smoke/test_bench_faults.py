@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import tiny
 
+from apportion.bench.faults import soak as soaking
 from apportion.bench.faults.compare import difference, traces
-from apportion.bench.faults.harness import plans
-from apportion.bench.faults.settings import FaultsConfig
+from apportion.bench.faults.harness import clear, enough, plans
+from apportion.bench.faults.kills import Broken
+from apportion.bench.faults.settings import FaultsConfig, SoakConfig
 from apportion.bench.faults.soak import judged
 from apportion.cli import main
 
@@ -46,6 +49,46 @@ def test_a_share_of_the_kills_is_aimed_at_checkpoints_and_each_kind_is_there() -
     assert len(made) == 50 and kinds.count("smollm2") == 3 and kinds.count("adapters") - kinds.count("all weights") == 1
     assert sum(plan.aimed for plan in made) == 15 and len({plan.seed for plan in made}) == 50
     assert all(plan.aimed for plan in plans(FaultsConfig(in_checkpoint=1.0), Path()))
+
+
+def test_what_an_earlier_benchmark_left_is_not_judged_again(tmp_path: Path) -> None:
+    for name in ("whole-adapters", "kill-3", "mine", "kill-notes"):
+        (tmp_path / name).mkdir()
+    for name in ("whole-adapters", "kill-3", "mine"):
+        (tmp_path / name / "status.json").write_text("{}")
+    (tmp_path / "world" / "policy").mkdir(parents=True)
+    (tmp_path / "world" / "policy" / "config.json").write_text("{}")
+    clear(tmp_path, "world", "whole-*", "kill-*")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kill-notes", "mine"]
+
+
+@pytest.mark.parametrize(("hit", "resumed", "said"), [(2, 5, True), (1, 9, False), (5, 4, False)])
+def test_too_few_kills_where_they_count_are_said_not_to_be_enough(hit: int, resumed: int, said: bool) -> None:
+    assert enough({"kills": 10, "kills_in_checkpoint": hit, "resumed_from_checkpoint": resumed}) == said
+
+
+class Over:
+    """What stands for a process that is over already: it was another's run."""
+
+    pid, began = os.getpid(), 0.0
+
+    def __init__(self, words: list[str], said: Path, **more: Any) -> None:
+        run = Path(words[words.index("--output") + 1])
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"step": 1, "memory/rss_mb": 1.0}\n')
+
+    def poll(self) -> int:
+        return 0
+
+    wait = poll
+
+
+def test_a_soak_that_ran_nothing_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(soaking, "Process", Over)
+    config = SoakConfig(batches=2, judge_after=1, tokenizer=str(tmp_path / "tokenizer"), folder=str(tmp_path / "soak"))
+    with pytest.raises(Broken, match="1 of 2 batches and was seen 0 times"):
+        soaking.soak(config)
 
 
 @pytest.fixture

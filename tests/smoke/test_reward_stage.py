@@ -199,7 +199,7 @@ def test_it_serves_the_rl_stage(world: Path, trained: Path, tmp_path: Path) -> N
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inner, calls, before = stage._accumulate, iter(range(1000)), {}
 
@@ -217,4 +217,6 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     assert main(["reward", *flags(world, tmp_path / "run", clips=128)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["guards/skipped_updates"] for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0]
-    assert "grad_norm" not in lines[4] and "loss/reward" in lines[4] and not before
+    # the loss of a step that was not taken is no loss of the run's
+    assert lines[4].keys() == {"step", "lr", "time/total", "memory/rss_mb", "guards/skipped_updates"} and not before
+    assert "warning: guard max_skipped at step 5: updates skipped as not finite: 1\n" in capsys.readouterr().err

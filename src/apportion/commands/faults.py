@@ -9,7 +9,7 @@ from typing import Any
 
 from apportion.bench.faults.settings import FaultsConfig, SoakConfig, check_faults, check_soak
 from apportion.commands.settings import Parsed, parse, show
-from apportion.commands.terminal import bar
+from apportion.commands.terminal import bar, note
 from apportion.errors import ConfigError, message
 from apportion.runs import explained
 
@@ -43,6 +43,8 @@ def run_faults(arguments: list[str]) -> int:
     if not as_json:
         for name in (k for k, v in found.items() if not isinstance(v, (dict, list))):
             sys.stdout.write(f"{name:<24}{found[name]}\n")
+    if not found["enough"]:
+        note("not enough: fewer than a fifth of the kills hit a checkpoint, or fewer than half had one to go on from.")
     same = found["bit_identical"] == found["kills"]
     return int(not (same and found["log_rows_lost"] == found["log_rows_doubled"] == 0))
 

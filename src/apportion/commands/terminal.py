@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from apportion import stderr
 
 
 def console() -> Console:
@@ -30,8 +31,7 @@ class Bar:
         self._progress.update(self._task, completed=done, total=self._total, numbers=numbers)
         every = max(1, self._total // 10)
         if not self._progress.console.is_terminal and (done % every == 0 or done == self._total):
-            sys.stderr.write(f"{self._label} {done}/{self._total}  {numbers}\n")
-            sys.stderr.flush()
+            stderr.write(f"{self._label} {done}/{self._total}  {numbers}\n")
 
     def line(self, done: int, text: str) -> None:
         """Move the bar to `done` with a line beside it, which is printed alone without a terminal."""
@@ -39,8 +39,7 @@ class Bar:
         self._progress.update(self._task, completed=done, numbers=text)
         every = max(1, self._total // 50)
         if moved and not self._progress.console.is_terminal and done % every == 0:
-            sys.stderr.write(f"{self._label} {done}/{self._total}  {text}\n")
-            sys.stderr.flush()
+            stderr.write(f"{self._label} {done}/{self._total}  {text}\n")
 
 
 @contextmanager
@@ -61,8 +60,9 @@ def bar(label: str, total: int, shown: Mapping[str, str]) -> Iterator[Bar]:
 
 
 def note(line: str) -> None:
-    """Print one line to stderr."""
-    console().print(line)
+    """Print one line to stderr; where nobody reads it any more, it is lost."""
+    with suppress(OSError, ValueError, SystemExit):  # rich ends the program where a pipe's reader is gone
+        console().print(line)
 
 
 def interval(value: Mapping[str, float], digits: int = 2) -> str:

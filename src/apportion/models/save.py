@@ -70,13 +70,18 @@ def head_config(tokenizer: Any) -> dict[str, Any]:
 
 def save_model(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
     """Write weights (safetensors), tokenizer and README.md to a temporary folder and rename it to `folder`."""
-    part = folder.with_name(f".{folder.name}.tmp")
+    part = unfinished(folder)
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     (part / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
+
+
+def unfinished(folder: Path) -> Path:
+    """Return the name that `folder` has while `save_model` writes it; what failed may leave it."""
+    return folder.with_name(f".{folder.name}.tmp")
 
 
 def model_card(title: str, tag: str, text: str, settings: Mapping[str, Any]) -> str:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from apportion import disk
 from apportion.errors import DiskError, message
 from apportion.runs import Run
 from apportion.stages import randomness
 from apportion.stages.held import Held, Tensors
-from apportion.stages.surroundings import changed, surroundings
+from apportion.stages.surroundings import changed, check_devices, surroundings
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -41,9 +42,15 @@ def save_checkpoint(run: Run, held: Held, step: int, *, keep: int) -> Path:
     """
     final = run.path / "checkpoints" / f"step-{step}"
     files = held.tensors() | {"random": randomness.states()}
-    progress = {"step": step, "logs": run.marks(), "surroundings": surroundings(held.readers())}
     wanted = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
-    run.patiently(lambda: _write(final, files, progress), wanted + (1 << 16))
+
+    def work() -> None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # the logs are made durable here, with the names in the run folder, and the disk may be full for them too
+        progress = {"step": step, "logs": run.marks(), "surroundings": surroundings(held.readers())}
+        _write(final, files, progress)
+
+    run.patiently(work, wanted + (1 << 16))
     for old in [*(path for _, path in steps_in(final.parent)[:-keep]), *final.parent.glob("step-*.damaged")]:
         shutil.rmtree(old, ignore_errors=True)  # what is left of one will be counted as damaged
     run.know(checkpoint=step)
@@ -56,13 +63,27 @@ def _write(final: Path, files: Tensors, progress: dict[str, Any]) -> None:
     part.mkdir(parents=True)
     try:
         for name, tensors in files.items():
-            save_file({k: v.contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
+            where = {k: v.device.type for k, v in tensors.items() if v.device.type != "cpu"}
+            save_file(apart(tensors), part / f"{name}.safetensors", metadata=where)
         (part / PROGRESS).write_text(json.dumps(progress, indent=2), encoding="utf-8")
         (part / MANIFEST).write_text(manifest(part), encoding="utf-8")
         disk.place(part, final)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # on a full disk its room is needed for the logs
         raise
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as a file can hold them: contiguous, and none in the memory of another."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        if whole.untyped_storage().data_ptr() in seen:
+            whole = whole.clone()
+        seen.add(whole.untyped_storage().data_ptr())
+        found[name] = whole
+    return found
 
 
 def manifest(folder: Path) -> str:
@@ -81,8 +102,8 @@ def _sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check(folder: Path) -> None:
-    """Raise Damaged, naming the file, unless every file of the checkpoint is what was written."""
+def check(folder: Path) -> list[str]:
+    """Return the names of the checkpoint's files. Raises Damaged, naming one, unless each is what was written."""
     text = _read(folder / MANIFEST, Path.read_bytes)
     try:
         files = json.loads(text)["files"]
@@ -97,6 +118,7 @@ def check(folder: Path) -> None:
             raise Damaged(f"{name} has {size} bytes instead of {said['size']}")
         if _read(folder / name, _sum) != said["sha256"]:
             raise Damaged(f"{name} has another SHA-256 than was written")
+    return list(files)
 
 
 def _read(path: Path, how: Callable[[Path], T]) -> T:
@@ -115,19 +137,22 @@ def load_latest(run: Run, held: Held, say: Say | None = None) -> int:
     One that is damaged, or from which the logs have lost something, is told by name and passed over.
 
     Raises:
-        DiskError: there are checkpoints, or were, and none is good. ConfigError: it is another model's.
+        DiskError: there are checkpoints, or were, and none is good. ConfigError: it is another model's, or another
+            kind of device's.
     """
     say = run.say if say is None else say
     found, bad = steps_in(run.path / "checkpoints"), []
     for step, folder in reversed(found):
         try:
-            progress = _usable(run, folder)
+            progress, files = _usable(run, folder)
         except Damaged as problem:
             bad.append(f"{folder.name}: {problem}")
             say(f"apportion: checkpoint {folder} cannot be used: {problem}.\n")
             continue
-        _restore(held, folder)
-        warning = changed(progress["surroundings"], surroundings(held.readers()))
+        now = surroundings(held.readers())
+        check_devices(progress["surroundings"], now)
+        _restore(held, folder, files)
+        warning = changed(progress["surroundings"], now)
         if warning is not None:
             say(f"apportion: warning: {warning}\n")
         run.cut(progress["logs"])
@@ -144,22 +169,30 @@ def load_latest(run: Run, held: Held, say: Say | None = None) -> int:
     return 0
 
 
-def _usable(run: Run, folder: Path) -> dict[str, Any]:
-    """Return what `progress.json` says of a whole checkpoint whose logs are there. Raises Damaged."""
-    check(folder)
+def _usable(run: Run, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return (what `progress.json` says, names of the files) of a whole checkpoint whose logs are there.
+
+    Raises:
+        Damaged: it is not.
+    """
+    files = check(folder)
     progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     problem = run.lost(progress["logs"])
     if problem is not None:
         raise Damaged(problem)
-    return progress
+    return progress, files
 
 
-def _restore(held: Held, folder: Path) -> None:
+def _restore(held: Held, folder: Path, files: Sequence[str]) -> None:
     stored: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (folder / name for name in files if name.endswith(".safetensors")):
         with safe_open(file, framework="pt") as tensors:
+            where = tensors.metadata() or {}  # the device of those that were not on the CPU
             # cloned: the file is mapped into memory, at any alignment, and will be pruned
-            stored[file.stem] = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118
+            stored[file.stem] = {
+                name: tensors.get_tensor(name).clone().to(where.get(name, "cpu"))
+                for name in tensors.keys()  # noqa: SIM118
+            }
     everywhere = stored.pop("random")
     held.restore(stored)
     randomness.restore(everywhere)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion import guards, parallel
+from apportion import guards, parallel, stderr
 from apportion.errors import ApportionError, DiskError, GuardError, ScoreError, message
 from apportion.evidence.users import Users, raised
 from apportion.guard_settings import GuardsConfig
@@ -215,8 +214,7 @@ def describe(finding: Finding, step: int) -> str:
 def announce(text: str) -> None:
     """Write a warning to stderr, in one of several processes alone."""
     if parallel.speaks():
-        sys.stderr.write(f"warning: {text}\n")
-        sys.stderr.flush()
+        stderr.write(f"warning: {text}\n")
 
 
 def check_rows(what: str, values: Tensor, mask: Tensor) -> None:

@@ -17,9 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from apportion import disk, parallel
-from apportion.errors import Interrupted
+from apportion.errors import Interrupted, ModelError, message
 from apportion.models.load import pick_device
+from apportion.models.save import unfinished
 from apportion.runs import Run
 from apportion.stages.checkpoint import load_latest, save_checkpoint, set_aside
 from apportion.stages.held import Held
@@ -34,6 +38,7 @@ class Keeper:
     def __init__(self, run: Run, every: int, keep: int, signals: Signals) -> None:
         self.run, self.every, self.keep, self.signals = run, every, keep, signals
         self.held: Held | None = None
+        self.step = self.steps = 0  # the last one that was kept, and how many there are
 
     def resume(self, held: Held) -> int:
         """Put the newest good checkpoint into `held` and return the step that it was made after, 0 for none.
@@ -52,6 +57,7 @@ class Keeper:
                 self.run.facts["guards"] = {name: said for name, said in fired.items() if said["step"] <= start}
             if start:
                 self.run.know(resumed_from=start)
+        self.step = self.steps = start
         self.signals.batches = True
         return start
 
@@ -66,7 +72,8 @@ class Keeper:
         Raises:
             Interrupted: a signal came; what was learned so far is in a checkpoint.
         """
-        caught = int(parallel.largest({"signal": self.signals.caught})["signal"])
+        self.step, self.steps = step, steps
+        caught = self._caught()
         due = bool(self.every) and step % self.every == 0 and step < steps
         if due or caught:
             with parallel.together():
@@ -76,6 +83,10 @@ class Keeper:
         if caught:
             raise Interrupted(f"interrupted after step {step} of {steps}, with a checkpoint.", 128 + caught)
 
+    def _caught(self) -> int:
+        """Return the number of a signal that any process got, 0 for none."""
+        return int(parallel.largest({"signal": self.signals.caught})["signal"])
+
     def final(
         self, save: Callable[[Path], None], judge: Callable[[Path], None] = lambda folder: None, wanted: int = 1 << 20
     ) -> None:
@@ -84,16 +95,25 @@ class Keeper:
         Args:
             save: writes the model to a folder. judge: reads it there, and may add to it.
             wanted: bytes that it takes, about.
+
+        Raises:
+            Interrupted: a signal came after the last batch; a checkpoint was promised, and is there.
         """
         part = self.run.path / "final.tmp"
         self.signals.batches = False
+        if self._caught():
+            self.kept(self.step, self.steps)
+
+        def clear() -> None:
+            for path in (part, unfinished(part)):
+                shutil.rmtree(path, ignore_errors=True)
 
         def work() -> None:
-            shutil.rmtree(part, ignore_errors=True)
+            clear()
             try:
                 save(part)
             except BaseException:
-                shutil.rmtree(part, ignore_errors=True)
+                clear()  # on a full disk its room is wanted
                 raise
 
         with parallel.together():
@@ -103,11 +123,30 @@ class Keeper:
                 self.run.patiently(lambda: disk.place(part, self.run.path / "final"), 1 << 12)
 
 
+def bytes_of(model: nn.Module) -> int:
+    """Return what a model takes on a disk, about: it is saved in float32."""
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
+@contextmanager
+def enough_memory(ppo: bool) -> Iterator[None]:
+    """Say which settings need less memory of a GPU where there was not enough; those of the rl stage where `ppo`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fewer = "ppo.micro_batch or ppo.micro_tokens" if ppo else "micro_batch"
+        expected = "enough memory for the models and a micro-batch"
+        came = str(error).partition(". ")[0]
+        mend = f"Lower {fewer}, in another --output or with --fresh."
+        raise ModelError(message("device", came, expected, mend)) from error
+
+
 @contextmanager
 def keeping(run: Run, config: Any) -> Iterator[Keeper]:
     """Give the keeper of a run with these settings: threads as it began with, deterministic kernels, signals noted,
     a full disk waited for; how the run ends is in status.json."""
-    with run.failing(), Signals(run.say) as signals, repeatable(pick_device(config.device)):
+    device = pick_device(config.device)
+    with run.failing(), Signals(run.say) as signals, repeatable(device), enough_memory(hasattr(config, "ppo")):
         run.disk_wait, run.hurried = config.disk_wait, lambda: bool(signals)
         run.know(threads=use_threads(run, config.threads))
         yield Keeper(run, config.checkpoint_every, config.keep_checkpoints, signals)

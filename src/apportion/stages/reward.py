@@ -30,8 +30,8 @@ from apportion.runs import Run, need_space
 from apportion.stages import randomness
 from apportion.stages.bad_rows import leaving_out
 from apportion.stages.clips import Clip, batches, random_clips, right_pad, tokenized
-from apportion.stages.guards import drop_unknown
-from apportion.stages.keeper import Keeper, keeping
+from apportion.stages.guards import announce
+from apportion.stages.keeper import Keeper, bytes_of, keeping
 from apportion.stages.probe import probe_head
 from apportion.stages.prompts import context_of
 from apportion.stages.records import memory_mb
@@ -74,6 +74,7 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
         keeper.final(
             lambda part: _save(trainee, config, tokenizer, folder, part),
             lambda part: found.update(_judged(trainee, run, config, test_rows, part)),
+            bytes_of(trainee.model),
         )
         with parallel.together():
             if parallel.is_main():
@@ -198,13 +199,14 @@ def _fit(
             torch.nn.utils.clip_grads_with_norm_(trainable, config.optim.max_grad_norm, norm)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        metrics = {
-            **{name: float(total) for name, total in parallel.sum_over(sums).items()},
-            "grad_norm": float(norm),
-            "lr": optimizer.param_groups[0]["lr"],
-        }
         skipped = trainee.skips.batch
-        metrics = drop_unknown(metrics, skipped) | {"guards/skipped_updates": float(skipped)}
+        if skipped:  # its numbers are those of nothing that was learned
+            announce(f"guard max_skipped at step {step}: updates skipped as not finite: {skipped}")
+            metrics = {}
+        else:
+            metrics = {name: float(total) for name, total in parallel.sum_over(sums).items()}
+            metrics |= {"grad_norm": float(norm)}
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "guards/skipped_updates": float(skipped)}
         metrics |= parallel.largest({"time/total": time.perf_counter() - began, "memory/rss_mb": memory_mb()})
         keeper.log(step, metrics)
         keeper.kept(step, len(dealt))

@@ -34,7 +34,7 @@ from apportion.stages import randomness
 from apportion.stages.bad_rows import leaving_out
 from apportion.stages.checkup import quick
 from apportion.stages.guards import Scene, check_rows, drop_unknown
-from apportion.stages.keeper import keeping
+from apportion.stages.keeper import bytes_of, keeping
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
 from apportion.stages.prompts import PromptStream, context_of, load_prompts
@@ -89,7 +89,7 @@ def train(
             keeper.kept(step, config.steps)
             tell(step, metrics)
         base, policy = locate("policy", config.policy), learner.models.policy
-        keeper.final(lambda folder: save_policy(policy, base, folder, config_dict))
+        keeper.final(lambda folder: save_policy(policy, base, folder, config_dict), wanted=bytes_of(policy.model))
         run.status("finished", steps=config.steps)
     return run
 

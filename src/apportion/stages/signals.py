@@ -10,9 +10,10 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from rich.console import Console
+from apportion import stderr
 
 WATCHED = (signal.SIGINT, signal.SIGTERM)
+CURSOR = "\x1b[?25h"  # shows it
 ECHO = 1.0  # seconds in which another signal is the same request: a terminal and a launcher both pass it on
 
 
@@ -31,7 +32,11 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+            for number in WATCHED:
+                before = signal.getsignal(number)
+                # one that is ignored (a job in the background) stays so; None: a library's own, in C
+                if before not in (None, signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -47,7 +52,7 @@ class Signals:
             os.kill(os.getpid(), number)
         elif not self.caught:
             self.caught, self._when = number, time.monotonic()
-            Console(stderr=True).show_cursor(True)  # a progress bar hides it, and a second signal may be final
+            stderr.write_to_terminal(CURSOR)  # a progress bar hides it, and a second signal may be final
             self._say(
                 f"apportion: {signal.Signals(number).name}: finishing this batch and writing a checkpoint; "
                 "once more stops at once.\n"

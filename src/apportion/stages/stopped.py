@@ -35,8 +35,8 @@ def save(
     something to say in them, to the folder `target`; return it. Raises DiskError."""
     with explained(target):
         target.mkdir(parents=True, exist_ok=True)
-        (target / "rollouts.jsonl").write_text(rows, encoding="utf-8")
-        (target / "error.txt").write_text(f"{error}\n", encoding="utf-8")
+        (target / "rollouts.jsonl").write_text(rows, encoding="utf-8", errors="backslashreplace")
+        (target / "error.txt").write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
         if metrics:
             plain = {name: _plain(value) for name, value in metrics.items()}
             (target / "metrics.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")

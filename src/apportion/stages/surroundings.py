@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from apportion import cores, parallel
+from apportion.errors import ConfigError, message
 from apportion.runs import Run
 
 
@@ -66,6 +67,19 @@ def surroundings(models: Mapping[str, Any]) -> dict[str, Any]:
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
         found[f"attention of {name}"] = attention
     return found
+
+
+def check_devices(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a model is on another kind of device than `before`: generators' states fit one kind."""
+    for name in (name for name in before if name.startswith("device of ") and name in now):
+        was, is_ = _kind(before[name]), _kind(now[name])
+        if was != is_:
+            mend = f"Pass --device {was}, where there is one, or --fresh to start over."
+            raise ConfigError(message(f"device ({name})", is_, f"{was}, on which this run began", mend))
+
+
+def _kind(place: str) -> str:
+    return place if place in ("cpu", "mps", "xpu") else "cuda"  # GPUs go by their names
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

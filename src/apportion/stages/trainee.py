@@ -36,7 +36,8 @@ class Trainee:
     def restore(self, stored: Tensors) -> None:
         """Take back what `tensors` gave. Raises ConfigError where it is another model's."""
         relearn(stored, self.trainable, self.optimizer, self.remainders)
-        self.skips.restore(stored["skips"])
+        if "skips" in stored:  # else it was written before updates were skipped
+            self.skips.restore(stored["skips"])
 
     def release(self) -> None:
         """Give up the model and the optimizer, for their memory: nothing is learned from then on."""

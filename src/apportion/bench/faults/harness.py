@@ -9,7 +9,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +40,14 @@ def place(folder: str | None, prefix: str) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def clear(root: Path, *patterns: str) -> None:
+    """Remove what an earlier benchmark left in `root` under such names: worlds and runs, and nothing else."""
+    with explained(root):
+        for path in (path for pattern in patterns for path in root.glob(pattern)):
+            if (path / "status.json").is_file() or (path / "policy" / "config.json").is_file():
+                shutil.rmtree(path)
+
+
 def plans(config: FaultsConfig, root: Path) -> list[Plan]:
     """Return the kills: kinds in turns, those on the whole model spread among them, the aimed ones among all."""
     chance = random.Random(config.seed)
@@ -67,6 +75,7 @@ def faults(config: FaultsConfig, tell: Tell = lambda done, line: None) -> dict[s
     began = time.monotonic()
     with place(config.folder, "apportion-faults-") as root:
         warm()
+        clear(root, "world", "whole-*", "kill-*")
         make_world(root / "world", config.tokenizer)
         planned = plans(config, root)
         firsts = {plan.kind: plan for plan in reversed(planned)}
@@ -96,8 +105,10 @@ def summary(config: FaultsConfig, wholes: dict[str, Reference], found: list[dict
         for kind, w in sorted(wholes.items())
     }
     parts = {kind: {"weights": h["weights"], "logs": h["logs"]} for kind, h in hashes.items()}
+    total = sums(found)
     return {
-        **sums(found),
+        **total,
+        "enough": enough(total),
         "reference_sha256": hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(),
         "kinds": {kind: h | sums([k for k in found if k["kind"] == kind]) for kind, h in hashes.items()},
         "settings": {
@@ -105,6 +116,12 @@ def summary(config: FaultsConfig, wholes: dict[str, Reference], found: list[dict
         },
         "each": sorted(found, key=lambda kill: kill["number"]),
     }
+
+
+def enough(total: Mapping[str, int]) -> bool:
+    """Whether the kills say much: a fifth of them in the writing of a checkpoint, half with one to go on from."""
+    hit, resumed = total["kills_in_checkpoint"], total["resumed_from_checkpoint"]
+    return 5 * hit >= total["kills"] and 2 * resumed >= total["kills"]
 
 
 def sums(kills: list[dict[str, Any]]) -> dict[str, int]:

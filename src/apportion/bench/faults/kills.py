@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from apportion.bench.faults.world import KINDS, arguments
 from apportion.errors import ApportionError
 
 LOOK = 0.0003  # seconds between looks for a checkpoint that is being written
+LONGER = 1.25  # moments are drawn over more than the measured length: a run may be slower than the reference
+SOONER = 0.8  # of the wait within a checkpoint, after each attempt that came too late
 MOST = 20  # attempts: a run may be over before the moment drawn, a checkpoint written before it is seen
 
 
@@ -26,10 +29,11 @@ class Broken(ApportionError):
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that was left alone: what it made, and how many seconds it took."""
+    """A run that was left alone: what it made, and how many seconds it took, and each of its checkpoints (median)."""
 
     traces: Traces
     seconds: float
+    checkpoint: float
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,24 @@ class Plan:
 def reference(plan: Plan) -> Reference:
     """Run to the end, undisturbed."""
     run, process = plan.begin(f"whole-{plan.kind.replace(' ', '-')}")
+    written = _durations(run, process)
     _done(process)
-    return Reference(traces(run), time.monotonic() - process.began)
+    seconds = time.monotonic() - process.began
+    return Reference(traces(run), seconds, statistics.median(written) if written else 0.0)
+
+
+def _durations(run: Path, process: Process) -> list[float]:
+    """Return the seconds that each checkpoint's writing took, of those that were seen, when the run ends."""
+    found, began = [], None
+    while process.poll() is None:
+        now, there = time.monotonic(), _writing(run, 0)
+        if there and began is None:
+            began = now
+        elif not there and began is not None:
+            found.append(now - began)
+            began = None
+        time.sleep(LOOK)
+    return found
 
 
 def _done(process: Process) -> None:
@@ -72,16 +92,17 @@ def _done(process: Process) -> None:
 
 def kill_once(plan: Plan, whole: Reference) -> dict[str, Any]:
     """Kill a run, let it go on, and return what came of it."""
-    chance, length, attempts = random.Random(plan.seed), whole.seconds, 0
+    chance, length, within, attempts = random.Random(plan.seed), LONGER * whole.seconds, whole.checkpoint, 0
     while True:
         attempts += 1
-        death = _killed(plan, length, chance)
+        death = _killed(plan, length, within, chance)
         if death.killed and death.half >= plan.aimed:
             break
         if attempts == MOST:
             raise Broken(f"no run of kind {plan.kind} could be killed as planned in {MOST} attempts")
-        if not death.killed:  # it was over before its moment: runs are this quick now
+        if not death.killed:  # it was over before its moment: runs are this quick, or slow, now
             length = death.seconds
+        within *= SOONER
         shutil.rmtree(death.run, ignore_errors=True)
     run = death.run
     at = _logged(run)
@@ -113,11 +134,13 @@ class Death(NamedTuple):
     half: bool
 
 
-def _killed(plan: Plan, length: float, chance: random.Random) -> Death:
-    """Begin a run and kill it: while a checkpoint is written, or at a moment of its `length`, seconds."""
+def _killed(plan: Plan, length: float, within: float, chance: random.Random) -> Death:
+    """Begin a run and kill it: at a moment of the `within` seconds in which a checkpoint is written, or of its `length`
+    seconds."""
     run, process = plan.begin(f"kill-{plan.number}")
     if plan.aimed:
         _await_checkpoint(run, process, chance.randint(1, plan.last))
+        time.sleep(chance.uniform(0, within))
     else:
         moment = process.began + chance.uniform(0, length)
         while time.monotonic() < moment and process.poll() is None:
@@ -128,15 +151,17 @@ def _killed(plan: Plan, length: float, chance: random.Random) -> Death:
 
 def _await_checkpoint(run: Path, process: Process, after: int) -> None:
     """Return when a checkpoint later than step `after` (or the first one there is time for) is being written."""
-    folder = run / "checkpoints"
-    while process.poll() is None:
-        try:
-            names = os.listdir(folder)
-        except FileNotFoundError:
-            names = []
-        if any(name.endswith(".tmp") and int(name[5:-4]) >= after for name in names):
-            return
+    while process.poll() is None and not _writing(run, after):
         time.sleep(LOOK)
+
+
+def _writing(run: Path, after: int) -> bool:
+    """Whether a checkpoint of step `after` or later is being written."""
+    try:
+        names = os.listdir(run / "checkpoints")
+    except FileNotFoundError:
+        return False
+    return any(name.endswith(".tmp") and int(name[5:-4]) >= after for name in names)
 
 
 def _logged(run: Path) -> int:

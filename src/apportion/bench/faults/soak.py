@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from apportion.bench.faults.harness import place
+from apportion.bench.faults.harness import clear, place
 from apportion.bench.faults.kills import Broken
 from apportion.bench.faults.process import Process
 from apportion.bench.faults.settings import SoakConfig
@@ -25,9 +25,10 @@ def soak(config: SoakConfig, tell: Tell = lambda done, line: None) -> dict[str, 
     """Run `config.batches` batches and return how memory and file handles went after the warm-up.
 
     Raises:
-        Broken: the run failed.
+        Broken: the run failed, or was not the one that was asked for.
     """
     with place(config.folder, "apportion-soak-") as root:
+        clear(root, "world", "run")
         make_world(root / "world", config.tokenizer)
         # a rate at which a random model does not diverge over thousands of batches
         more = {"steps": config.batches, "checkpoint_every": 50, "seed": config.seed, "optim.lr": 1e-4}
@@ -38,6 +39,8 @@ def soak(config: SoakConfig, tell: Tell = lambda done, line: None) -> dict[str, 
             raise Broken(f"the run ended with exit code {process.wait()} and said:\n{process.text()}")
         seconds = time.monotonic() - process.began
         rows = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().split("\n") if line]
+        if len(rows) != config.batches or not handles:
+            raise Broken(f"the run logged {len(rows)} of {config.batches} batches and was seen {len(handles)} times")
     return judged(rows, handles, config.judge_after) | {"seconds": round(seconds, 1)}
 
 
