@@ -44,6 +44,10 @@ def by(function: str, **more: object) -> str:
     return json.dumps([{"process": {"function": f"rewards:{function}", "keep": True} | more}, "kl_penalty"])
 
 
+def estimator(how: str) -> dict[str, str]:
+    return {"advantages": json.dumps({"methods:estimate": {"how": how}}), "compare": "[sparse]"}
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -117,12 +121,23 @@ def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "pieces"),
     [
-        ({"credit": "[methods:mistaken: {how: nan}]"}, ["rewards of rollout 0: got", "expected finite numbers"]),
+        (
+            {"credit": "[methods:mistaken: {how: nan}]"},
+            ["credit of rollout 0, token 0, from methods:mistaken: got nan"],
+        ),
         (
             {"credit": by("plain"), "compare": "[sparse]", "advantages": "methods:estimate"},
             ["methods:estimate: got", "KeyError", "no such table"],
         ),
-        ({"credit": "[methods:mistaken]"}, ["methods:mistaken: got 'IndexError"]),
+        ({"credit": "[methods:mistaken]"}, ["credit: got", "methods:mistaken, which raised IndexError"]),
+        (estimator("leave"), ["methods:estimate: got 'SystemExit: 0'"]),
+        (estimator("tuple"), ["advantages (advantages): got 'methods:estimate, which returned a tuple'", "(4, 4)"]),
+        (estimator("narrow"), ["advantages (advantages): got 'methods:estimate, which returned torch.float32 (4, 3)"]),
+        (estimator("flat"), ["advantages (returns): got 'methods:estimate, which returned torch.float32 (4,)"]),
+        (estimator("whole"), ["advantages (advantages): got 'methods:estimate, which returned torch.int64 (4, 4)"]),
+        (estimator("nan"), ["returns of rollout 2: got nan; expected finite numbers"]),
+        (estimator("bare stats"), ["advantages (stats mine): got", "expected {name: (sum, count)}"]),
+        (estimator("infinite stats"), ["mine at step 1: got ", "expected a finite number. The training diverged"]),
         (
             {"loss": "methods:broken_loss"},
             ["methods:broken_loss: got 'ZeroDivisionError: division by zero in my loss'"],
@@ -270,6 +285,37 @@ def test_a_reward_function_that_hangs_in_c(rl: Command, tmp_path: Path) -> None:
     if Path("/proc/self/fd").exists():
         trace = (tmp_path / "run" / "stopped" / "step-2" / "traceback.txt").read_text()
         assert "in hangs_in_c" in trace and 'rewards.py", line' in trace
+
+
+STEPS = {"process": {"function": "rewards:plain", "keep": True, "unit": "step"}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"credit": "[methods:slow_credit: {at: 2}]"}, "methods:slow_credit"),  # what is written down of a batch
+        ({"credit": "[methods:slow_credit: {part: stats}]"}, "methods:slow_credit"),
+        ({"credit": "[methods:slow_credit: {part: update}]"}, "methods:slow_credit"),
+        (
+            {
+                "algorithm": "abc-rloo",
+                "credit": "[methods:slow_credit: {part: share}]",
+                "sampling.samples_per_prompt": 2,
+            },
+            "methods:slow_credit",
+        ),
+        ({"credit": "[sparse]", "compare": "[methods:slow_credit]"}, "methods:slow_credit"),
+        (estimator("slow stats"), "methods:estimate"),
+        ({"segments": "methods:slow", "credit": json.dumps([STEPS])}, "methods:slow"),  # in the evidence
+        ({"segments": "methods:slow", "credit": "[shapley: {spans: segments}]"}, "methods:slow"),
+        ({"segments": "methods:slow", "algorithm": "vineppo"}, "methods:slow"),
+    ],
+)
+def test_every_call_has_its_time(rl: Command, tmp_path: Path, flags: dict[str, Any], name: str) -> None:
+    done = rl(**{"guards.timeout": 0.5, "compare": "[]"} | flags)
+    assert_stopped(done, f"{name}: got 'no answer after 0.5 s'", "run/stopped/step-1")
+    assert_saved(tmp_path / "run", 1)
+    assert "time.sleep(30)" in (tmp_path / "run" / "stopped" / "step-1" / "traceback.txt").read_text()
 
 
 @pytest.mark.parametrize(
