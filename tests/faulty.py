@@ -142,6 +142,23 @@ def slow(*, at: int = 1):
     return Slow(at)
 
 
+class Uneven:
+    """A segmenter whose ids begin with 1 in the rollout of prompt 2, or are a list."""
+
+    needs = frozenset()
+
+    def __init__(self, listed):
+        self.listed = listed
+
+    def __call__(self, rollouts):
+        ids = torch.where(rollouts.mask, rollouts.mask.cumsum(dim=1) - 1, -1)
+        return ids.tolist() if self.listed else ids + (rollouts.group == 2).long()[:, None]
+
+
+def uneven(*, listed: bool = False):
+    return Uneven(listed)
+
+
 def slow_credit(*, at: int = 1, part: str = "assign"):
     calls = itertools.count(1)
 

@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
+import torch
 from faulty import METHODS, REWARDS
 
+from apportion.errors import ScoreError
+from apportion.evidence import Users
+from apportion.guard_settings import GuardsConfig
 from apportion.report.page import write_report
+from apportion.runs import Run
+from apportion.stages.guards import Guards
 
 Command = Callable[..., Any]
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
@@ -316,6 +323,35 @@ def test_every_call_has_its_time(rl: Command, tmp_path: Path, flags: dict[str, A
     assert_stopped(done, f"{name}: got 'no answer after 0.5 s'", "run/stopped/step-1")
     assert_saved(tmp_path / "run", 1)
     assert "time.sleep(30)" in (tmp_path / "run" / "stopped" / "step-1" / "traceback.txt").read_text()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("credit", [STEPS, {"shapley": {"spans": "segments"}}])
+def test_ids_that_the_evidence_reads_are_checked(
+    rl: Command, tmp_path: Path, credit: dict[str, Any], listed: bool
+) -> None:
+    chosen = json.dumps({"methods:uneven": {"listed": listed}})
+    done = rl(credit=json.dumps([credit]), segments=chosen, **{"scores.micro_batch": 1, "compare": "[]"})
+    wrong = (
+        ["segments: got 'list'"] if listed else ["segments of rollout 2, token 0: got", "0 on the row's first token"]
+    )
+    assert_stopped(done, *wrong, "run/stopped/step-1")
+    assert_saved(tmp_path / "run", 1)
+
+
+def test_the_first_error_is_told_when_the_rollouts_cannot_be_saved(tmp_path: Path) -> None:
+    rollouts = tiny_runs.rollouts_of([[2, 3], [4]], [[5, 6, 7], [8, 9]])
+    guards = Guards(GuardsConfig(), Users(), tiny_runs.tiny.tokenizer(), {})
+    guards.run = Run.open(str(tmp_path / "run"), "rl", {})
+
+    def fails() -> None:
+        with guards.keeping(1, rollouts) as scene:
+            scene.columns["reward"] = torch.zeros(1, 1)
+            raise ScoreError("the first error.")
+
+    with pytest.raises(ScoreError) as caught:
+        fails()
+    assert re.fullmatch(r"the first error\. The rollouts could not be saved \(IndexError: .*\)\.", str(caught.value))
 
 
 @pytest.mark.parametrize(
