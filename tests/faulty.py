@@ -55,8 +55,8 @@ def infinite(models, rollouts, texts):
     return rollouts.mask.sum(dim=1).float() / 0.0
 '''
 METHODS = '''
-"""A loss whose gradient is infinite in some updates, and a credit, segmenter and estimator with mistakes in them."""
-import itertools
+"""A loss whose gradient is infinite in some updates; credits, a segmenter and an estimator with mistakes in them."""
+import itertools, os, sys, time
 import torch
 from apportion import Advantages, Credit, PolicyLoss
 from apportion.losses import ppo
@@ -94,12 +94,95 @@ def mistaken(*, how: str = "raise"):
 class Estimate:
     needs = frozenset()
 
+    def __init__(self, how):
+        self.how, self.calls = how, itertools.count(1)
+
     def __call__(self, rewards, segments, rollouts):
-        raise KeyError("no such table")
+        nan = rewards.clone()
+        nan[2, 1] = torch.nan
+        made = {
+            "raise": lambda: {}["no such table"],
+            "tuple": lambda: (rewards, rewards),
+            "narrow": lambda: Advantages(rewards[:, :-1], rewards),
+            "flat": lambda: Advantages(rewards, rewards.sum(dim=1)),
+            "whole": lambda: Advantages(rewards.long(), rewards),
+            "nan": lambda: Advantages(rewards, nan),
+            "leave": lambda: sys.exit(0),
+            "elsewhere": lambda: sys.exit(0) if os.environ.get("RANK") == "1" else Advantages(rewards, rewards),
+        }
+        return made.get(self.how, lambda: Advantages(rewards, rewards))()
+
+    def stats(self, rewards, segments, rollouts):
+        if self.how == "slow stats":
+            time.sleep(30)
+        if self.how == "infinite stats":
+            return {"mine": (rewards.sum() * torch.inf, torch.ones(()))}
+        return {"mine": rewards.sum()} if self.how == "bare stats" else {}
 
 
-def estimate():
-    return Estimate()
+def estimate(*, how: str = "raise"):
+    return Estimate(how)
+
+
+class Slow:
+    """A segmenter that hangs in its call number `at`."""
+
+    needs = frozenset()
+
+    def __init__(self, at):
+        self.at, self.calls = at, itertools.count(1)
+
+    def __call__(self, rollouts):
+        if next(self.calls) == self.at:
+            time.sleep(30)
+        return torch.where(rollouts.mask, rollouts.mask.cumsum(dim=1) - 1, -1)
+
+
+def slow(*, at: int = 1):
+    return Slow(at)
+
+
+class Uneven:
+    """A segmenter whose ids begin with 1 in the rollout of prompt 2, or are a list."""
+
+    needs = frozenset()
+
+    def __init__(self, listed):
+        self.listed = listed
+
+    def __call__(self, rollouts):
+        ids = torch.where(rollouts.mask, rollouts.mask.cumsum(dim=1) - 1, -1)
+        return ids.tolist() if self.listed else ids + (rollouts.group == 2).long()[:, None]
+
+
+def uneven(*, listed: bool = False):
+    return Uneven(listed)
+
+
+def slow_credit(*, at: int = 1, part: str = "assign"):
+    calls = itertools.count(1)
+
+    def wait(name):
+        if name == part and next(calls) == at:
+            time.sleep(30)
+
+    def assign(rollouts, rewards, state):
+        wait("assign")
+        return rewards, state
+
+    def share(rollouts):
+        wait("share")
+        return rollouts.mask / rollouts.mask.sum(dim=1, keepdim=True)
+
+    def stats(rollouts, before, after):
+        wait("stats")
+        return {"mine": (before.sum(), torch.ones(()))}
+
+    def update(state, sums):
+        wait("update")
+        return state
+
+    return Credit(dict, assign, frozenset(), True, False, share, stats, update)
 
 
 def broken_loss():

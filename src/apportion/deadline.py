@@ -25,9 +25,18 @@ from typing import IO, Any, TypeVar
 from apportion import watchdog
 
 T = TypeVar("T")
-# a real-time signal has no other meaning; SIGUSR1 and SIGUSR2 have one for job schedulers
-SIGNAL = int(signal.SIGRTMIN) + 7 if hasattr(signal, "SIGRTMIN") else int(signal.SIGUSR2)
-TRACE = SIGNAL + 1 if hasattr(signal, "SIGRTMIN") else int(signal.SIGUSR1)  # asks faulthandler where Python is
+
+
+def _signal(above: int, else_: str) -> int | None:
+    """Return the number of a real-time signal, which has no other meaning; SIGUSR1 and SIGUSR2 have one for job
+    schedulers. None where there is neither (Windows)."""
+    first = getattr(signal, "SIGRTMIN", None)
+    plain = getattr(signal, else_, None)
+    return int(first) + above if first is not None else None if plain is None else int(plain)
+
+
+SIGNAL = _signal(7, "SIGUSR2")  # raises TimedOut
+TRACE = _signal(8, "SIGUSR1")  # asks faulthandler where Python is
 GRACE = 5.0  # seconds from the signal to the end of the process
 
 
@@ -47,6 +56,7 @@ class Deadline:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
         self._answers: IO[bytes] | None = None
+        self._left: dict[str, str] = {}
 
     def call(
         self,
@@ -66,10 +76,12 @@ class Deadline:
         Raises:
             TimedOut: after `seconds`, wherever Python comes to (in the main thread; from another one the process is
                 ended at once).
-            OSError: the watchdog cannot be started.
+            OSError: the watchdog cannot be started, or there is no signal for it to send.
         """
         if self.seconds is None:
             return function(*args)
+        if SIGNAL is None:
+            raise OSError("this system has no signal that could end a call")
         polite = threading.current_thread() is threading.main_thread()
         if polite and signal.getsignal(SIGNAL) != _expired:
             signal.signal(SIGNAL, _expired)
@@ -84,30 +96,28 @@ class Deadline:
                 _RUNNING.clear()
             except TimedOut:  # the signal came between the function's end and this
                 _RUNNING.clear()
-            self._tell({"disarm": True})
+            self._disarm()
 
     def _faulthandler(self, to: str) -> dict[str, Any]:
         """Have faulthandler answer a signal, and return what the watchdog needs to know of it."""
         if self._answers is None or self._owner != os.getpid():
             self._answers = tempfile.TemporaryFile()  # noqa: SIM115 (faulthandler keeps it)
+            assert TRACE is not None
             faulthandler.register(TRACE, file=self._answers, all_threads=False)
         return {"signal": TRACE, "from": f"/proc/{os.getpid()}/fd/{self._answers.fileno()}", "to": to}
 
     def leave(self, files: Mapping[str, str]) -> None:
         """Have `files` ({path: text}) written if the process has to be killed; they replace those said before."""
-        if self.seconds is not None:
-            self._tell({"files": dict(files)})
+        if self.seconds is not None and SIGNAL is not None:
+            self._left = dict(files)
+            self._tell({"files": self._left})
 
     def close(self) -> None:
         """End the watchdog."""
-        if self._process is not None and self._owner == os.getpid():
-            assert self._process.stdin is not None
-            self._process.kill()  # it need not read the end of its input first: a child may hold the other side open
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.wait()
+        if self._owner == os.getpid():
+            self._forget()
         self._process = None
-        if self._answers is not None:
+        if self._answers is not None and TRACE is not None:
             faulthandler.unregister(TRACE)
             self._answers.close()
             self._answers = None
@@ -116,15 +126,46 @@ class Deadline:
         self.close()
 
     def _tell(self, said: Mapping[str, Any]) -> None:
-        if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
-            self._owner = os.getpid()  # a fork of this process has no watchdog yet
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(Path(watchdog.__file__)), str(os.getpid()), str(SIGNAL)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the run
-            )
-        assert self._process.stdin is not None
+        """Tell the watchdog, which is started where there is none and once more where it has died."""
+        if self._process is None or self._owner != os.getpid():  # a fork of this process has no watchdog yet
+            self._start()
+        try:
+            self._write(said)
+        except BrokenPipeError:
+            self._forget()
+            self._start()
+            if self._left and "files" not in said:
+                self._write({"files": self._left})
+            self._write(said)
+
+    def _disarm(self) -> None:
+        """Tell the watchdog that a call is over; one that has died need not know, and what the call gave counts."""
+        if self._process is not None and self._owner == os.getpid():
+            try:
+                self._write({"disarm": True})
+            except BrokenPipeError:
+                self._forget()
+
+    def _start(self) -> None:
+        self._owner = os.getpid()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(watchdog.__file__)), str(os.getpid()), str(SIGNAL)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run
+        )
+
+    def _forget(self) -> None:
+        """Let go of a watchdog, dead or alive."""
+        dead, self._process = self._process, None
+        if dead is not None and dead.stdin is not None:
+            dead.kill()  # it need not read the end of its input first: a child may hold the other side open
+            with contextlib.suppress(BrokenPipeError):
+                dead.stdin.close()
+            dead.wait()
+
+    def _write(self, said: Mapping[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
         self._process.stdin.write(json.dumps(said).encode() + b"\n")
         self._process.stdin.flush()
 

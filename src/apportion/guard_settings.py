@@ -14,7 +14,7 @@ class GuardsConfig:
 
     Attributes:
         max_skipped: updates in a row whose loss or gradient is not finite before the run stops; each one is skipped.
-        timeout: seconds that a call of a reward function of yours may take; null for no limit.
+        timeout: seconds that a call of a function of yours may take; null for no limit.
         negative_kl: the KL from the reference falls below zero.
         sampler_gap: the sampler's and the trainer's log-probabilities part.
         ratio: probability ratios blow up within an update.

@@ -110,10 +110,10 @@ def together() -> Iterator[None]:
     if world() == 1:
         yield
         return
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         yield
-    except Exception as caught:  # raised again below, in every process
+    except (Exception, SystemExit) as caught:  # raised again below, in every process
         error = caught
     failed = torch.tensor([error is not None], dtype=torch.int64)
     dist.all_reduce(failed, group=_control)
@@ -121,9 +121,10 @@ def together() -> Iterator[None]:
         _raise_first(error)
 
 
-def _raise_first(error: Exception | None) -> None:
+def _raise_first(error: BaseException | None) -> None:
     """Raise the error of the first process that has one, as `together` says."""
-    mine = None if error is None else (type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+    said = f"SystemExit: {error}" if isinstance(error, SystemExit) else str(error)
+    mine = None if error is None else (type(error).__name__, said, "".join(traceback.format_exception(error)))
     told: list[Any] = [None] * world()
     dist.all_gather_object(told, mine, group=_control)
     first = next(i for i, one in enumerate(told) if one is not None)

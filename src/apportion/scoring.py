@@ -13,7 +13,7 @@ from torch import Tensor
 from apportion import registry
 from apportion.batching import micro_batches, trim, untrimmed
 from apportion.config import ScoreConfig
-from apportion.errors import ScoreError
+from apportion.errors import DataError, ScoreError
 from apportion.evidence import Models, plan
 from apportion.evidence.prefix_pass import GIVES as PREFIX
 from apportion.models.reward import RewardModel, adjust
@@ -56,12 +56,13 @@ def score(
 
 @contextmanager
 def renumbered(rows: Tensor) -> Iterator[None]:
-    """Name the rollout of a ScoreError by its number in the batch, whose `rows` (b,) are the micro-batch."""
+    """Name the rollout of an error in data or scores by its number in the batch, whose `rows` (b,) are the
+    micro-batch."""
     try:
         yield
-    except ScoreError as error:
+    except (DataError, ScoreError) as error:
         text = re.sub(r"rollout (\d+)", lambda found: f"rollout {int(rows[int(found[1])])}", str(error), count=1)
-        raise ScoreError(text) from error
+        raise type(error)(text) from error
 
 
 def in_score_units(found: Mapping[str, Tensor], reward: RewardModel, config: ScoreConfig) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ line of its input is a JSON object:
     {"arm": seconds, "grace": seconds, "polite": bool, "error": text, "last": {path: text}, "trace": {…}}
     {"disarm": true}
 
+The time stands still while the parent is stopped (Ctrl-Z, a debugger), as far as /proc says so, to a second.
+
 When the time is over it sends the signal, once a second, so that Python raises an error in the function (`polite`).
 When the grace is over too, Python does not come to: it writes the files and the error, and kills the parent. Where
 Python hangs, faulthandler tells even so, from inside a signal's handler: "trace" holds the `signal` that asks it, the
@@ -25,6 +27,7 @@ import time
 from typing import Any
 
 TRACE = 0.2  # seconds that faulthandler has
+PAUSE = 0.2  # seconds between looks at a parent that is stopped
 AGAIN = 1.0  # seconds between signals, and between looks at whether the parent lives
 
 
@@ -33,9 +36,15 @@ def main(parent: int, number: int) -> None:
     files: dict[str, str] = {}
     armed: dict[str, Any] = {}
     rest = b""
+    last = time.monotonic()
     while os.getppid() == parent:
         now = time.monotonic()
-        due = min(armed["next"], armed["end"]) - now if armed else AGAIN
+        stopped = bool(armed) and paused(parent)
+        lost = now - last if stopped else now - last - AGAIN  # longer than it waits: this process was stopped too
+        if armed and lost > 0:
+            armed |= {name: armed[name] + lost for name in ("next", "end")}
+        last = now
+        due = PAUSE if stopped else min(armed["next"], armed["end"]) - now if armed else AGAIN
         if select.select([0], [], [], max(0.0, min(due, AGAIN)))[0]:
             read = os.read(0, 1 << 20)
             if not read:
@@ -47,6 +56,8 @@ def main(parent: int, number: int) -> None:
                 armed = {} if "disarm" in said or "files" in said else _armed(said)
             continue
         now = time.monotonic()
+        if stopped or (armed and paused(parent)):
+            continue
         if armed and now >= armed["end"]:
             trace = traced(parent, **armed["trace"]) if armed["trace"] else {}
             end(parent, files | armed["last"] | trace, armed["error"])
@@ -54,6 +65,13 @@ def main(parent: int, number: int) -> None:
         if armed and now >= armed["next"]:
             os.kill(parent, number)
             armed["next"] = now + AGAIN
+
+
+def paused(process: int) -> bool:
+    """Whether the process is stopped or traced, where /proc says so."""
+    with contextlib.suppress(OSError), open(f"/proc/{process}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])  # after the name, which may hold any
+    return False
 
 
 def _armed(said: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import tiny_runs
 import torch
 from zoo import CONFIGS, ENCODERS, KERNELS, PADDINGS, REFUSED, build, eager, inputs_of, on, tap
 
@@ -98,6 +101,19 @@ def test_what_cannot_be_read_is_refused_by_name_with_the_mend(name: str) -> None
         model(**inputs)
     with pytest.raises(ModelError, match=rf"{type(model).__name__}.*0 attention layers.*3 layers.*uniform, sparse"):
         seen.weights(last)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_one_without_sdpa_is_loaded_with_eager_attention_and_scores(name: str, tmp_path: Path) -> None:
+    model = build(name, vocab_size=len(tiny_runs.tiny.tokenizer()), pad_token_id=tiny_runs.PAD)
+    model.save_pretrained(tmp_path / "judge")
+    tiny_runs.tiny.tokenizer().save_pretrained(tmp_path / "judge")
+    judge = tiny_runs.judge(tmp_path, "judge")
+    assert judge.model.config._attn_implementation == "eager"
+    ids = torch.arange(4, 16).reshape(2, 6)
+    expected = model(input_ids=ids).logits
+    scores, _, _ = judge.score(ids, torch.ones_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(scores, expected[:, 1] - expected[:, 0], rtol=0, atol=1e-5)
 
 
 def test_an_encoder_with_a_decoder_is_refused_before_it_runs() -> None:

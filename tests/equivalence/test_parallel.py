@@ -13,6 +13,7 @@ import parallel_worker
 import pytest
 import tiny_runs
 import torch
+from faulty import METHODS
 
 from apportion import parallel
 from apportion.cli import main
@@ -162,6 +163,19 @@ def test_an_error_in_one_process_ends_all_with_one_message_and_the_run_goes_on(
     assert [row["step"] for row in two] == [1, 2, 3]
     for name in (n for n in one[-1] if not n.startswith(MACHINE)):
         assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-3, abs=1e-5), name
+
+
+def test_an_estimator_that_leaves_one_process_ends_all(world: Path, tmp_path: Path) -> None:
+    """Every process estimates the whole batch: the others must not wait for the gradient of one that left."""
+    (tmp_path / "methods.py").write_text(METHODS)
+    settings = {"advantages": "{'methods:estimate': {how: elsewhere}}", "compare": "[sparse]"}
+    words = [*TORCHRUN, "-m", "apportion", "rl", *tiny_runs.flags(world, tmp_path / "two", **settings)]
+    done = launch(words, PYTHONPATH=os.pathsep.join([str(REPO / "src"), str(tmp_path)]))
+    assert done.returncode != 0 and done.stderr.count("apportion: ") == 1, done.stderr
+    assert "apportion: process 1: methods:estimate: got 'SystemExit: 0'" in done.stderr
+    left = tmp_path / "two" / "stopped" / "step-1"
+    saved = tiny_runs.read_lines(left / "rollouts.jsonl")  # the whole batch, by the main process
+    assert len(saved) == 6 and f"The rollouts are in {left}." in done.stderr
 
 
 @pytest.mark.parametrize(

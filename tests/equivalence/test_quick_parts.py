@@ -22,13 +22,14 @@ from apportion.models import token_logprobs as blocks
 from apportion.models.adapters import add_adapter
 from apportion.models.lean import LEAN, Gate, RMSNorm, lean
 from apportion.models.linear import FlatLinear, LowRank, parts_of, quicken
-from apportion.models.masters import MasterAdamW, join, split, to_float32, to_sixteen_bit, total_norm
+from apportion.models.masters import GPU_BLOCK, MasterAdamW, join, split, to_float32, to_sixteen_bit, total_norm
 from apportion.models.packed import can_pack, packed
 from apportion.models.policy import Policy, load_policy, plain_head
 from apportion.models.prefix import shared_prompts
 from apportion.models.reward import RewardModel
 from apportion.models.token_logprobs import token_logprobs
 from apportion.sampling.llama import product
+from apportion.stages.held import learned, relearn
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,33 @@ def test_moments_in_16_bit_follow_those_in_32() -> None:
     start = torch.cat([p.detach().flatten() for p in layers().parameters()])
     assert (moved[0] - start).norm() > 1e-3 * start.norm()
     assert (moved[1] - moved[0]).norm() < 0.1 * (moved[0] - start).norm()
+
+
+def test_a_restored_optimizer_rounds_as_one_that_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on what came before."""
+    monkeypatch.setattr("apportion.models.masters.block", lambda device: GPU_BLOCK)
+
+    def make() -> tuple[nn.ModuleList, dict[nn.Parameter, torch.Tensor], MasterAdamW]:
+        torch.manual_seed(0)
+        module = nn.ModuleList([nn.Linear(40, 50, bias=False), nn.Linear(1100, 1000, bias=False)])
+        remainders = to_sixteen_bit(module)
+        return module, remainders, MasterAdamW(module.parameters(), lr=1e-3, remainders=remainders, moments="bfloat16")
+
+    def step(module: nn.ModuleList, optimizer: MasterAdamW, seed: int) -> None:
+        for number, p in enumerate(module.parameters()):
+            p.grad = random(*p.shape, seed=seed + number, dtype=torch.bfloat16)
+        optimizer.step()
+
+    (going, _, first), (fresh, remainders, second) = make(), make()
+    step(going, first, 10)
+    kept = learned([*going.parameters()], first)
+    stored = {room: {name: value.clone() for name, value in part.items()} for room, part in kept.items()}
+    relearn(stored, [*fresh.parameters()], second, remainders)
+    step(going, first, 20)
+    step(fresh, second, 20)
+    for p, q in zip(going.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, second.state[q][name]) for name, value in first.state[p].items())
 
 
 def test_the_norm_of_all_gradients() -> None:

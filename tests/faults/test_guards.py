@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
+import torch
 from faulty import METHODS, REWARDS
 
+from apportion.errors import ScoreError
+from apportion.evidence import Users
+from apportion.guard_settings import GuardsConfig
 from apportion.report.page import write_report
+from apportion.runs import Run
+from apportion.stages.guards import Guards
 
 Command = Callable[..., Any]
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
@@ -42,6 +49,10 @@ def rl(model_command: Command, rl_flags: list[str], mine: str) -> Command:
 def by(function: str, **more: object) -> str:
     """Return a credit chain with the process rewards of `function`."""
     return json.dumps([{"process": {"function": f"rewards:{function}", "keep": True} | more}, "kl_penalty"])
+
+
+def estimator(how: str) -> dict[str, str]:
+    return {"advantages": json.dumps({"methods:estimate": {"how": how}}), "compare": "[sparse]"}
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -119,13 +130,21 @@ def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
     [
         (
             {"credit": "[methods:mistaken: {how: nan}]"},
-            ["token 0, from methods:mistaken: got nan", "a finite number"],
+            ["credit of rollout 0, token 0, from methods:mistaken: got nan"],
         ),
         (
             {"credit": by("plain"), "compare": "[sparse]", "advantages": "methods:estimate"},
             ["methods:estimate: got", "KeyError", "no such table"],
         ),
-        ({"credit": "[methods:mistaken]"}, ["got 'methods:mistaken, which raised IndexError"]),
+        ({"credit": "[methods:mistaken]"}, ["credit: got", "methods:mistaken, which raised IndexError"]),
+        (estimator("leave"), ["methods:estimate: got 'SystemExit: 0'"]),
+        (estimator("tuple"), ["advantages (advantages): got 'methods:estimate, which returned a tuple'", "(4, 4)"]),
+        (estimator("narrow"), ["advantages (advantages): got 'methods:estimate, which returned torch.float32 (4, 3)"]),
+        (estimator("flat"), ["advantages (returns): got 'methods:estimate, which returned torch.float32 (4,)"]),
+        (estimator("whole"), ["advantages (advantages): got 'methods:estimate, which returned torch.int64 (4, 4)"]),
+        (estimator("nan"), ["returns of rollout 2: got nan; expected finite numbers"]),
+        (estimator("bare stats"), ["advantages (stats mine): got", "expected {name: (sum, count)}"]),
+        (estimator("infinite stats"), ["mine at step 1: got ", "expected a finite number. The training diverged"]),
         (
             {"loss": "methods:broken_loss"},
             ["methods:broken_loss: got 'ZeroDivisionError: division by zero in my loss'"],
@@ -273,6 +292,66 @@ def test_a_reward_function_that_hangs_in_c(rl: Command, tmp_path: Path) -> None:
     if Path("/proc/self/fd").exists():
         trace = (tmp_path / "run" / "stopped" / "step-2" / "traceback.txt").read_text()
         assert "in hangs_in_c" in trace and 'rewards.py", line' in trace
+
+
+STEPS = {"process": {"function": "rewards:plain", "keep": True, "unit": "step"}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"credit": "[methods:slow_credit: {at: 2}]"}, "methods:slow_credit"),  # what is written down of a batch
+        ({"credit": "[methods:slow_credit: {part: stats}]"}, "methods:slow_credit"),
+        ({"credit": "[methods:slow_credit: {part: update}]"}, "methods:slow_credit"),
+        (
+            {
+                "algorithm": "abc-rloo",
+                "credit": "[methods:slow_credit: {part: share}]",
+                "sampling.samples_per_prompt": 2,
+            },
+            "methods:slow_credit",
+        ),
+        ({"credit": "[sparse]", "compare": "[methods:slow_credit]"}, "methods:slow_credit"),
+        (estimator("slow stats"), "methods:estimate"),
+        ({"segments": "methods:slow", "credit": json.dumps([STEPS])}, "methods:slow"),  # in the evidence
+        ({"segments": "methods:slow", "credit": "[shapley: {spans: segments}]"}, "methods:slow"),
+        ({"segments": "methods:slow", "algorithm": "vineppo"}, "methods:slow"),
+    ],
+)
+def test_every_call_has_its_time(rl: Command, tmp_path: Path, flags: dict[str, Any], name: str) -> None:
+    done = rl(**{"guards.timeout": 0.5, "compare": "[]"} | flags)
+    assert_stopped(done, f"{name}: got 'no answer after 0.5 s'", "run/stopped/step-1")
+    assert_saved(tmp_path / "run", 1)
+    assert "time.sleep(30)" in (tmp_path / "run" / "stopped" / "step-1" / "traceback.txt").read_text()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("credit", [STEPS, {"shapley": {"spans": "segments"}}])
+def test_ids_that_the_evidence_reads_are_checked(
+    rl: Command, tmp_path: Path, credit: dict[str, Any], listed: bool
+) -> None:
+    chosen = json.dumps({"methods:uneven": {"listed": listed}})
+    done = rl(credit=json.dumps([credit]), segments=chosen, **{"scores.micro_batch": 1, "compare": "[]"})
+    wrong = (
+        ["segments: got 'list'"] if listed else ["segments of rollout 2, token 0: got", "0 on the row's first token"]
+    )
+    assert_stopped(done, *wrong, "run/stopped/step-1")
+    assert_saved(tmp_path / "run", 1)
+
+
+def test_the_first_error_is_told_when_the_rollouts_cannot_be_saved(tmp_path: Path) -> None:
+    rollouts = tiny_runs.rollouts_of([[2, 3], [4]], [[5, 6, 7], [8, 9]])
+    guards = Guards(GuardsConfig(), Users(), tiny_runs.tiny.tokenizer(), {})
+    guards.run = Run.open(str(tmp_path / "run"), "rl", {})
+
+    def fails() -> None:
+        with guards.keeping(1, rollouts) as scene:
+            scene.columns["reward"] = torch.zeros(1, 1)
+            raise ScoreError("the first error.")
+
+    with pytest.raises(ScoreError) as caught:
+        fails()
+    assert re.fullmatch(r"the first error\. The rollouts could not be saved \(IndexError: .*\)\.", str(caught.value))
 
 
 @pytest.mark.parametrize(

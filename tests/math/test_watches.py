@@ -95,6 +95,31 @@ def test_the_running_mean_and_the_start_by_hand() -> None:
         ("value_loss", {"loss__value": [0.2] * 5 + [4.0] * 2}, [7]),
         ("value_loss", {"loss__value": [0.2] * 5 + [1.9] * 9}, []),
         ("value_loss", {"loss__value": [1e-5] * 5 + [0.009] * 9}, []),
+        # a sparse reward, 0 or 1: nothing succeeds at first, then a tenth, a quarter, a half; a critic that knows the
+        # mean loses ½p(1 − p)
+        (
+            "value_loss",
+            {
+                "loss__value": [1e-6] * 5 + [0.045] * 6 + [0.094] * 6 + [0.125] * 9,
+                "objective__scores_std": [0.0] * 5 + [0.3] * 6 + [0.433] * 6 + [0.5] * 9,
+            },
+            [],
+        ),
+        # one batch in three succeeds
+        (
+            "value_loss",
+            {
+                "loss__value": [0.0] * 5 + [0.045, 0.005, 0.005] * 6,
+                "objective__scores_std": [0.0] * 5 + [0.3, 0, 0] * 6,
+            },
+            [],
+        ),
+        # a critic that diverges: running means 0.04, 2.03 and 3.35 against 10 · ½ · 0.25
+        (
+            "value_loss",
+            {"loss__value": [1e-6] * 5 + [0.125, 6.0, 6.0], "objective__scores_std": [0.0] * 5 + [0.5] * 3},
+            [7, 8],
+        ),
         # 2 nats a token; a batch beyond four times the mean before it plus half a nat a token
         ("kl", {"objective__kl": [1.0, 13.0, 15.0, 15.0], "objective__length": [10.0] * 4}, [2]),
         ("kl", {"objective__kl": [14.0] * 3 + [30.0] * 3, "objective__length": [10.0] * 6}, [5, 6]),

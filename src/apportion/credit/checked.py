@@ -17,9 +17,9 @@ CHECK = "Check it with `apportion doctor --credit NAME`."
 
 
 def checked(name: str, credit: Credit) -> Credit:
-    """Return `credit` with its `init` and `assign` checked if it is a user's, "package.module:function"; else itself.
+    """Return `credit` with its `init`, `assign` and `update` checked if it is a user's, "package.module:function".
 
-    They then raise:
+    Another one is itself. They then raise:
         ConfigError: the user's code raised an error, or returned something else than rewards (B,T) and a state.
         ScoreError: a reward on the mask is not finite; it names rollout and token.
     """
@@ -37,7 +37,11 @@ def checked(name: str, credit: Credit) -> Credit:
         _check_rewards(name, made[0], rollouts.mask)
         return made[0], _state(name, made[1])
 
-    return credit._replace(init=init, assign=assign)
+    def update(state: State, sums: Any) -> State:
+        assert credit.update is not None
+        return _state(name, _called(name, credit.update, state, sums))
+
+    return credit._replace(init=init, assign=assign, update=None if credit.update is None else update)
 
 
 def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.errors import ConfigError, DataError, ScoreError, message
+from apportion.segments import check
 from apportion.types import Rollouts
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> 
             if models.segment is None:
                 mend = "Use unit: token, or give Models the segmenter of the run."
                 raise ConfigError(message("process.unit", "step", "a run with segments", mend))
-            segments = models.segment(rollouts)
+            segments = check(models.segment(rollouts), rollouts.mask)
         made = models.users.ask(settings["function"], function, texts, rollouts, prompts)
         found[name] = laid_out(made, rollouts.mask, segments, settings["function"])
     return found

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError, DataError, message
 from apportion.evidence.games import most_players, shapley_values
 from apportion.evidence.kept import score_kept
 from apportion.evidence.prefix_pass import check_prompts
+from apportion.segments import check
 from apportion.types import Rollouts
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ def cut(models: Models, rollouts: Rollouts, row: int, spans: str | int) -> Tenso
         if models.segment is None:
             mend = "Use spans: sentences, or give Models the segmenter of the run."
             raise ConfigError(message("shapley.spans", spans, "a run with segments", mend))
-        return models.segment(rollouts.select(torch.tensor([row], device=mask.device)))[0]
+        try:
+            return check(models.segment(rollouts.select(torch.tensor([row], device=mask.device))), mask[None])[0]
+        except DataError as error:
+            raise DataError(str(error).replace("rollout 0", f"rollout {row}", 1)) from error
     decode = models.policy.tokenizer.decode
     texts = [decode([i]) for i in rollouts.response_ids[row][mask].tolist()]
     ends = torch.tensor([text.rstrip().endswith(ENDINGS) or "\n" in text for text in texts], device=mask.device)

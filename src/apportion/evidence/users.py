@@ -25,17 +25,21 @@ class Users:
 
     def __init__(self, timeout: float | None = None) -> None:
         self.deadline = Deadline(timeout)
+        self._asking = False
         self._where = ""
         self._trace: str | None = None
         self._words: Callable[[str], Mapping[str, str]] = lambda error: {}
 
     def ask(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Return what `function`, which a setting names `name`, returns for `args`.
+        """Return what `function`, which a setting names `name`, returns for `args`; within another such call it has
+        that one's time and name.
 
         Raises:
             UserCodeError: it raised (that is the cause), tried to end the process, or took too long.
             ConfigError: its time cannot be kept, because no process can be started.
         """
+        if self._asking:
+            return function(*args)
         seconds = self.deadline.seconds
         late = message(name, f"no answer after {seconds} s", f"one within {seconds} s (guards.timeout)", f"{LATE}.")
         hung = f"{late} It hung in code that cannot be interrupted. {self._where}".strip()
@@ -48,6 +52,7 @@ class Users:
             except (Exception, SystemExit) as error:
                 raise raised(name, error) from error
 
+        self._asking = True
         try:
             return self.deadline.call(called, error=hung, files=self._words(hung), trace=self._trace)
         except TimedOut as error:
@@ -55,6 +60,8 @@ class Users:
         except OSError as error:
             came, mend = f"{seconds} ({error})", "Set it to null: then nothing keeps the time."
             raise ConfigError(message("guards.timeout", came, "a process to keep the time in", mend)) from error
+        finally:
+            self._asking = False
 
     def leave(
         self, files: Mapping[str, str], where: str, trace: str, words: Callable[[str], Mapping[str, str]]

@@ -15,6 +15,7 @@ from apportion.evidence.reward_pass import reward_pass
 from apportion.masking import last_index
 from apportion.models.reward import adjust
 from apportion.sampling import sample
+from apportion.segments import check
 from apportion.types import Rollouts
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ def vine_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> Map
 
     Raises:
         ConfigError: the run's actions or its way of sampling are not known here.
-        ScoreError: a score is not finite.
+        DataError: the actions are not what a segmenter must give. ScoreError: a score is not finite.
     """
     if models.segment is None or models.sampling is None or models.generator is None:
         mend = "Give Models the run's segment, sampling and generator."
         raise ConfigError(message("evidence 'vine_values'", "models without them", "a run's segments", mend))
-    segments = models.segment(rollouts)
+    segments = check(models.segment(rollouts), rollouts.mask)
     starts = (segments >= 0) & (
         segments > torch.nn.functional.pad(segments.cummax(dim=1).values, (1, 0), value=-1)[:, :-1]
     )

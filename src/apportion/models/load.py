@@ -26,6 +26,7 @@ ADAPTER = "adapter_model.safetensors"
 MEND = "Check the folder or id, and save it again if it is damaged; a hub id needs the network or a cached copy."
 # code that lies in a model's folder is never run; unset, transformers would ask on the terminal whether it should be
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+NO_SDPA = "does not support an attention implementation through torch.nn.functional.scaled_dot_product_attention"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -227,9 +228,20 @@ def _merged_classifier(field: str, folder: str, **kwargs: Any) -> tuple[Any, dic
 
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
+    loading: dict[str, Any] = {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        **NO_CODE,
+        **kwargs,
+    }
     try:
-        loading: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **NO_CODE}
-        return auto.from_pretrained(folder, attn_implementation="sdpa", **loading, **kwargs)
+        try:
+            return auto.from_pretrained(folder, attn_implementation="sdpa", **loading)
+        except ValueError as error:
+            if NO_SDPA not in str(error):
+                raise
+            return auto.from_pretrained(folder, attn_implementation="eager", **loading)  # such as DeBERTa
     except UNFIT as error:
         expected = f"weights that {auto.__name__} can load"
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error

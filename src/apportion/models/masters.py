@@ -19,6 +19,11 @@ GPU_BLOCK = 1 << 24  # on a GPU, where few launches count and caches do not
 MOMENTS = ("float32", "bfloat16")
 
 
+def block(device: torch.device) -> int:
+    """Return how many weights are done at a time on `device`."""
+    return BLOCK if device.type == "cpu" else GPU_BLOCK
+
+
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """Return (bfloat16, int16 remainder) of a float32 tensor: nearest, ties upwards, so that the remainder fits."""
     bits = master.clone(memory_format=torch.contiguous_format)
@@ -139,7 +144,7 @@ class MasterAdamW(torch.optim.Optimizer):
         """Move one split weight: join a block, step it, split it again."""
         state = self.state[parameter]
         assert parameter.grad is not None
-        size = BLOCK if parameter.device.type == "cpu" else GPU_BLOCK
+        size = block(parameter.device)
         flat = [t.view(-1).split(size) for t in (parameter.data, state["remainder"])]
         flat += [parameter.grad.reshape(-1).split(size)]
         flat += [state[name].view(-1).split(size) for name in ("exp_avg", "exp_avg_sq")]
@@ -165,12 +170,13 @@ class MasterAdamW(torch.optim.Optimizer):
     def _rounded(self, x: Tensor, turn: int) -> Tensor:
         """Round float32 `x` in place to bfloat16, up or down at random in proportion; equal turns give equal results.
 
-        The noise is one fixed block, read from another place each turn.
+        The noise is one fixed block, read from another place each turn. Its size follows from all weights, not from
+        those stepped so far: the first step after a resume must round as it would have without.
         """
         size = len(x)
-        if self.noise is None or len(self.noise) < 2 * size:
+        if self.noise is None:
             generator = torch.Generator(device=x.device).manual_seed(0)
-            span = 2 * max(size, BLOCK)
+            span = 2 * max(BLOCK, min(block(x.device), max(len(r.view(-1)) for r in self.remainders.values())))
             self.noise = torch.randint(0, 1 << 16, (span,), dtype=torch.int32, generator=generator, device=x.device)
         start = (turn * 2654435761) % (len(self.noise) - size + 1)
         x.view(torch.int32).add_(self.noise[start : start + size]).bitwise_and_(-0x10000)
@@ -182,11 +188,9 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     squares: list[Tensor] = []
     wide = torch.empty(0)
     for grad in [p.grad for p in parameters if p.grad is not None]:
-        for block in grad.reshape(-1).split(BLOCK if grad.device.type == "cpu" else GPU_BLOCK):
-            if block.dtype != torch.float32:  # a norm of 16-bit numbers is not vectorised: widen a block first
-                wide = (
-                    wide if len(wide) >= len(block) and wide.device == grad.device else torch.empty_like(block).float()
-                )
-                block = wide[: len(block)].copy_(block)
-            squares.append(block.dot(block))
+        for part in grad.reshape(-1).split(block(grad.device)):
+            if part.dtype != torch.float32:  # a norm of 16-bit numbers is not vectorised: widen a block first
+                wide = wide if len(wide) >= len(part) and wide.device == grad.device else torch.empty_like(part).float()
+                part = wide[: len(part)].copy_(part)
+            squares.append(part.dot(part))
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())

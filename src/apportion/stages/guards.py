@@ -112,11 +112,6 @@ class Guards:
             count = int(self.watched[f"{name} episode"][2])
             self.run.know(guards=before | {name: {"step": step, "episodes": count, "said": finding.said}})
 
-    def call(self, kind: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(*args)`, in which the run's method of that kind works; one of the user's has its time."""
-        name = next((name for spec in self.specs[kind] for name in spec if ":" in name), None)
-        return function(*args) if name is None else self.users.ask(name, function, *args)
-
     def prepare(self, step: int, rollouts: Rollouts) -> None:
         """Have this process's rollouts left behind if a function of the user's must be ended together with it."""
         if self.run is None or not self.modules or self.users.deadline.seconds is None:
@@ -176,11 +171,14 @@ class Guards:
                 cause or error.__cause__,
                 scene.metrics,
             )
-            told = type(error)(f"{error} The rollouts are in {place}{lacks}.")
+            told = f"The rollouts are in {place}{lacks}."
         except DiskError as full:
-            told = type(error)(f"{error} The rollouts could not be saved: {full}")
-        told.saved = True  # type: ignore[attr-defined]
-        return told
+            told = f"The rollouts could not be saved: {full}"
+        except Exception as second:  # the first error is the one to tell
+            told = f"The rollouts could not be saved ({type(second).__name__}: {' '.join(str(second).split())[:200]})."
+        error.args = (f"{error} {told}",)  # in place: a class of the user's may be made in another way
+        error.saved = True  # type: ignore[attr-defined]
+        return error
 
 
 def all_columns(scene: Scene) -> tuple[dict[str, Tensor], str]:
@@ -224,6 +222,14 @@ def check_rows(what: str, values: Tensor, mask: Tensor) -> None:
         row = int(bad.nonzero()[0])
         came = float(values[row][mask[row] & ~torch.isfinite(values[row])][0])
         raise ScoreError(message(f"{what} of rollout {row}", came, "finite numbers", FAILURE))
+
+
+def check_metrics(step: int, metrics: Mapping[str, float]) -> None:
+    """Raise ScoreError for a metric that is not finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            mend = "The training diverged: lower optim.lr, or train in float32 (--dtype float32)."
+            raise ScoreError(message(f"{name} at step {step}", float(value), "a finite number", mend))
 
 
 def drop_unknown(metrics: Mapping[str, float], skipped: int) -> dict[str, float]:

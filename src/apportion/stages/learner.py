@@ -15,6 +15,7 @@ from apportion.evidence import Models
 from apportion.guard_settings import GuardsConfig
 from apportion.stages.guards import Guards
 from apportion.stages.held import Tensors, learned, relearn
+from apportion.stages.own_methods import means
 from apportion.stages.prompts import PromptStream
 from apportion.stages.update import make_optimizer
 from apportion.types import Credit, Rollouts, State
@@ -83,9 +84,9 @@ class Learner:
         if method.stats is None:
             return {}
         sums = method.stats(rollouts, rewards, rewards)
+        metrics = means(self.method.specs, "credit", sums)
         if method.update is not None:
             self.credit_state = method.update(self.credit_state, sums)
-        metrics = {k: float(total / count.clamp_min(1)) for k, (total, count) in sums.items()}
         coefficients = self.kl_coefficients()
         return metrics | ({"kl/coef": float(sum(coefficients))} if coefficients else {})
 

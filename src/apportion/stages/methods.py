@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from apportion import algorithms, registry
+from apportion import algorithms, deadline, registry
 from apportion.algorithms import Method
 from apportion.config import PPOConfig, RLConfig
 from apportion.errors import ConfigError, message
 from apportion.evidence import plan
+from apportion.stages.guards import users_names
 from apportion.stages.records import comparisons
 
 GROUP = 4  # rollouts of one prompt where an estimator compares them
@@ -58,6 +59,7 @@ def settle(config: RLConfig, method: Method) -> None:
         mend = "Use sampling.stop: eos, where it tells responses apart."
         raise ConfigError(message("ppo.truncated", ppo.truncated, expected, mend))
     _refuse_tightening(config, method)
+    _refuse_timeout(config, method)
     if name == "vine":
         _refuse_other_units(ppo)
     if ppo.value_model == "separate" and not method.critic:
@@ -89,3 +91,13 @@ def _refuse_tightening(config: RLConfig, method: Method) -> None:
         expected = "off, warn or stop: no kl_penalty with a coefficient above 0 is in the credit chain to be raised"
         mend = "Choose one of them, or add kl_penalty to --credit."
         raise ConfigError(message(guards[0], "tighten", expected, mend))
+
+
+def _refuse_timeout(config: RLConfig, method: Method) -> None:
+    """Raise ConfigError for a time limit on functions of the user's where no signal could end one (Windows)."""
+    timed = [method.specs[kind] for kind in ("credit", "segments", "advantages")]
+    names = users_names([*timed, list(config.compare), method.needs])
+    if names and deadline.SIGNAL is None and config.guards.timeout is not None:
+        expected = f"null: this system has no signal that could end {names[0]}"
+        mend = "Set it to null: then nothing keeps the time."
+        raise ConfigError(message("guards.timeout", config.guards.timeout, expected, mend))

@@ -33,10 +33,11 @@ from apportion.segments import check as check_segments
 from apportion.stages import randomness
 from apportion.stages.bad_rows import leaving_out
 from apportion.stages.checkup import quick
-from apportion.stages.guards import Scene, check_rows, drop_unknown
+from apportion.stages.guards import Scene, check_metrics, check_rows, drop_unknown
 from apportion.stages.keeper import bytes_of, keeping
 from apportion.stages.learner import Learner
 from apportion.stages.methods import build_method
+from apportion.stages.own_methods import check_estimated, credit_in_time, in_time, means
 from apportion.stages.prompts import PromptStream, context_of, load_prompts
 from apportion.stages.records import before_penalty, comparisons, memory_mb, rollout_records
 from apportion.stages.sharing import check_shares, open_run, reseed, uniforms, whole_batch
@@ -124,10 +125,8 @@ def learn(
     method, guards = learner.method, learner.guards
     settled = settle_truncated(rollouts, config.ppo)
     with parallel.together(), guards.keeping(step, rollouts, alone=True):
-        rewards, learner.credit_state = guards.call(  # (B,T)
-            "credit", credit.apply, method.credit, settled, learner.credit_state
-        )
-        segments = guards.call("segments", method.segment, settled)  # (B,T) ids from 0, -1 off the mask
+        rewards, learner.credit_state = credit.apply(method.credit, settled, learner.credit_state)  # (B,T)
+        segments = method.segment(settled)  # (B,T) ids from 0, -1 off the mask
         check_segments(segments, rollouts.mask)
         check_rows("rewards", rewards, rollouts.mask)
         if "credit_share" in method.estimate.needs and method.credit.share is not None:
@@ -160,9 +159,12 @@ def learn_from(
     method, ppo, guards, step = learner.method, config.ppo, learner.guards, scene.step
     scene.columns |= {"reward": rewards}
     scene.later["credit"] = lambda batch: before_penalty(learner, batch)
-    estimated = guards.call("advantages", method.estimate, rewards, segments, rollouts)  # advantages, returns (B,T)
-    scene.columns |= {"advantage": estimated.advantages, "return": estimated.returns}
-    check_rows("advantages", estimated.advantages, rollouts.mask)
+    with parallel.together():  # a method of the user's may fail in one process alone
+        estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
+        estimated = check_estimated(method.specs, estimated, rollouts.mask)
+        scene.columns |= {"advantage": estimated.advantages, "return": estimated.returns}
+        check_rows("advantages", estimated.advantages, rollouts.mask)
+        check_rows("returns", estimated.returns, rollouts.mask)
     targets = make_targets(estimated, segments, rollouts, ppo)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config.optim, step - 1, config.steps)
@@ -173,23 +175,38 @@ def learn_from(
     metrics = update(
         policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance, first, guards.skips
     )
+    scene.metrics = metrics
     rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
     if first is not None:
         rollouts = replace(rollouts, old_logprobs=first.old_logprobs).with_evidence(entropy=first.entropy)
     scene.rollouts = rollouts
-    records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
+    with parallel.together():
+        records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
+        metrics |= all_metrics(learner, rollouts, ended, rewards, segments, config)
+        metrics = drop_unknown(metrics, guards.skips.batch)
+        check_metrics(step, metrics)
+        return metrics | guards.look(step, metrics, len(rollouts), learner.tighten), records
+
+
+def all_metrics(
+    learner: Learner,
+    rollouts: Rollouts,
+    ended: torch.Tensor | None,
+    rewards: torch.Tensor,
+    segments: torch.Tensor,
+    config: RLConfig,
+) -> dict[str, float]:
+    """Return what there is to tell of a batch beside its update, and move the controllers; arguments as `learn_from`
+    has them."""
+    method, metrics = learner.method, dict[str, float]()
     if hasattr(method.estimate, "stats"):
-        counted = method.estimate.stats(rewards, segments, rollouts)
-        metrics |= {name: float(total / count.clamp_min(1)) for name, (total, count) in counted.items()}
+        metrics |= means(method.specs, "advantages", method.estimate.stats(rewards, segments, rollouts))
     metrics |= batch_metrics(rollouts, rewards, segments) | learner.move_controllers(rollouts, rewards)
     metrics |= {"policy/lr": learner.optimizer.param_groups[0]["lr"]}
     if config.scores.clip is not None and rollouts.scores is not None:
         held = rollouts.scores.abs() >= config.scores.clip * (1 - 1e-6)
         metrics["objective/scores_clipped"] = float(held.float().mean())
-    metrics |= {} if ended is None else {"objective/ended": float(ended.float().mean())}
-    scene.metrics = metrics
-    metrics = drop_unknown(metrics, guards.skips.batch)
-    return metrics | guards.look(step, metrics, len(rollouts), learner.tighten), records
+    return metrics | ({} if ended is None else {"objective/ended": float(ended.float().mean())})
 
 
 def settle_truncated(rollouts: Rollouts, config: PPOConfig) -> Rollouts:
@@ -248,14 +265,16 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config)
     check_embeddings("policy", policy.model, tokenizer)
-    compare = comparisons(config.compare) if config.log_rollouts else {}
+    users = Users(config.guards.timeout)
+    method = in_time(method, users)
+    compared = comparisons(config.compare) if config.log_rollouts else {}
+    compare = {name: credit_in_time([name], one, users) for name, one in compared.items()}
     needs = method.needs | {"reference_logprobs"}
     needs |= frozenset[str]().union(*(c.needs for c in compare.values()))
     needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
     generator = torch.Generator(device=policy.device).manual_seed(config.seed)
     # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
     own = generator if parallel.world() == 1 else torch.Generator(device=policy.device)
-    users = Users(config.guards.timeout)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores, users=users)
     once = learned_once(config, needs)
     return Learner(models, method, stream, needs, generator, config.optim, compare, once, config.guards, findings)
