@@ -45,7 +45,7 @@ def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
         ("policy", "missing-layer", ["missing-layer without ['model.layers.1.mlp.up_proj", "would be random"]),
         ("reward_model", "truncated", ["reward_model: got", "file not fully covered", "save it again"]),
         ("reward_model", "three-labels", ["three-labels with 3 labels", "1 or 2 labels", "binary classifier"]),
-        ("reward_model", "other-vocabulary", ["reward_model's tokenizer: got", "ids up to 400'", "400 embeddings"]),
+        ("reward_model", "other-vocabulary", ["reward_model's tokenizer: got \"'film' (400)", "400 embeddings"]),
         (
             "reward_model",
             "slow-tokenizer",
@@ -81,9 +81,11 @@ def test_a_pad_token_mends_the_tokenizer(model_command: Command, broken: Path, r
     both = ("--policy", broken / "pad-is-eos", "--reward_model", broken / "reward-pad-is-eos")
     unknown = model_command("rl", *rl_flags, *both, "--pad_token", "<padd>")
     unknown.assert_refused("pad_token: got '<padd>'", "a token of the tokenizer's vocabulary", "'<pad>'")
+    assert "'<eos>'" not in unknown.err, "no suggestion that would be refused"
     same = model_command("rl", *rl_flags, *both, "--pad_token", "<eos>")
     same.assert_refused("policy's tokenizer: got \"pad '<eos>'", "distinct from EOS")
-    model_command("rl", *rl_flags, *both, "--pad_token", "<pad>").assert_done()
+    for word in ("<pad>", "<unk>"):  # unknown tokens are tokens
+        model_command("rl", *rl_flags, *both, "--pad_token", word, "--fresh").assert_done()
 
 
 def test_a_tokenizer_without_eos_can_only_write_fixed_lengths(
