@@ -62,6 +62,23 @@ def test_an_unfit_model_is_named(
     model_command("rl", *rl_flags, f"--{flag}", broken / name).assert_refused(*pieces)
 
 
+def test_a_token_without_an_embedding_is_named_before_it_is_learned_from(
+    model_command: Command, world: Path, broken: Path
+) -> None:
+    data = ("--data", world / "reviews.csv", "--output", "run", "--clips", 16, "--batch_size", 4)
+    done = model_command("reward", "--model", broken / "other-vocabulary", *data)
+    done.assert_refused("model's tokenizer: got \"'film' (400)", "below the model's 400 embeddings", "resize_token")
+
+
+@pytest.mark.parametrize("wrong", [{"eos_token_id": 2.5}, {"max_new_tokens": -1}])
+def test_generation_settings_that_cannot_be_are_named(
+    model_command: Command, tmp_path: Path, tiny: ModuleType, rl_flags: list[str], wrong: dict[str, Any]
+) -> None:
+    file = tiny.save_policy(tmp_path / "m") / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    model_command("rl", *rl_flags, "--policy", "m").assert_refused("m/generation_config.json: got ", "Mend it")
+
+
 def test_an_encoder_is_a_reward_model(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
     """With the policy's vocabulary too: its score is not read at the last token, so it reads the text."""
     model_command("rl", *rl_flags, "--reward_model", broken / "encoder").assert_done()
