@@ -33,7 +33,7 @@ def save_broken(folder: Path) -> Path:
     without_end.eos_token = None
     without_end.save_pretrained(tiny.save_policy(folder / "no-eos"))
     more_words = tiny.tokenizer()
-    more_words.add_tokens(["hello"])
+    more_words.add_tokens(["film"])
     more_words.save_pretrained(tiny.save_reward(folder / "other-vocabulary"))
     tiny.save_reward(folder / "three-labels", labels=3)
     changed(tiny.save_policy(folder / "missing-layer"), lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))

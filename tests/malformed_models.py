@@ -138,7 +138,7 @@ def damaged_tokenizers(folder: Path) -> None:
     change("tokenizer-no-model", lambda t: t.pop("model"))
     change("tokenizer-other-model", lambda t: t["model"].update(type="Nothing"))
     change("tokenizer-merges", lambda t: t["model"].update(merges=[["zz", "yy"]]))
-    change("tokenizer-large-ids", lambda t: t["model"]["vocab"].update({"zzzz": 5000}))
+    change("tokenizer-large-ids", lambda t: t["model"]["vocab"].update({"Ġfilm": 5000}))
     for name, template in {
         "template-syntax": "{% for m in messages %}{{ m.content }",
         "template-reaches-out": "{{ ''.__class__.__mro__[1].__subclasses__() }}",

@@ -28,6 +28,8 @@ def good(folder: Path) -> Path:
     from apportion.cli import main
 
     tiny_runs.world(folder)
+    words = " ".join(tiny.TEXTS).split()
+    rows(folder / "prompts.jsonl", [" ".join(words[2 * i : 2 * i + 9]) for i in range(24)])  # each begins otherwise
     settings = {"model": folder / "policy", "data": folder / "reviews.csv", "output": folder / "judge", **JUDGE}
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     assert main(["reward", *words, "--dtype", "float32", "--device", "cpu"]) == 0
@@ -248,8 +250,8 @@ PLANTED: dict[str, Planted] = {
         "end of text", "fail", ("generation stops at [7]", "Set eos_token"),
     ),
     "fewer embeddings than tokens": Planted(
-        lambda w, f: {"policy": tokenizer_of(policy(w, f / "m"), longer())}, "vocabulary", "fail",
-        ("up to 400, 400 embeddings", "resize_token"),
+        lambda w, f: {"policy": tokenizer_of(policy(w, f / "m"), longer())} | texts(f, ["hello", "a film"]),
+        "vocabulary", "fail", ("up to 400, 400 embeddings; 1 ids in use have none: 400", "resize_token"),
     ),
     "reward model pads with a word": Planted(
         lambda w, f: {"reward_model": settings_of(judge(w, f / "judge"), pad_token_id=2)}, "reward tokenizer", "fail",

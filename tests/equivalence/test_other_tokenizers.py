@@ -197,8 +197,9 @@ def test_unfit_models_are_refused_at_load(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer: got 'ByT5Tokenizer'; expected .*a fast one.*tokenizer\.json"):
         judge(tmp_path, "slow")
     save_model(tmp_path / "small", tiny_tokenizers.byte_fallback(), decoder(vocab_size=300))
-    with pytest.raises(ModelError, match="ids up to 375'; expected ids below the model's 300 embeddings"):
-        judge(tmp_path, "small")
+    small = judge(tmp_path, "small")  # it may be that nothing uses the tokens that it has no embedding for
+    with pytest.raises(ModelError, match=r"tokenizer: got .*<0x..>. \(3\d\d\).*; expected ids below the model's 300"):
+        reward_pass(small, batch_of([("A lovely", " picture 😀")]), BOTH)
     save_model(tmp_path / "mean", tiny_tokenizers.wordpiece(), encoder(classifier_pooling="mean"))
     with pytest.raises(ModelError, match="classifier_pooling 'mean'"):
         judge(tmp_path, "mean")

@@ -10,6 +10,7 @@ from typing import Any
 
 import foreign_models
 import planted
+import planted_texts
 import pytest
 import tiny_runs
 import torch
@@ -21,6 +22,7 @@ from apportion.stages import checkup_reward
 from apportion.stages.checkup import CHECKS, OWN, quick
 
 Command = Callable[..., Any]
+PLANTED = planted.PLANTED | planted_texts.PLANTED
 NEVER_PLANTED = {"reference"}  # no setting moves it: its test below stirs the adapters
 
 
@@ -44,9 +46,9 @@ def findings(done: Any) -> dict[str, dict[str, str]]:
     return {one["name"]: one for one in said["findings"]}
 
 
-@pytest.mark.parametrize("name", planted.PLANTED)
+@pytest.mark.parametrize("name", PLANTED)
 def test_what_is_planted_is_found(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
-    make, check, level, pieces, fast = planted.PLANTED[name]
+    make, check, level, pieces, fast = PLANTED[name]
     flags = planted.flags(good, **make(good, tmp_path))
     found = findings(model_command("doctor", *flags, "--json", *(["--fast"] if fast else [])))
     one = found[check]
@@ -60,8 +62,8 @@ def test_what_is_planted_is_found(model_command: Command, good: Path, tmp_path: 
 
 def test_every_check_has_something_planted_for_it() -> None:
     asked = {one.name for one in CHECKS}
-    assert {one.check for one in planted.PLANTED.values()} | NEVER_PLANTED == asked
-    assert len({one.check for one in planted.PLANTED.values()}) >= 12
+    assert {one.check for one in PLANTED.values()} | NEVER_PLANTED == asked
+    assert len({one.check for one in PLANTED.values()}) >= 12
 
 
 def test_a_good_run_passes_wholly(model_command: Command, good: Path, tmp_path: Path) -> None:
@@ -143,11 +145,9 @@ def test_a_file_of_settings_is_read_and_flags_win(model_command: Command, good: 
     assert found["reward head"]["level"] == "ok" and found["attention row"]["found"] == "no credit of this run reads it"
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, one in planted.PLANTED.items() if one.check in OWN and one.check != "memory"]
-)
+@pytest.mark.parametrize("name", [n for n, one in PLANTED.items() if one.check in OWN and one.check != "memory"])
 def test_rl_asks_the_quick_questions_itself(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
-    make, check, level, pieces, _ = planted.PLANTED[name]
+    make, check, level, pieces, _ = PLANTED[name]
     done = model_command("rl", *planted.flags(good, **make(good, tmp_path)), "--steps", "1", "--output", "run")
     if level == "fail":
         done.assert_refused(f"{check}: got ", *(piece for piece in pieces if "'" not in piece))
@@ -178,7 +178,7 @@ def test_memory_is_an_estimate_that_stops_no_run(good: Path) -> None:
 
 
 def test_a_run_with_nothing_to_warn_of_says_nothing(model_command: Command, good: Path, tmp_path: Path) -> None:
-    done = model_command("rl", *planted.flags(good), "--output", "run")
+    done = model_command("rl", *planted.flags(good, **{"optim.lr": 1e-4}), "--output", "run")
     done.assert_done()
     assert "warning" not in done.err and "doctor" not in json.loads((tmp_path / "run" / "status.json").read_text())
 
@@ -204,7 +204,7 @@ def labelled(path: Path, rows: list[tuple[str, int]]) -> Path:
         ("held-out texts", [("a film", 1), ("a story", 0)], [("a film", 1), ("b", 0)], {}, ["1 of 2", "--test_data"]),
         ("clips", None, None, {"clip_tokens": "[8,200]"}, ["context 128", "Lower the second number"]),
         ("pad token", None, None, {"pad_token": "<eos>"}, ["distinct from EOS", "--pad_token"]),
-        ("vocabulary", None, None, {"model": "more"}, ["up to 400, 400 embeddings"]),
+        ("vocabulary", [("hello", 1), ("a story", 0)], None, {"model": "more"}, ["1 ids in use have none: 400"]),
         ("model", None, None, {"model": "./none"}, ["check the path"]),
     ],
 )

@@ -45,7 +45,7 @@ def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
         ("policy", "missing-layer", ["missing-layer without ['model.layers.1.mlp.up_proj", "would be random"]),
         ("reward_model", "truncated", ["reward_model: got", "file not fully covered", "save it again"]),
         ("reward_model", "three-labels", ["three-labels with 3 labels", "1 or 2 labels", "binary classifier"]),
-        ("reward_model", "other-vocabulary", ["reward_model's tokenizer: got", "ids up to 400'", "400 embeddings"]),
+        ("reward_model", "other-vocabulary", ["reward_model's tokenizer: got \"'film' (400)", "400 embeddings"]),
         (
             "reward_model",
             "slow-tokenizer",
@@ -60,6 +60,23 @@ def test_an_unfit_model_is_named(
     model_command: Command, broken: Path, rl_flags: list[str], flag: str, name: str, pieces: list[str]
 ) -> None:
     model_command("rl", *rl_flags, f"--{flag}", broken / name).assert_refused(*pieces)
+
+
+def test_a_token_without_an_embedding_is_named_before_it_is_learned_from(
+    model_command: Command, world: Path, broken: Path
+) -> None:
+    data = ("--data", world / "reviews.csv", "--output", "run", "--clips", 16, "--batch_size", 4)
+    done = model_command("reward", "--model", broken / "other-vocabulary", *data)
+    done.assert_refused("model's tokenizer: got \"'film' (400)", "below the model's 400 embeddings", "resize_token")
+
+
+@pytest.mark.parametrize("wrong", [{"eos_token_id": 2.5}, {"max_new_tokens": -1}])
+def test_generation_settings_that_cannot_be_are_named(
+    model_command: Command, tmp_path: Path, tiny: ModuleType, rl_flags: list[str], wrong: dict[str, Any]
+) -> None:
+    file = tiny.save_policy(tmp_path / "m") / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    model_command("rl", *rl_flags, "--policy", "m").assert_refused("m/generation_config.json: got ", "Mend it")
 
 
 def test_an_encoder_is_a_reward_model(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
@@ -81,9 +98,11 @@ def test_a_pad_token_mends_the_tokenizer(model_command: Command, broken: Path, r
     both = ("--policy", broken / "pad-is-eos", "--reward_model", broken / "reward-pad-is-eos")
     unknown = model_command("rl", *rl_flags, *both, "--pad_token", "<padd>")
     unknown.assert_refused("pad_token: got '<padd>'", "a token of the tokenizer's vocabulary", "'<pad>'")
+    assert "'<eos>'" not in unknown.err, "no suggestion that would be refused"
     same = model_command("rl", *rl_flags, *both, "--pad_token", "<eos>")
     same.assert_refused("policy's tokenizer: got \"pad '<eos>'", "distinct from EOS")
-    model_command("rl", *rl_flags, *both, "--pad_token", "<pad>").assert_done()
+    for word in ("<pad>", "<unk>"):  # unknown tokens are tokens
+        model_command("rl", *rl_flags, *both, "--pad_token", word, "--fresh").assert_done()
 
 
 def test_a_tokenizer_without_eos_can_only_write_fixed_lengths(

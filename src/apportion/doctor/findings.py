@@ -39,6 +39,7 @@ class Check(NamedTuple):
         after: names of checks without whose success it cannot be asked.
         error: what `apportion rl` raises when it fails.
         loads: whether it needs weights; `--fast` leaves it out.
+        opens: whether it opens what a run opens as well, so that the run cannot do without.
         estimate: whether it is no certainty, so that a failure does not stop `apportion rl`.
     """
 
@@ -48,6 +49,7 @@ class Check(NamedTuple):
     after: tuple[str, ...] = ()
     error: type[ApportionError] = ModelError
     loads: bool = False
+    opens: bool = False
     estimate: bool = False
 
     def refusal(self, finding: Finding) -> ApportionError:
@@ -59,7 +61,7 @@ def examine(case: Case, checks: Iterable[Check], tell: Callable[[str], None] = l
     """Return what every check found, in order; `tell` is called with the name of each before it is asked.
 
     An error that a user can mend becomes a failure of the check that met it. So does any other exception, with its
-    type, where models run: training would meet it as well. Elsewhere it is a warning.
+    type, where models run and where files are opened: training would meet it as well. Elsewhere it is a warning.
     """
     found: dict[str, Finding] = {}
     for check in checks:
@@ -75,7 +77,7 @@ def examine(case: Case, checks: Iterable[Check], tell: Callable[[str], None] = l
         except Exception as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             level, mend = FAIL, "Training would meet the same error: try another model, or other settings."
-            if not check.loads:  # the check may be at fault, and the run may work
+            if not (check.loads or check.opens):  # the check may be at fault, and the run may work
                 level, mend = WARN, "This could not be asked: report it, with these settings, if the run works."
         found[check.name] = Finding(check.name, level, said, mend)
     return list(found.values())
@@ -105,6 +107,12 @@ def fail(found: str, mend: str) -> tuple[str, str, str]:
 def skip(found: str) -> tuple[str, str, str]:
     """Return what a check says whose question does not arise."""
     return SKIP, found, ""
+
+
+def together(*answers: tuple[str, str, str]) -> tuple[str, str, str]:
+    """Return several answers as one: the worst level, all that was found, and each mend."""
+    level = max((answer[0] for answer in answers), key=lambda level: (OK, WARN, FAIL).index(level))
+    return level, "; ".join(said for _, said, _ in answers if said), " ".join(mend for *_, mend in answers if mend)
 
 
 def graded(value: float, limits: tuple[float, float], found: str, mend: str) -> tuple[str, str, str]:

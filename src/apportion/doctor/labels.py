@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from apportion.doctor.case import Case
 from apportion.doctor.findings import fail, graded, ok, warn
 from apportion.doctor.machine import GB, free_memory, weights_of
 from apportion.doctor.prompts import keys
+from apportion.doctor.tokens import embedded
 from apportion.models.load import pick_device
 
 Said = tuple[str, str, str]
@@ -35,16 +38,30 @@ def repeated(case: Case) -> Said:
         labels.setdefault(key, set()).add(row.label)
     torn = sum(len(found) > 1 for found in labels.values())
     said = f"{count} of {len(rows)} training texts repeat another, {torn} with the other label"
-    if torn:
+    if torn > 0.01 * len(rows):
         return fail(said, "Drop those texts, or one of their labels: nothing can be learned from both.")
+    if torn:
+        return warn(said, "Drop those texts, or one of their labels: nothing can be learned from both.")
     return warn(said, "Drop the repeated rows.") if count > 0.01 * len(rows) else ok(said)
+
+
+def vocabulary(case: Case) -> Said:
+    """Every id of the texts, and of padding, end and beginning of text, has an embedding."""
+    return embedded(case.tokenizer, int(case.policy_settings.get_text_config().vocab_size), rows_of(case), "model")
+
+
+def rows_of(case: Case) -> Sequence[Sequence[int]]:
+    """Return the ids of the first `MANY` training texts, cut where no clip can reach."""
+    if not case.rows:
+        texts = [row.text[: 400 * case.config.clip_tokens[1]] for row in (case.training or ())[:MANY]]
+        case.rows = case.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return case.rows
 
 
 def clips(case: Case) -> Said:
     """Clips fit into the model's context, and texts are long enough to cut them from."""
     low, high = case.config.clip_tokens
-    rows = [row.text[: 400 * high] for row in (case.training or ())[:MANY]]
-    lengths = [len(ids) for ids in case.tokenizer(rows, add_special_tokens=False)["input_ids"]]
+    lengths = [len(ids) for ids in rows_of(case)]
     short = sum(length < low for length in lengths)
     said = f"clips of {low} to {high} tokens, context {case.context}; {short} of {len(lengths)} texts are shorter"
     if high > case.context:

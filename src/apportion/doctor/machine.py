@@ -10,7 +10,7 @@ import torch
 from apportion.doctor import footprint
 from apportion.doctor.case import Case
 from apportion.doctor.findings import fail, graded, ok, warn
-from apportion.models.load import has_bfloat16, pick_device, pick_dtype
+from apportion.models.load import NO_CODE, has_bfloat16, pick_device, pick_dtype
 
 Said = tuple[str, str, str]
 GB = 1e9
@@ -105,4 +105,4 @@ def weights_of(case: Case, which: str) -> int:
     from transformers import AutoModel
 
     with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a run's random numbers stay what they are
-        return int(AutoModel.from_config(settings).num_parameters())
+        return int(AutoModel.from_config(settings, attn_implementation="sdpa", **NO_CODE).num_parameters())

@@ -76,8 +76,10 @@ def ends(case: Case) -> Said:
 
 
 def shown(case: Case) -> list[list[int]]:
-    """Return a few prompts of every length, so that they need padding."""
-    return [list(row) for row in sorted(case.rows, key=len)[:: max(1, len(case.rows) // SHOWN)][:SHOWN]]
+    """Return a few prompts of every length, so that they need padding, from the shortest to the longest."""
+    rows = sorted(case.rows, key=len)
+    count = min(SHOWN, len(rows))
+    return [list(rows[i * (len(rows) - 1) // max(1, count - 1)]) for i in range(count)]
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from apportion.doctor.case import Case
-from apportion.doctor.findings import fail, ok, skip, warn
+from apportion.doctor.findings import fail, ok, skip, together, warn
 
 Said = tuple[str, str, str]
 SOME = 16  # conversations that are rendered
+OPENINGS = 0.2  # share of prompts cut to their first tokens that may begin as another does
+ANSWER = "RESPONSE"
 MARKER = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>")  # what templates write for the model alone
 
 
@@ -34,12 +36,20 @@ def lengths(case: Case) -> Said:
 
 
 def duplicates(case: Case) -> Said:
-    """Prompts are distinct."""
-    distinct = len(set(keys(case.texts)))
-    repeated = len(case.texts) - distinct
+    """Prompts are distinct, as texts and as what of them is sampled on."""
+    cut = case.config.sampling.prompt_tokens
+    repeated = len(case.texts) - len(set(keys(case.texts)))
+    alike = len(case.rows) - len(set(map(tuple, case.rows)))
     per_step = case.config.sampling.batch_size // (case.config.sampling.samples_per_prompt or 1)
     passes = case.config.steps * per_step / max(1, len(case.texts))
-    said = f"{repeated} of {len(case.texts)} prompts repeat another; the run goes through them {passes:.2g} times"
+    said = f"{max(repeated, alike)} of {len(case.texts)} prompts repeat another"
+    said = f"{said}; the run goes through them {passes:.2g} times"
+    if alike > (OPENINGS if cut else 0.01) * len(case.rows) and alike > repeated:
+        what = f"{alike} of {len(case.rows)} are alike in "
+        if cut is None:
+            return warn(f"{said}; {what}their tokens", "Drop those rows: the policy cannot tell them from one another.")
+        mend = "They have a common beginning: set sampling.prompt_tokens to null, or to longer openings."
+        return warn(f"{said}; {what}the {cut[0]} to {cut[1]} tokens that are sampled on", mend)
     if repeated > 0.01 * len(case.texts):
         return warn(said, "Drop the repeated rows: they weigh more, and fall on both sides of a split.")
     return ok(said)
@@ -58,7 +68,7 @@ def evaluation(case: Case) -> Said:
 def reward_data(case: Case) -> Said:
     """The reward model was judged on texts that it had not learned from, and does not score those either."""
     if "reward_data" in case.notes:
-        return warn(f"it cannot be read any more: {case.notes['reward_data']}", "Put it back where it was, to compare.")
+        return warn(f"it cannot be read: {case.notes['reward_data']}", "Put it back where it was, to compare.")
     if case.training is None or case.held_out is None:
         return skip("the reward model's folder does not say what it learned from")
     learned = set(keys(row.text for row in case.training))
@@ -84,23 +94,55 @@ def keys(texts: Iterable[Any]) -> Iterable[str]:
 
 def chat_template(case: Case) -> Said:
     """Conversations become tokens and back, each marker is one token, and the answer is asked for."""
-    turns, tokenizer = case.conversations[:SOME], case.tokenizer
+    turns, tokenizer, cut = case.conversations[:SOME], case.tokenizer, case.config.sampling.prompt_tokens
+    if cut is not None and (count := sum(not isinstance(text, str) for text in case.texts)):
+        said = f"{count} conversations are cut to their first {cut[0]} to {cut[1]} tokens"
+        said = f"{said}, {len(set(map(tuple, case.rows)))} of {len(case.rows)} of which differ"
+        return fail(said, "Set sampling.prompt_tokens to null, or give prompts as text.")
     if not turns:
         return skip("prompts are plain text")
     if not tokenizer.chat_template:
         mend = "Use a policy with a chat template, or give prompts as text."
         return fail(f"{len(case.conversations)} conversations and no chat template", mend)
-    asking, plain = rendered(tokenizer, turns, True), rendered(tokenizer, turns, False)
-    if any(a == p or not a.startswith(p) for a, p in zip(asking, plain, strict=True)):
-        mend = "Let it write the head of the assistant's turn where add_generation_prompt is true."
-        return warn("the chat template writes no generation prompt", mend)
+    asking = rendered(tokenizer, turns, True)
+    return together(asked(tokenizer, turns, asking), markers(tokenizer, turns), round_trip(tokenizer, turns, asking))
+
+
+def asked(tokenizer: Any, turns: Sequence[Any], asking: Sequence[str]) -> Said:
+    """Say whether the answer is asked for: what is rendered is followed by the answer, or by a generation prompt.
+
+    Some templates end a user's turn with what the answer follows ([/INST]) and have no generation prompt; others write
+    empty thoughts before an answer that they show, and have one.
+    """
+    plain = rendered(tokenizer, turns, False)
+    silent = [one for one, a, p in zip(turns, asking, plain, strict=True) if a == p or not a.startswith(p)]
+    if all(followed(tokenizer, one) for one in silent if one[-1].get("role") != "assistant"):
+        return ok("")
+    mend = "Let it write the head of the assistant's turn where add_generation_prompt is true."
+    return warn("the chat template writes no generation prompt", mend)
+
+
+def followed(tokenizer: Any, turns: Sequence[Any]) -> bool:
+    """Whether the template puts an answer right after what it renders of `turns`, but for white space."""
+    from jinja2 import TemplateError
+
+    answered = [*turns, {"role": "assistant", "content": ANSWER}]
+    try:
+        whole, asking = rendered(tokenizer, [answered], False)[0], rendered(tokenizer, [turns], True)[0]
+    except (ValueError, TypeError, TemplateError):  # it shows no answer
+        return False
+    return whole.startswith(asking) and whole[len(asking) :].lstrip().startswith(ANSWER)
+
+
+def markers(tokenizer: Any, turns: Sequence[Any]) -> Said:
+    """Say whether each marker that the template writes is one token."""
     blank = [[{**turn, "content": "x"} for turn in one] for one in turns]  # markers of the template alone
     marks = {mark for text in rendered(tokenizer, blank, True) for mark in MARKER.findall(text)}
     torn = sorted(mark for mark in marks if not is_token(tokenizer, mark))
     if torn:
         mend = "Add them to the tokenizer as special tokens, or use the template that the policy was trained with."
         return warn(f"markers of the chat template that are no tokens: {', '.join(torn)}", mend)
-    return round_trip(tokenizer, turns, asking)
+    return ok("")
 
 
 def round_trip(tokenizer: Any, turns: Sequence[Any], asking: Sequence[str]) -> Said:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apportion.doctor.case import Case
 from apportion.doctor.findings import fail, graded, ok, skip, warn
@@ -16,42 +16,13 @@ from apportion.doctor.method import reads_attention
 from apportion.doctor.policy import finite_weights, rollouts_of, size
 from apportion.doctor.probes import ATTENTION, SCORE, joined
 from apportion.evidence.text_reward import translate
-from apportion.models.load import load_settings, with_pad
-from apportion.models.policy import banned_ids
+from apportion.models.load import load_settings
 from apportion.models.reward import adjust, is_decoder, load_reward
 from apportion.models.token_text import PolicyText
 
 Said = tuple[str, str, str]
 HEADS = ("score", "classifier")
 SATURATED = 12.0  # |logit difference| where a sigmoid is 1 to five digits
-
-
-def tokenizer(case: Case) -> Said:
-    """The reward model reads the policy's rollouts: its ids or its text, and it pads with what is never written."""
-    own, config = case.reward_tokenizer, case.config
-    pad_token = config.pad_token if config.pad_token in own.get_vocab() else None
-    with_pad("reward_model", own, pad_token)
-    text = case.reward_settings.get_text_config()
-    largest = max(own.get_vocab().values())
-    if largest >= text.vocab_size:
-        said = f"ids up to {largest}, {text.vocab_size} embeddings"
-        return fail(said, "Use the tokenizer that it was trained with.")
-    if own.get_vocab() != case.tokenizer.get_vocab():
-        same = len(set(own.get_vocab().items()) & set(case.tokenizer.get_vocab().items()))
-        said = f"a tokenizer of its own ({same} of {len(own.get_vocab())} tokens as the policy's): it reads text"
-        if not own.is_fast:
-            return fail(said, "Save it as a fast one, with a tokenizer.json.")
-        return ok(said)
-    pad = own.pad_token_id if pad_token is not None or text.pad_token_id is None else text.pad_token_id
-    if pad not in banned_ids(case.tokenizer, config.sampling.stop):
-        said = f"it pads with {own.convert_ids_to_tokens(pad)!r} ({pad}), which the policy can write"
-        mend = "Set its pad_token_id to the policy's: a score is read at the last token that is no pad."
-        return fail(said, mend)
-    limit = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
-    said = f"the policy's vocabulary ({len(own)} tokens): it reads ids, up to {case.longest} of its {limit}"
-    if case.longest > limit:
-        return fail(said, "Lower sampling.max_new_tokens or max_prompt_tokens: it has no positions for more.")
-    return ok(said)
 
 
 def head(case: Case) -> Said:
@@ -65,22 +36,43 @@ def head(case: Case) -> Said:
     )
     model = case.reward.model
     said = size(model)
-    found = next((m for n, m in model.named_modules() if n.split(".")[-1] in HEADS and hasattr(m, "weight")), None)
+    found = head_of(model)
     labels = [str(v) for v in (model.config.id2label or {}).values()]
     said = f"{said}; labels {', '.join(labels)}"
     if found is None:
-        return ok(said)
+        return ok(f"{said}; head not looked at")
     weight = found.weight.detach().float()
     spread = float(weight.std()) if weight.numel() > 1 else 0.0
     drawn = float(getattr(load_settings("reward_model", case.reward_folder), "initializer_range", 0.0) or 0.0)
     said = f"{said}; head of {weight.numel()} weights, sd {spread:.3g}"
-    error = 4 * drawn / math.sqrt(2 * max(1, weight.numel()))
-    if case.reward.sd is None and drawn and abs(spread - drawn) < error:
+    if case.reward.sd is None and as_drawn(weight, found.bias, drawn):
         said = f"{said}, as a new one is drawn (initializer_range {drawn:g})"
         if case.labelled:  # the order of its scores will tell
             return ok(said)
         return warn(said, "Make sure that it was trained: give labelled texts with --labels, and its order will tell.")
     return ok(said)
+
+
+def head_of(model: Any) -> nn.Linear | None:
+    """Return the layer that gives the score: the last linear one in the head, or None where none is found."""
+    heads = [module for name, module in model.named_modules() if name.split(".")[-1] in HEADS]
+    layers = [layer for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)]
+    return layers[-1] if layers else None
+
+
+def as_drawn(weight: Tensor, bias: Tensor | None, sd: float) -> bool:
+    """Whether `weight` looks like a draw of N(0, sd²) beside a bias of zeros, as a head that never learned.
+
+    Mean, standard deviation and mean |w| are each within 2.5 standard errors of what the normal distribution has;
+    training moves all three, and any step moves a bias.
+    """
+    count = weight.numel()
+    if not sd or count < 2 or (bias is not None and bool(bias.any())):
+        return False
+    # of the mean: sd/√n; of the standard deviation: sd/√(2n); of the mean |w|: sd·√((1 − 2/π)/n)
+    mean, spread, size = float(weight.mean()), float(weight.std()), float(weight.abs().mean())
+    expected = ((mean, 0.0, 1.0), (spread, 1.0, 0.5), (size, math.sqrt(2 / math.pi), 1 - 2 / math.pi))
+    return all(abs(found - sd * value) <= 2.5 * sd * math.sqrt(variance / count) for found, value, variance in expected)
 
 
 def finite(case: Case) -> Said:

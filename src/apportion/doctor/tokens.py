@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from apportion.doctor.case import Case
-from apportion.doctor.findings import fail, ok, warn
+from apportion.doctor.findings import OK, fail, ok, together, warn
 from apportion.models.load import with_pad
+from apportion.models.own_tokenizer import beyond
 from apportion.models.policy import banned_ids
 
 Said = tuple[str, str, str]
@@ -35,7 +38,10 @@ def stop_tokens(case: Case) -> Said:
     if case.stops and eos not in case.stops:
         return (fail if stop == "eos" else warn)(said, mend)
     # a base model may well end with its EOS what the template would end otherwise
-    return ok(said) if ends in (None, eos) else warn(said, mend)
+    if ends in (None, eos):
+        return ok(said)
+    # where the model itself stops at the turn's end, it writes that, and not the tokenizer's EOS
+    return (fail if stop == "eos" and ends in case.stops else warn)(said, mend)
 
 
 def turn_end(case: Case) -> int | None:
@@ -80,12 +86,15 @@ def beginning(case: Case) -> Said:
 
 
 def prompt_ids(case: Case) -> Said:
-    """Prompts hold no padding and hardly any unknown token."""
+    """Prompts hold no padding and hardly any unknown token, and end with no EOS."""
     counted = Counter(i for row in case.rows for i in row)
     total = max(1, sum(counted.values()))
     pads = counted[case.tokenizer.pad_token_id]
     unknown = counted[case.tokenizer.unk_token_id] if case.tokenizer.unk_token_id is not None else 0
     said = f"{pads} pad and {unknown} unknown of {total} prompt tokens"
+    ended = ending(case)
+    if ended[0] != OK:
+        return together(ok(said), ended)
     if pads:
         return warn(said, f"The pad token stands in the texts. {RESERVED}")
     if unknown > 0.01 * total:
@@ -93,13 +102,36 @@ def prompt_ids(case: Case) -> Said:
     return ok(said)
 
 
+def ending(case: Case) -> Said:
+    """Say how many prompts that are text end with EOS: the policy would write after the end of a text."""
+    tokenizer, eos = case.tokenizer, case.tokenizer.eos_token_id
+    plain = [row for text, row in zip(case.texts, case.rows, strict=True) if isinstance(text, str)]
+    count = sum(list(row[-1:]) == [eos] and len(row) > 1 for row in plain) if eos is not None else 0
+    if not count:
+        return ok("")
+    said = f"{count} of {len(plain)} end with EOS {tokenizer.eos_token!r}"
+    if tokenizer("a")["input_ids"][-1:] == [eos]:
+        return fail(f"{said}, which the tokenizer writes", "Set add_eos_token false, and save the tokenizer again.")
+    return warn(said, "Take it out of those texts: the policy has learned that a text ends there.")
+
+
 def vocabulary(case: Case) -> Said:
-    """Every id of the policy's tokenizer and prompts has an embedding."""
+    """Every id of the prompts, and of padding, end and beginning of text, has an embedding."""
     rows = int(case.policy_settings.get_text_config().vocab_size)
-    words = case.tokenizer.get_vocab()
-    largest = max(max(words.values()), max((max(row) for row in case.rows if row), default=0))
-    said = f"{len(words)} tokens with ids up to {largest}, {rows} embeddings"
-    if largest >= rows:
-        mend = "Use the tokenizer that the policy was trained with, or `model.resize_token_embeddings` and train it."
-        return fail(said, mend)
-    return ok(said)
+    return embedded(case.tokenizer, rows, case.rows, "policy")
+
+
+def embedded(tokenizer: Any, count: int, rows: Iterable[Sequence[int]], named: str) -> Said:
+    """Say which ids lie beyond `count` embeddings: in `rows` or special ones, or tokens that nothing uses."""
+    words = tokenizer.get_vocab()
+    said = f"{len(words)} tokens with ids up to {max(words.values())}, {count} embeddings"
+    mend = f"Use the tokenizer that the {named} was trained with, or `model.resize_token_embeddings` and train it."
+    used = beyond(tokenizer, count, rows)
+    if used:
+        return fail(f"{said}; {len(used)} ids in use have none: {', '.join(map(str, used[:3]))}", mend)
+    spare = [i for i in words.values() if i >= count]
+    if not spare:
+        return ok(said)
+    said = f"{said}; {len(spare)} tokens have none, and none of them is used"
+    # an added token may stand for an image or be reserved; words of its own the model should know
+    return ok(said) if set(spare) <= set(tokenizer.added_tokens_decoder) else warn(said, mend)

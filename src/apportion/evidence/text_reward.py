@@ -32,16 +32,17 @@ def translate(reward: RewardModel, rollouts: Rollouts) -> Translation:
 
     Raises:
         ScoreError: a text is empty, too long for the model (nothing is cut off), or changed by the chat template; it
-            names the rollout. ModelError: as `read_as_text`.
+            names the rollout. ModelError: as `read_as_text` and `encode`.
     """
     assert reward.text is not None
     tokenizer, limit = reward.tokenizer, context_limit(reward.model, reward.tokenizer)
+    embeddings = reward.model.get_input_embeddings().num_embeddings
     prompts = _rows(rollouts.prompt_ids, rollouts.prompt_mask)
     responses = _rows(rollouts.response_ids, rollouts.valid)
     readings, encoded = [], []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         readings.append(read_as_text(tokenizer, reward.text, prompt, response, row=row))
-        encoded.append(encode(tokenizer, readings[-1]))
+        encoded.append(encode(tokenizer, readings[-1], embeddings))
         _check_length(row, len(encoded[-1].ids), limit)
     device = rollouts.mask.device
     ids, source = _padded(encoded)

@@ -132,8 +132,9 @@ def _check_templates(templates: Any) -> None:
 def with_pad(field: str, tokenizer: Any, pad_token: str | None) -> Any:
     """Return `tokenizer` with `pad_token` as its pad token, or with its own. Raises ModelError as `load_tokenizer`."""
     if pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
-            reserved = [str(t) for t in tokenizer.added_tokens_decoder.values()][:8]
+        if pad_token not in tokenizer.get_vocab():
+            ends = (tokenizer.eos_token, tokenizer.bos_token)
+            reserved = [str(t) for t in tokenizer.added_tokens_decoder.values() if str(t) not in ends][:8]
             mend = f"Choose a reserved token that never stands in text, such as one of {reserved}."
             raise ModelError(message("pad_token", pad_token, "a token of the tokenizer's vocabulary", mend))
         tokenizer.pad_token = pad_token

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -97,11 +97,14 @@ def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str)
         raise ModelError(message("reward_model's chat template", came, "turns that it can render", mend)) from error
 
 
-def encode(tokenizer: Any, reading: Reading) -> Encoded:
+def encode(tokenizer: Any, reading: Reading, embeddings: int | None = None) -> Encoded:
     """Return the reward model's tokens of a text, never cut off, with their spans in characters of that text.
 
     The offsets are the tokenizer's, which point into the text as it came, before any normalising. Some leave blanks
     out of them, and a token of blanks alone would be empty: it gets the characters since the token before it.
+
+    Raises:
+        ModelError: an id has none of the model's so many `embeddings`.
     """
     found = tokenizer(
         reading.text,
@@ -111,6 +114,8 @@ def encode(tokenizer: Any, reading: Reading) -> Encoded:
         padding=False,
         verbose=False,
     )
+    if embeddings is not None and max(found["input_ids"], default=0) >= embeddings:
+        raise _without_embedding("reward_model", tokenizer, max(found["input_ids"]), embeddings)
     spans, end = [], 0
     for first, last in found["offset_mapping"]:  # (0, 0) for the special tokens that the tokenizer adds
         spans.append((min(first, end), last) if first == last else (first, last))
@@ -127,7 +132,7 @@ def check_tokenizer(field: str, tokenizer: Any) -> None:
 
 
 def check_model(field: str, model: Any, tokenizer: Any) -> None:
-    """Raise ModelError for a model without an embedding for each token, or that reads no single position."""
+    """Raise ModelError for a model without embeddings for its special tokens, or that reads no single position."""
     check_embeddings(field, model, tokenizer)
     if getattr(model.config, "classifier_pooling", "cls") != "cls":
         came = f"classifier_pooling {model.config.classifier_pooling!r}"
@@ -135,13 +140,28 @@ def check_model(field: str, model: Any, tokenizer: Any) -> None:
         raise ModelError(message(field, came, "'cls'", mend))
 
 
-def check_embeddings(field: str, model: Any, tokenizer: Any) -> None:
-    """Raise ModelError for a model without an embedding for each token of `tokenizer`."""
-    rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        mend = "Use the tokenizer that it was trained with, or call `model.resize_token_embeddings` and train it."
-        came = f"a vocabulary with ids up to {largest}"
-        raise ModelError(message(f"{field}'s tokenizer", came, f"ids below the model's {rows} embeddings", mend))
+def check_embeddings(field: str, model: Any, tokenizer: Any, rows: Iterable[Sequence[int]] = ()) -> None:
+    """Raise ModelError for a model without an embedding for an id in `rows`, or for padding, EOS or BOS.
+
+    Tokens that nothing uses may lie beyond its embeddings: a tokenizer may name more than the model was made for.
+    """
+    count = model.get_input_embeddings().num_embeddings
+    lacking = beyond(tokenizer, count, rows)
+    if lacking:
+        raise _without_embedding(field, tokenizer, lacking[-1], count)
+
+
+def beyond(tokenizer: Any, count: int, rows: Iterable[Sequence[int]] = ()) -> list[int]:
+    """Return the ids in `rows`, and of padding, EOS and BOS, that `count` embeddings do not reach, in order."""
+    used = {i for row in rows for i in row if i >= count}
+    special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return sorted(used | {i for i in special if i is not None and i >= count})
+
+
+def _without_embedding(field: str, tokenizer: Any, token: int, count: int) -> ModelError:
+    came = f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+    mend = "Use the tokenizer that it was trained with, or call `model.resize_token_embeddings` and train it."
+    return ModelError(message(f"{field}'s tokenizer", came, f"ids below the model's {count} embeddings", mend))
 
 
 def context_limit(model: Any, tokenizer: Any) -> int:

@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from apportion import plain_yaml
 from apportion.config import LoraConfig, OptimConfig, RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, labelled
 from apportion.data.bad_rows import BadRows
-from apportion.doctor import Case, Check, Finding, examine, machine, method, policy, prompts, reward, tokens
+from apportion.doctor import Case, Check, Finding, examine, machine, method, policy, prompts, reading, reward, tokens
 from apportion.doctor.findings import FAIL, OK, WARN, ok, warn
-from apportion.errors import ConfigError, DataError, DiskError
-from apportion.models.load import load_settings, locate, read_tokenizer
+from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError, message
+from apportion.models.load import NO_CODE, load_settings, locate, read_tokenizer
 from apportion.stages.methods import build_method
 from apportion.stages.prompts import context_of, conversations, encoded, load_prompts
 from apportion.stages.records import comparisons
@@ -44,14 +46,27 @@ def open_policy(case: Case) -> Said:
 
 
 def generation_stops(case: Case) -> frozenset[int]:
-    """Return the ids at which the policy's generation settings, or else its own, end a text."""
+    """Return the ids at which the policy's generation settings, or else its own, end a text.
+
+    Raises:
+        ModelError: they cannot be read, or are no ids.
+    """
     from transformers import GenerationConfig
 
+    file, expected = "generation_config.json", "settings that transformers can read"
+    mend = "Mend it, or delete it where the model's config.json says how a text ends."
     try:
-        given = GenerationConfig.from_pretrained(case.policy_folder).eos_token_id
-    except OSError:  # a folder without generation_config.json
-        given = getattr(case.policy_settings.get_text_config(), "eos_token_id", None)
-    return frozenset([] if given is None else [given] if isinstance(given, int) else given)
+        given = GenerationConfig.from_pretrained(case.policy_folder, **NO_CODE).eos_token_id
+    except OSError:  # a folder without one
+        file, given = "config.json", getattr(case.policy_settings.get_text_config(), "eos_token_id", None)
+    except Exception as error:  # it checks each setting in its own way
+        came = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(message(f"{case.policy_folder}/{file}", came, expected, mend)) from error
+    ids = [] if given is None else given if isinstance(given, list | tuple) else [given]
+    if not all(type(one) is int for one in ids):
+        expected = "an id as eos_token_id, or a list of ids"
+        raise ModelError(message(f"{case.policy_folder}/{file}", given, expected, "Mend it there."))
+    return frozenset(ids)
 
 
 def open_reward(case: Case) -> Said:
@@ -68,19 +83,40 @@ def open_reward(case: Case) -> Said:
 
 
 def read_learned(case: Case) -> None:
-    """Put the data of the reward model's run folder into the case, where it lies in one and its data can be read."""
+    """Put the data of the reward model's run folder into the case, where it lies in one and its data can be read.
+
+    A stranger may have written that folder: nothing is fetched that it names, and what is wrong in it becomes a note.
+    """
     file = Path(case.reward_folder).parent / "config.yaml"
-    stored = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if not isinstance(stored, dict) or "clips" not in stored:  # of another stage, or no run of ours
+    if not (Path(case.reward_folder).is_dir() and file.is_file()):
         return
+    try:
+        stored = plain_yaml.load(file.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or "clips" not in stored:  # of another stage, or no run of ours
+            return
+        case.training, case.held_out = read_data(learned_from(stored))
+    except (ApportionError, yaml.YAMLError, OSError, ValueError, TypeError) as error:  # its data may have moved since
+        case.notes["reward_data"] = (str(error).splitlines() or [type(error).__name__])[0]
+    case.labelled = case.labelled or case.held_out
+
+
+def is_here(source: str) -> bool:
+    """Whether `source` is a file or folder of this machine; no device, which would have no end."""
+    path = os.path.expanduser(source)
+    return os.path.isfile(path) or os.path.isdir(path)
+
+
+def learned_from(stored: dict[str, Any]) -> RewardConfig:
+    """Return the settings of a reward model's run. Raises DataError for data that is not here, TypeError, ConfigError
+    for settings that cannot be."""
+    for name in ("data", "test_data"):
+        source = stored.get(name)
+        here = isinstance(source, str) and (source in BUILTIN_DATA or is_here(source))
+        if source is not None and not here:
+            raise DataError(message(name, source, "a file that is here, or a built-in name", "Nothing else is read."))
     sections: dict[str, Any] = {"lora": LoraConfig, "optim": OptimConfig}
     known = RewardConfig.__dataclass_fields__
-    given = {k: sections[k](**v) if k in sections else v for k, v in stored.items() if k in known}
-    try:
-        case.training, case.held_out = read_data(RewardConfig(**given))
-    except DataError as error:  # its data may have moved since: the check says so
-        case.notes["reward_data"] = str(error)
-    case.labelled = case.labelled or case.held_out
+    return RewardConfig(**{k: sections[k](**v) if k in sections else v for k, v in stored.items() if k in known})
 
 
 def open_prompts(case: Case) -> Said:
@@ -115,18 +151,18 @@ def check(name: str, ask: Callable[[Case], Said], *after: str, **more: Any) -> C
 
 
 CHECKS: tuple[Check, ...] = (
-    check("method", open_method, error=ConfigError),
+    check("method", open_method, error=ConfigError, opens=True),
     check("processor", machine.processor, error=ConfigError),
-    check("policy", open_policy),
-    check("reward model", open_reward),
+    check("policy", open_policy, opens=True),
+    check("reward model", open_reward, opens=True),
     check("pad token", tokens.pad_token, "policy"),
-    check("prompts", open_prompts, "policy", error=DataError),
+    check("prompts", open_prompts, "policy", error=DataError, opens=True),
     check("prompt tokens", tokens.prompt_ids, "prompts", "pad token", error=DataError),
     check("beginning of text", tokens.beginning, "prompts", error=DataError),
     check("chat template", prompts.chat_template, "prompts", error=DataError),
     check("end of text", tokens.stop_tokens, "policy", "pad token"),
     check("vocabulary", tokens.vocabulary, "prompts"),
-    check("reward tokenizer", reward.tokenizer, "reward model", "pad token", "prompts"),
+    check("reward tokenizer", reading.tokenizer, "reward model", "pad token", "prompts"),
     check("duplicates", prompts.duplicates, "prompts", error=DataError),
     check("evaluation prompts", prompts.evaluation, "prompts", error=DataError),
     check("reward data", prompts.reward_data, "reward model", "prompts", error=DataError),

@@ -36,10 +36,10 @@ def open_data(case: Case) -> Said:
 
 CHECKS: tuple[Check, ...] = (
     check("processor", machine.processor, error=ConfigError),
-    check("model", open_model),
+    check("model", open_model, opens=True),
     check("pad token", tokens.pad_token, "model"),
-    check("vocabulary", tokens.vocabulary, "model"),
-    check("labels", open_data, error=DataError),
+    check("labels", open_data, error=DataError, opens=True),
+    check("vocabulary", labels.vocabulary, "model", "labels"),
     check("repeated texts", labels.repeated, "labels", error=DataError),
     check("held-out texts", prompts.reward_data, "labels", error=DataError),
     check("clips", labels.clips, "labels", "model", error=ConfigError),

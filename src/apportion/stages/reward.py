@@ -23,6 +23,7 @@ from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.masters import to_float32, to_sixteen_bit, total_norm
+from apportion.models.own_tokenizer import check_embeddings
 from apportion.models.packed import packed
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
 from apportion.models.save import head_config, model_card, save_classifier
@@ -166,6 +167,7 @@ def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.devi
     lora = config.lora.rank > 0
     dtype = pick_dtype(config.dtype, device) if lora else torch.float32
     model: Any = load_classifier("model", folder, dtype, device, new_head=2)
+    check_embeddings("model", model, tokenizer, (clip.ids for clip in clips))
     model.config.update(head_config(tokenizer))
     quick_attention(model, device, config.clip_tokens[1])
     head = next(name for name, _ in model.named_children() if name in HEADS)

@@ -264,7 +264,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config)
-    check_embeddings("policy", policy.model, tokenizer)
+    check_embeddings("policy", policy.model, tokenizer, stream.rows)
     users = Users(config.guards.timeout)
     method = in_time(method, users)
     compared = comparisons(config.compare) if config.log_rollouts else {}
