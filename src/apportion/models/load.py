@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,13 +205,14 @@ def _merged_adapter(field: str, folder: str, dtype: torch.dtype) -> nn.Module:
     from peft import AutoPeftModelForCausalLM
 
     try:
-        adapted = AutoPeftModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **NO_CODE
-        )
+        with _said_once():
+            adapted = AutoPeftModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **NO_CODE
+            )
     except UNFIT as error:
         expected = "an adapter whose base model can be loaded"
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
-    return adapted.merge_and_unload().to(dtype)  # merged in float32: merging in bfloat16 differs by 6e-3
+    return _merged(field, folder, adapted).to(dtype)  # merged in float32: merging in bfloat16 differs by 6e-3
 
 
 def _merged_classifier(field: str, folder: str, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
@@ -218,12 +222,45 @@ def _merged_classifier(field: str, folder: str, **kwargs: Any) -> tuple[Any, dic
 
     model, info = _from_pretrained(field, AutoModelForSequenceClassification, base_of(folder), torch.float32, **kwargs)
     try:
-        adapted = PeftModel.from_pretrained(model, folder)
+        with _said_once():
+            adapted = PeftModel.from_pretrained(model, folder)
         stored = load_file(Path(folder) / ADAPTER)
     except UNFIT as error:
         raise ModelError(message(field, _said(folder, error), "an adapter that fits its base model", MEND)) from error
     missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
-    return adapted.merge_and_unload(), {"missing_keys": missing}
+    return _merged(field, folder, adapted), {"missing_keys": missing}
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Leave out peft's warning of weights that an adapter lacks, which `_merged` makes an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        yield
+
+
+def _merged(field: str, folder: str, adapted: Any) -> nn.Module:
+    """Return the model with its adapter merged into it.
+
+    Raises:
+        ModelError: weights of the adapter are not in its file, or are there and fit no layer (peft leaves both as they
+            are, with a warning at most), or it is of a kind that cannot be merged.
+    """
+    if not callable(getattr(adapted, "merge_and_unload", None)):
+        came = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
+        mend = "Merge it into its base model where it was made, and give that."
+        raise ModelError(message(field, came, "an adapter that can be merged, such as LoRA", mend))
+    try:
+        found = adapted.load_adapter(folder, "default", torch_device="cpu")  # again: only this says what did not fit
+        astray = sorted({*found.missing_keys, *found.unexpected_keys})
+        if not astray:
+            model: nn.Module = adapted.merge_and_unload()
+            return model
+    except UNFIT as error:
+        raise ModelError(message(field, _said(folder, error), "an adapter that fits its base model", MEND)) from error
+    came = f"{folder}, whose {ADAPTER} and layers differ in {len(astray)} weights: {', '.join(astray[:3])}"
+    mend = "It was saved under other names or for another model: save it again with `save_pretrained`."
+    raise ModelError(message(field, came, "an adapter that fits its base model", mend))
 
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
