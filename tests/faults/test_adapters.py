@@ -105,3 +105,34 @@ def test_an_adapter_that_cannot_be_merged_is_refused(world: Path, tmp_path: Path
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
     with pytest.raises(ModelError, match="expected an adapter that can be merged, such as LoRA"):
         load(kind, tmp_path / "adapter")
+
+
+def test_a_base_that_lacks_weights_is_refused_under_an_adapter(adapters: Path, world: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(world / "policy", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    folder = shutil.copytree(adapters / "policy", tmp_path / "adapter")
+    edited(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    with pytest.raises(ModelError, match=r"without \['model\.norm\.weight'\]"):
+        load("policy", folder)
+
+
+def test_no_class_that_an_adapter_names_is_made(adapters: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapters / "policy", tmp_path / "adapter")
+    named = {"base_model_class": "AutoTokenizer", "parent_library": "transformers"}
+    edited(folder / "adapter_config.json", task_type=None, auto_mapping=named)
+    assert type(load("policy", folder)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_tokens_come_with_their_embeddings(world: Path, tmp_path: Path, kind: str) -> None:
+    model = KINDS[kind][0].from_pretrained(world / kind)
+    rows = model.get_input_embeddings().num_embeddings + 2
+    model.resize_token_embeddings(rows)
+    task = {"task_type": "CAUSAL_LM"} if kind == "policy" else {"modules_to_save": ["score"]}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **task)).eval()
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    new = torch.tensor([[50, rows - 1, 70]])
+    with torch.no_grad():
+        torch.testing.assert_close(load(kind, tmp_path / "adapter")(new).logits, adapted(new).logits)
