@@ -196,6 +196,7 @@ CASES = (
     _model("pickled-base", "policy: got", "pickled-base (", "an adapter whose base model can be loaded"),
     _model("pickled-adapter", "weights in safetensors", early=True),
     _model("adapter-garbage", "policy: got"),
+    _model("adapter-renamed", "policy: got", "differ in 8 weights", "an adapter that fits its base model"),
     _model("statistics-nan", "reward.json: got", "not finite", '{"mean": number', flag="reward_model"),
     # tokenizers
     _model("tokenizer-garbage", "policy: got", "a folder or hub id with a tokenizer", kind="tokenizers"),

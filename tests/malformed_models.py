@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 PLANTED = "import pathlib\npathlib.Path('planted-code-ran').write_text('')\n"  # what no loading may ever run
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 
 
 def save_malformed(folder: Path) -> Path:
@@ -108,13 +109,19 @@ def damaged_adapters(folder: Path) -> None:
         (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
         save_file(
             {"x": torch.zeros(1)},
-            adapter / ("other.safetensors" if name == "pickled-adapter" else "adapter_model.safetensors"),
+            adapter / ("other.safetensors" if name == "pickled-adapter" else ADAPTER),
         )
     torch.save({"x": torch.zeros(1)}, folder / "pickled-adapter" / "adapter_model.bin")
+    renamed = folder / "adapter-renamed"  # sound, but for the names of its layers: peft leaves it out with a warning
+    tiny.tokenizer().save_pretrained(renamed)
+    base = str(tiny.save_policy(folder / "adapted"))
+    (renamed / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+    names = [f"base_model.model.layers.{i}.self_attn.q_proj.lora_{k}.weight" for i in range(2) for k in "AB"]
+    save_file({name: torch.ones((2, 32) if "A" in name else (32, 2)) for name in names}, renamed / ADAPTER)
     garbage = folder / "adapter-garbage"
     tiny.tokenizer().save_pretrained(garbage)
     (garbage / "adapter_config.json").write_text("{")
-    save_file({"x": torch.zeros(1)}, garbage / "adapter_model.safetensors")
+    save_file({"x": torch.zeros(1)}, garbage / ADAPTER)
 
 
 def damaged_tokenizers(folder: Path) -> None:

@@ -18,12 +18,19 @@ DEEPEST = 50  # values inside one another
 class _Loader(yaml.SafeLoader):
     """YAML that reads 5e-4 as a number, as jsonargparse does; YAML 1.1 takes it for a word."""
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number that can be shown: 0xfff… may have more digits than Python writes."""
+        value: int = super().construct_yaml_int(node)
+        str(value)  # ValueError
+        return value
+
 
 class _Dumper(yaml.SafeDumper):
     """Writes what `_Loader` reads back as the same: the text "5e-4" in quotes."""
 
 
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 

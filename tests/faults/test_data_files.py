@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -100,6 +101,37 @@ def test_a_folder_without_tables_or_with_a_strange_file_is_refused(tmp_path: Pat
 def test_a_hub_dataset_that_cannot_be_reached_is_one_error() -> None:
     # The tests run with the hub switched off, so this is what a machine without a network sees.
     assert_refused("nobody/no-such-dataset-here", "nobody/no-such-dataset-here", "or give a local file")
+
+
+@pytest.mark.parametrize("name", ["text", "csv", "json", "parquet", "imagefolder", "arrow"])
+def test_a_format_of_the_hubs_is_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Given one, `datasets` reads every file of that kind in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.csv").write_text("text\nsecret\n")
+    assert_refused(name, f"'{name}', a name of file formats on the hub", "Check the path.")
+    (tmp_path / f"{name}s").write_text("text\nx\n")
+    assert_refused(name, f"Did you mean '{name}s'?")
+    (tmp_path / f"{name}s").rename(tmp_path / name)
+    assert_refused(name, "ends in .csv")
+
+
+def test_a_row_of_the_hub_that_cannot_be_decoded_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a"], "sound": [{"bytes": b"none", "path": None}]})
+    rows = rows.cast_column("sound", datasets.Audio())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert_refused("owner/sounds", "'owner/sounds': ", "Error: ", "or give a local file")
+
+
+def test_tables_in_folders_inside_a_folder_are_not_passed_over(tmp_path: Path) -> None:
+    for name in ("a.csv", "more/images/b.csv", ".git/c.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text\nx\n")
+    (tmp_path / "LICENSE").write_text("free")
+    assert_refused(tmp_path, "with a.csv and, in a folder of its own, more/images/b.csv", "into one folder")
+    (tmp_path / "more" / "images" / "b.csv").rename(tmp_path / "more" / "images" / "b.png")
+    assert len(read_rows(str(tmp_path), ["text"], field="reward.data")) == 1
+    (tmp_path / "reviews").write_text("text\nx\n")
+    assert_refused(tmp_path, "reviews", "ends in .csv")
 
 
 @pytest.mark.parametrize("label", ["2", "good", "true", "-1", "1.0"])

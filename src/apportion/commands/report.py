@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from apportion.errors import ConfigError, message, unknown_name
+from apportion.paths import local_path
 
 HELP = """usage: apportion report RUN [RUN ...] [--output PAGE.html]
 
@@ -40,11 +41,11 @@ def _parse(arguments: list[str]) -> tuple[list[Path], Path]:
         if name == "--output":
             if not equals and not rest:
                 raise ConfigError(message("--output", "nothing", "a file name", "Write --output page.html."))
-            output = Path(value if equals else rest.pop(0)).expanduser()
+            output = local_path(value if equals else rest.pop(0), "--output", ConfigError)
         elif word.startswith("-"):
             raise ConfigError(unknown_name("flag", word, ["--output", "--help"]))
         else:
-            runs.append(Path(word).expanduser())
+            runs.append(local_path(word, "RUN", ConfigError))
     if not runs:
         mend = "Name one, for example `apportion report runs/rl`."
         raise ConfigError(message("RUN", "nothing", "at least one run folder", mend))

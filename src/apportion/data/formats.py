@@ -204,7 +204,7 @@ def _parse(text: str, path: Path, line: int, field: str, deepest: int = DEEPEST)
     try:
         value = _DECODER.decode(text)
         # only a row with many brackets can be deep
-        deep = text.count("[") + text.count("{") > deepest and _depth(value) > deepest
+        deep = text.count("[") + text.count("{") > deepest and depth(value) > deepest
     except json.JSONDecodeError as error:
         where = f"{path}, line {max(line, 1) + error.lineno - 1}, column {error.colno}"
         raise DataError(message(field, f"{where}: {error.msg}", "valid JSON", mend)) from error
@@ -236,13 +236,13 @@ def _finite(text: str) -> float:
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
 
 
-def _depth(value: Any) -> int:
+def depth(value: Any) -> int:
     """Return how many lists and objects lie inside one another at the most, without recursion."""
-    depth, layer = 0, [value]
+    found, layer = 0, [value]
     while layer := [item for item in layer if isinstance(item, (list, dict))]:
-        depth += 1
+        found += 1
         layer = [inner for item in layer for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
+    return found
 
 
 def _object(value: Any, where: str, field: str) -> Row:

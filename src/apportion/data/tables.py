@@ -16,7 +16,8 @@ from apportion.paths import local_path
 
 T = TypeVar("T")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_BESIDE_DATA = {"", ".md", ".yaml", ".yml"}  # what a dataset folder holds beside its tables: cards, licences
+_BESIDE_DATA = {".md", ".yaml", ".yml"}  # what a dataset folder holds beside its tables: cards, licences
+_CARDS = {"authors", "changelog", "citation", "copying", "licence", "license", "notice", "readme"}  # the same, bare
 
 
 def iter_rows(source: str, columns: Sequence[str] = (), *, field: str, bad: BadRows | None = None) -> Iterator[Row]:
@@ -141,15 +142,29 @@ def _tables_in(folder: Path, field: str) -> list[Path]:
     except OSError as error:
         mend = "Check its permissions."
         raise DataError(message(field, f"{folder}: {error.strerror}", "a readable folder", mend)) from error
-    files = [f for f in inside if not f.is_dir() and not f.name.startswith(".")]
-    files = [f for f in files if f.suffix.lower() not in _BESIDE_DATA]
+    seen = [f for f in inside if not f.name.startswith(".")]
+    files = [f for f in seen if not f.is_dir() and not _is_card(f)]
     for file in files:
         _check_reader(file, field)
+    deeper = next((table for f in seen if f.is_dir() for table in _tables_under(f)), None)
+    if files and deeper is not None:
+        came = f"{folder} with {files[0].name} and, in a folder of its own, {deeper.relative_to(folder)}"
+        mend = "Put the tables into one folder, or give one of the folders or files."
+        raise DataError(message(field, came, "tables that lie in one folder", mend))
     if not files:
         names = ", ".join(f.name for f in inside[:8]) or "nothing"
         mend = "Give the folder in which the files themselves lie."
         raise DataError(message(field, f"{folder} with {names}", "a folder with " + ", ".join(READERS), mend))
     return files
+
+
+def _is_card(file: Path) -> bool:
+    return file.suffix.lower() in _BESIDE_DATA or file.name.lower() in _CARDS
+
+
+def _tables_under(folder: Path) -> Iterator[Path]:
+    for place, _, names in os.walk(folder):
+        yield from (Path(place, name) for name in sorted(names) if Path(name).suffix.lower() in READERS)
 
 
 def _near_files(path: Path) -> str:
@@ -166,13 +181,15 @@ def _near_files(path: Path) -> str:
 
 
 def _hub(source: str, field: str) -> Items:
-    from datasets import load_dataset  # heavy, and only a hub id needs it
+    from datasets import load_dataset, packaged_modules  # heavy, and only a hub id needs it
 
-    try:
-        rows = load_dataset(source, split="train")
+    if source in packaged_modules._PACKAGED_DATASETS_MODULES:  # `text` would read every file of the working folder
+        came, mend = f"{source!r}, a name of file formats on the hub", _near_files(Path(source))
+        raise DataError(message(field, came, "a file, folder or hub dataset that exists", mend))
+    try:  # around the rows too: an image is decoded, with libraries that may be absent, when its row is read
+        for number, row in enumerate(load_dataset(source, split="train"), 1):
+            yield Row(row, f"{source}, row {number}")
     except Exception as error:  # the hub client raises errors of a dozen libraries; each ends as one DataError
         came = f"{source!r}: {type(error).__name__}: {str(error).strip()[:300]}"
         mend = "Check the name and the network, or give a local file."
         raise DataError(message(field, came, "a file or folder, or a hub dataset with a train split", mend)) from error
-    for number, row in enumerate(rows, 1):
-        yield Row(row, f"{source}, row {number}")

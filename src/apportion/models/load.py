@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +177,15 @@ def base_of(folder: str) -> str:
     """
     if not _is_adapter(folder):
         return folder
-    base = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = _adapter_settings(folder).get("base_model_name_or_path")
     if not base:
         raise ValueError("its adapter_config.json names no base model")
     return str(base)
+
+
+def _adapter_settings(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _said(folder: str, error: Exception) -> str:
@@ -194,57 +202,89 @@ def load_causal(field: str, folder: str, dtype: torch.dtype, device: torch.devic
     from transformers import AutoModelForCausalLM
 
     if _is_adapter(folder):
-        return own_memory(_merged_adapter(field, folder, dtype).to(device).eval())
-    model, info = _from_pretrained(field, AutoModelForCausalLM, folder, dtype)
+        model, info = _adapted(field, folder, AutoModelForCausalLM)
+        model = model.to(dtype)  # merged in float32: merging in bfloat16 differs by 6e-3
+    else:
+        model, info = _from_pretrained(field, AutoModelForCausalLM, folder, dtype)
     _refuse_missing(field, folder, info)
     return own_memory(model.to(device).eval())
 
 
-def _merged_adapter(field: str, folder: str, dtype: torch.dtype) -> nn.Module:
-    from peft import AutoPeftModelForCausalLM
-
-    try:
-        adapted = AutoPeftModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, **NO_CODE
-        )
-    except UNFIT as error:
-        expected = "an adapter whose base model can be loaded"
-        raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
-    return adapted.merge_and_unload().to(dtype)  # merged in float32: merging in bfloat16 differs by 6e-3
-
-
-def _merged_classifier(field: str, folder: str, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
-    """Return (float32 classifier with the adapter in `folder` merged, {"missing_keys": stored in neither of both})."""
+def _adapted(field: str, folder: str, auto: Any, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
+    """Return (float32 model with the adapter in `folder` merged, {"missing_keys": stored in neither of both})."""
     from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
 
-    model, info = _from_pretrained(field, AutoModelForSequenceClassification, base_of(folder), torch.float32, **kwargs)
+    # not peft's own Auto classes: they make an object of any class of transformers that the adapter's settings name
+    model, info = _from_pretrained(field, auto, folder, torch.float32, **kwargs)
     try:
-        adapted = PeftModel.from_pretrained(model, folder)
         stored = load_file(Path(folder) / ADAPTER)
+        _widen(model, stored)
+        with _said_once():
+            adapted = PeftModel.from_pretrained(model, folder)
     except UNFIT as error:
         raise ModelError(message(field, _said(folder, error), "an adapter that fits its base model", MEND)) from error
     missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
-    return adapted.merge_and_unload(), {"missing_keys": missing}
+    return _merged(field, folder, adapted), {"missing_keys": missing}
+
+
+def _widen(model: Any, stored: Mapping[str, torch.Tensor]) -> None:
+    """Give `model` the vocabulary of an adapter that brings embeddings of its own, for tokens that were added."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    given = [stored.get(f"base_model.model.{name}.{end}") for end in ("weight", "base_layer.weight")]
+    rows = next((len(weight) for weight in given if weight is not None), embeddings.num_embeddings)
+    if rows != embeddings.num_embeddings:
+        model.resize_token_embeddings(rows)
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Leave out peft's warning of weights that an adapter lacks, which `_merged` makes an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        yield
+
+
+def _merged(field: str, folder: str, adapted: Any) -> nn.Module:
+    """Return the model with its adapter merged into it.
+
+    Raises:
+        ModelError: weights of the adapter are not in its file, or are there and fit no layer (peft leaves both as they
+            are, with a warning at most), or it is of a kind that cannot be merged.
+    """
+    if not callable(getattr(adapted, "merge_and_unload", None)):
+        came = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
+        mend = "Merge it into its base model where it was made, and give that."
+        raise ModelError(message(field, came, "an adapter that can be merged, such as LoRA", mend))
+    try:
+        found = adapted.load_adapter(folder, "default", torch_device="cpu")  # again: only this says what did not fit
+        astray = sorted({*found.missing_keys, *found.unexpected_keys})
+        if not astray:
+            model: nn.Module = adapted.merge_and_unload()
+            return model
+    except UNFIT as error:
+        raise ModelError(message(field, _said(folder, error), "an adapter that fits its base model", MEND)) from error
+    came = f"{folder}, whose {ADAPTER} and layers differ in {len(astray)} weights: {', '.join(astray[:3])}"
+    mend = "It was saved under other names or for another model: save it again with `save_pretrained`."
+    raise ModelError(message(field, came, "an adapter that fits its base model", mend))
 
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
-    loading: dict[str, Any] = {
-        "dtype": dtype,
-        "use_safetensors": True,
-        "output_loading_info": True,
-        **NO_CODE,
-        **kwargs,
-    }
+    """Return (the model in `folder`, or the base of the adapter in it, what of it was missing)."""
+    expected = f"weights that {auto.__name__} can load"
     try:
+        loading: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **NO_CODE}
+        if _is_adapter(folder):
+            expected = "an adapter whose base model can be loaded"
+            loading["revision"] = _adapter_settings(folder).get("revision")
+        base, loading = base_of(folder), loading | kwargs
         try:
-            return auto.from_pretrained(folder, attn_implementation="sdpa", **loading)
+            return auto.from_pretrained(base, attn_implementation="sdpa", **loading)
         except ValueError as error:
             if NO_SDPA not in str(error):
                 raise
-            return auto.from_pretrained(folder, attn_implementation="eager", **loading)  # such as DeBERTa
+            return auto.from_pretrained(base, attn_implementation="eager", **loading)  # such as DeBERTa
     except UNFIT as error:
-        expected = f"weights that {auto.__name__} can load"
         raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
 
 
@@ -285,7 +325,7 @@ def load_classifier(
         mend = "Use a reward model (1 label) or a binary classifier (2 labels)."
         raise ModelError(message(field, f"{folder} with {labels} labels", "1 or 2 labels", mend))
     if _is_adapter(folder):
-        model, info = _merged_classifier(field, folder, **kwargs)
+        model, info = _adapted(field, folder, AutoModelForSequenceClassification, **kwargs)
         model = model.to(dtype)
     else:
         model, info = _from_pretrained(field, AutoModelForSequenceClassification, folder, dtype, **kwargs)

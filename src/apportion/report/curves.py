@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ def _trace(run: int, metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str
     # The last point stays whatever the stride, so that curves end where the run did.
     kept = sorted({*range(0, len(raw), stride), len(raw) - 1})
     trace: dict[str, Any] = {"run": run, "x": [points[i][0] for i in kept], "y": [_short(raw[i]) for i in kept]}
-    if smooth:
+    if smooth and all(map(math.isfinite, smooth)):  # sums of finite numbers need not be
         trace["smooth"] = [_short(smooth[i]) for i in kept]
     return trace
 

@@ -34,7 +34,7 @@ PROSE = (
 
 def widest(runs: Sequence[RunData]) -> int:
     """Return the largest number of methods that a diagnosis among `runs` compares."""
-    return max((len(run.diagnosis.get("methods") or {}) for run in runs), default=0)
+    return max((len(run.diagnosis.get("methods", {})) for run in runs), default=0)
 
 
 def diagnosis_html(runs: Sequence[RunData]) -> str:

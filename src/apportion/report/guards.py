@@ -59,7 +59,7 @@ def _skipped(run: RunData) -> str:
     found = fired(run.metrics, f"{PREFIX}skipped_updates")
     if not found:
         return ""
-    count, steps = int(sum(value for _, value in found)), spans([step for step, _ in found])
+    count, steps = f"{sum(value for _, value in found):.0f}", spans([step for step, _ in found])
     text = f"{count} updates were skipped, because their loss or gradient was not finite: steps {steps}."
     return f'<div class="prose"><p>{escape(text)}</p></div>'
 

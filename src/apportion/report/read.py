@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 import yaml
 
 from apportion import plain_yaml
+from apportion.data.formats import DEEPEST, depth
 from apportion.errors import DataError, message
+from apportion.paths import link_outside, local_path
+from apportion.report.numbers import finite
 
 HOLDS = (
     "a run folder with metrics.jsonl, evaluation.json or diagnosis.json "
@@ -59,18 +63,30 @@ def read_run(path: Path) -> RunData:
     """Return what the run folder at `path` says.
 
     Raises:
-        DataError: `path` is not a folder, or holds no metrics, evaluation or diagnosis.
+        DataError: `path` is not a folder, holds no metrics, evaluation or diagnosis, cannot be read, or has a link out
+            of it in it: whatever that leads to would stand in the page.
     """
-    path = Path(path)
+    path = local_path(str(path), "run", DataError)
+    try:
+        return _read(path)
+    except OSError as error:
+        came, mend = f"{error.filename or path} ({error.strerror})", "Check the disk and the permissions."
+        raise DataError(message("run", came, "a run folder that can be read", mend)) from error
+
+
+def _read(path: Path) -> RunData:
     if not path.is_dir():
         came = f"{path} ({'a file' if path.exists() else 'nothing there'})"
         raise DataError(message("run", came, HOLDS, "Give the folder that a stage wrote, for example runs/rl."))
+    if link := link_outside(path):
+        mend = "Remove it; the run folder itself may be a link."
+        raise DataError(message("run", f"{link}, a link to {os.readlink(link)}", "a run folder without", mend))
     notes: list[str] = []
     metrics = _lines(path / "metrics.jsonl", notes)
     evaluation = _mapping(path / "evaluation.json", notes)
-    diagnosis = _mapping(path / "diagnosis.json", notes)
+    diagnosis = _diagnosis(path / "diagnosis.json", notes)
     rollouts = _lines(path / "rollouts.jsonl", notes)
-    stopped, left = _stopped(path / "stopped", {row.get("step") for row in rollouts}, notes)
+    stopped, left = _stopped(path / "stopped", {finite(row.get("step")) for row in rollouts}, notes)
     if not metrics and not evaluation and not diagnosis and not stopped:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
         raise DataError(message("run", f"{path} ({found})", HOLDS, _mend(notes)))
@@ -103,7 +119,7 @@ def _stopped(
         rows = _lines(place / "rollouts.jsonl", notes)
         error = (_text(place / "error.txt", notes) or "").strip()
         found.append({"name": f"stopped/{place.name}", "error": error, "rollouts": len(rows)})
-        left += [row for row in rows if "credit" in row and row.get("step") not in logged]
+        left += [row for row in rows if "credit" in row and finite(row.get("step")) not in logged]
     return tuple(found), left
 
 
@@ -135,7 +151,7 @@ def _lines(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], ...]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _json(line)
         except (ValueError, RecursionError):
             why = "the last line is cut off" if i == last else "not valid JSON"
             notes.append(f"{path.name}: line {i + 1} skipped ({why}).")
@@ -152,7 +168,7 @@ def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        value = json.loads(text)
+        value = _json(text)
     except (ValueError, RecursionError) as error:
         notes.append(f"{path.name}: not valid JSON ({error}); left out.")
         return {}
@@ -160,6 +176,24 @@ def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return value
     notes.append(f"{path.name}: a {type(value).__name__}, not an object; left out.")
     return {}
+
+
+def _json(text: str) -> Any:
+    """Return the value of `text`. Raises ValueError or RecursionError for what is no JSON, or deeper than DEEPEST."""
+    value = json.loads(text)
+    if text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST:
+        raise ValueError(f"nested more than {DEEPEST} deep")
+    return value
+
+
+def _diagnosis(path: Path, notes: list[str]) -> Mapping[str, Any]:
+    """Return what a diagnosis says; of its methods, those of which it says anything."""
+    found = _mapping(path, notes)
+    methods = found.get("methods", {})
+    told = {name: said for name, said in methods.items() if isinstance(said, dict)} if isinstance(methods, dict) else {}
+    if not isinstance(methods, dict) or len(told) < len(methods):
+        notes.append(f"{path.name}: methods that are no objects; left out.")
+    return {**found, "methods": told} if found else found
 
 
 def _config(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str]:

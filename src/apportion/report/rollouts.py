@@ -71,7 +71,7 @@ def _packed(row: Mapping[str, Any]) -> dict[str, Any]:
         methods=methods if isinstance(methods, Mapping) else {},
         score=row.get("score"),
         row=int(finite(row.get("row")) or 0),
-        ended=row.get("ended"),
+        ended=row.get("ended") is not False,
     )
 
 

@@ -50,7 +50,7 @@ def _block(key: Key, runs: Sequence[RunData], tables: Sequence[Mapping[Key, Mapp
     seen: set[tuple[str, object, object]] = set()
     for i, run, row in found:
         text = str(row.get("before") or "")
-        start = (text, row.get("reward_before"), row.get("judge_before"))
+        start = (text, finite(row.get("reward_before")), finite(row.get("judge_before")))
         # Runs that start from one policy share their text before training: it is shown once.
         if start in seen:
             continue
