@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apportion import parallel
+from apportion import parallel, stderr
 from apportion.data import BadRows
 from apportion.runs import explained
 
@@ -48,6 +48,4 @@ def leaving_out(folder: Path, wanted: bool, name: str = NAME) -> Iterator[BadRow
 
 
 def _say(line: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+    stderr.write(f"{line}\n")
