@@ -13,8 +13,10 @@ import sys
 import traceback
 from typing import Any
 
-LIGHT = ("torch", "yaml", "jsonargparse", "rich.progress", "apportion.cli", "apportion.commands.rl")
-HEAVY = (*LIGHT, "peft", "transformers.models.llama.modeling_llama", "apportion.stages.rl", "apportion.stages.evaluate")
+# no model library among them; runs call `torch.use_deterministic_algorithms`, which takes a second to import _inductor
+STAGES = ("torch._inductor", "apportion.stages.rl", "apportion.stages.reward", "apportion.stages.evaluate")
+LIGHT = ("torch", "yaml", "jsonargparse", "rich.progress", "apportion.cli", "apportion.commands.rl", *STAGES)
+HEAVY = (*LIGHT, "peft", "transformers.models.llama.modeling_llama")
 MODEL_LIBRARIES = ("transformers", "peft", "trl", "accelerate", "datasets")
 
 
