@@ -335,7 +335,7 @@ class DemoConfig:
     """
 
     output: str = "runs/demo"
-    steps: int = 36
+    steps: int = 30
     credit: Spec = "attention"
     clips: int = 8000
     count: int = 128
