@@ -22,7 +22,7 @@ def ratio(*, most: float = 0.5, least: float = 0.1, rise: float = 10.0, limited:
             return f"{cut} {tracks[cut].value:.3g}: the share of tokens whose ratio is beyond e^±20"
         if kl.value > most:
             return f"{key} {kl.value:.3g} nats a token in one batch"
-        if kl.start is not None and kl.recent > max(least, rise * kl.start):
+        if kl.risen(least, rise):
             return f"{key} {kl.recent:.3g} nats a token, {share(kl.recent, kl.start)}"
         return None
 

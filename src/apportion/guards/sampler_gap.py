@@ -20,7 +20,7 @@ def sampler_gap(*, least: float = 0.1, rise: float = 5.0, most: float = 0.3) -> 
         gap = tracks[key]
         if gap.recent > most:
             return f"{key} {gap.recent:.3g} nats a token"
-        if gap.start is not None and gap.recent > max(least, rise * gap.start):
+        if gap.risen(least, rise):
             return f"{key} {gap.recent:.3g} nats a token, {share(gap.recent, gap.start)}"
         return None
 

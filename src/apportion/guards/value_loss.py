@@ -18,7 +18,7 @@ def value_loss(*, rise: float = 10.0, least: float = 0.01) -> Watch:
 
     def judge(tracks: Mapping[str, Track]) -> str | None:
         found = tracks[key]
-        if found.start is None or found.recent <= max(least, rise * found.start):
+        if not found.risen(least, rise):
             return None
         std = max(tracks[spread].recent, tracks[spread].value) if spread in tracks else 0.0
         if found.recent <= rise * std**2 / 2:

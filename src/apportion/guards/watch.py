@@ -26,6 +26,10 @@ class Track(NamedTuple):
     before: float | None = None
     start: float | None = None
 
+    def risen(self, least: float, times: float) -> bool:
+        """Return whether the running mean is above both `least` and `times` the start; False while there is none."""
+        return self.start is not None and self.recent > max(least, times * self.start)
+
 
 class Watch(NamedTuple):
     """One watch.
@@ -106,8 +110,9 @@ def _episode(stored: Tensor, fires: bool) -> tuple[bool, Tensor]:
     return begins, torch.tensor([on, quiet, count + begins], dtype=torch.float64)
 
 
-def share(part: float, whole: float) -> str:
-    """Return "12% of the run's start (3.28)", or "9.1 times …" from twice on."""
+def share(part: float, whole: float | None) -> str:
+    """Return "12% of the run's start (3.28)", or "9.1 times …" from twice on; `whole` is a start that is known."""
+    assert whole is not None
     ratio = part / whole if whole else float("inf")
     size = f"{100 * ratio:.3g}% of" if ratio < 2 else f"{ratio:.3g} times"
     return f"{size} the run's start ({whole:.3g})"
