@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -138,27 +138,35 @@ def learn(
     if config.ppo.whiten_rewards:
         rewards = whiten(rewards, rollouts.mask, keep_mean=True)
     with guards.keeping(step, replace(rollouts, ended=ended)) as scene:
-        return learn_from(learner, rollouts, ended, rewards, segments, config, scene)
+        return learn_from(learner, Apportioned(rollouts, ended, rewards, segments), config, scene)
+
+
+class Apportioned(NamedTuple):
+    """A whole batch with its scores apportioned.
+
+    Attributes:
+        rollouts: settled by `settle_truncated`. ended: (B,) bool, which ended before that; None where it is not known.
+        rewards: (B,T) float32. segments: (B,T) ids from 0, -1 off the mask.
+    """
+
+    rollouts: Rollouts
+    ended: torch.Tensor | None
+    rewards: torch.Tensor
+    segments: torch.Tensor
 
 
 def learn_from(
-    learner: Learner,
-    rollouts: Rollouts,
-    ended: torch.Tensor | None,
-    rewards: torch.Tensor,
-    segments: torch.Tensor,
-    config: RLConfig,
-    scene: Scene,
+    learner: Learner, batch: Apportioned, config: RLConfig, scene: Scene
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Learn from the whole batch with its rewards (B,T) and segments (B,T); return what `learn` does.
+    """Learn from the whole batch and return what `learn` does.
 
     Args:
-        rollouts, ended: settled by `settle_truncated`, and which ended before that.
         scene: told what becomes known of the batch, should the run stop in it.
     """
+    rollouts, ended, rewards, segments = batch
     method, ppo, guards, step = learner.method, config.ppo, learner.guards, scene.step
     scene.columns |= {"reward": rewards}
-    scene.later["credit"] = lambda batch: before_penalty(learner, batch)
+    scene.later["credit"] = lambda sampled: before_penalty(learner, sampled)
     with parallel.together():  # a method of the user's may fail in one process alone
         estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
         estimated = check_estimated(method.specs, estimated, rollouts.mask)
@@ -170,7 +178,7 @@ def learn_from(
         group["lr"] = learning_rate(config.optim, step - 1, config.steps)
     policy, chance = learner.models.policy, learner.generator
     first = FirstPass(*torch.zeros((2, *rollouts.mask.shape), device=policy.device)) if learner.once else None
-    scene.later["ratio"] = lambda batch: ratios(policy, batch, ppo.micro_batch, ppo.micro_tokens)
+    scene.later["ratio"] = lambda sampled: ratios(policy, sampled, ppo.micro_batch, ppo.micro_tokens)
     guards.skips.begin()
     metrics = update(
         policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance, first, guards.skips
@@ -182,22 +190,15 @@ def learn_from(
     scene.rollouts = rollouts
     with parallel.together():
         records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
-        metrics |= all_metrics(learner, rollouts, ended, rewards, segments, config)
+        metrics |= all_metrics(learner, batch._replace(rollouts=rollouts), config)
         metrics = drop_unknown(metrics, guards.skips.batch)
         check_metrics(step, metrics)
         return metrics | guards.look(step, metrics, len(rollouts), learner.tighten), records
 
 
-def all_metrics(
-    learner: Learner,
-    rollouts: Rollouts,
-    ended: torch.Tensor | None,
-    rewards: torch.Tensor,
-    segments: torch.Tensor,
-    config: RLConfig,
-) -> dict[str, float]:
-    """Return what there is to tell of a batch beside its update, and move the controllers; arguments as `learn_from`
-    has them."""
+def all_metrics(learner: Learner, batch: Apportioned, config: RLConfig) -> dict[str, float]:
+    """Return what there is to tell of a batch beside its update, and move the controllers."""
+    rollouts, ended, rewards, segments = batch
     method, metrics = learner.method, dict[str, float]()
     if hasattr(method.estimate, "stats"):
         metrics |= means(method.specs, "advantages", method.estimate.stats(rewards, segments, rollouts))
