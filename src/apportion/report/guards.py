@@ -52,7 +52,7 @@ def _watches(run: RunData) -> str:
     if not rows:
         return ""
     head = "<tr><th scope='col'>Watch</th><th scope='col'>Steps</th><th scope='col'>What it means</th></tr>"
-    return f'<div class="scroll"><table class="guards">{head}{"".join(rows)}</table></div>'
+    return f'<div class="scroll"><table class="words">{head}{"".join(rows)}</table></div>'
 
 
 def _skipped(run: RunData) -> str:
