@@ -5,9 +5,10 @@
 
 Sides: `default` (our defaults: adapters, a value head on the shared trunk), `full` (all weights, a separate value
 model, float32 masters and moments), `full16` (the same with optim.moments: bfloat16), `peer` (TRL 1.12.0's PPO, all
-weights in float32). Each run is a process of its own, as in `apportion bench speed`; the learning rate is each side's
-usual one unless --lr gives that of all weights. A batch's reward is the mean raw score of its rollouts, sampled before
-it is learned from. A seed gives both sides of a pair the same prompts. Intervals are over seeds: Student's t, 95%.
+weights in float32), `peer16` (the same with weights in bfloat16). Each run is a process of its own, as in `apportion
+bench speed`; the learning rate is each side's usual one unless --lr gives that of all weights. Choose it with seeds that
+are not reported: --first_seed 100. A batch's reward is the mean raw score of its rollouts, sampled before it is learned
+from. A seed gives all sides the same prompts. Intervals are over seeds: Student's t, 95%.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from apportion.data.convert import no_progress_bars
 from apportion.models.load import load_tokenizer, locate
 from apportion.models.reward import load_reward
 
-SIDES = {"default": ("default", []), "full": ("full", []), "full16": ("full", ["optim.moments=bfloat16"]), "peer": None}
+OURS = {"default": ("default", []), "full": ("full", []), "full16": ("full", ["optim.moments=bfloat16"])}
+THEIRS = {"peer16": "bfloat16", "peer": "float32"}
+SIDES = [*OURS, *THEIRS]
 PEER = PEERS["trl-ppo"]
 LAST = 5  # batches at the end whose mean is compared
 T95 = {
@@ -57,7 +60,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="apportion-curves-") as name:
         work = make_work(options, Path(name))
         found["curves"] = {side: [] for side in options.sides}
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for side in options.sides:
                 scores = curve(replace(work, seed=seed), side, options)
                 found["curves"][side].append(scores)
@@ -75,8 +78,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reward_model", required=True, help="a trained classifier with 1 or 2 labels: a folder")
     parser.add_argument("--model", default="smollm2", help="the policy's start: a built-in name or a folder")
     parser.add_argument("--prompts", default="imdb")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="the last is compared with")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--lr", type=float, default=PEER.lr, help="where all weights learn, ours and the peer's")
     parser.add_argument("--threads", type=int, default=cores.available().threads)
@@ -136,11 +140,12 @@ def one_label(folder: str, target: Path) -> Path:
 
 def curve(work: Work, side: str, options: argparse.Namespace) -> list[float]:
     """Return the mean raw score of each batch of one run."""
-    ours = SIDES[side]
-    if ours is None:
-        found = process(replace(work, role="peer"), PEER, installed(PEER), f"{side}-{work.seed}")
+    if side in THEIRS:
+        work, python = replace(work, role="peer", precision=THEIRS[side]), installed(PEER)
     else:
-        found = process(replace(work, ours=ours[0], overrides=ours[1]), PEER, Path(), f"{side}-{work.seed}")
+        ours, overrides = OURS[side]
+        work, python = replace(work, ours=ours, overrides=overrides), Path()
+    found = process(work, PEER, python, f"{side}-{work.seed}")
     return [batch["score"] for batch in found["batches"]]
 
 
