@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from measuring import SHAPES
 
+from apportion import cores
 from apportion.bench.machine import matmul_rate, read_bandwidth
 from apportion.cli import quiet_libraries
 from apportion.config import SamplingConfig
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
+    cores.keep_memory()  # as every command does
     if options.threads:
         torch.set_num_threads(options.threads)
     found = measure(build(options), options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-ROOM = 64  # columns that are added at least when the buffers are full
+ROOM = 32  # columns that are added at least when the buffers are full
 
 
 class Past(Protocol):
@@ -26,8 +26,8 @@ class Past(Protocol):
 class Buffers:
     """Keys and values of every layer in buffers (rows, heads, columns, size), one column a token of the batch.
 
-    Every row's tokens stand together and end at column `used`; the columns before them hold whatever was there, and
-    `seen` is False on them. Rows of a prompt that enters late stand at the same end as the others.
+    Every row's tokens stand together and end at column `used`; the columns before and behind them hold whatever was
+    there, or 0, and `seen` is False on them. Rows of a prompt that enters late stand at the same end as the others.
 
     Args:
         rows: most rows at a time.
@@ -73,7 +73,7 @@ class Buffers:
             if unseen >= max(1, min(ROOM, self.used // 4)):
                 self._move(everyone, unseen, 0)
             else:
-                self._widen(self.used + max(ROOM, self.used // 2))
+                self._widen(self.used + max(ROOM, self.used // 8))
         self.seen[: self.rows, self.used] = True
         self.used += 1
         return self.used - 1
@@ -84,7 +84,7 @@ class Buffers:
         return max(0, int(real.int().argmax()) - 1) if len(rows) else self.used
 
     def _allocate(self, read: Any, width: int) -> None:
-        columns = min(max(width, self.longest), width + 2 * ROOM)
+        columns = min(max(width, self.longest), width + ROOM)
         for layer in read.layers:
             shapes = [(self.most, t.shape[1], columns, t.shape[3]) for t in (layer.keys, layer.values)]
             keys, values = (torch.zeros(s, dtype=layer.keys.dtype, device=layer.keys.device) for s in shapes)

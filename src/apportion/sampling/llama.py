@@ -73,7 +73,7 @@ class LlamaWriter(Writer):
         cos, sin = self.trunk.rotary_emb(states[:, None], position_ids=positions[:, None])  # (n,1,size)
         half = sin.shape[-1] // 2
         turn = (cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1))
-        hidden = ~past.seen[: past.rows, : past.used]
+        hidden = ~past.seen[: past.rows]
         bias = torch.zeros(hidden.shape, dtype=past.layers[0][0].dtype, device=hidden.device)
         bias = bias.masked_fill_(hidden, -torch.inf)[:, None, None]  # (n,1,1,L)
         for layer, pair in zip(self.layers, past.layers, strict=True):
@@ -89,7 +89,7 @@ class LlamaWriter(Writer):
         heads = inputs.view(rows, -1, size)
         qk = heads[:, : self.heads + groups]
         qk = qk * turn[0] + qk.roll(size // 2, dims=-1) * turn[1]
-        keys, values = (buffer[:rows, :, :used] for buffer in pair)  # (n,G,L,D), views
+        keys, values = pair[0][:rows], pair[1][:rows]  # (n,G,L,D), all columns: a view of some is copied by products
         pair[0][:rows, :, used - 1] = qk[:, self.heads :]
         pair[1][:rows, :, used - 1] = heads[:, self.heads + groups :]
         return attend(qk[:, : self.heads].to(keys.dtype), keys, values, bias, self.scaling)
@@ -103,11 +103,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: f
     """
     rows, groups, _, size = keys.shape
     query = query.reshape(rows * groups, -1, size)
-    # keys times queries, not the other way: a CPU's products with a transposed large side take twice as long
-    scores = torch.bmm(keys.flatten(0, 1), query.transpose(1, 2)).transpose(1, 2).unflatten(0, (rows, groups))
-    # into memory in order, which softmax over the last axis needs to be quick; rounded as the model rounds
-    ordered = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
-    scores = torch.mul(scores, scaling, out=ordered).add_(bias)  # (n,G,H/G,L)
+    scores = torch.bmm(query, keys.flatten(0, 1).transpose(1, 2)).unflatten(0, (rows, groups))
+    scores = scores.mul_(scaling).add_(bias)  # (n,G,H/G,L), rounded as the model rounds
     weights = scores.softmax(dim=-1).flatten(0, 1)
     return torch.bmm(weights, values.flatten(0, 1)).view(rows, -1)
 
