@@ -6,9 +6,9 @@
 Sides: `default` (our defaults: adapters, a value head on the shared trunk), `full` (all weights, a separate value
 model, float32 masters and moments), `full16` (the same with optim.moments: bfloat16), `peer` (TRL 1.12.0's PPO, all
 weights in float32), `peer16` (the same with weights in bfloat16). Each run is a process of its own, as in `apportion
-bench speed`; the learning rate is each side's usual one unless --lr gives that of all weights. Choose it with seeds that
-are not reported: --first_seed 100. A batch's reward is the mean raw score of its rollouts, sampled before it is learned
-from. A seed gives all sides the same prompts. Intervals are over seeds: Student's t, 95%.
+bench speed`; the learning rate is each side's usual one unless --lr gives that of all weights, chosen with seeds that
+are not reported (--first_seed 100). A batch's reward is the mean raw score of its rollouts, sampled before it is
+learned from. A seed gives all sides the same prompts. Intervals are over seeds: Student's t, 95%.
 """
 
 from __future__ import annotations
