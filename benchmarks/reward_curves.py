@@ -3,17 +3,21 @@
     python benchmarks/reward_curves.py --reward_model runs/demo/reward/final            # 3 seeds, 20 batches, an hour
     python benchmarks/reward_curves.py --reward_model ... --sides default peer --batches 15
 
-Sides: `default` (our defaults: adapters, a value head on the shared trunk), `full` (all weights, a separate value
-model, float32 masters and moments), `full16` (the same with optim.moments: bfloat16), `peer` (TRL 1.12.0's PPO, all
-weights in float32), `peer16` (the same with weights in bfloat16). Each run is a process of its own, as in `apportion
-bench speed`; the learning rate is each side's usual one unless --lr gives that of all weights, chosen with seeds that
-are not reported (--first_seed 100). A batch's reward is the mean raw score of its rollouts, sampled before it is
-learned from. A seed gives all sides the same prompts. Intervals are over seeds: Student's t, 95%.
+Sides: `default` (our defaults: adapters, a value head on the shared trunk), `adapters` (the same at --adapters_lr),
+`full` (all weights, a separate value model, float32 masters and moments), `full16` (the same with optim.moments:
+bfloat16), `peer` (TRL 1.12.0's PPO, all weights in float32), `peer16` (the same with weights in bfloat16), `peer_as_is`
+(the first of the two at its own default rate). Each run is a process of its own, as in `apportion bench speed`. The
+others' learning rate is --lr, chosen with seeds that are not reported (--first_seed 100), as is --adapters_lr.
+
+A batch's reward is the mean raw score of its rollouts, sampled before it is learned from. A seed gives all sides the
+same prompts. Intervals are over seeds: Student's t, 95%. Curves that --output holds already are kept: a run that was
+stopped goes on, and sides and seeds can be added.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -35,8 +39,13 @@ from apportion.data.convert import no_progress_bars
 from apportion.models.load import load_tokenizer, locate
 from apportion.models.reward import load_reward
 
-OURS = {"default": ("default", []), "full": ("full", []), "full16": ("full", ["optim.moments=bfloat16"])}
-THEIRS = {"peer16": "bfloat16", "peer": "float32"}
+OURS = {
+    "default": ("default", []),
+    "adapters": ("default", []),
+    "full": ("full", []),
+    "full16": ("full", ["optim.moments=bfloat16"]),
+}
+THEIRS = {"peer16": "bfloat16", "peer_as_is": "float32", "peer": "float32"}
 SIDES = [*OURS, *THEIRS]
 PEER = PEERS["trl-ppo"]
 LAST = 5  # batches at the end whose mean is compared
@@ -56,20 +65,44 @@ T95 = {
 def main() -> int:
     """Run every side with every seed, print the curves and write them."""
     options = parse()
-    found: dict[str, Any] = {"machine": describe(), "settings": {k: str(v) for k, v in vars(options).items()}}
+    found = begun(options)
     with tempfile.TemporaryDirectory(prefix="apportion-curves-") as name:
         work = make_work(options, Path(name))
-        found["curves"] = {side: [] for side in options.sides}
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for side in options.sides:
-                scores = curve(replace(work, seed=seed), side, options)
-                found["curves"][side].append(scores)
-                print(f"{side:8} seed {seed}: " + " ".join(f"{s:+.2f}" for s in scores), file=sys.stderr, flush=True)
-    found["compared"] = compared(found["curves"])
-    if options.output:
-        Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                curves = found["curves"].setdefault(side, {})
+                if str(seed) not in curves:
+                    curves[str(seed)] = curve(replace(work, seed=seed), side, options)
+                    write(found, options)
+                print(f"{side:10} seed {seed}: " + " ".join(f"{s:+.2f}" for s in curves[str(seed)]), file=sys.stderr)
+    found["compared"] = compared(found["curves"], options.against)
+    write(found, options)
     print(json.dumps(found) if options.json else table(found))
     return 0
+
+
+def begun(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what --output holds already, or nothing yet; exit where its curves are of other settings."""
+    rates = {side: rate(side, options) for side in options.sides}
+    settings = {name: str(getattr(options, name)) for name in ("model", "prompts", "batches")}
+    weights = sorted(Path(locate("--reward_model", options.reward_model)).glob("*.safetensors"))
+    settings["reward_model"] = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
+    found: dict[str, Any] = {"machine": describe(), "settings": settings, "lr": {}, "curves": {}}
+    if options.output and Path(options.output).is_file():
+        found = json.loads(Path(options.output).read_text(encoding="utf-8"))
+        other = {k: v for k, v in rates.items() if found["lr"].get(k, v) != v}
+        if found["settings"] != settings or other:
+            sys.exit(
+                f"--output: {options.output} holds curves of {found['settings']} at rates {found['lr']}. Name another."
+            )
+    found["lr"] |= rates
+    return found
+
+
+def write(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write what there is to --output."""
+    if options.output:
+        Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -78,11 +111,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reward_model", required=True, help="a trained classifier with 1 or 2 labels: a folder")
     parser.add_argument("--model", default="smollm2", help="the policy's start: a built-in name or a folder")
     parser.add_argument("--prompts", default="imdb")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="the last is compared with")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--against", choices=SIDES, default="peer", help="the side that the others are compared with")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--lr", type=float, default=PEER.lr, help="where all weights learn, ours and the peer's")
+    parser.add_argument("--adapters_lr", type=float, default=1e-3, help="of the side `adapters`")
     parser.add_argument("--threads", type=int, default=cores.available().threads)
     parser.add_argument("--output", help="a JSON file to write")
     parser.add_argument("--json", action="store_true")
@@ -138,26 +173,34 @@ def one_label(folder: str, target: Path) -> Path:
     return target
 
 
+def rate(side: str, options: argparse.Namespace) -> float | None:
+    """Return the learning rate of a side; None is our default."""
+    return {"default": None, "adapters": options.adapters_lr, "peer_as_is": PEER.lr}.get(side, options.lr)
+
+
 def curve(work: Work, side: str, options: argparse.Namespace) -> list[float]:
     """Return the mean raw score of each batch of one run."""
+    lr = rate(side, options)
+    work = replace(work, lr=PEER.lr if lr is None else lr)
     if side in THEIRS:
         work, python = replace(work, role="peer", precision=THEIRS[side]), installed(PEER)
     else:
         ours, overrides = OURS[side]
+        overrides = [f"optim.lr={lr}"] if side == "adapters" else overrides
         work, python = replace(work, ours=ours, overrides=overrides), Path()
     found = process(work, PEER, python, f"{side}-{work.seed}")
     return [batch["score"] for batch in found["batches"]]
 
 
-def compared(curves: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Return, of each side against the last one, the paired difference of the last batches' rewards over seeds, and in
-    how many batches its running mean first reached what the last one ended with."""
-    *sides, other = curves
-    ends = {side: [statistics.fmean(run[-LAST:]) for run in runs] for side, runs in curves.items()}
+def compared(curves: dict[str, dict[str, list[float]]], other: str) -> dict[str, Any]:
+    """Return, of each side against `other`, the paired difference of the last batches' rewards over seeds, and in how
+    many batches its running mean first reached what the other one ended with."""
+    ends = {side: {seed: statistics.fmean(run[-LAST:]) for seed, run in runs.items()} for side, runs in curves.items()}
     found: dict[str, Any] = {"against": other, "last_batches": LAST, "end": ends}
-    for side in sides:
-        differences = [a - b for a, b in zip(ends[side], ends[other], strict=True)]
-        reached = [first(run, end) for run, end in zip(curves[side], ends[other], strict=True)]
+    for side in (s for s in curves if s != other and other in curves):
+        seeds = [seed for seed in curves[side] if seed in curves[other]]
+        differences = [ends[side][seed] - ends[other][seed] for seed in seeds]
+        reached = [first(curves[side][seed], ends[other][seed]) for seed in seeds]
         found[side] = {"difference": interval(differences), "batches_to_reach": reached}
     return found
 
@@ -168,11 +211,11 @@ def first(run: list[float], level: float) -> int | None:
     return next((i + LAST for i, mean in enumerate(means) if mean >= level), None)
 
 
-def interval(values: list[float]) -> dict[str, float]:
+def interval(values: list[float]) -> dict[str, float | None]:
     """Return {mean, low, high}; a single value has no interval."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return {"mean": mean, "low": -math.inf, "high": math.inf}
+        return {"mean": mean, "low": None, "high": None}
     half = T95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
@@ -180,14 +223,14 @@ def interval(values: list[float]) -> dict[str, float]:
 def table(found: dict[str, Any]) -> str:
     """Return the mean curves and the comparison for a reader."""
     curves, said = found["curves"], found["compared"]
-    lines = ["batch " + "".join(f"{side:>10}" for side in curves)]
-    for step in range(len(next(iter(curves.values()))[0])):
-        means = (statistics.fmean(run[step] for run in runs) for runs in curves.values())
-        lines.append(f"{step + 1:5} " + "".join(f"{mean:>+10.2f}" for mean in means))
+    lines = ["batch " + "".join(f"{side:>11}" for side in curves)]
+    for step in range(int(found["settings"]["batches"])):
+        means = (statistics.fmean(run[step] for run in runs.values()) for runs in curves.values())
+        lines.append(f"{step + 1:5} " + "".join(f"{mean:>+11.2f}" for mean in means))
     for side in curves:
         if side in said:
             d, reached = said[side]["difference"], ", ".join(str(n) for n in said[side]["batches_to_reach"])
-            span = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
+            span = f"{d['mean']:+.2f} " + ("(one seed)" if d["low"] is None else f"[{d['low']:+.2f}, {d['high']:+.2f}]")
             lines.append(f"{side} − {said['against']}, last {LAST}: {span}; reached its end after {reached} batches")
     return "\n".join(lines)
 
