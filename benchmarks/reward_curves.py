@@ -4,10 +4,12 @@
     python benchmarks/reward_curves.py --reward_model ... --sides default peer --batches 15
 
 Sides: `default` (our defaults: adapters, a value head on the shared trunk), `adapters` (the same at --adapters_lr),
+`prefix` (as that, with the credit prefix_difference: GAE then is that of a critic that starts as the reward model),
 `full` (all weights, a separate value model, float32 masters and moments), `full16` (the same with optim.moments:
-bfloat16), `peer` (TRL 1.12.0's PPO, all weights in float32), `peer16` (the same with weights in bfloat16), `peer_as_is`
-(the first of the two at its own default rate). Each run is a process of its own, as in `apportion bench speed`. The
-others' learning rate is --lr, chosen with seeds that are not reported (--first_seed 100), as is --adapters_lr.
+bfloat16), `peer` (TRL 1.12.0's PPO, all weights in float32, its value model begun as the reward model), `peer16` (the
+same with weights in bfloat16), `peer_as_is` (as `peer`, at its own default rate). Each run is a process of its own, as
+in `apportion bench speed`. The others' learning rate is --lr, chosen with seeds that are not reported (--first_seed
+100), as is --adapters_lr.
 
 A batch's reward is the mean raw score of its rollouts, sampled before it is learned from. A seed gives all sides the
 same prompts. Intervals are over seeds: Student's t, 95%. Curves that --output holds already are kept: a run that was
@@ -42,6 +44,7 @@ from apportion.models.reward import load_reward
 OURS = {
     "default": ("default", []),
     "adapters": ("default", []),
+    "prefix": ("default", ["algorithm=red"]),
     "full": ("full", []),
     "full16": ("full", ["optim.moments=bfloat16"]),
 }
@@ -117,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--lr", type=float, default=PEER.lr, help="where all weights learn, ours and the peer's")
-    parser.add_argument("--adapters_lr", type=float, default=1e-3, help="of the side `adapters`")
+    parser.add_argument("--adapters_lr", type=float, default=1e-3, help="of the sides adapters and prefix")
     parser.add_argument("--threads", type=int, default=cores.available().threads)
     parser.add_argument("--output", help="a JSON file to write")
     parser.add_argument("--json", action="store_true")
@@ -175,7 +178,8 @@ def one_label(folder: str, target: Path) -> Path:
 
 def rate(side: str, options: argparse.Namespace) -> float | None:
     """Return the learning rate of a side; None is our default."""
-    return {"default": None, "adapters": options.adapters_lr, "peer_as_is": PEER.lr}.get(side, options.lr)
+    adapters = options.adapters_lr
+    return {"default": None, "adapters": adapters, "prefix": adapters, "peer_as_is": PEER.lr}.get(side, options.lr)
 
 
 def curve(work: Work, side: str, options: argparse.Namespace) -> list[float]:
@@ -186,7 +190,7 @@ def curve(work: Work, side: str, options: argparse.Namespace) -> list[float]:
         work, python = replace(work, role="peer", precision=THEIRS[side]), installed(PEER)
     else:
         ours, overrides = OURS[side]
-        overrides = [f"optim.lr={lr}"] if side == "adapters" else overrides
+        overrides = overrides if ours == "full" or lr is None else [*overrides, f"optim.lr={lr}"]
         work, python = replace(work, ours=ours, overrides=overrides), Path()
     found = process(work, PEER, python, f"{side}-{work.seed}")
     return [batch["score"] for batch in found["batches"]]

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+from apportion.algorithms import KL
 from apportion.bench.peers.common import BatchEnd, common_settings, prompts_of, tokenizer_of, weights_dtype
 from apportion.bench.recorder import Recorder, read_work
 from apportion.bench.settings import Work
@@ -39,6 +40,7 @@ def make(work: Work) -> PPOTrainer:
         total_episodes=work.batch * work.total,
         response_length=work.new_tokens,
         num_sample_generations=0,
+        kl_coef=KL["kl_penalty"]["coef"],  # what ours begins with
     )
     rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in prompts_of(work)]
     return PPOTrainer(
