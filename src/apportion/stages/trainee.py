@@ -18,8 +18,11 @@ class Trainee:
     Attributes:
         model: with parameters that learn, in `trainable`.
         remainders: of weights that learn in 16 bit (`models.masters`).
+        parted: its weights are whole in every process.
         skips: counts updates that are not finite, `max_skipped` of which in a row end the run.
     """
+
+    parted = False
 
     def __init__(
         self, model: Any, remainders: dict[nn.Parameter, Tensor], optim: OptimConfig, max_skipped: int = 3
