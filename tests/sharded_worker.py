@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from apportion import parallel
-from apportion.config import RLConfig
+from apportion.commands.settings import parse
+from apportion.config import RewardConfig, RLConfig
 from apportion.errors import ApportionError
 from apportion.losses import ppo
-from apportion.stages import rl
+from apportion.stages import reward, rl
 from apportion.stages.methods import build_method
 
 CASES: dict[str, dict[str, Any]] = {
@@ -31,14 +32,25 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": parallel_worker.CASES["gae"] | {"ppo.mini_batch": 5, "ppo.micro_batch": 2, "lora.rank": 1},
     # 6 rollouts in mini-batches of 5 and 1: one process has nothing of the second
     "all": parallel_worker.CASES["bootstrap"] | {"lora.rank": 0, "sampling.batch_size": 6, "ppo.mini_batch": 5},
+    # layers kept from the forward for the backward pass
     "groups": parallel_worker.CASES["grpo"] | {"ppo.mini_batch": 6, "ppo.micro_batch": 2},
 }
+# float32 adapters over 16-bit weights, gathered together; float32 masters of 16-bit weights
+SIXTEEN = {"mixed": {"dtype": "bfloat16"}, "masters": {"dtype": "bfloat16", "lora.rank": 0}}
 
 
 def settings(world: Path, output: Path, **changes: Any) -> RLConfig:
     """Return the settings of a run of all weights with a checkpoint after each of its three batches."""
     every = {"lora.rank": 0, "ppo.value_model": "separate", "checkpoint_every": 1, "keep_checkpoints": 5, "steps": 3}
     return tiny_runs.config(world, output, **every | changes)
+
+
+def rewarded(world: Path, output: Path, **changes: Any) -> RewardConfig:
+    """Return the settings of a reward model's training; the last of its batches has fewer clips than processes."""
+    given = {"model": world / "policy", "data": world / "reviews.csv", "clips": 16, "clip_tokens": "[4, 12]"}
+    given |= {"batch_size": 5, "micro_batch": 2, "probe_clips": 8, "lora.rank": 4, "dtype": "float32", "device": "cpu"}
+    flags = [str(word) for name, value in (given | changes).items() for word in (f"--{name}", value)]
+    return parse(RewardConfig, "reward", [*flags, "--output", str(output)]).config
 
 
 def stop_after(last: int) -> Any:
@@ -76,12 +88,17 @@ def run() -> None:
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
-    found: dict[str, Any] = {name: parallel_worker.trace(world, out / name, case) for name, case in CASES.items()}
+    found: dict[str, Any] = {}
+    for name, case in (CASES | SIXTEEN).items():
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(name != "groups").lower()
+        found[name] = parallel_worker.trace(world, out / name, case)
     found["error"] = failing_loss(world, out / "failing")
     rl.train(settings(world, out / "halves", steps=2, dtype="bfloat16"))
     with suppress(KeyboardInterrupt):
         rl.train(settings(world, out / "stopped"), tell=stop_after(1))
     rl.train(settings(world, out / "begun"))
+    reward.train(rewarded(world, out / "reward"))
+    reward.train(rewarded(world, out / "reward-masters", **{"lora.rank": 0, "dtype": "bfloat16"}))
     torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
     parallel.stop()
 

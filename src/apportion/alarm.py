@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,7 +20,7 @@ from apportion import parallel
 
 KEY = "error"
 LOOK = 0.5  # seconds between looks at the store
-GRACE = 3.0  # seconds that the main process has to leave by itself, where it waits for nothing
+GRACE = 1.0  # seconds that the main process has to leave by itself, where it fails as well
 STAY = 60.0  # seconds that the process that failed stays for the main one to say so
 
 
@@ -34,10 +35,9 @@ class Alarm:
         self._end = end
         self._over = threading.Event()
         host = os.environ.get("MASTER_ADDR", "localhost")
-        patience = {"timeout": parallel.PATIENCE, "wait_for_workers": False}
-        server = dist.TCPStore(host, 0, is_master=True, **patience) if parallel.is_main() else None
+        server = _store(host, 0, serves=True) if parallel.is_main() else None
         port = parallel.from_main(0 if server is None else server.port)
-        self._store = dist.TCPStore(host, port, is_master=False, **patience) if server is None else server
+        self._store = _store(host, port, serves=False) if server is None else server
         if server is not None:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -74,3 +74,9 @@ class Alarm:
     def off(self) -> None:
         """Stop watching: no process waits for another's weights from now on."""
         self._over.set()
+
+
+def _store(host: str, port: int, *, serves: bool) -> Any:
+    """Return a store of small texts, served by this process or by another one."""
+    make: Any = dist
+    return make.TCPStore(host, port, is_master=serves, timeout=parallel.PATIENCE, wait_for_workers=False)

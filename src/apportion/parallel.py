@@ -191,9 +191,9 @@ def reduce_sum(x: Tensor) -> Tensor:
 
 
 def sum_over(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return scalars summed over the processes, on one device; a name that a process lacks counts as 0 there.
+    """Return scalars summed over the processes; a name that a process lacks counts as 0 there.
 
-    A process that lacks all of them must not be one of several with a GPU each.
+    All scalars are on the processes' device; on GPUs no process may lack them all.
     """
     if world() == 1:
         return dict(sums)

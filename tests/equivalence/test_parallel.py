@@ -154,7 +154,7 @@ def test_an_estimator_that_leaves_one_process_ends_all(world: Path, tmp_path: Pa
     ("environment", "named"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "it shares the weights of `apportion rl`"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient accumulation"),
         ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "accelerate launch"),

@@ -19,7 +19,7 @@ from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, same_run
 from apportion.errors import ConfigError
 from apportion.models.sharded import layers_of
 from apportion.runs import Run
-from apportion.stages import rl
+from apportion.stages import reward, rl
 from apportion.stages.checkpoint import load_latest
 from apportion.stages.methods import build_method
 from apportion.stages.sharing import check_launch
@@ -89,6 +89,17 @@ def test_parts_take_the_steps_of_the_whole(world: Path, ranks: list[dict[str, An
     assert max(two["held"], other["held"]) < 0.6 * one["held"] or case == "lora"
 
 
+@pytest.mark.parametrize("case", sharded_worker.SIXTEEN)
+def test_parts_of_sixteen_bit_weights_learn_alike(
+    world: Path, ranks: list[dict[str, Any]], case: str, tmp_path: Path
+) -> None:
+    one = parallel_worker.trace(world, tmp_path, sharded_worker.SIXTEEN[case])
+    two, other = ranks[0][case], ranks[1][case]
+    wide, parts = (run["gradients"][0].float() for run in (one, two))
+    assert float((wide - parts).norm() / wide.norm()) < 0.01  # 16-bit numbers are rounded to 0.004 of their size
+    assert torch.equal(two["weights"], other["weights"]) and two["ids"][:6] == one["ids"][:6]
+
+
 def test_optimizer_state_is_halved(world: Path, out: Path) -> None:
     config = sharded_worker.settings(world, out / "unused")
     learner = rl.make_learner(config, build_method(config))
@@ -140,6 +151,20 @@ def test_a_run_goes_on_in_parts_and_whole(world: Path, out: Path, plain: Path, n
     assert all(torch.allclose(weights[key], reference[key], atol=1e-4) for key in reference)
 
 
+@pytest.mark.parametrize(("name", "close"), [("reward", 1e-5), ("reward-masters", 0.05)])
+def test_a_reward_model_in_parts_is_that_of_one_process(world: Path, out: Path, name: str, close: float) -> None:
+    changes = {"lora.rank": 0, "dtype": "bfloat16"} if "masters" in name else {}
+    alone = reward.train(sharded_worker.rewarded(world, out / f"{name}-alone", **changes)).path
+    one, two = (tiny_runs.read_lines(path / "metrics.jsonl") for path in (alone, out / name))
+    assert len(one) == len(two) == 4
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs["loss/reward"] == pytest.approx(mine["loss/reward"], rel=max(1e-4, close))
+    weights, reference = (tiny_runs.weights(path / "final") for path in (out / name, alone))
+    assert weights.keys() == reference.keys()
+    assert all(torch.allclose(weights[key], reference[key], atol=close) for key in reference)
+
+
+@pytest.mark.long
 def test_accelerate_launch_shares_weights(world: Path, tmp_path: Path) -> None:
     settings = {"policy": world / "ending", "sampling.stop": "eos", "checkpoint_every": 1}
     flags = tiny_runs.flags(world, tmp_path / "two", **settings)
@@ -155,7 +180,8 @@ def test_an_error_while_others_wait_ends_all_with_one_message(world: Path, tmp_p
     (tmp_path / "broken_loss.py").write_text(LOSS)
     flags = tiny_runs.flags(world, tmp_path / "two", loss="broken_loss:broken")
     paths = os.pathsep.join([str(REPO / "src"), str(tmp_path)])
-    done = launch([*TORCHRUN, "-m", "apportion", "rl", *flags], **FSDP2, PYTHONPATH=paths)
+    words = [*ACCELERATE, "--config_file", RECIPE, "-m", "apportion", "rl", *flags]
+    done = launch(words, PYTHONPATH=paths)
     assert done.returncode != 0
     assert done.stderr.count("apportion: ") == 1, done.stderr
     assert "apportion: process 1 failed." in done.stderr
@@ -180,17 +206,17 @@ def test_options_that_would_be_ignored_are_refused(
 ) -> None:
     for name, value in FSDP2.items():
         monkeypatch.setenv(name, value)
-    check_launch(shards=True)
+    check_launch()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=named):
-        check_launch(shards=True)
+        check_launch()
 
 
 def test_version_2_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="fsdp_version"):
-        check_launch(shards=True)
+        check_launch()
 
 
 def test_lists_inside_a_layer_are_the_layers_own() -> None:

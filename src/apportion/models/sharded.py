@@ -208,7 +208,7 @@ class Sharded(Weights):
         """See `Weights.norm`."""
         parts = set(self.pieces.values())
         whole = total_norm([p for p in learning if p not in parts])
-        part = total_norm([p for p in learning if p in parts])
+        part = total_norm([p for p in learning if p in parts]).to(learning[0].device)
         return (parallel.reduce_sum(part.square()) + whole.square().to(part.device)).sqrt()
 
     def join(self, files: Files) -> Files:

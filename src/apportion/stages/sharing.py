@@ -56,12 +56,8 @@ FSDP_NEEDS = ("set_force_sum_reduction_for_comms", "reset_iter_state")  # beside
 FSDP_PLAIN = {"FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}  # what it means that one is not there
 
 
-def check_launch(*, shards: bool = False) -> None:
-    """Raise ConfigError for a launcher's request that would be ignored.
-
-    Args:
-        shards: whether this stage can keep a part of the weights in each process.
-    """
+def check_launch() -> None:
+    """Raise ConfigError for a launcher's request that would be ignored."""
     # accelerate starts a single process here and leaves it the address of a group that nobody else joins
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
         expected = "as many processes as --num_processes says: without several GPUs accelerate leaves them to MPI"
@@ -73,14 +69,11 @@ def check_launch(*, shards: bool = False) -> None:
             expected = f"{plain!r}: apportion's processes are plain data-parallel ones"
             raise ConfigError(message(f"accelerate's {what} ({name})", came, expected, mend))
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        check_fsdp(shards)
+        check_fsdp()
 
 
-def check_fsdp(shards: bool) -> None:
-    """Raise ConfigError for an option of FSDP that would be ignored, where FSDP can be at all."""
-    if not shards:
-        mend = "Launch with recipes/accelerate/ddp_gpu.yaml."
-        raise ConfigError(message("accelerate's FSDP", "true", "false: it shares the weights of `apportion rl`", mend))
+def check_fsdp() -> None:
+    """Raise ConfigError for an option of FSDP that would be ignored, and where torch is too old for it."""
     for name, (allowed, option, mend) in FSDP_OPTIONS.items():
         came = os.environ.get(name, FSDP_PLAIN.get(name))
         if came is not None and came.lower() not in allowed:
@@ -96,7 +89,7 @@ def check_fsdp(shards: bool) -> None:
 
 def check_shares(config: RLConfig) -> None:
     """Raise ConfigError where there are too few prompts or rollouts to go round the processes."""
-    check_launch(shards=True)
+    check_launch()
     processes, sampling = parallel.launched(), config.sampling
     prompts = sampling.batch_size // (sampling.samples_per_prompt or 1)
     if prompts < processes:
