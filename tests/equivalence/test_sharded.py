@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, same_run
 
-from apportion.errors import ConfigError
-from apportion.models.sharded import layers_of
+from apportion.errors import ConfigError, ModelError
+from apportion.models.sharded import check_groups, layers_of
 from apportion.runs import Run
 from apportion.stages import reward, rl
 from apportion.stages.checkpoint import load_latest
@@ -28,7 +28,7 @@ from apportion.stages.update import nothing
 RECIPE = REPO / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 LOSS = '''
-"""A loss whose backward pass fails in process 1, where the other one waits for it."""
+"""A loss whose backward pass fails in one process, where the other one waits for it."""
 import os
 import torch
 from apportion.losses import ppo
@@ -41,7 +41,7 @@ class Broken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if os.environ["RANK"] == "1":
+        if os.environ["RANK"] == os.environ["FAILS"]:
             raise RuntimeError("the gradient is lost")
         return gradient
 
@@ -176,16 +176,17 @@ def test_accelerate_launch_shares_weights(world: Path, tmp_path: Path) -> None:
     assert all(torch.allclose(weights[name], reference[name], atol=1e-5) for name in reference)
 
 
-def test_an_error_while_others_wait_ends_all_with_one_message(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("process", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_an_error_while_others_wait_ends_all_with_one_message(world: Path, tmp_path: Path, process: int) -> None:
     (tmp_path / "broken_loss.py").write_text(LOSS)
     flags = tiny_runs.flags(world, tmp_path / "two", loss="broken_loss:broken")
     paths = os.pathsep.join([str(REPO / "src"), str(tmp_path)])
     words = [*ACCELERATE, "--config_file", RECIPE, "-m", "apportion", "rl", *flags]
-    done = launch(words, PYTHONPATH=paths)
+    done = launch(words, PYTHONPATH=paths, FAILS=str(process))
     assert done.returncode != 0
-    assert done.stderr.count("apportion: ") == 1, done.stderr
-    assert "apportion: process 1 failed." in done.stderr
     assert done.stderr.count("RuntimeError: the gradient is lost") == 1, done.stderr
+    if process == 1:  # else it is the main process's own, with its traceback
+        assert done.stderr.count("apportion: ") == 1 and "apportion: process 1 failed." in done.stderr, done.stderr
     status = json.loads((tmp_path / "two" / "status.json").read_text())
     assert status["status"] == "failed" and "the gradient is lost" in status["error"]
 
@@ -223,6 +224,21 @@ def test_lists_inside_a_layer_are_the_layers_own() -> None:
     inner = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     outer = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.ModuleDict({"experts": inner})), torch.nn.Linear(2, 2)])
     assert layers_of(torch.nn.Sequential(outer)) == list(outer)
+
+
+def test_layers_that_share_weights_are_refused() -> None:
+    shared = torch.nn.Linear(2, 2)
+    twice = torch.nn.Sequential(torch.nn.ModuleList([shared, torch.nn.Sequential(shared)]))
+    with pytest.raises(ModelError, match="several layers share"):
+        check_groups(twice)
+    outside = torch.nn.Sequential(torch.nn.ModuleList([shared]), torch.nn.Sequential(shared))
+    check_groups(torch.nn.Sequential(torch.nn.ModuleList([shared]), torch.nn.Linear(2, 2)))
+    inner = torch.nn.Linear(2, 2)
+    inner.weight = shared.weight
+    with pytest.raises(ModelError, match="several layers share"):
+        check_groups(torch.nn.Sequential(outside, inner))
+    with pytest.raises(ModelError, match="bfloat16 and float32"):
+        check_groups(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16()))
 
 
 def test_a_micro_batch_that_does_not_count_has_a_gradient_of_0() -> None:

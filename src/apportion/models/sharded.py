@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -273,7 +274,7 @@ def shard(model: nn.Module, again: bool) -> list[Any]:
 
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (parallel.world(),))
-    check_dtypes(model)
+    check_groups(model)
     modules: list[Any] = [*layers_of(model), model]
     for module in modules:
         root = module is model
@@ -287,8 +288,16 @@ def shard(model: nn.Module, again: bool) -> list[Any]:
     return modules
 
 
-def check_dtypes(model: nn.Module) -> None:
-    """Raise ModelError where the weights that learn are of several dtypes: a layer's gradients are summed at once."""
+def check_groups(model: nn.Module) -> None:
+    """Raise ModelError where weights cannot be gathered and summed a layer at a time: they learn in several dtypes, or
+    are in several layers."""
+    layers = layers_of(model)
+    inside = {part for layer in layers for part in layer.modules()}
+    rest = [p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)]
+    found = Counter(p for group in ([*layer.parameters()] for layer in layers) for p in group) + Counter(set(rest))
+    if max(found.values(), default=1) > 1:
+        mend = "Launch with recipes/accelerate/ddp_gpu.yaml."
+        raise ModelError(message("policy", "weights that several layers share", "layers to be sharded apart", mend))
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         mend = "Launch with recipes/accelerate/ddp_gpu.yaml."
