@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion import cores, parallel
+from apportion import parallel
 from apportion.alarm import Alarm
 from apportion.errors import ModelError, message
 from apportion.models.masters import total_norm
@@ -182,7 +182,6 @@ class Sharded(Weights):
                 module.reshard()
         for model in self.frozen:  # else it keeps a note of every forward for a backward pass that never comes
             model.reset_iter_state()
-        cores.return_memory()  # whole weights were the most that a process ever holds
 
     def waiting(self) -> AbstractContextManager[None]:
         """See `Weights.waiting`."""
