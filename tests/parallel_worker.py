@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,32 @@ CASES: dict[str, dict[str, Any]] = {
     # 3 prompts of 2 samples: one process has one group, the other two
     "grpo": ENDING | {"algorithm": "grpo", "sampling.samples_per_prompt": 2, "ppo.epochs": 2},
     "reinforce_pp": ENDING | {"advantages": "reinforce_pp", "credit": "[uniform, kl_penalty]", "lora.rank": 0},
-    "bootstrap": ENDING | {"ppo.truncated": "bootstrap", "ppo.value_model": "separate", "ppo.micro_batch": 1},
+    "bootstrap": ENDING
+    | {"ppo.truncated": "bootstrap", "ppo.value_model": "separate"}
+    # a last mini-batch of one row, of which one process has nothing
+    | {"ppo.micro_batch": 1, "sampling.batch_size": 5},
 }
 
 
-def trace(world: Path, output: Path, case: str) -> dict[str, Any]:
+def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Return what a run of two batches did: the gradient of each optimizer step as it was taken, metrics, the
-    controllers' state, the rollouts' ids and the final weights."""
-    policy = world / ("ending" if CASES[case].get("sampling.stop") == "eos" else "policy")
-    config = tiny_runs.config(world, output, **{"policy": policy, "log_rollouts": 8} | CASES[case])
+    controllers' state, the rollouts' ids, the final weights, and how many numbers the optimizer holds."""
+    start = world / ("ending" if settings.get("sampling.stop") == "eos" else "policy")
+    config = tiny_runs.config(world, output, **{"policy": start, "log_rollouts": 8} | settings)
     learner = rl.make_learner(config, build_method(config))
-    parameters = learner.models.policy.trainable()
+    learner.share_weights(failed)
+    policy = learner.models.policy
+    parameters, whole = policy.learning(), set(policy.weights.alike(policy.trainable()))
     gradients: list[torch.Tensor] = []
     step = learner.optimizer.step
 
+    def flat(pick: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        parts = [pick(p) if p in whole else parallel.gather_rows(pick(p)) for p in parameters]
+        return torch.cat([part.flatten() for part in parts])
+
     def noted() -> None:
         # clipped already, by a norm that must be the same too
-        gradients.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
+        gradients.append(flat(lambda p: torch.zeros_like(p) if p.grad is None else p.grad))
         step()
 
     learner.optimizer.step = noted  # type: ignore[method-assign]
@@ -58,8 +68,15 @@ def trace(world: Path, output: Path, case: str) -> dict[str, Any]:
         "metrics": metrics,
         "ids": [record["response_ids"] for record in records],
         "state": learner.credit_state,
-        "weights": torch.cat([p.detach().flatten() for p in parameters]),
+        "weights": flat(lambda p: p.detach()),
+        "held": sum(t.numel() for state in learner.optimizer.state.values() for t in state.values()),
     }
+
+
+def failed(error: str) -> None:
+    """End this process with the error of another."""
+    sys.stderr.write(error)
+    os._exit(3)
 
 
 def reductions() -> dict[str, torch.Tensor]:
@@ -93,7 +110,7 @@ def run() -> None:
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
-    found: dict[str, Any] = {case: trace(world, out / case, case) for case in CASES}
+    found: dict[str, Any] = {case: trace(world, out / case, settings) for case, settings in CASES.items()}
     found |= {"skips": skips(), "reductions": reductions(), "main": parallel.from_main(parallel.rank())}
     torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
     parallel.stop()

@@ -105,7 +105,8 @@ def together() -> Iterator[None]:
     """Run a part that exchanges nothing in every process; an error in any of them is raised in all at its end.
 
     The main process raises the first failing process's error: the same class and text for one that the user can mend,
-    else a ProcessError with its traceback. The others raise ProcessError, which is not printed.
+    else a ProcessError with its traceback. The others raise ProcessError, which is not printed. A part inside another
+    tells of an error for both.
     """
     if world() == 1:
         yield
@@ -114,15 +115,21 @@ def together() -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as caught:  # raised again below, in every process
+        if getattr(caught, "told", False):
+            raise
         error = caught
     failed = torch.tensor([error is not None], dtype=torch.int64)
     dist.all_reduce(failed, group=_control)
     if failed.item():
-        _raise_first(error)
+        first = _first(error)
+        first.told = True  # type: ignore[attr-defined]
+        if first is error:
+            raise first  # with the cause that it has
+        raise first from error
 
 
-def _raise_first(error: BaseException | None) -> None:
-    """Raise the error of the first process that has one, as `together` says."""
+def _first(error: BaseException | None) -> BaseException:
+    """Return what this process raises for the error of the first process that has one, as `together` says."""
     said = f"SystemExit: {error}" if isinstance(error, SystemExit) else str(error)
     mine = None if error is None else (type(error).__name__, said, "".join(traceback.format_exception(error)))
     told: list[Any] = [None] * world()
@@ -130,13 +137,18 @@ def _raise_first(error: BaseException | None) -> None:
     first = next(i for i, one in enumerate(told) if one is not None)
     kind, text, trace = told[first]
     if first == rank() == 0 and error is not None:
-        raise error
+        return error
     if not is_main():
-        raise ProcessError(f"process {first} failed: {text}") from error
+        return ProcessError(f"process {first} failed: {text}")
+    return retold(first, kind, text, trace)
+
+
+def retold(process: int, kind: str, text: str, trace: str) -> ApportionError:
+    """Return the error of another process: of the same class where the user can mend it, else with its traceback."""
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, ApportionError):
-        raise known(f"process {first}: {text}")
-    raise ProcessError(f"process {first} failed.\n{trace}")
+        return known(f"process {process}: {text}")
+    return ProcessError(f"process {process} failed.\n{trace}")
 
 
 def from_main(value: T) -> T:
@@ -179,11 +191,19 @@ def reduce_sum(x: Tensor) -> Tensor:
 
 
 def sum_over(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return scalars summed over the processes, in one exchange; the names are the same in all."""
-    if world() == 1 or not sums:
+    """Return scalars summed over the processes; a name that a process lacks counts as 0 there.
+
+    All scalars are on the processes' device; on GPUs no process may lack them all.
+    """
+    if world() == 1:
         return dict(sums)
-    names = sorted(sums)
-    return dict(zip(names, reduce_sum(torch.stack([sums[name].float() for name in names])), strict=True))
+    told: list[Any] = [None] * world()
+    dist.all_gather_object(told, list(sums), group=_control)
+    names = sorted({name for one in told for name in one})
+    if not names:
+        return {}
+    zero = torch.zeros_like(next(iter(sums.values())), dtype=torch.float32) if sums else torch.zeros(())
+    return dict(zip(names, reduce_sum(torch.stack([sums.get(name, zero).float() for name in names])), strict=True))
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
@@ -248,3 +268,20 @@ def gather_rows(x: Tensor, *, fill: float = 0, left: bool = False) -> Tensor:
     whole = [p.view(x.dtype).view(padded.shape)[:count] for p, (count, _) in zip(parts, shapes, strict=True)]
     found = torch.cat(whole)
     return found if x.dim() > 1 else found[:, 0]
+
+
+def gather_rows_to_main(x: Tensor, rows: int) -> Tensor:
+    """Return all processes' parts of a tensor with `rows` rows in the main process, an empty one in the others.
+
+    Args:
+        x: (r,…) on the CPU, neighbouring rows, as `Tensor.chunk` cuts them: ⌈rows/processes⌉, fewer in the last.
+    """
+    size = -(-rows // world())
+    padded = x.new_zeros((size, *x.shape[1:]))
+    padded[: len(x)] = x
+    flat = padded.flatten().view(torch.uint8)  # bytes: not every backend knows every dtype
+    parts = [torch.empty_like(flat) for _ in range(world())] if is_main() else None
+    dist.gather(flat, parts, group=_control)
+    if parts is None:
+        return x[:0]
+    return torch.cat(parts).view(x.dtype).view(size * world(), *x.shape[1:])[:rows]

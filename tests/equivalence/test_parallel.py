@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,14 @@ import pytest
 import tiny_runs
 import torch
 from faulty import METHODS
+from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, same_run
 
 from apportion import parallel
 from apportion.cli import main
 from apportion.errors import ConfigError
 from apportion.stages.sharing import check_launch, check_shares
 
-REPO = Path(__file__).parents[2]
 RECIPE = REPO / "recipes" / "accelerate" / "ddp_cpu.yaml"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
-
-
-def launch(words: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(REPO / "src"), str(REPO / "tests")])
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
-    settings = plain | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=settings, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +40,8 @@ def ranks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
 def test_two_processes_take_the_steps_of_one(
     world: Path, ranks: list[dict[str, Any]], case: str, tmp_path: Path
 ) -> None:
-    one = parallel_worker.trace(world, tmp_path, case)
-    two, other = ranks[0][case], ranks[1][case]
-    assert two["ids"] == one["ids"]  # the same tokens were sampled
-    assert len(two["gradients"]) == len(one["gradients"]) > 2
-    # the first step is from the same weights; Adam lets their roundings grow from there
-    apart = [float((a - b).norm() / a.norm()) for a, b in zip(one["gradients"], two["gradients"], strict=True)]
-    assert apart[0] < 1e-5 and max(apart) < 1e-3, apart
-    for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=2e-6), name
-    assert one["state"].keys() == two["state"].keys()
-    for name, value in one["state"].items():
-        torch.testing.assert_close(two["state"][name], value, rtol=1e-6, atol=0)
-    # the processes themselves do not drift apart by a bit
-    assert torch.equal(two["weights"], other["weights"])
-    assert all(torch.equal(a, b) for a, b in zip(two["gradients"], other["gradients"], strict=True))
-    assert two["metrics"] == other["metrics"]
+    one = parallel_worker.trace(world, tmp_path, parallel_worker.CASES[case])
+    same_run(one, ranks[0][case], ranks[1][case])
 
 
 def test_controller_saw_the_whole_batch(world: Path, ranks: list[dict[str, Any]]) -> None:
@@ -182,7 +154,7 @@ def test_an_estimator_that_leaves_one_process_ends_all(world: Path, tmp_path: Pa
     ("environment", "named"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient accumulation"),
         ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "accelerate launch"),

@@ -203,9 +203,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
 ) -> None:
     inner, calls, before = stage._accumulate, iter(range(1000)), {}
 
-    def spoilt(model: Any, *given: Any) -> dict[str, torch.Tensor]:
-        sums = inner(model, *given)
-        learned = [p for p in model.parameters() if p.requires_grad]
+    def spoilt(trainee: Any, *given: Any) -> dict[str, torch.Tensor]:
+        sums, learned = inner(trainee, *given), trainee.trainable
         if "weights" in before:  # after the spoilt batch
             assert all(torch.equal(p, old) for p, old in zip(learned, before.pop("weights"), strict=True))
         if next(calls) == 4:

@@ -21,6 +21,7 @@ from apportion.credit.reading import Layers, Reading, check_layers
 from apportion.errors import ModelError, message
 from apportion.models import bloom
 from apportion.models.attention_rows import Call, is_causal, output_gap, softmax_rows
+from apportion.models.sharded import plain_class
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time
 # keyword arguments that change the attention weights and that are not read here
@@ -243,7 +244,7 @@ def union(readings: Iterable[Reading]) -> str | tuple[int, ...]:
 
 def _name(model: nn.Module) -> str:
     base: Any = model
-    return type(base.get_base_model() if hasattr(base, "get_base_model") else base).__name__
+    return plain_class(base.get_base_model() if hasattr(base, "get_base_model") else base).__name__
 
 
 def _depth(model: nn.Module, name: str) -> int:

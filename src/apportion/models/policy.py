@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from apportion.models.adapters import add_adapter
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.masters import to_sixteen_bit
 from apportion.models.prefix import Shared, can_share, shared_prompts, states_behind
+from apportion.models.sharded import Sharded, Weights
 from apportion.models.token_logprobs import token_logprobs
 from apportion.types import Rollouts
 
@@ -45,6 +46,7 @@ class Policy:
         banned: ids that are never sampled; their logit is −inf in every log-probability.
         temperature: divides the logits in sampling and in every log-probability.
         remainders: the lower halves of the float32 masters of weights that learn in 16 bit (`models.masters`).
+        weights: how they are kept, whole or in parts (`models.sharded`).
         plain: whether the logits are the output layer's as they come, so that they can be computed in blocks.
         shares: whether a prompt with several responses is read once (`models.prefix`).
     """
@@ -57,6 +59,7 @@ class Policy:
     reference: Any | None = None
     temperature: float = 1.0
     remainders: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    weights: Weights = field(default_factory=Weights)
     plain: bool = field(init=False)
     shares: bool = field(init=False)
 
@@ -73,6 +76,19 @@ class Policy:
         """Return every parameter that learns: adapters or all weights, the value trunk's, the value head's."""
         modules = [m for m in (self.model, self.value_head, self.value_trunk) if m is not None]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def learning(self) -> list[nn.Parameter]:
+        """Return what the optimizer steps in this process for each of `trainable`: it, or this process's part."""
+        return self.weights.learning(self.trainable())
+
+    def shard(self, again: bool, end: Callable[[str], None]) -> None:
+        """Have each process keep a part of every weight but the value head's; as `models.sharded.Sharded`."""
+        models = [m for m in (self.model, self.value_trunk, self.reference) if m is not None]
+        self.weights = Sharded(models, self.trainable(), self.remainders, again, end)
+
+    def make_whole(self) -> None:
+        """Have the model's weights whole in the main process, to be saved; nothing is learned after."""
+        self.weights.make_whole(self.model, self.remainders)
 
     def allowed(self, logits: Tensor) -> Tensor:
         """Return float32 logits (…,V) over the temperature, −inf on banned ids: the one distribution of all passes."""
@@ -131,8 +147,11 @@ class Policy:
         return logprobs, None if spread is None else spread.new_zeros(mask.shape).masked_scatter(mask, spread), hidden
 
     def shared(self, rollouts: Rollouts) -> Shared | None:
-        """Return the distinct prompts of `rollouts` where reading each once is possible and pays."""
-        return shared_prompts(rollouts) if self.shares else None
+        """Return the distinct prompts of `rollouts` where reading each once is possible and pays.
+
+        Not where every process must make as many forwards: whether it pays depends on a process's rows.
+        """
+        return shared_prompts(rollouts) if self.shares and not self.weights.layerwise else None
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

@@ -36,6 +36,8 @@ Trained by apportion with these settings:
 def save_policy(policy: Policy, base: str, folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the policy (float32, adapters merged into a freshly loaded base) to `folder`, whole or not at all.
 
+    Its weights are whole (`models.sharded.Sharded.make_whole`).
+
     Weights that learned in 16 bit are their float32 masters from then on.
     """
     if policy.reference is None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from apportion.models.linear import parts_of
 from apportion.models.packed import can_pack, pack, packed_product
 from apportion.models.policy import Policy
+from apportion.models.sharded import plain_class
 from apportion.sampling.key_values import Buffers, Pair
 from apportion.sampling.writers import Writer
 
@@ -119,7 +120,7 @@ def is_llama(model: Any) -> bool:
     from transformers import LlamaForCausalLM
 
     base = bare(model)
-    return type(base) is LlamaForCausalLM and not model.training
+    return plain_class(base) is LlamaForCausalLM and not model.training
 
 
 def product(layers: list[nn.Module]) -> Product:

@@ -18,7 +18,14 @@ class Held(Protocol):
 
     The schedule's position and the data's are the step, on which alone both depend. Global random states are kept for
     every stage (`randomness`).
+
+    Attributes:
+        parted: whether each process holds a part of what is learned; then all call `tensors` at once, and the main
+            process alone gets it whole.
     """
+
+    @property
+    def parted(self) -> bool: ...
 
     def tensors(self) -> Tensors:
         """Return everything by file and name; the values are read before anything changes them."""

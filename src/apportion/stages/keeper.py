@@ -11,17 +11,18 @@ with keeping(run, config) as keeper:
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from apportion import disk, parallel
-from apportion.errors import Interrupted, ModelError, message
+from apportion import disk, parallel, stderr
+from apportion.errors import DiskError, Interrupted, ModelError, message
 from apportion.models.load import pick_device
 from apportion.models.save import unfinished
 from apportion.runs import Run
@@ -77,9 +78,11 @@ class Keeper:
         due = bool(self.every) and step % self.every == 0 and step < steps
         if due or caught:
             with parallel.together():
+                assert self.held is not None
                 if parallel.is_main():
-                    assert self.held is not None
                     save_checkpoint(self.run, self.held, step, keep=self.keep)
+                elif self.held.parted:
+                    self.held.tensors()  # the main process waits for this one's part
         if caught:
             raise Interrupted(f"interrupted after step {step} of {steps}, with a checkpoint.", 128 + caught)
 
@@ -87,14 +90,26 @@ class Keeper:
         """Return the number of a signal that any process got, 0 for none."""
         return int(parallel.largest({"signal": self.signals.caught})["signal"])
 
+    def end(self, error: str) -> None:
+        """End this process at once, from any thread, with what an error of another process says."""
+        self.run.disk_wait = 0.0
+        with suppress(DiskError):  # the disk may be what failed
+            self.run.status("failed", error=error)
+        stderr.write(f"apportion: {error}\n")
+        os._exit(2)
+
     def final(
-        self, save: Callable[[Path], None], judge: Callable[[Path], None] = lambda folder: None, wanted: int = 1 << 20
+        self,
+        save: Callable[[Path], None],
+        judge: Callable[[Path], None] = lambda folder: None,
+        wanted: int = 1 << 20,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Have the main process write final/: it has that name when all of it is there.
 
         Args:
             save: writes the model to a folder. judge: reads it there, and may add to it.
-            wanted: bytes that it takes, about.
+            wanted: bytes that it takes, about. ready: called first, by every process.
 
         Raises:
             Interrupted: a signal came after the last batch; a checkpoint was promised, and is there.
@@ -103,6 +118,7 @@ class Keeper:
         self.signals.batches = False
         if self._caught():
             self.kept(self.step, self.steps)
+        ready()
 
         def clear() -> None:
             for path in (part, unfinished(part)):

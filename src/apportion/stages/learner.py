@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apportion import parallel
 from apportion.algorithms import Method
 from apportion.config import OptimConfig
 from apportion.doctor import Finding
 from apportion.evidence import Models
 from apportion.guard_settings import GuardsConfig
+from apportion.models import sharded
 from apportion.stages.guards import Guards
 from apportion.stages.held import Tensors, learned, relearn
 from apportion.stages.own_methods import means
@@ -29,8 +31,8 @@ class Learner:
         needs: all evidence to produce. generator: the run's only randomness after loading.
         compare: credits whose rewards are logged beside the one that is trained.
         once: each rollout is learned from once, in one step: the update says what the policy said before it.
-        clock: seconds of the current batch by phase. guards: what watches over the run.
-        findings: what the check-up before the models were loaded warned of.
+        optim: the optimizer's settings. clock: seconds of the current batch by phase.
+        guards: what watches over the run. findings: what the check-up before the models were loaded warned of.
     """
 
     def __init__(
@@ -48,17 +50,35 @@ class Learner:
     ) -> None:
         self.models, self.method, self.prompts = models, method, prompts
         self.needs, self.generator, self.compare, self.once = needs, generator, compare, once
-        self.findings = findings
+        self.findings, self.optim = findings, optim
         self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}
         specs = {**method.specs, "compare": list(compare), "needs": needs}
         self.guards = Guards(guards or GuardsConfig(), models.users, models.policy.tokenizer, specs)
 
+    def share_weights(self, end: Callable[[str], None]) -> None:
+        """Have each process keep a part of the weights where the launcher asks for it; before anything is learned.
+
+        Args:
+            end: ends this process with an error of another's that left it waiting.
+        """
+        if sharded.asked():
+            policy = self.models.policy
+            parallel.broadcast(policy.trainable())
+            policy.shard(sharded.again(), end)
+            self.optimizer = make_optimizer(policy.learning(), policy.remainders, self.optim)
+
+    @property
+    def parted(self) -> bool:
+        """Whether each process holds a part of what is learned (`held.Held`)."""
+        return self.models.policy.weights.sharded
+
     def tensors(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint (`held.Held`)."""
         # `models.generator` is the same one, or started anew each step (`sharing.reseed`)
-        return learned(self.models.policy.trainable(), self.optimizer) | {
+        policy = self.models.policy
+        return policy.weights.join(learned(policy.learning(), self.optimizer)) | {
             "state": self.credit_state | {"generator": self.generator.get_state()},
             "guards": self.guards.state,
         }
@@ -66,7 +86,7 @@ class Learner:
     def restore(self, stored: Tensors) -> None:
         """Take back what `tensors` gave. Raises ConfigError where it is another model's."""
         policy = self.models.policy
-        relearn(stored, policy.trainable(), self.optimizer, policy.remainders)
+        relearn(policy.weights.cut(stored), policy.learning(), self.optimizer, policy.remainders)
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
         self.credit_state = state

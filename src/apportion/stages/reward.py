@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from apportion.data import BadRows
 from apportion.errors import ConfigError, DataError, message
 from apportion.models.adapters import add_adapter
 from apportion.models.load import load_classifier, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
-from apportion.models.masters import to_float32, to_sixteen_bit, total_norm
+from apportion.models.masters import to_sixteen_bit
 from apportion.models.own_tokenizer import check_embeddings
 from apportion.models.packed import packed
 from apportion.models.reward import STATISTICS, RewardModel, load_reward
@@ -38,7 +39,7 @@ from apportion.stages.prompts import context_of
 from apportion.stages.records import memory_mb
 from apportion.stages.sharing import check_launch, open_run
 from apportion.stages.trainee import Trainee
-from apportion.stages.update import learning_rate
+from apportion.stages.update import learning_rate, nothing
 from apportion.statistics import calibration, mean_interval, proportion
 
 Tell = Callable[[int, int, dict[str, float]], None]
@@ -67,15 +68,16 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
         parallel.broadcast(p for p in model.parameters() if p.requires_grad)
         trainee = Trainee(model, _halved(model, config), config.optim, config.max_skipped)
         del model
+        trainee.share_weights(keeper.end)
         start = keeper.resume(trainee)
-        with packed(trainee.model):
+        with nullcontext() if trainee.parted else packed(trainee.model):
             _fit(trainee, start, clips, config, tokenizer.pad_token_id, keeper, tell)
-        to_float32(trainee.remainders)
         found: dict[str, Any] = {}
         keeper.final(
             lambda part: _save(trainee, config, tokenizer, folder, part),
             lambda part: found.update(_judged(trainee, run, config, test_rows, part)),
             bytes_of(trainee.model),
+            ready=trainee.make_whole,
         )
         with parallel.together():
             if parallel.is_main():
@@ -186,19 +188,19 @@ def _fit(
     tell: Tell,
 ) -> None:
     """Train on every clip once, from the batch after `start`."""
-    trainable, optimizer = trainee.trainable, trainee.optimizer
+    optimizer, weights = trainee.optimizer, trainee.weights
     dealt = batches(clips, config.batch_size, config.seed)
     for step, batch in enumerate(dealt[start:], start + 1):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step - 1, len(dealt))
-        with parallel.together():
-            sums = _accumulate(trainee.model, batch, config.micro_batch, pad)
-        parallel.sum_gradients(trainable)
-        norm = total_norm(trainable)
+        with parallel.together(), weights.waiting():
+            sums = _accumulate(trainee, batch, config.micro_batch, pad)
+        learning = weights.summed(trainee.trainable)
+        norm = weights.norm(learning)
         trainee.skips.begin()
         if trainee.skips.allow(sums["loss/reward"], norm, torch.arange(len(batch))):
-            torch.nn.utils.clip_grads_with_norm_(trainable, config.optim.max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(learning, config.optim.max_grad_norm, norm)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         skipped = trainee.skips.batch
@@ -215,15 +217,19 @@ def _fit(
         tell(step, len(dealt), metrics)
 
 
-def _accumulate(model: Any, batch: list[Clip], micro: int, pad: int) -> dict[str, Tensor]:
+def _accumulate(trainee: Trainee, batch: list[Clip], micro: int, pad: int) -> dict[str, Tensor]:
     """Add the gradient of this process's share of one batch, a few clips at a time, and return its part of the mean
     loss in nats and of the share of clips judged right."""
+    model, everyone = trainee.model, torch.arange(len(batch))
     device = next(model.parameters()).device
     total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
-    mine = [batch[i] for i in parallel.share(torch.arange(len(batch))).tolist()]
-    for first in range(0, len(mine), micro):
-        ids, mask, labels = (t.to(device) for t in right_pad(mine[first : first + micro], pad))
+    mine = parallel.share(everyone)
+    for part, counts in trainee.weights.even([*mine.split(micro)] if len(mine) else [], everyone[:1]):
+        ids, mask, labels = (t.to(device) for t in right_pad([batch[i] for i in part.tolist()], pad))
         logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
+        if not counts:
+            nothing(logits).backward()
+            continue
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
         loss.backward()
         total += loss.detach()

@@ -78,8 +78,10 @@ def train(
             learner = make_learner(config, method)
             learner.guards.run = run
             note_findings(run, learner, warn)
+        learner.share_weights(keeper.end)
         start = keeper.resume(learner)
-        parallel.broadcast(learner.models.policy.trainable())
+        policy = learner.models.policy
+        parallel.broadcast(policy.weights.alike(policy.trainable()))
         for step, rollouts in experience(learner, config, start):
             began = time.perf_counter()
             metrics, records = learn(learner, rollouts, config, step)
@@ -89,8 +91,10 @@ def train(
             keeper.log(step, metrics, records)
             keeper.kept(step, config.steps)
             tell(step, metrics)
-        base, policy = locate("policy", config.policy), learner.models.policy
-        keeper.final(lambda folder: save_policy(policy, base, folder, config_dict), wanted=bytes_of(policy.model))
+        base, size = locate("policy", config.policy), bytes_of(policy.model)
+        keeper.final(
+            lambda folder: save_policy(policy, base, folder, config_dict), wanted=size, ready=policy.make_whole
+        )
         run.status("finished", steps=config.steps)
     return run
 
@@ -106,7 +110,8 @@ def experience(learner: Learner, config: RLConfig, start: int) -> Iterator[tuple
         prompts = learner.prompts.take(step, config.sampling.batch_size // per_prompt)
         mine, chance = parallel.span(len(prompts)), uniforms(config, learner.generator)
         reseed(learner.models.generator, config.seed, step)
-        with parallel.together():
+        # a process that writes and reads waits for no other: weights that are kept in parts are whole here
+        with learner.models.policy.weights.gathered(), parallel.together():
             rollouts = sample(learner.models.policy, prompts[mine], config.sampling, learner.generator, uniforms=chance)
             rollouts = replace(rollouts, group=rollouts.group + mine.start)
             sampled = time.perf_counter()
@@ -178,7 +183,8 @@ def learn_from(
         group["lr"] = learning_rate(config.optim, step - 1, config.steps)
     policy, chance = learner.models.policy, learner.generator
     first = FirstPass(*torch.zeros((2, *rollouts.mask.shape), device=policy.device)) if learner.once else None
-    scene.later["ratio"] = lambda sampled: ratios(policy, sampled, ppo.micro_batch, ppo.micro_tokens)
+    if not policy.weights.sharded:  # a process alone can read nothing with its part
+        scene.later["ratio"] = lambda sampled: ratios(policy, sampled, ppo.micro_batch, ppo.micro_tokens)
     guards.skips.begin()
     metrics = update(
         policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance, first, guards.skips

@@ -11,6 +11,7 @@ import torch
 
 from apportion import cores, parallel
 from apportion.errors import ConfigError, message
+from apportion.models import sharded
 from apportion.runs import Run
 
 
@@ -59,6 +60,8 @@ def surroundings(models: Mapping[str, Any]) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "processes": parallel.world(),
     }
+    if sharded.asked():
+        found["weights"] = "in parts"
     for name, model in models.items():
         weight = next(model.parameters())
         place = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type

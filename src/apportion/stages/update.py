@@ -13,7 +13,7 @@ from apportion.batching import micro_batches, trim
 from apportion.config import OptimConfig, PPOConfig
 from apportion.losses import clipped_value
 from apportion.masking import whiten
-from apportion.models.masters import MasterAdamW, total_norm
+from apportion.models.masters import MasterAdamW
 from apportion.models.policy import Outputs, Policy
 from apportion.stages.skips import Skips
 from apportion.types import Advantages, PolicyLoss, Rollouts
@@ -95,19 +95,19 @@ def update(
     """
     skips = Skips() if skips is None else skips
     totals: dict[str, Tensor] = {}
-    steps = 0
+    steps, weights = 0, policy.weights
     for _ in range(config.epochs or 1):
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
-            with parallel.together():
+            with parallel.together(), weights.waiting():
                 sums = _mini_batch(policy, loss, rollouts, targets, config, rows, first)
-            parallel.sum_gradients(policy.trainable())
-            norm = total_norm(policy.trainable())
+            learning = weights.summed(policy.trainable())
+            norm = weights.norm(learning)
             if skips.allow(sum_of_losses(sums, norm), norm, rows):
-                torch.nn.utils.clip_grads_with_norm_(policy.trainable(), optim.max_grad_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(learning, optim.max_grad_norm, norm)
                 optimizer.step()
                 sums["policy/grad_norm"] = norm / parallel.world()  # the same in each, and summed over them below
-                totals = {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
+                totals |= {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
                 steps += 1
             optimizer.zero_grad(set_to_none=True)
     return {k: float(v) / steps for k, v in parallel.sum_over(totals).items()}
@@ -129,18 +129,25 @@ def _mini_batch(
     first: FirstPass | None,
 ) -> dict[str, Tensor]:
     """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
-    tokens = targets.policy_mask[rows].sum().clamp_min(1)
-    actions = targets.value_mask[rows].sum().clamp_min(1)
-    denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
+    weights, critic = policy.weights, "values" in rollouts.evidence
+    with weights.agreed():
+        tokens = targets.policy_mask[rows].sum().clamp_min(1)
+        actions = targets.value_mask[rows].sum().clamp_min(1)
+        denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
+        mine = parallel.share(rows)
+        parts = micro_batches(rollouts, mine, config.micro_batch, config.micro_tokens) if len(mine) else []
     sums: dict[str, Tensor] = {}
-    mine = parallel.share(rows)
-    for part in micro_batches(rollouts, mine, config.micro_batch, config.micro_tokens) if len(mine) else ():
+    for part, counts in weights.even(parts, rows[:1]):
         batch = trim(rollouts.select(part))
         advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
-        critic = "values" in batch.evidence
         out = policy.forward(batch, values=critic and policy.value_trunk is None, entropy=first is not None)
         batch = batch if first is None else first.note(part, batch, out)
-        policy_loss, found = loss.terms(out.logprobs, batch, advantages, policy_mask, segments)
+        with weights.agreed():
+            terms = loss.terms(out.logprobs, batch, advantages, policy_mask, segments) if counts else None
+        if terms is None:
+            _idle(policy, batch, out, critic)
+            continue
+        policy_loss, found = terms
         total, values = policy_loss / denominator, out.values
         found = {k: v / tokens for k, v in found.items()} | {"loss/policy": total}
         if critic and values is None:  # a trunk of its own: what the policy kept for its backward pass is freed first
@@ -155,6 +162,22 @@ def _mini_batch(
         total.backward()  # type: ignore[no-untyped-call]
         sums = {k: sums.get(k, 0) + v.detach() for k, v in found.items()}
     return sums
+
+
+def _idle(policy: Policy, batch: Rollouts, out: Outputs, critic: bool) -> None:
+    """Finish a micro-batch that does not count with gradients of 0: other processes wait for its backward passes."""
+    total = nothing(out.logprobs)
+    if critic and policy.value_trunk is not None:
+        total.backward()  # type: ignore[no-untyped-call]
+        total = nothing(policy.values(batch)[0])
+    elif out.values is not None:
+        total = total + nothing(out.values)
+    total.backward()  # type: ignore[no-untyped-call]
+
+
+def nothing(x: Tensor) -> Tensor:
+    """Return 0 (), whose gradient for `x` is 0 even where `x` is not finite."""
+    return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0).sum()
 
 
 def make_optimizer(

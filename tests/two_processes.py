@@ -1,0 +1,45 @@
+"""Starting two processes, and comparing what they did with what one did."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+REPO = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
+
+
+def launch(words: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with the source and the tests to import from, and without what a launcher said of another."""
+    paths = os.pathsep.join([str(REPO / "src"), str(REPO / "tests")])
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "MASTER_"))}
+    settings = plain | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=settings, timeout=240)
+
+
+def same_run(one: dict[str, Any], two: dict[str, Any], other: dict[str, Any]) -> None:
+    """Compare traces of a run in one process and in each of two."""
+    assert two["ids"] == one["ids"]  # the same tokens were sampled
+    assert len(two["gradients"]) == len(one["gradients"]) > 2
+    # the first step is from the same weights; Adam lets their roundings grow from there
+    apart = [float((a - b).norm() / a.norm()) for a, b in zip(one["gradients"], two["gradients"], strict=True)]
+    assert apart[0] < 1e-5 and max(apart) < 1e-3, apart
+    for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=2e-6), name
+    assert one["state"].keys() == two["state"].keys()
+    for name, value in one["state"].items():
+        torch.testing.assert_close(two["state"][name], value, rtol=1e-6, atol=0)
+    # the processes themselves do not drift apart by a bit
+    assert torch.equal(two["weights"], other["weights"])
+    assert all(torch.equal(a, b) for a, b in zip(two["gradients"], other["gradients"], strict=True))
+    assert two["metrics"] == other["metrics"]
