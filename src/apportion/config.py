@@ -92,7 +92,8 @@ class PPOConfig:
             released MA-RLHF code does); null picks first unless the estimator pools values of other tokens.
         whiten_advantages: unit variance and no mean over the batch; null picks what the estimator's paper does.
         whiten_rewards: unit variance, mean kept; it rescales dense credit, so off by default.
-        value_model: "shared" (a head on the policy's trunk) or "separate" (a trunk of its own).
+        value_model: "shared" (a head on the policy's trunk), "separate" (a trunk of its own, at first the policy's) or
+            "reward" (a trunk of its own, at first the reward model: V begins as the score of the text so far).
         truncated: what a response without EOS means: "terminal" (it is over: the limit is part of the task),
             "bootstrap" (it is unfinished: no score yet, the critic says what would have come), "mask" (it teaches
             nothing) or "penalty"; null is terminal.

@@ -49,7 +49,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("negative_kl", "sampler_gap", "ratio", "value_loss"), _ON),
     **dict.fromkeys(("kl", "entropy", "length", "reward"), (*_ON, "tighten")),
     "stop": ("length", "eos"),
-    "value_model": ("shared", "separate"),
+    "value_model": ("shared", "separate", "reward"),
     "value_tokens": (None, "first", "all"),
     "truncated": (None, "terminal", "bootstrap", "mask", "penalty"),
     "dtype": ("auto", "float32", "bfloat16"),

@@ -69,7 +69,7 @@ def check_folder(path: Path, steps: int = 2) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stop", ["length", "eos"])
-@pytest.mark.parametrize("value_model", ["shared", "separate"])
+@pytest.mark.parametrize("value_model", ["shared", "separate", "reward"])
 @pytest.mark.parametrize("rank", [4, 0])
 def test_two_steps_of_every_kind_of_training(
     world: Path, tmp_path: Path, rank: int, value_model: str, stop: str

@@ -57,7 +57,7 @@ def rl_config(work: Work) -> RLConfig:
     critic = work.algorithm == "ppo"
     if work.ours == "full":
         config.algorithm, config.lora.rank, config.optim.lr = work.algorithm, 0, work.lr
-        config.ppo.value_model = "separate" if critic else "shared"
+        config.ppo.value_model = "reward" if critic else "shared"  # as TRL's begins
     elif not critic:
         config.algorithm = work.algorithm
     for text in work.overrides:

@@ -78,7 +78,7 @@ def memory(policy: Shape, reward: Shape, config: RLConfig, longest: int, dtype: 
     Rough by design (a quarter either way): activations as the modules of `models/` keep them, logits in blocks.
     """
     size, rate = dtype.itemsize, config.reward_dtype
-    full, separate = config.lora.rank == 0, config.ppo.value_model == "separate"
+    full, separate = config.lora.rank == 0, config.ppo.value_model != "shared"
     learned = trainable(policy, config) * (2 if separate else 1)
     weights = policy.weights * (4 if full else size)  # in 16 bit with the other half of the master beside it
     weights += policy.weights * size if full else 0  # the reference
@@ -120,5 +120,5 @@ def disk(policy: Shape, config: RLConfig) -> float:
     """Return the bytes that a run writes at most at a time: the final model in float32, and its checkpoints."""
     every = config.checkpoint_every
     kept = min(config.keep_checkpoints + 1, (config.steps - 1) // every) if every else 0
-    learned = trainable(policy, config) * (2 if config.ppo.value_model == "separate" else 1)
+    learned = trainable(policy, config) * (1 if config.ppo.value_model == "shared" else 2)
     return 4.0 * policy.weights + 12.0 * learned * kept

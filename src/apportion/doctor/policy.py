@@ -20,7 +20,9 @@ Said = tuple[str, str, str]
 
 def weights(case: Case) -> Said:
     """The policy's weights are all stored."""
-    case.policy = load_policy(case.config)
+    ppo = case.config.ppo  # values are not looked at here, and the reward model is loaded after the policy
+    ppo = replace(ppo, value_model="separate") if ppo.value_model == "reward" else ppo
+    case.policy = load_policy(replace(case.config, ppo=ppo))
     learning = sum(p.numel() for p in case.policy.trainable())
     return ok(f"{size(case.policy.model)}; {learning / 1e6:.3g} M learn")
 

@@ -16,9 +16,11 @@ from apportion.errors import ModelError, message
 from apportion.losses import entropy_of
 from apportion.masking import last_index
 from apportion.models.adapters import add_adapter
+from apportion.models.critic import make_critic
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.masters import to_sixteen_bit
 from apportion.models.prefix import Shared, can_share, shared_prompts, states_behind
+from apportion.models.reward import RewardModel
 from apportion.models.sharded import Sharded, Weights
 from apportion.models.token_logprobs import token_logprobs
 from apportion.types import Rollouts
@@ -40,7 +42,7 @@ class Policy:
     Attributes:
         model: the language model, with adapters when `reference` is None.
         tokenizer: with a pad token distinct from EOS.
-        value_head: d -> 1, float32, zero at the start; None for a policy that is only sampled and read.
+        value_head: d -> 1, float32 (`models.critic`); None for a policy that is only sampled and read.
         value_trunk: a model of its own under the value head, or None for the policy's trunk.
         reference: a frozen copy, or None: the policy with its adapters disabled.
         banned: ids that are never sampled; their logit is −inf in every log-probability.
@@ -257,13 +259,16 @@ def chosen_logprobs(logits: Tensor, rollouts: Rollouts) -> Tensor:
     return torch.where(rollouts.mask, chosen - logits.logsumexp(dim=-1), 0.0)
 
 
-def load_policy(config: RLConfig) -> Policy:
+def load_policy(config: RLConfig, reward: RewardModel | None = None) -> Policy:
     """Return the policy of a run: float32 adapters over a 16-bit base, or all weights beside a frozen copy.
 
     Where all weights learn in 16 bit, each has a float32 master (`models.masters`).
 
+    Args:
+        reward: the run's reward model, from which its values may begin (`models.critic`).
+
     Raises:
-        ModelError, ConfigError: as the loaders and `add_adapter` do.
+        ModelError, ConfigError: as the loaders, `add_adapter` and `make_critic` do.
     """
     folder, device = locate("policy", config.policy), pick_device(config.device)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
@@ -276,15 +281,9 @@ def load_policy(config: RLConfig) -> Policy:
     quick_attention(model, device, pair[1] + config.sampling.max_new_tokens)
     model.requires_grad_(not lora)
     reference = None if lora else copy.deepcopy(model).requires_grad_(False).to(dtype)
-    trunk = None
-    if config.ppo.value_model == "separate":
-        trunk = copy.deepcopy(model.base_model)
-        trunk = (add_adapter(trunk, config.lora) if lora else trunk.requires_grad_(True)).eval()
+    head, trunk = make_critic(model, config, reward)
     if lora:
         model = add_adapter(model, config.lora).eval()
-    head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
     remainders = to_sixteen_bit(model, trunk) if not lora and dtype == torch.bfloat16 else {}
     return Policy(model, tokenizer, banned, head, trunk, reference, config.sampling.temperature, remainders)
 

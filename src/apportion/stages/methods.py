@@ -62,9 +62,9 @@ def settle(config: RLConfig, method: Method) -> None:
     _refuse_timeout(config, method)
     if name == "vine":
         _refuse_other_units(ppo)
-    if ppo.value_model == "separate" and not method.critic:
+    if ppo.value_model != "shared" and not method.critic:
         expected = f"shared: {name} learns no values"
-        raise ConfigError(message("ppo.value_model", "separate", expected, "Leave it out, or choose gae."))
+        raise ConfigError(message("ppo.value_model", ppo.value_model, expected, "Leave it out, or choose gae."))
     if ppo.value_tokens is None:
         ppo.value_tokens = "first" if getattr(method.estimate, "pooling", "first") == "first" else "all"
     if ppo.epochs is None:

@@ -270,7 +270,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
-    policy = load_policy(config)
+    policy = load_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, stream.rows)
     users = Users(config.guards.timeout)
     method = in_time(method, users)
