@@ -57,6 +57,7 @@ def rl_config(work: Work) -> RLConfig:
     critic = work.algorithm == "ppo"
     if work.ours == "full":
         config.algorithm, config.lora.rank, config.optim.lr = work.algorithm, 0, work.lr
+        config.optim.eps = 1e-8  # TRL's; 1e-5, ours, damps the small gradients of many weights
         config.ppo.value_model = "reward" if critic else "shared"  # as TRL's begins
     elif not critic:
         config.algorithm = work.algorithm
