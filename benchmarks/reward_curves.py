@@ -75,7 +75,8 @@ def main() -> int:
             for side in options.sides:
                 curves = found["curves"].setdefault(side, {})
                 if str(seed) not in curves:
-                    curves[str(seed)] = curve(replace(work, seed=seed), side, options)
+                    curves[str(seed)], cost = curve(replace(work, seed=seed), side, options)
+                    found["cost"].setdefault(side, {})[str(seed)] = cost
                     write(found, options)
                 print(f"{side:10} seed {seed}: " + " ".join(f"{s:+.2f}" for s in curves[str(seed)]), file=sys.stderr)
     found["compared"] = compared(found["curves"], options.against)
@@ -90,7 +91,7 @@ def begun(options: argparse.Namespace) -> dict[str, Any]:
     settings = {name: str(getattr(options, name)) for name in ("model", "prompts", "batches")}
     weights = sorted(Path(locate("--reward_model", options.reward_model)).glob("*.safetensors"))
     settings["reward_model"] = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
-    found: dict[str, Any] = {"machine": describe(), "settings": settings, "lr": {}, "curves": {}}
+    found: dict[str, Any] = {"machine": describe(), "settings": settings, "lr": {}, "curves": {}, "cost": {}}
     if options.output and Path(options.output).is_file():
         found = json.loads(Path(options.output).read_text(encoding="utf-8"))
         other = {k: v for k, v in rates.items() if found["lr"].get(k, v) != v}
@@ -182,8 +183,9 @@ def rate(side: str, options: argparse.Namespace) -> float | None:
     return {"default": None, "adapters": adapters, "prefix": adapters, "peer_as_is": PEER.lr}.get(side, options.lr)
 
 
-def curve(work: Work, side: str, options: argparse.Namespace) -> list[float]:
-    """Return the mean raw score of each batch of one run."""
+def curve(work: Work, side: str, options: argparse.Namespace) -> tuple[list[float], dict[str, float]]:
+    """Return the mean raw score of each batch of one run, and its cost: median seconds of a batch after the first, and
+    peak memory."""
     lr = rate(side, options)
     work = replace(work, lr=PEER.lr if lr is None else lr)
     if side in THEIRS:
@@ -193,7 +195,9 @@ def curve(work: Work, side: str, options: argparse.Namespace) -> list[float]:
         overrides = overrides if ours == "full" or lr is None else [*overrides, f"optim.lr={lr}"]
         work, python = replace(work, ours=ours, overrides=overrides), Path()
     found = process(work, PEER, python, f"{side}-{work.seed}")
-    return [batch["score"] for batch in found["batches"]]
+    seconds = [batch["total"] for batch in found["batches"]]
+    cost = {"batch_s": statistics.median(seconds[1:] or seconds), "peak_mb": max(found["peak"].values())}
+    return [batch["score"] for batch in found["batches"]], cost
 
 
 def compared(curves: dict[str, dict[str, list[float]]], other: str) -> dict[str, Any]:
@@ -231,6 +235,10 @@ def table(found: dict[str, Any]) -> str:
     for step in range(int(found["settings"]["batches"])):
         means = (statistics.fmean(run[step] for run in runs.values()) for runs in curves.values())
         lines.append(f"{step + 1:5} " + "".join(f"{mean:>+11.2f}" for mean in means))
+    for side, runs in found["cost"].items():
+        spent, peak = ([cost[name] for cost in runs.values()] for name in ("batch_s", "peak_mb"))
+        span = f"{min(spent):.2f}–{max(spent):.2f} s a batch, at most {max(peak) / 1000:.2f} GB"
+        lines.append(f"{side}: {span}, over {len(runs)} runs")
     for side in curves:
         if side in said:
             d, reached = said[side]["difference"], ", ".join(str(n) for n in said[side]["batches_to_reach"])
