@@ -93,6 +93,7 @@ def test_a_head_of_several_layers_is_refused(world: Path) -> None:
 
 
 def test_methods_without_values_refuse_it(world: Path, tmp_path: Path) -> None:
+    changes = {"ppo.value_model": "reward", "algorithm": "rloo", "sampling.samples_per_prompt": 2}
+    config = tiny_runs.config(world, tmp_path / "run", **changes)
     with pytest.raises(ConfigError, match=r"ppo\.value_model.*reward.*learns no values"):
-        changes = {"ppo.value_model": "reward", "algorithm": "rloo", "sampling.samples_per_prompt": 2}
-        rl.train(tiny_runs.config(world, tmp_path / "run", **changes))
+        rl.train(config)

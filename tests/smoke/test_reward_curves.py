@@ -1,0 +1,94 @@
+"""The benchmark of what is learned: its reward model, its comparison by hand, and runs that are added to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from scripts import script
+
+from apportion.models.reward import load_reward
+
+WORDS = ("a", "the", "in", "of", "and", "good", "bad", "film", "story", "heart", "music", "cast", "jokes", "time")
+
+
+@pytest.fixture(scope="module")
+def curves() -> ModuleType:
+    return script("reward_curves")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("curves")
+    tiny.save_policy(folder / "model")
+    tiny.save_reward(folder / "reward")
+    rows = [f"{a} {b} {text}" for a in WORDS for b in WORDS[:5] for text in tiny.TEXTS[:1] if a != b]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    return folder
+
+
+def run(curves: ModuleType, world: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """Run the script with --output; return what it wrote."""
+    output = world / "curves.json"
+    given = ["--model", world / "model", "--prompts", world / "prompts.jsonl", "--reward_model", world / "reward"]
+    flags = [str(word) for word in ("x", *given, "--batches", "2", "--threads", "1", "--output", output, *words)]
+    monkeypatch.setattr("sys.argv", flags)
+    assert curves.main() == 0
+    return json.loads(output.read_text())
+
+
+def test_sides_are_added_to_what_was_run(
+    curves: ModuleType, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = run(curves, world, monkeypatch, "--sides", "default", "--seeds", "1")
+    assert list(one["curves"]) == ["default"] and len(one["curves"]["default"]["0"]) == 2
+    assert all(math.isfinite(score) for score in one["curves"]["default"]["0"])
+    two = run(curves, world, monkeypatch, "--sides", "default", "prefix", "--seeds", "1", "--against", "prefix")
+    assert two["curves"]["default"] == one["curves"]["default"] and two["cost"]["default"] == one["cost"]["default"]
+    assert two["lr"] == {"default": None, "prefix": 1e-3}
+    # the same seed: the first batch is sampled before anything is learned
+    assert two["curves"]["prefix"]["0"][0] == pytest.approx(one["curves"]["default"]["0"][0], abs=1e-4)
+    assert two["cost"]["prefix"]["0"]["batch_s"] > 0 and two["cost"]["prefix"]["0"]["peak_mb"] > 50
+    ends = [sum(two["curves"][side]["0"]) / 2 for side in ("default", "prefix")]
+    assert two["compared"]["default"]["difference"]["mean"] == pytest.approx(ends[0] - ends[1])
+    assert "default − prefix" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds curves of"):
+        run(curves, world, monkeypatch, "--sides", "prefix", "--adapters_lr", "0.5")
+
+
+def test_the_comparison_by_hand(curves: ModuleType) -> None:
+    ours = {"0": [0.0] * 5 + [2.0] * 5, "1": [0.0] * 9 + [5.0]}
+    theirs = {"0": [1.0] * 10, "1": [0.5] * 10, "2": [9.0] * 10}
+    found = curves.compared({"full": ours, "peer": theirs}, "peer")
+    assert found["end"]["full"] == {"0": 2.0, "1": 1.0}
+    # differences 1 and 0.5: mean 0.75, sd 0.3536, t(1) = 12.706: half 12.706 · 0.3536/√2
+    half = 12.706 * 0.35355339 / math.sqrt(2)
+    expected = {"mean": 0.75, "low": 0.75 - half, "high": 0.75 + half}
+    assert found["full"]["difference"] == pytest.approx(expected)
+    # the mean of the last five reaches 1.0 with three 2.0s in it, and 0.5 with the 5.0
+    assert found["full"]["batches_to_reach"] == [8, 10]
+    assert curves.first([0.0] * 10, 0.1) is None
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_the_one_label_is_the_score(curves: ModuleType, tmp_path: Path, labels: int) -> None:
+    folder = tiny.save_reward(tmp_path / "reward", labels=labels)
+    before = load_reward(str(folder), device="cpu")
+    after = load_reward(str(curves.one_label(str(folder), tmp_path / "one")), device="cpu")
+    ids, mask = torch.randint(3, 400, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
+    assert after.model.config.num_labels == 1
+    assert torch.allclose(after.score(ids, mask)[0], before.score(ids, mask)[0], atol=1e-6)
+
+
+def test_each_side_has_its_rate(curves: ModuleType) -> None:
+    options = argparse.Namespace(lr=1e-4, adapters_lr=2e-3)
+    rates = {side: curves.rate(side, options) for side in curves.SIDES}
+    ours = {"default": None, "adapters": 2e-3, "prefix": 2e-3, "full": 1e-4, "full16": 1e-4}
+    assert rates == ours | {"peer": 1e-4, "peer16": 1e-4, "peer_as_is": 3e-6}
