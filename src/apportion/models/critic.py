@@ -17,8 +17,8 @@ from apportion.models.reward import RewardModel, adjust
 HEADS = ("score", "classifier")
 
 
-def make_critic(model: Any, config: RLConfig, reward: RewardModel | None) -> tuple[nn.Linear, Any | None]:
-    """Return (value head d -> 1 in float32, the trunk under it or None for the policy's own).
+def make_trunk(model: Any, config: RLConfig, reward: RewardModel | None) -> Any | None:
+    """Return the trunk under the value head, or None for the policy's own.
 
     With `ppo.value_model` "reward" V(s) is at first the score that the reward model would give the text so far, as
     `scores` centres and scales it: the critic of InstructGPT (Ouyang et al. 2022, 2203.02155, appendix C.4).
@@ -29,22 +29,35 @@ def make_critic(model: Any, config: RLConfig, reward: RewardModel | None) -> tup
     Raises:
         ConfigError: the reward model does not read the policy's ids, or its score is not linear in its last state.
     """
-    kind, lora = config.ppo.value_model, config.lora.rank > 0
-    device = next(model.parameters()).device
+    kind, weight = config.ppo.value_model, next(model.parameters())
+    if kind == "shared":
+        return None
     if kind == "reward":
-        if reward is None:
-            raise ValueError("value_model 'reward' needs the loaded reward model")
-        trunk, head = copy.deepcopy(reward.model.base_model).to(next(model.parameters()).dtype), scored(reward, config)
+        score_layer(needed(reward))
+        trunk = copy.deepcopy(needed(reward).model.base_model).to(weight.dtype)
         pair = config.sampling.prompt_tokens or [0, config.sampling.max_prompt_tokens]
-        quick_attention(trunk, device, pair[1] + config.sampling.max_new_tokens)
+        quick_attention(trunk, weight.device, pair[1] + config.sampling.max_new_tokens)
     else:
-        trunk = copy.deepcopy(model.base_model) if kind == "separate" else None
-        head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    if trunk is not None:
-        trunk = (add_adapter(trunk, config.lora) if lora else trunk.requires_grad_(True)).eval()
-    return head, trunk
+        trunk = copy.deepcopy(model.base_model)
+    return (add_adapter(trunk, config.lora) if config.lora.rank > 0 else trunk.requires_grad_(True)).eval()
+
+
+def make_head(model: Any, config: RLConfig, reward: RewardModel | None) -> nn.Linear:
+    """Return the value head d -> 1 in float32: 0, or the reward model's score where values begin as that."""
+    if config.ppo.value_model == "reward":
+        return scored(needed(reward), config)
+    output = model.get_output_embeddings().weight
+    head = nn.Linear(output.shape[1], 1, device=output.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def needed(reward: RewardModel | None) -> RewardModel:
+    """Return the reward model, which a caller must give where values begin as it."""
+    if reward is None:
+        raise ValueError("ppo.value_model 'reward' needs the loaded reward model")
+    return reward
 
 
 @torch.no_grad()

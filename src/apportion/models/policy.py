@@ -16,7 +16,7 @@ from apportion.errors import ModelError, message
 from apportion.losses import entropy_of
 from apportion.masking import last_index
 from apportion.models.adapters import add_adapter
-from apportion.models.critic import make_critic
+from apportion.models.critic import make_head, make_trunk
 from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
 from apportion.models.masters import to_sixteen_bit
 from apportion.models.prefix import Shared, can_share, shared_prompts, states_behind
@@ -268,7 +268,7 @@ def load_policy(config: RLConfig, reward: RewardModel | None = None) -> Policy:
         reward: the run's reward model, from which its values may begin (`models.critic`).
 
     Raises:
-        ModelError, ConfigError: as the loaders, `add_adapter` and `make_critic` do.
+        ModelError, ConfigError: as the loaders, `add_adapter` and `make_trunk` do.
     """
     folder, device = locate("policy", config.policy), pick_device(config.device)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
@@ -281,9 +281,10 @@ def load_policy(config: RLConfig, reward: RewardModel | None = None) -> Policy:
     quick_attention(model, device, pair[1] + config.sampling.max_new_tokens)
     model.requires_grad_(not lora)
     reference = None if lora else copy.deepcopy(model).requires_grad_(False).to(dtype)
-    head, trunk = make_critic(model, config, reward)
+    trunk = make_trunk(model, config, reward)
     if lora:
         model = add_adapter(model, config.lora).eval()
+    head = make_head(model, config, reward)
     remainders = to_sixteen_bit(model, trunk) if not lora and dtype == torch.bfloat16 else {}
     return Policy(model, tokenizer, banned, head, trunk, reference, config.sampling.temperature, remainders)
 
