@@ -30,17 +30,17 @@ from measuring import difference, fitted, peak_bytes, reward_model, rounds, seco
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from apportion import cores, credit
-from apportion.algorithms import Method
-from apportion.cli import quiet_libraries
+from apportion import credit
+from apportion.cli.main import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig
-from apportion.credit.reading import Reading
-from apportion.models.attention_row import attention_row
+from apportion.credit._evidence import Reading
+from apportion.models.attention.row import attention_row
 from apportion.models.reward import RewardModel
-from apportion.stages.learner import Learner
-from apportion.stages.methods import build_method
-from apportion.stages.rl import experience, learn, make_learner
-from apportion.types import Rollouts
+from apportion.stages.rl.learner import Learner
+from apportion.stages.rl.method import build_method
+from apportion.stages.rl.train import experience, learn, make_learner
+from apportion.system import cpu
+from apportion.types import Method, Rollouts
 
 CREDITS = {"sparse": "sparse", "abc": "attention"}
 PROMPT = 8  # tokens of every prompt: batches of one size
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
-    threads = cores.settle(options.threads).threads
+    threads = cpu.settle(options.threads).threads
     with tempfile.TemporaryDirectory() as folder:
         bench = build(options, Path(folder))
         found = {

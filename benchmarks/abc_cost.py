@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apportion.cli import quiet_libraries
+from apportion.cli.main import quiet_libraries
 from apportion.masking import normalise
-from apportion.models.attention_row import AttentionTap, attention_row
-from apportion.models.load import load_classifier, locate
+from apportion.models.attention.row import AttentionTap, attention_row
+from apportion.models.loading import load_classifier, locate
 
 
 def main(arguments: list[str] | None = None) -> int:

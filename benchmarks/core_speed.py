@@ -120,7 +120,7 @@ def model_costs() -> list[str]:
 
 def parser_speed() -> float:
     """Return how many words a second the parser of `segments.parsed` reads."""
-    from apportion.evidence.phrases import need_parser, parse
+    from apportion.evidence.text.phrases import need_parser, parse
 
     need_parser()
     text = "I rented this film because everyone called it wonderful, and it was a great story well told. " * 4

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from measuring import SHAPES
 
-from apportion import cores
-from apportion.bench.machine import matmul_rate, read_bandwidth
-from apportion.cli import quiet_libraries
+from apportion.cli.main import quiet_libraries
 from apportion.config import SamplingConfig
-from apportion.models.load import load_causal, locate, pick_device, pick_dtype
+from apportion.generation import sample
+from apportion.models.loading import load_causal, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy
-from apportion.sampling import sample
+from apportion.system import cpu
+from benchmarks.harness.machine import matmul_rate, read_bandwidth
 
 PAD, EOS = 0, 1
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
-    cores.keep_memory()  # as every command does
+    cpu.keep_memory()  # as every command does
     if options.threads:
         torch.set_num_threads(options.threads)
     found = measure(build(options), options)

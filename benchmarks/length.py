@@ -32,15 +32,15 @@ from typing import Any, NamedTuple
 import torch
 from measuring import reward_model, write_prompts
 
-from apportion import cores
-from apportion.cli import quiet_libraries
+from apportion.cli.main import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig, ScoreConfig
-from apportion.models.attention_row import _eager
-from apportion.sampling import llama
-from apportion.sampling.writers import spare
-from apportion.stages.learner import Learner
-from apportion.stages.methods import build_method
-from apportion.stages.rl import experience, learn, make_learner
+from apportion.generation import llama
+from apportion.generation.step_model import spare
+from apportion.models.attention.row import _eager
+from apportion.stages.rl.learner import Learner
+from apportion.stages.rl.method import build_method
+from apportion.stages.rl.train import experience, learn, make_learner
+from apportion.system import cpu
 
 SHAPES = [(4, 128), (4, 512), (4, 2048)]  # rows, tokens
 PROMPT = 8  # tokens of every prompt
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
-    threads = cores.settle(options.threads).threads
+    threads = cpu.settle(options.threads).threads
     with tempfile.TemporaryDirectory() as folder:
         reward = reward_model(options.model, Path(folder) / "reward")
         prompts = write_prompts(Path(folder) / "prompts.jsonl")

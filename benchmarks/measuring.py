@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from apportion.models.load import load_classifier, load_tokenizer, locate
+from apportion.models.loading import load_classifier, load_tokenizer, locate
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-1b": {

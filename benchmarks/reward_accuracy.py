@@ -14,11 +14,11 @@ import sys
 import torch
 
 from apportion.data import labelled
+from apportion.intervals import mean_interval, proportion
 from apportion.models.reward import load_reward
-from apportion.stages.clips import Clip
-from apportion.stages.judge import fit_judge, word_clips
-from apportion.stages.reward import scored
-from apportion.statistics import mean_interval, proportion
+from apportion.stages.evaluate.judge import fit_judge, word_clips
+from apportion.stages.reward.clips import Clip
+from apportion.stages.reward.train import scored
 
 WORDS = (20, 30, 60)
 

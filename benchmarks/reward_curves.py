@@ -31,15 +31,15 @@ from typing import Any
 
 import torch
 
-from apportion import cores
-from apportion.bench.environment import installed
-from apportion.bench.machine import describe
-from apportion.bench.settings import PEERS, SpeedConfig, Work, shaped
-from apportion.bench.speed import process
-from apportion.bench.workload import write_prompts
 from apportion.data.convert import no_progress_bars
-from apportion.models.load import load_tokenizer, locate
+from apportion.models.loading import load_tokenizer, locate
 from apportion.models.reward import load_reward
+from apportion.system import cpu
+from benchmarks.harness.environment import installed
+from benchmarks.harness.machine import describe
+from benchmarks.harness.settings import PEERS, SpeedConfig, Work, shaped
+from benchmarks.harness.workload import write_prompts
+from benchmarks.speed import process
 
 OURS = {
     "default": ("default", []),
@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--lr", type=float, default=PEER.lr, help="where all weights learn, ours and the peer's")
     parser.add_argument("--adapters_lr", type=float, default=1e-3, help="of the sides adapters and prefix")
-    parser.add_argument("--threads", type=int, default=cores.available().threads)
+    parser.add_argument("--threads", type=int, default=cpu.available().threads)
     parser.add_argument("--output", help="a JSON file to write")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()

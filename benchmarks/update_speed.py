@@ -24,13 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from apportion import Rollouts, cores, losses
-from apportion.bench.machine import describe, matmul_rate
+from apportion import Rollouts, losses
 from apportion.config import LoraConfig, OptimConfig, PPOConfig, RLConfig, SamplingConfig
-from apportion.models.lean import LEAN
-from apportion.models.linear import FlatLinear
+from apportion.models.fast.linear import FlatLinear
+from apportion.models.fast.norms import LEAN
 from apportion.models.policy import Policy, load_policy
-from apportion.stages.update import Targets, make_optimizer, update
+from apportion.stages.rl.update import Targets, update
+from apportion.system import cpu
+from apportion.training.optimizer import make_optimizer
+from benchmarks.harness.machine import describe, matmul_rate
 
 
 def main() -> int:
@@ -42,9 +44,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    threads = cores.settle(options.threads).threads
-    cores.use(threads)
-    cores.keep_memory()
+    threads = cpu.settle(options.threads).threads
+    cpu.use(threads)
+    cpu.keep_memory()
     found: dict[str, Any] = {"machine": describe(), "threads": threads, "rows": options.rows}
     found |= {"prompt": options.prompt, "response": options.response, "settings": {}}
     for name, rank in (("all weights", 0), ("adapters", 16)):

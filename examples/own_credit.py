@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion import Credit, Rollouts
-from apportion.credit.redistribute import redistributor, take_evidence
+from apportion.credit._redistribute import redistributor, take_evidence
 from apportion.types import State
 
 LETTERS = f"{__name__}:letters"  # evidence by import path: `letters` below produces it

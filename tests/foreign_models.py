@@ -19,9 +19,9 @@ from transformers import (
     LlamaConfig,
 )
 
-from apportion.cli import main
+from apportion.cli.main import main
 from apportion.models.reward import RewardModel, load_reward
-from apportion.models.token_text import PolicyText
+from apportion.models.text.token_spans import PolicyText
 from apportion.types import Rollouts
 
 BOTH = frozenset({"scores", "reward_attention"})

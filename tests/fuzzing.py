@@ -24,15 +24,15 @@ import yaml
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from apportion import plain_yaml
-from apportion.commands.settings import parse, show
+from apportion.cli.arguments import parse, show
 from apportion.config import DiagnoseConfig, EvaluateConfig, RewardConfig, RLConfig
 from apportion.data import BadRows, cache_dir, labelled, prompts, read_rows
 from apportion.errors import ApportionError, ConfigError
-from apportion.models.offsets import carry
-from apportion.models.own_tokenizer import encode, read_as_text
-from apportion.models.token_text import PolicyText
-from apportion.stages.methods import build_method
+from apportion.models.text.render import encode, read_as_text
+from apportion.models.text.token_spans import PolicyText
+from apportion.models.text.transfer import carry
+from apportion.stages.rl.method import build_method
+from apportion.system import safe_yaml
 
 # --- bytes: anything, valid tables, and valid tables that were damaged
 
@@ -281,7 +281,7 @@ def settings(data: st.DataObject) -> None:
     pairs = data.draw(st.lists(st.tuples(KEYS, st.one_of(WORDS, st.text(max_size=6))), max_size=3))
     text = data.draw(st.one_of(st.none(), yaml_text(), st.text(max_size=40)))
     if data.draw(st.booleans()):
-        text = plain_yaml.dump(data.draw(plausible(stage)))
+        text = safe_yaml.dump(data.draw(plausible(stage)))
         pairs = pairs[:1] if data.draw(st.booleans()) else []
     check_settings(stage, text, pairs)
 

@@ -14,12 +14,12 @@ from typing import Any
 import tiny_runs
 import torch
 
-from apportion import parallel
+from apportion.distributed import collectives
 from apportion.errors import GuardError
 from apportion.masking import masked_mean, whiten
-from apportion.stages import rl
-from apportion.stages.methods import build_method
-from apportion.stages.skips import Skips
+from apportion.stages.rl import train
+from apportion.stages.rl.method import build_method
+from apportion.training.nonfinite import Skips
 
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
 ENDING = {"sampling.stop": "eos", "sampling.max_new_tokens": 7}
@@ -41,7 +41,7 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     controllers' state, the rollouts' ids, the final weights, and how many numbers the optimizer holds."""
     start = world / ("ending" if settings.get("sampling.stop") == "eos" else "policy")
     config = tiny_runs.config(world, output, **{"policy": start, "log_rollouts": 8} | settings)
-    learner = rl.make_learner(config, build_method(config))
+    learner = train.make_learner(config, build_method(config))
     learner.share_weights(failed)
     policy = learner.models.policy
     parameters, whole = policy.learning(), set(policy.weights.alike(policy.trainable()))
@@ -49,7 +49,7 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     step = learner.optimizer.step
 
     def flat(pick: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        parts = [pick(p) if p in whole else parallel.gather_rows(pick(p)) for p in parameters]
+        parts = [pick(p) if p in whole else collectives.gather_rows(pick(p)) for p in parameters]
         return torch.cat([part.flatten() for part in parts])
 
     def noted() -> None:
@@ -59,8 +59,8 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
 
     learner.optimizer.step = noted  # type: ignore[method-assign]
     metrics, records = [], []
-    for number, rollouts in rl.experience(learner, config, 0):
-        told, written = rl.learn(learner, rollouts, config, number)
+    for number, rollouts in train.experience(learner, config, 0):
+        told, written = train.learn(learner, rollouts, config, number)
         metrics.append(told)
         records += written
     return {
@@ -83,19 +83,19 @@ def reductions() -> dict[str, torch.Tensor]:
     """Return masked reductions of this process's rows of a fixed batch, reduced over the processes."""
     generator = torch.Generator().manual_seed(5)
     x, mask = torch.randn(7, 4, generator=generator), torch.rand(7, 4, generator=generator) < 0.7
-    mine = parallel.span(7)
-    white = whiten(x[mine], mask[mine], reduce=parallel.reduce_sum)
-    mean = masked_mean(x[mine], mask[mine], parallel.reduce_sum)
-    ragged = parallel.gather_rows(x[mine, : 3 + parallel.rank()], fill=9, left=True)
-    told = parallel.gather_rows(mask[mine])
-    return {"white": parallel.gather_rows(white), "mean": mean, "ragged": ragged, "mask": told}
+    mine = collectives.span(7)
+    white = whiten(x[mine], mask[mine], reduce=collectives.reduce_sum)
+    mean = masked_mean(x[mine], mask[mine], collectives.reduce_sum)
+    ragged = collectives.gather_rows(x[mine, : 3 + collectives.rank()], fill=9, left=True)
+    told = collectives.gather_rows(mask[mine])
+    return {"white": collectives.gather_rows(white), "mean": mean, "ragged": ragged, "mask": told}
 
 
 def skips() -> dict[str, Any]:
     """Return what this process is told of four updates: a loss that is not finite in the last process alone, a
     gradient that is not, a good one, and a fault of both kinds that is one too many."""
     plain, bad, rows = torch.tensor(1.0), torch.tensor(torch.nan), torch.tensor([0, 1])
-    mine = bad if parallel.rank() == parallel.world() - 1 else plain
+    mine = bad if collectives.rank() == collectives.world() - 1 else plain
     counted = Skips(most=2)
     told = [counted.allow(mine, plain, rows), counted.allow(plain, plain, rows), counted.allow(plain, bad, rows)]
     error = ""
@@ -109,11 +109,11 @@ def skips() -> dict[str, Any]:
 def run() -> None:
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    parallel.start(torch.device("cpu"))
+    collectives.start(torch.device("cpu"))
     found: dict[str, Any] = {case: trace(world, out / case, settings) for case, settings in CASES.items()}
-    found |= {"skips": skips(), "reductions": reductions(), "main": parallel.from_main(parallel.rank())}
+    found |= {"skips": skips(), "reductions": reductions(), "main": collectives.from_main(collectives.rank())}
     torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
-    parallel.stop()
+    collectives.stop()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ ASKS = "{% if add_generation_prompt %}<eos>assistant\n{% endif %}"
 
 def good(folder: Path) -> Path:
     """Write a world whose reward model was trained by `apportion reward`, so that every check can be asked."""
-    from apportion.cli import main
+    from apportion.cli.main import main
 
     tiny_runs.world(folder)
     words = " ".join(tiny.TEXTS).split()

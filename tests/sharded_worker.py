@@ -18,13 +18,14 @@ import tiny_runs
 import torch
 from torch import Tensor
 
-from apportion import parallel
-from apportion.commands.settings import parse
+from apportion.cli.arguments import parse
 from apportion.config import RewardConfig, RLConfig
+from apportion.distributed import collectives
 from apportion.errors import ApportionError
 from apportion.losses import ppo
-from apportion.stages import reward, rl
-from apportion.stages.methods import build_method
+from apportion.stages.reward import train as reward
+from apportion.stages.rl import train as rl
+from apportion.stages.rl.method import build_method
 
 CASES: dict[str, dict[str, Any]] = {
     # 7 rollouts in mini-batches of 5 and 2: shares of 3 and 2, which are 2 micro-batches and 1. The prompts of one
@@ -71,7 +72,7 @@ def failing_loss(world: Path, output: Path) -> str:
     plain = ppo()
 
     def terms(*given: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        if parallel.rank() == 1:
+        if collectives.rank() == 1:
             raise ValueError("the loss is lost")
         return plain.terms(*given)
 
@@ -87,7 +88,7 @@ def failing_loss(world: Path, output: Path) -> str:
 def run() -> None:
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    parallel.start(torch.device("cpu"))
+    collectives.start(torch.device("cpu"))
     found: dict[str, Any] = {}
     for name, case in (CASES | SIXTEEN).items():
         os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(name != "groups").lower()
@@ -100,7 +101,7 @@ def run() -> None:
     reward.train(rewarded(world, out / "reward"))
     reward.train(rewarded(world, out / "reward-masters", **{"lora.rank": 0, "dtype": "bfloat16"}))
     torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
-    parallel.stop()
+    collectives.stop()
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from apportion import Rollouts
-from apportion.commands.settings import parse
+from apportion.cli.arguments import parse
 from apportion.config import RLConfig, SamplingConfig
 from apportion.evidence import Models
+from apportion.generation import sample
 from apportion.models.policy import Policy, load_policy
 from apportion.models.reward import RewardModel, load_reward
-from apportion.sampling import sample
 
 EOS, PAD = 1, 0
 SETTINGS: dict[str, Any] = {

@@ -7,8 +7,8 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from apportion.credit.reading import Layers
-from apportion.models.attention_row import AttentionTap, attention_row
+from apportion.credit._evidence import Layers
+from apportion.models.attention.row import AttentionTap, attention_row
 
 WIDE = {**tiny_models.WIDE, "max_position_embeddings": 64}
 KEYS = {**WIDE, **tiny_models.SHARED_KEYS}

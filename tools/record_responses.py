@@ -20,10 +20,10 @@ from apportion import credit, segments
 from apportion.config import DiagnoseConfig, SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError
 from apportion.evidence import plan
-from apportion.models.load import has_bfloat16
-from apportion.sampling import sample
-from apportion.scoring import score
-from apportion.stages.diagnose import open_models
+from apportion.evidence.scoring import score
+from apportion.generation import sample
+from apportion.models.loading import has_bfloat16
+from apportion.stages.diagnose.diagnose import open_models
 
 OUT = Path(__file__).parents[1] / "docs" / "methods" / "responses.json"
 HOW = (

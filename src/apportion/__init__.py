@@ -1,9 +1,9 @@
 """apportion: find out which tokens earned the reward, and train on it."""
 
-from apportion import cores
+from apportion.system import cpu
 
-if cores.is_command():  # OpenMP reads its environment when torch loads it, which the next line does
-    cores.before_torch()
+if cpu.is_command():  # OpenMP reads its environment when torch loads it, which the next line does
+    cpu.before_torch()
 
 from apportion import advantages, credit, losses, segments
 from apportion.types import Advantages, Credit, PolicyLoss, Rollouts

@@ -2,6 +2,6 @@
 
 import sys
 
-from apportion.cli import main
+from apportion.cli.main import main
 
 sys.exit(main())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from apportion import advantages, credit, losses, refusals, registry, segments
-from apportion.credit.checked import checked
+from apportion import advantages, compatibility, credit, losses, registry, segments
 from apportion.errors import ConfigError, message, unknown_name
-from apportion.types import Credit, Estimator, PolicyLoss, Segmenter
+from apportion.types import Method
+from apportion.user_code import checked
 
 Spec = Any  # a name, {name: {key: value}}, or a list of these
 FIELDS = ("credit", "segments", "advantages", "loss")
@@ -129,32 +129,6 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 }
 
 
-class Method(NamedTuple):
-    """The four choices, built, beside their resolved specs (for the run folder)."""
-
-    credit: Credit
-    segment: Segmenter
-    estimate: Estimator
-    loss: PolicyLoss
-    specs: dict[str, Any]
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Return the names of all evidence that the methods need from a model; the credit's shares need none."""
-        needed = self.credit.needs | self.segment.needs | self.estimate.needs | self.loss.needs
-        return needed - {"credit_share"}
-
-    @property
-    def critic(self) -> bool:
-        """Whether values are learned."""
-        return "values" in self.estimate.needs
-
-    @property
-    def group_wise(self) -> bool:
-        """Whether several rollouts of one prompt are compared."""
-        return bool(getattr(self.estimate, "group_wise", False))
-
-
 def build(
     algorithm: str,
     *,
@@ -178,9 +152,9 @@ def build(
         field: registry.parse(field, getattr(named, field) if spec is None else spec)
         for field, spec in zip(FIELDS, given, strict=True)
     }
-    refusals.refuse_repeated([name for name, _ in parts["credit"]])
+    compatibility.refuse_repeated([name for name, _ in parts["credit"]])
     credits = {name: checked(name, credit.make(name, kwargs)) for name, kwargs in parts["credit"]}
-    refusals.refuse_credits(credits)
+    compatibility.refuse_credits(credits)
     method = Method(
         credit.chain(*credits.values()),
         segments.build(parts["segments"]),
@@ -189,7 +163,7 @@ def build(
         {field: [{name: kwargs} for name, kwargs in pairs] for field, pairs in parts.items()},
     )
     names = {field: pairs[0][0] for field, pairs in parts.items()}
-    refusals.refuse(refusals.Combination(credits, method.segment, method.estimate, method.loss, names))
+    compatibility.refuse(compatibility.Combination(credits, method.segment, method.estimate, method.loss, names))
     return method
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -166,3 +166,29 @@ class PolicyLoss(NamedTuple):
     denominator: Callable[[Tensor, Tensor], Tensor]
     ratio: str
     needs: frozenset[str] = frozenset()
+
+
+class Method(NamedTuple):
+    """The four choices, built, beside their resolved specs (for the run folder)."""
+
+    credit: Credit
+    segment: Segmenter
+    estimate: Estimator
+    loss: PolicyLoss
+    specs: dict[str, Any]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return the names of all evidence that the methods need from a model; the credit's shares need none."""
+        needed = self.credit.needs | self.segment.needs | self.estimate.needs | self.loss.needs
+        return needed - {"credit_share"}
+
+    @property
+    def critic(self) -> bool:
+        """Whether values are learned."""
+        return "values" in self.estimate.needs
+
+    @property
+    def group_wise(self) -> bool:
+        """Whether several rollouts of one prompt are compared."""
+        return bool(getattr(self.estimate, "group_wise", False))

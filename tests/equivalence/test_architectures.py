@@ -10,7 +10,7 @@ import torch
 from zoo import CONFIGS, ENCODERS, KERNELS, PADDINGS, REFUSED, build, eager, inputs_of, on, tap
 
 from apportion.errors import ModelError
-from apportion.models.attention_row import attention_row
+from apportion.models.attention.row import attention_row
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

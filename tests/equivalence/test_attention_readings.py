@@ -18,12 +18,12 @@ from transformers import AutoModelForSequenceClassification
 
 from apportion import credit, registry
 from apportion.config import ScoreConfig
-from apportion.credit.reading import Reading, asked_reading, reading
+from apportion.credit._evidence import Reading, asked_reading, reading
 from apportion.errors import ConfigError, DataError, ModelError
-from apportion.evidence.reward_pass import reward_pass
-from apportion.models.attention_row import attention_row, union
-from apportion.scoring import score
-from apportion.stages.text_credit import apportion_text, text_methods
+from apportion.evidence.reward import reward_pass
+from apportion.evidence.scoring import score
+from apportion.models.attention.row import attention_row, union
+from apportion.stages.explain import apportion_text, text_methods
 
 SETTINGS = [
     {"layers": 0},

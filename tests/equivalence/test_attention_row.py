@@ -10,7 +10,7 @@ import tiny_models
 import torch
 
 from apportion.errors import ModelError
-from apportion.models.attention_row import attention_row
+from apportion.models.attention.row import attention_row
 
 PLAIN = ["gpt2", "llama (grouped queries)", "mistral (window 4)", "qwen3 (q/k norm)", "gpt-neox", "opt", "bert"]
 CAPPED_OR_SINKS = ["gemma2 (soft-cap, window 4)", "gpt-oss (sinks)"]

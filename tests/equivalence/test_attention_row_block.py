@@ -7,7 +7,7 @@ import tiny_models
 import torch
 
 from apportion.errors import ApportionError, ModelError
-from apportion.models.attention_row import attention_row
+from apportion.models.attention.row import attention_row
 
 
 def registry() -> tuple[dict, dict]:

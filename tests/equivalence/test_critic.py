@@ -12,10 +12,10 @@ import tiny_runs
 import torch
 
 from apportion.errors import ConfigError
-from apportion.models.critic import score_layer
 from apportion.models.policy import load_policy
 from apportion.models.reward import RewardModel, load_reward
-from apportion.stages import rl
+from apportion.models.value_head import score_layer
+from apportion.stages.rl import train
 
 RESPONSES = [[50, 60, 70, 80, 90], [33, tiny_runs.EOS], [tiny_runs.EOS], [21, 22, 23, tiny_runs.EOS]]
 STATISTICS = {"mean": 0.7, "sd": 2.5}
@@ -71,7 +71,7 @@ def test_the_critic_learns_and_the_reward_model_stays(world: Path) -> None:
 def test_the_first_batch_s_values_are_logged_as_the_reward_model_says(world: Path, tmp_path: Path) -> None:
     """Through the whole stage, which loads the reward model itself."""
     changes = {"ppo.value_model": "reward", "credit": "sparse", "steps": 1, "sampling.batch_size": 6}
-    run = rl.train(tiny_runs.config(world, tmp_path / "run", **changes))
+    run = train.train(tiny_runs.config(world, tmp_path / "run", **changes))
     [record] = tiny_runs.read_lines(run.path / "rollouts.jsonl")[:1]
     expected = prefix_scores(tiny_runs.judge(world), record["prompt_ids"], record["response_ids"])
     assert record["value"] == pytest.approx(expected[:-1].tolist(), abs=1e-4)
@@ -82,7 +82,7 @@ def test_a_reward_model_that_reads_text_is_refused(tmp_path: Path) -> None:
     world = foreign_models.world(tmp_path)
     changes = {"ppo.value_model": "reward", "reward_model": world / "other", "credit": "sparse"}
     with pytest.raises(ConfigError, match="ppo.value_model.*tokenizer of its own"):
-        rl.train(tiny_runs.config(world, tmp_path / "run", **changes))
+        train.train(tiny_runs.config(world, tmp_path / "run", **changes))
 
 
 def test_a_head_of_several_layers_is_refused(world: Path) -> None:
@@ -96,4 +96,4 @@ def test_methods_without_values_refuse_it(world: Path, tmp_path: Path) -> None:
     changes = {"ppo.value_model": "reward", "algorithm": "rloo", "sampling.samples_per_prompt": 2}
     config = tiny_runs.config(world, tmp_path / "run", **changes)
     with pytest.raises(ConfigError, match=r"ppo\.value_model.*reward.*learns no values"):
-        rl.train(config)
+        train.train(config)

@@ -16,14 +16,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from apportion import Rollouts, credit, registry
 from apportion.config import ScoreConfig
 from apportion.evidence import Models
-from apportion.evidence.attribution_pass import attribution_pass
-from apportion.evidence.reward_pass import reward_pass
-from apportion.evidence.shapley_pass import shapley_pass
+from apportion.evidence.attribution import attribution_pass
+from apportion.evidence.reward import reward_pass
+from apportion.evidence.scoring import score
+from apportion.evidence.shapley import shapley_pass
 from apportion.evidence.text_reward import translate
-from apportion.models.offsets import carry
 from apportion.models.reward import RewardModel, load_reward
-from apportion.models.token_text import PolicyText
-from apportion.scoring import score
+from apportion.models.text.token_spans import PolicyText
+from apportion.models.text.transfer import carry
 
 SAID = [
     ("I rented this", " film, and it was a great story"),

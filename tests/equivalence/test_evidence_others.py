@@ -14,8 +14,8 @@ from apportion import Rollouts, credit, registry, segments
 from apportion.config import ScoreConfig
 from apportion.errors import ConfigError, DataError, ModelError, ScoreError
 from apportion.evidence import Models, plan
-from apportion.evidence.process_pass import laid_out
-from apportion.scoring import score
+from apportion.evidence.process import laid_out
+from apportion.evidence.scoring import score
 
 MASK = torch.tensor([[True, True, True, False], [True, False, True, True], [False] * 4])
 

@@ -15,11 +15,11 @@ from apportion import Rollouts, credit
 from apportion.config import ScoreConfig
 from apportion.errors import ModelError, ScoreError
 from apportion.evidence import Models
-from apportion.evidence.kept import compact
-from apportion.evidence.prefix_pass import head_outputs, prefix_evidence, prefix_rows
-from apportion.evidence.reward_pass import reward_pass
+from apportion.evidence.ablated import compact
+from apportion.evidence.prefix import head_outputs, prefix_evidence, prefix_rows
+from apportion.evidence.reward import reward_pass
+from apportion.evidence.scoring import score
 from apportion.models.reward import RewardModel
-from apportion.scoring import score
 
 PREFIXES = frozenset({"prefix_scores", "prompt_score"})
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]

@@ -15,10 +15,10 @@ from apportion import credit, registry, segments
 from apportion.config import ScoreConfig
 from apportion.errors import ConfigError, ScoreError
 from apportion.evidence import PRODUCERS, Models
-from apportion.evidence.attribution_pass import attribution_pass
-from apportion.evidence.shapley_pass import cut, shapley_pass
+from apportion.evidence.attribution import attribution_pass
+from apportion.evidence.scoring import score
+from apportion.evidence.shapley import cut, shapley_pass
 from apportion.models.reward import RewardModel
-from apportion.scoring import score
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 RESPONSES = [[50, 60, 70, 80, 90], [33, 2], [44]]

@@ -15,9 +15,9 @@ from torch import Tensor
 from apportion import Rollouts, advantages, credit, losses, segments
 from apportion.config import OptimConfig, PPOConfig, ScoreConfig
 from apportion.evidence import Models
+from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
-from apportion.scoring import score
-from apportion.stages.update import make_targets, update
+from apportion.stages.rl.update import make_targets, update
 
 KAPPA, GAMMA, LAMBDA = 0.2, 0.97, 0.9
 CLIP = 0.15

@@ -37,13 +37,13 @@ from transformers import (
     RobertaConfig,
 )
 
-from apportion.cli import main
+from apportion.cli.main import main
 from apportion.errors import ConfigError, ModelError, ScoreError
-from apportion.evidence.reward_pass import reward_pass
+from apportion.evidence.reward import reward_pass
 from apportion.evidence.text_reward import to_policy, translate
-from apportion.models.offsets import carry
-from apportion.models.own_tokenizer import Reading, encode
 from apportion.models.reward import load_reward
+from apportion.models.text.render import Reading, encode
+from apportion.models.text.transfer import carry
 
 
 @pytest.fixture(scope="module")

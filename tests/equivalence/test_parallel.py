@@ -14,10 +14,11 @@ import torch
 from faulty import METHODS
 from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, unlike
 
-from apportion import parallel
-from apportion.cli import main
+from apportion.cli.main import main
+from apportion.distributed import collectives
+from apportion.distributed.launch import check_launch
 from apportion.errors import ConfigError
-from apportion.stages.sharing import check_launch, check_shares
+from apportion.stages.rl.sources import check_shares
 
 RECIPE = REPO / "recipes" / "accelerate" / "ddp_cpu.yaml"
 
@@ -198,10 +199,10 @@ def test_commands_that_cannot_share_are_refused(
 
 def test_alone_everything_is_the_identity() -> None:
     x = torch.arange(6.0)
-    assert parallel.world() == 1 and parallel.is_main() and parallel.from_main("x") == "x"
-    assert parallel.reduce_sum(x) is x and parallel.gather_rows(x) is x and torch.equal(parallel.share(x), x)
-    assert parallel.span(5) == slice(0, 5)
+    assert collectives.world() == 1 and collectives.is_main() and collectives.from_main("x") == "x"
+    assert collectives.reduce_sum(x) is x and collectives.gather_rows(x) is x and torch.equal(collectives.share(x), x)
+    assert collectives.span(5) == slice(0, 5)
     parameter = torch.nn.Parameter(x)
     parameter.grad = x.clone()
-    parallel.sum_gradients([parameter])
+    collectives.sum_gradients([parameter])
     assert torch.equal(parameter.grad, x)

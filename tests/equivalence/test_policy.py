@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaModel
 
 from apportion.config import LoraConfig
 from apportion.losses import clipped_policy
-from apportion.models.adapters import add_adapter, target_names
-from apportion.models.load import load_causal, locate
+from apportion.models.loading import load_causal, locate
+from apportion.models.lora import add_adapter, target_names
 from apportion.models.policy import Policy, load_policy
-from apportion.models.save import save_policy
+from apportion.models.saving import save_policy
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ["llama (grouped queries)", "gpt2", "opt", "gpt-neox", "mistral (window 4)", "qwen3 (q/k norm)"]

@@ -16,20 +16,28 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 
 from apportion.batching import micro_batches, trim
 from apportion.config import LoraConfig
-from apportion.credit.reading import Reading
-from apportion.evidence.reward_pass import sharing
+from apportion.credit._evidence import Reading
+from apportion.distributed.grad_norm import total_norm
+from apportion.evidence.reward import sharing
+from apportion.generation.llama import product
 from apportion.models import token_logprobs as blocks
-from apportion.models.adapters import add_adapter
-from apportion.models.lean import LEAN, Gate, RMSNorm, lean
-from apportion.models.linear import FlatLinear, LowRank, parts_of, quicken
-from apportion.models.masters import GPU_BLOCK, MasterAdamW, join, split, to_float32, to_sixteen_bit, total_norm
-from apportion.models.packed import can_pack, packed
+from apportion.models.fast.linear import FlatLinear, LowRank, parts_of, quicken
+from apportion.models.fast.norms import LEAN, Gate, RMSNorm, lean
+from apportion.models.fast.packed_weights import can_pack, packed
+from apportion.models.lora import add_adapter
+from apportion.models.master_weights import (
+    GPU_BLOCK,
+    MasterAdamW,
+    join,
+    split,
+    to_float32,
+    to_sixteen_bit,
+)
 from apportion.models.policy import Policy, load_policy, plain_head
-from apportion.models.prefix import shared_prompts
 from apportion.models.reward import RewardModel
+from apportion.models.shared_prompt import shared_prompts
 from apportion.models.token_logprobs import token_logprobs
-from apportion.sampling.llama import product
-from apportion.stages.held import learned, relearn
+from apportion.training.state import learned, relearn
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +124,7 @@ def layers() -> nn.Module:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_steps_on_split_weights_are_adamws_on_float32(monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
     """The same bits after 20 steps, from the same 16-bit gradients; plain bfloat16 weights would not have moved."""
-    monkeypatch.setattr("apportion.models.masters.BLOCK", 1 << 12)
+    monkeypatch.setattr("apportion.models.master_weights.BLOCK", 1 << 12)
     plain, halves = layers(), layers()
     start = [p.detach().clone() for p in plain.parameters()]
     remainders = to_sixteen_bit(halves)
@@ -160,7 +168,7 @@ def test_moments_in_16_bit_follow_those_in_32() -> None:
 
 def test_a_restored_optimizer_rounds_as_one_that_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on what came before."""
-    monkeypatch.setattr("apportion.models.masters.block", lambda device: GPU_BLOCK)
+    monkeypatch.setattr("apportion.models.master_weights.block", lambda device: GPU_BLOCK)
 
     def make() -> tuple[nn.ModuleList, dict[nn.Parameter, torch.Tensor], MasterAdamW]:
         torch.manual_seed(0)

@@ -27,10 +27,10 @@ from transformers import (
 
 from apportion.config import SamplingConfig
 from apportion.errors import ModelError, ScoreError
-from apportion.evidence.reward_pass import reward_pass
+from apportion.evidence.reward import reward_pass
 from apportion.evidence.text_reward import translate
-from apportion.models.offsets import carry
-from apportion.stages.prompts import conversations
+from apportion.generation.prompts import conversations
+from apportion.models.text.transfer import carry
 
 
 @pytest.fixture(scope="module")

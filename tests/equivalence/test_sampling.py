@@ -11,8 +11,8 @@ from scipy.stats import chisquare
 
 from apportion.config import SamplingConfig
 from apportion.errors import ModelError
-from apportion.sampling import sample
-from apportion.sampling.drawing import allowed_, draw, refuse_unlike_numbers
+from apportion.generation import sample
+from apportion.generation.draw import allowed_, draw, refuse_unlike_numbers
 
 EOS, PAD = tiny_runs.EOS, tiny_runs.PAD
 

@@ -22,11 +22,11 @@ from transformers import AutoModelForSequenceClassification
 from apportion.config import LoraConfig, ScoreConfig
 from apportion.errors import ConfigError, ModelError, ScoreError
 from apportion.evidence import PRODUCERS, Models
-from apportion.evidence.reward_pass import reward_pass
-from apportion.models.adapters import add_adapter
+from apportion.evidence.reward import reward_pass
+from apportion.evidence.scoring import score
+from apportion.models.lora import add_adapter
 from apportion.models.reward import RewardModel, adjust
-from apportion.scoring import score
-from apportion.stages.rl import train
+from apportion.stages.rl.train import train
 
 BOTH = frozenset({"scores", "reward_attention"})
 RESPONSES = [[50, 60, 70, 80, 90], [33, 1], [44], [21, 22, 23, 24]]

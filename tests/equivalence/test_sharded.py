@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import load_file
 from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, unlike
 
+from apportion.distributed.launch import check_launch
+from apportion.distributed.sharding import check_groups, layers_of
 from apportion.errors import ConfigError, ModelError
-from apportion.models.sharded import check_groups, layers_of
-from apportion.runs import Run
-from apportion.stages import reward, rl
-from apportion.stages.checkpoint import load_latest
-from apportion.stages.methods import build_method
-from apportion.stages.sharing import check_launch
-from apportion.stages.update import nothing
+from apportion.stages.reward import train as reward
+from apportion.stages.rl import train as rl
+from apportion.stages.rl.method import build_method
+from apportion.training.checkpoint import load_latest
+from apportion.training.optimizer import nothing
+from apportion.training.run_folder import Run
 
 RECIPE = REPO / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

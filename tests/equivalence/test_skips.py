@@ -16,11 +16,12 @@ from apportion import losses
 from apportion.config import OptimConfig, PPOConfig, ScoreConfig
 from apportion.errors import GuardError, ScoreError
 from apportion.evidence import Models
+from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
-from apportion.scoring import score
-from apportion.stages.guards import check_rows, drop_unknown
-from apportion.stages.skips import Skips
-from apportion.stages.update import FirstPass, Targets, make_optimizer, update
+from apportion.stages.rl.update import FirstPass, Targets, update
+from apportion.training.monitoring import check_rows, drop_unknown
+from apportion.training.nonfinite import Skips
+from apportion.training.optimizer import make_optimizer
 from apportion.types import PolicyLoss, Rollouts
 
 OPTIM = OptimConfig(lr=0.01)

@@ -15,13 +15,14 @@ from torch import Tensor
 from apportion import credit, losses
 from apportion.config import OptimConfig, PPOConfig, RLConfig, ScoreConfig
 from apportion.evidence import Models
+from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
-from apportion.scoring import score
 from apportion.segments import build as build_segments
-from apportion.stages.learner import Learner
-from apportion.stages.methods import build_method
-from apportion.stages.rl import experience, learn, make_learner, settle_truncated, train
-from apportion.stages.update import Targets, first_of_action, learning_rate, make_targets, update
+from apportion.stages.rl.learner import Learner
+from apportion.stages.rl.method import build_method
+from apportion.stages.rl.train import experience, learn, make_learner, settle_truncated, train
+from apportion.stages.rl.update import Targets, first_of_action, make_targets, update
+from apportion.training.optimizer import learning_rate
 from apportion.types import Advantages, Rollouts
 
 NO_CLIP = OptimConfig(max_grad_norm=1e9)

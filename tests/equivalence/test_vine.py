@@ -13,8 +13,8 @@ from apportion import segments
 from apportion.config import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError
 from apportion.evidence import Models
-from apportion.evidence.vine_pass import state_values, vine_pass
-from apportion.scoring import score
+from apportion.evidence.scoring import score
+from apportion.evidence.vine import state_values, vine_pass
 
 
 @pytest.fixture(scope="module")

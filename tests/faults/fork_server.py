@@ -14,15 +14,20 @@ import traceback
 from typing import Any
 
 # no model library among them; runs call `torch.use_deterministic_algorithms`, which takes a second to import _inductor
-STAGES = ("torch._inductor", "apportion.stages.rl", "apportion.stages.reward", "apportion.stages.evaluate")
-LIGHT = ("torch", "yaml", "jsonargparse", "rich.progress", "apportion.cli", "apportion.commands.rl", *STAGES)
+STAGES = (
+    "torch._inductor",
+    "apportion.stages.rl.train",
+    "apportion.stages.reward.train",
+    "apportion.stages.evaluate.evaluate",
+)
+LIGHT = ("torch", "yaml", "jsonargparse", "rich.progress", "apportion.cli.main", "apportion.cli.rl", *STAGES)
 HEAVY = (*LIGHT, "peft", "transformers.models.llama.modeling_llama")
 MODEL_LIBRARIES = ("transformers", "peft", "trl", "accelerate", "datasets")
 
 
 def serve(modules: tuple[str, ...]) -> None:
     """Read one JSON request a line, run it in a fork, answer with its exit status on a line; end with the input."""
-    from apportion.cli import quiet_libraries
+    from apportion.cli.main import quiet_libraries
 
     quiet_libraries()
     for module in modules:
@@ -47,7 +52,7 @@ def run(request: dict[str, Any]) -> None:
     sys.path[:0] = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     code = 1
     try:
-        from apportion.cli import main
+        from apportion.cli.main import main
 
         code = main()
     except SystemExit as done:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apportion.cli import COMMANDS
+from apportion.cli.main import COMMANDS
 
 Command = Callable[..., Any]
 LISTED = ("transformers", "peft", "trl", "accelerate", "datasets")

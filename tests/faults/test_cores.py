@@ -14,10 +14,10 @@ import pytest
 import tiny_runs
 import torch
 
-from apportion import cores
 from apportion.errors import ConfigError
+from apportion.system import cpu
 
-CLEAN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *cores.ASKED)
+CLEAN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *cpu.ASKED)
 
 
 def write(root: Path, **files: str) -> Path:
@@ -71,7 +71,7 @@ def version_1(root: Path, group: str, inside: str = "/", **quotas: str) -> Path:
 def test_the_tightest_limit_of_version_2_counts(
     tmp_path: Path, group: str, limits: dict[str, str], expected: float | None
 ) -> None:
-    assert cores.cgroup_quota(version_2(tmp_path, group, **limits)) == expected
+    assert cpu.cgroup_quota(version_2(tmp_path, group, **limits)) == expected
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_the_tightest_limit_of_version_2_counts(
 def test_the_tightest_limit_of_version_1_counts(
     tmp_path: Path, group: str, inside: str, quotas: dict[str, str], expected: float | None
 ) -> None:
-    assert cores.cgroup_quota(version_1(tmp_path, group, inside, **quotas)) == expected
+    assert cpu.cgroup_quota(version_1(tmp_path, group, inside, **quotas)) == expected
 
 
 def test_where_nothing_is_told_there_is_no_limit(tmp_path: Path) -> None:
-    assert cores.cgroup_quota(tmp_path) is None and cores.load(tmp_path) is None
-    assert cores.physical_cores({0, 1, 5}, tmp_path) == 3
+    assert cpu.cgroup_quota(tmp_path) is None and cpu.load(tmp_path) is None
+    assert cpu.physical_cores({0, 1, 5}, tmp_path) == 3
 
 
 def hyper_threads(root: Path) -> Path:
@@ -105,7 +105,7 @@ def hyper_threads(root: Path) -> Path:
 
 @pytest.mark.parametrize(("allowed", "expected"), [({0, 1, 2, 3}, 2), ({0, 2}, 1), ({0, 1}, 2), ({3}, 1)])
 def test_threads_of_one_core_count_once(tmp_path: Path, allowed: set[int], expected: int) -> None:
-    assert cores.physical_cores(allowed, hyper_threads(tmp_path)) == expected
+    assert cpu.physical_cores(allowed, hyper_threads(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -136,14 +136,14 @@ def test_what_is_left_for_this_process(
     root = hyper_threads(version_2(tmp_path, "/", **{"": f"{quota} 100000"}))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    found = cores.available(root, environment)
+    found = cpu.available(root, environment)
     assert (found.threads, found.why) == (threads, why)
 
 
 def python(code: str, **environment: str) -> Any:
     """Run `code` in a Python of its own, without thread settings but those given, and return its JSON."""
     base = {name: value for name, value in os.environ.items() if name not in CLEAN}
-    base = {name: value for name, value in base.items() if not name.startswith(cores.ALLOCATOR)}
+    base = {name: value for name, value in base.items() if not name.startswith(cpu.ALLOCATOR)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=base | environment, capture_output=True, text=True, timeout=120
     )
@@ -155,7 +155,7 @@ def python(code: str, **environment: str) -> Any:
 def test_a_process_confined_to_one_core_uses_one_thread() -> None:
     code = (
         "import json, os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from apportion import cores; import torch; s = cores.settle()\n"
+        "from apportion import cores; import torch; s = cpu.settle()\n"
         "print(json.dumps([s.threads, s.source, s.cores.allowed, torch.get_num_threads()]))"
     )
     assert python(code) == [1, "detected", 1, 1]
@@ -163,7 +163,7 @@ def test_a_process_confined_to_one_core_uses_one_thread() -> None:
 
 SETTLE = (
     "import json, os, sys; from apportion import cores; import torch; before = torch.get_num_threads()\n"
-    "s = cores.settle({})\n"
+    "s = cpu.settle({})\n"
     "now = torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS')\n"
     "print(json.dumps([s.threads, s.source, s.waiting, before, *now]))"
 )
@@ -205,8 +205,8 @@ def test_on_a_busy_machine_the_command_has_threads_sleep_before_torch_loads() ->
     def seen(words: list[str], **environment: str) -> Any:
         return python(ORDER.replace("WORDS", repr(words)), **environment)
 
-    assert seen(["python", "/usr/bin/apportion", "rl"]) == cores.WAITING
-    assert seen(["python", "-m", "apportion", "rl"]) == cores.WAITING
+    assert seen(["python", "/usr/bin/apportion", "rl"]) == cpu.WAITING
+    assert seen(["python", "-m", "apportion", "rl"]) == cpu.WAITING
     assert seen(["python", "train.py"]) == {}, "a library leaves the environment alone"
     assert seen(["apportion"], OMP_WAIT_POLICY="ACTIVE") == {"OMP_WAIT_POLICY": "ACTIVE"}
     assert seen(["apportion"], GOMP_SPINCOUNT="7") == {"GOMP_SPINCOUNT": "7"}
@@ -232,9 +232,9 @@ def test_threads_sleep_only_where_others_want_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.delitem(sys.modules, "torch")
     environment: dict[str, str] = {}
-    assert cores.before_torch(busy(tmp_path, running), environment) == found
-    assert environment == (cores.WAITING if found == "passive" else {})
-    assert cores.before_torch(tmp_path, environment) == found, "asked again, it says the same"
+    assert cpu.before_torch(busy(tmp_path, running), environment) == found
+    assert environment == (cpu.WAITING if found == "passive" else {})
+    assert cpu.before_torch(tmp_path, environment) == found, "asked again, it says the same"
 
 
 def busy(root: Path, running: int) -> Path:
@@ -251,8 +251,8 @@ def test_a_loaded_machine_is_warned_of(
         monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()
     try:
-        said = cores.settle(root=busy(tmp_path, running)).warnings
-        many = cores.settle(8, root=busy(tmp_path, 1)).warnings
+        said = cpu.settle(root=busy(tmp_path, running)).warnings
+        many = cpu.settle(8, root=busy(tmp_path, 1)).warnings
     finally:
         torch.set_num_threads(before)
     assert [f"{running - 1} other tasks run on 2 processors" in line for line in said] == [True] * warned
@@ -264,7 +264,7 @@ def test_a_launchers_one_thread_is_told_of(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    found = cores.settle(root=busy(tmp_path, 1))
+    found = cpu.settle(root=busy(tmp_path, 1))
     assert (found.threads, found.cores.threads) == (1, 4)
     assert found.warnings == ("OMP_NUM_THREADS=1, which torchrun sets unasked; use --threads 4, which are free",)
 
@@ -272,7 +272,7 @@ def test_a_launchers_one_thread_is_told_of(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("threads", [0, -1, True, 2.0])
 def test_a_number_that_is_none_is_refused(threads: Any) -> None:
     with pytest.raises(ConfigError, match="threads: got .*a whole number >= 1"):
-        cores.settle(threads)
+        cpu.settle(threads)
 
 
 def test_the_setting_reaches_torch_and_the_run_folder(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ KEEP = """
 import json, resource, sys
 from apportion import cores
 import torch
-kept = cores.keep_memory()
+kept = cpu.keep_memory()
 def work():
     for _ in range(8):
         torch.ones(6_000_000).add_(1)  # 24 MB

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from apportion import deadline
 from apportion.config import RLConfig
-from apportion.deadline import Deadline, TimedOut
 from apportion.errors import ConfigError
-from apportion.stages.methods import build_method
+from apportion.stages.rl.method import build_method
+from apportion.system import time_limit
+from apportion.system.time_limit import Deadline, TimedOut
 
 # the package without what its __init__ imports, which takes seconds
 BARE = f"""
 import sys, types
 package = types.ModuleType("apportion")
-package.__path__ = [{str(Path(deadline.__file__).parent)!r}]
+package.__path__ = [{str(Path(time_limit.__file__).parent)!r}]
 sys.modules["apportion"] = package
 """
 
@@ -35,7 +35,7 @@ def start(code: str) -> subprocess.Popen[str]:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only /proc says that a process is stopped")
 def test_time_stands_still_while_the_process_is_stopped() -> None:
     child = start(
-        "from apportion.deadline import Deadline\n"
+        "from apportion.system.time_limit import Deadline\n"
         "def work():\n    print('ready', flush=True)\n    return sys.stdin.readline()\n"
         "print('got', Deadline(1.5).call(work, error='late'), flush=True)\n"
     )
@@ -68,7 +68,7 @@ def test_what_a_function_gave_counts_when_its_watchdog_died() -> None:
 def test_a_watchdog_that_is_started_again_leaves_the_same_files(tmp_path: Path) -> None:
     child = start(
         "import collections, itertools\n"
-        "from apportion.deadline import Deadline\n"
+        "from apportion.system.time_limit import Deadline\n"
         f"limit = Deadline(0.3)\nlimit.leave({{{str(tmp_path / 'rows')!r}: 'the rollouts'}})\n"
         "limit._process.kill(); limit._process.wait()\n"
         "limit.call(lambda: collections.deque(itertools.repeat(0), maxlen=0), error='late')\n"
@@ -82,14 +82,14 @@ def test_a_system_without_signals() -> None:
     child = start(
         "import signal\n"
         "for name in ('SIGRTMIN', 'SIGUSR1', 'SIGUSR2'):\n    delattr(signal, name)\n"
-        "from apportion.deadline import SIGNAL, TRACE, Deadline\n"
+        "from apportion.system.time_limit import SIGNAL, TRACE, Deadline\n"
         "print(SIGNAL, TRACE, Deadline(None).call(len, 'four', error=''))\n"
     )
     assert child.communicate(timeout=60)[0] == "None None 4\n" and child.returncode == 0
 
 
 def test_without_signals_only_functions_of_the_users_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deadline, "SIGNAL", None)
+    monkeypatch.setattr(time_limit, "SIGNAL", None)
     config = RLConfig(reward_model="x")
     build_method(config)
     config.credit = [{"process": {"function": "os:getcwd"}}]

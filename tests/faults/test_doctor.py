@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from apportion import credit
-from apportion.contract import CLAUSES, violations
+from apportion.testing import CLAUSES, violations
 
 Command = Callable[..., Any]
 HEAD = """

@@ -14,13 +14,14 @@ import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from apportion.data import Labelled
-from apportion.doctor import Case, Check, examine, labels, policy, prompts, reading, tokens
-from apportion.doctor.findings import FAIL, OK, WARN, ok, together, warn
-from apportion.doctor.reward import as_drawn, head_of
 from apportion.errors import ModelError
-from apportion.models.load import with_pad
-from apportion.stages.checkup import CHECKS, generation_stops
-from apportion.stages.checkup_reward import CHECKS as REWARD_CHECKS
+from apportion.models.loading import with_pad
+from apportion.stages.doctor import Case, Check, examine
+from apportion.stages.doctor.checks import labels, policy, prompts, reading, tokens
+from apportion.stages.doctor.checks.reward import as_drawn, head_of
+from apportion.stages.doctor.checkup import CHECKS, generation_stops
+from apportion.stages.doctor.checkup_reward import CHECKS as REWARD_CHECKS
+from apportion.stages.doctor.findings import FAIL, OK, WARN, ok, together, warn
 
 THINKING = (
     "{% for m in messages %}<eos>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"

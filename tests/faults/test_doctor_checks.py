@@ -16,10 +16,10 @@ import tiny_runs
 import torch
 import yaml
 
-from apportion.doctor import Case, machine, policy
-from apportion.models.load import load_settings, load_tokenizer
-from apportion.stages import checkup_reward
-from apportion.stages.checkup import CHECKS, OWN, quick
+from apportion.models.loading import load_settings, load_tokenizer
+from apportion.stages.doctor import Case, checkup_reward
+from apportion.stages.doctor.checks import machine, policy
+from apportion.stages.doctor.checkup import CHECKS, OWN, quick
 
 Command = Callable[..., Any]
 PLANTED = planted.PLANTED | planted_texts.PLANTED

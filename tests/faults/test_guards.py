@@ -15,12 +15,12 @@ import tiny_runs
 import torch
 from faulty import METHODS, REWARDS
 
+from apportion.config.monitors import GuardsConfig
 from apportion.errors import ScoreError
 from apportion.evidence import Users
-from apportion.guard_settings import GuardsConfig
 from apportion.report.page import write_report
-from apportion.runs import Run
-from apportion.stages.guards import Guards
+from apportion.training.monitoring import Guards
+from apportion.training.run_folder import Run
 
 Command = Callable[..., Any]
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")

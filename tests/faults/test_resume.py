@@ -19,19 +19,21 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
+from benchmarks.faults.compare import difference, traces
 
-from apportion import disk
-from apportion.bench.faults.compare import difference, traces
-from apportion.cli import again, main
-from apportion.commands.settings import parse
+from apportion.cli.arguments import parse
+from apportion.cli.main import again, main
 from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DiskError, Interrupted
-from apportion.runs import Run
-from apportion.stages import randomness, reward, rl
-from apportion.stages.checkpoint import MANIFEST, PROGRESS, Damaged, check, load_latest, manifest, save_checkpoint
-from apportion.stages.held import Tensors
-from apportion.stages.signals import Signals
-from apportion.stages.surroundings import check_devices, repeatable
+from apportion.stages.reward import train as reward
+from apportion.stages.rl import train as rl
+from apportion.system import disk
+from apportion.training import rng
+from apportion.training.checkpoint import MANIFEST, PROGRESS, Damaged, check, load_latest, manifest, save_checkpoint
+from apportion.training.reproducibility import check_devices, repeatable
+from apportion.training.run_folder import Run
+from apportion.training.signals import Signals
+from apportion.training.state import Tensors
 
 FILES = (MANIFEST, PROGRESS, *(f"{name}.safetensors" for name in ("weights", "optimizer", "state", "guards", "random")))
 SAME = {"weights": True, "logs": True, "rows_lost": 0, "rows_doubled": 0}
@@ -203,12 +205,12 @@ def test_all_random_states_are_put_back() -> None:
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.randn(()))]
 
-    randomness.seed(3)
+    rng.seed(3)
     draw()  # both gauss methods keep a second number
-    stored = {name: state.clone() for name, state in randomness.states().items()}
+    stored = {name: state.clone() for name, state in rng.states().items()}
     expected = draw()
-    randomness.seed(4)
-    randomness.restore(stored)
+    rng.seed(4)
+    rng.restore(stored)
     assert draw() == expected
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 import yaml
 
-from apportion import disk, lock, runs
 from apportion.errors import ApportionError, ConfigError, DiskError, ModelError
-from apportion.runs import Follower, Run
-from apportion.stages import stopped
-from apportion.stages.keeper import enough_memory
+from apportion.system import disk, lock
+from apportion.training import crash_dump, run_folder
+from apportion.training.run_folder import Follower, Run
+from apportion.training.session import enough_memory
 
 SETTINGS = {"steps": 1, "checkpoint_every": 2, "guards": {"kl": "warn"}}
 
@@ -196,7 +196,9 @@ def test_a_kill_while_a_folder_is_emptied_leaves_a_run_that_is_not_finished(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(runs.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else die(path))
+        patched.setattr(
+            run_folder.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else die(path)
+        )
         with pytest.raises(Killed):
             Run.open(".", "rl", SETTINGS, fresh=True)
     left = Run(tmp_path / "run", "rl")
@@ -230,7 +232,7 @@ def test_a_name_that_is_no_utf8_ends_up_in_status_and_settings(tmp_path: Path) -
     run.log(1, {"a": 1.0}, [{"text": "\ud83d"}])
     assert json.loads((run.path / "rollouts.jsonl").read_text()) == {"text": "\ud83d"}
     opened(tmp_path / "caf\udce9", data="caf\udce9.jsonl")  # the same settings
-    place = stopped.save(tmp_path / "stopped", "caf\udce9\n", ConfigError("caf\udce9"), None, {})
+    place = crash_dump.save(tmp_path / "stopped", "caf\udce9\n", ConfigError("caf\udce9"), None, {})
     assert (place / "error.txt").read_text() == "caf\\udce9\n"
 
 

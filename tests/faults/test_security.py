@@ -15,8 +15,8 @@ import torch
 import yaml
 from malformed_models import PLANTED, edited
 
-from apportion import plain_yaml
-from apportion.models.load import load_causal, load_settings, read_tokenizer
+from apportion.models.loading import load_causal, load_settings, read_tokenizer
+from apportion.system import safe_yaml
 
 Command = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -189,15 +189,15 @@ def test_a_chat_template_reaches_nothing(
 )
 def test_yaml_makes_plain_values_only(text: str) -> None:
     with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
-        plain_yaml.load(text)
+        safe_yaml.load(text)
 
 
 def test_yaml_is_bounded_and_its_aliases_are_not_refused() -> None:
-    assert plain_yaml.load("a: &x {k: 1}\nb: {<<: *x, m: 2}\n") == {"a": {"k": 1}, "b": {"k": 1, "m": 2}}
-    assert plain_yaml.load(plain_yaml.dump({"a": "1e-4", "b": 1e-4})) == {"a": "1e-4", "b": 1e-4}
+    assert safe_yaml.load("a: &x {k: 1}\nb: {<<: *x, m: 2}\n") == {"a": {"k": 1}, "b": {"k": 1, "m": 2}}
+    assert safe_yaml.load(safe_yaml.dump({"a": "1e-4", "b": 1e-4})) == {"a": "1e-4", "b": 1e-4}
     deeper = [f"b{i}: &b{i} [*b{i - 1}]" for i in range(1, 60)]
-    with pytest.raises(plain_yaml.Excess):
-        plain_yaml.load("\n".join(["b0: &b0 [1]", *deeper]))
+    with pytest.raises(safe_yaml.Excess):
+        safe_yaml.load("\n".join(["b0: &b0 [1]", *deeper]))
 
 
 def test_recipes_ask_for_no_code() -> None:

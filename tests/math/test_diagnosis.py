@@ -15,9 +15,10 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parent))  # importlib mode leaves a test's own folder out
 from mdp import EOS, Problem, World, enumerate_world, expected_gradient, random_scores, true_gradient
 
-from apportion import Rollouts, advantages, credit, diagnosis, losses, segments
-from apportion.diagnosis import Gradients
-from apportion.stages.contenders import Contender
+from apportion import Rollouts, advantages, credit, losses, segments
+from apportion.stages.diagnose import gradients as estimates
+from apportion.stages.diagnose.candidates import Contender
+from apportion.stages.diagnose.gradients import Gradients
 
 PROBLEMS = {"fixed length": (3, 3, False), "free end": (3, 4, True)}
 UNITS, SAMPLES = 3000, 8
@@ -57,7 +58,7 @@ def measured(request: pytest.FixtureRequest) -> tuple[World, Gradients, dict[str
     vocabulary, length, free_end = PROBLEMS[request.param]
     world = enumerate_world(Problem(vocabulary, length, free_end, random_scores(vocabulary, length, 3), 3))
     rollouts, steps = sampled(world, seed=0)
-    whole = diagnosis.centred_scores(rollouts.scores, rollouts.group)
+    whole = estimates.centred_scores(rollouts.scores, rollouts.group)
     found = {"true": torch.where(rollouts.mask, whole[:, None], 0.0)}
     for name, make in CREDITS.items():
         contender = Contender(make(), segments.tokens(), advantages.gae(lam=1.0))
@@ -92,8 +93,8 @@ def test_cosine_and_bias_are_the_exact_ones_within_their_own_error(measured, nam
 def test_biased_and_unbiased_credits_are_told_apart(measured) -> None:
     _, gradients, _, _ = measured
     cosine = {name: gradients.interval(lambda w, n=name: gradients.cosine(n, w)) for name in CREDITS}
-    assert diagnosis.direction(cosine["sparse"]) == diagnosis.direction(cosine["prefix_difference"])
-    assert diagnosis.direction(cosine["sparse"]) == diagnosis.VERDICTS[0]
+    assert estimates.direction(cosine["sparse"]) == estimates.direction(cosine["prefix_difference"])
+    assert estimates.direction(cosine["sparse"]) == estimates.VERDICTS[0]
     assert cosine["uniform"]["high"] < cosine["sparse"]["low"]
 
 
@@ -106,7 +107,7 @@ def test_the_stop_bias_is_the_exact_one_within_its_own_error(measured) -> None:
     true = float(true_gradient(world)[:, EOS].sum())
     for name, make in CREDITS.items():
         exact = float(expected_gradient(world, make())[:, EOS].sum()) - true
-        interval = diagnosis.mean_over_units(stop[name] - stop["true"])
+        interval = estimates.mean_over_units(stop[name] - stop["true"])
         half = (interval["high"] - interval["low"]) / 2
         assert half < 0.05 and abs(interval["mean"] - exact) <= 1.6 * half, (name, interval, exact)
 
@@ -144,7 +145,7 @@ def test_pure_noise_is_not_resolved() -> None:
     noise = {name: torch.randn(40, 500, generator=generator) for name in ("true", "a")}
     gradients = Gradients(noise, {name: x.square().sum(dim=1) for name, x in noise.items()})
     found = gradients.interval(lambda w: gradients.cosine("a", w))
-    assert diagnosis.direction(found) == diagnosis.VERDICTS[3]
+    assert estimates.direction(found) == estimates.VERDICTS[3]
 
 
 def test_noise_that_a_method_shares_with_the_true_gradient_is_not_a_direction() -> None:
@@ -159,7 +160,7 @@ def test_noise_that_a_method_shares_with_the_true_gradient_is_not_a_direction() 
         found = gradients.interval(lambda w, g=gradients: g.cosine("a", w))
         assert norm > 0 or found["mean"] is None, (norm, found)
         below += norm < 0
-        resolved += diagnosis.direction(found) != diagnosis.VERDICTS[3]
+        resolved += estimates.direction(found) != estimates.VERDICTS[3]
     assert below > 10 and resolved <= 4  # a figure that 95% of the resamples resolve: 1 in 20 by chance
 
 
@@ -177,8 +178,8 @@ def test_noise_that_a_method_shares_with_the_true_gradient_is_not_a_direction() 
     ],
 )
 def test_a_verdict_is_what_the_whole_interval_says(low: float, high: float, verdict: int) -> None:
-    found = diagnosis.direction({"mean": (low + high) / 2, "low": low, "high": high})
-    assert found == diagnosis.VERDICTS[verdict]
+    found = estimates.direction({"mean": (low + high) / 2, "low": low, "high": high})
+    assert found == estimates.VERDICTS[verdict]
 
 
 def test_a_named_algorithm_weighs_tokens_as_the_first_step_of_its_loss() -> None:
@@ -210,7 +211,7 @@ def test_macro_actions_and_groups_with_a_free_end() -> None:
         "dr-grpo": Contender(credit.sparse(), whole, advantages.group_relative(std=False), losses.dr_grpo()),
         "grpo": Contender(credit.sparse(), whole, advantages.group_relative(std=False), losses.grpo()),
     }
-    scores = diagnosis.centred_scores(rollouts.scores, rollouts.group)
+    scores = estimates.centred_scores(rollouts.scores, rollouts.group)
     found = {"true": torch.where(rollouts.mask, scores[:, None], 0.0)}
     found |= {name: contender.advantages(rollouts)[0] for name, contender in made.items()}
     rows = {name: (a[..., None] * steps).sum(dim=1) for name, a in found.items()}
@@ -229,7 +230,7 @@ def test_the_baseline_is_the_mean_of_the_others_that_have_the_position() -> None
     mask = helpers.bools([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 0]])
     returns = torch.tensor([[6.0, 4, 2], [3, torch.nan, 0], [0, 2, torch.inf], [5, 5, 0]])
     group = torch.tensor([7, 7, 7, 2])
-    found = diagnosis.leave_one_out_baseline(returns, mask, group)
+    found = estimates.leave_one_out_baseline(returns, mask, group)
     expected = torch.tensor([[6 - 1.5, 4 - 2, 2 - 0], [3 - 3.0, 0, 0], [0 - 4.5, 2 - 4, 0], [5, 5, 0]])
     torch.testing.assert_close(found, expected)
 
@@ -239,4 +240,4 @@ def test_squared_norms_are_those_of_the_outer_products() -> None:
     weights = torch.randn(3, 4, generator=generator)
     left, right = torch.randn(3, 4, 5, generator=generator), torch.randn(3, 4, 6, generator=generator)
     outer = torch.einsum("bt,btd,bte->bde", weights, left, right)
-    torch.testing.assert_close(diagnosis.row_squares(weights, left, right), outer.square().sum(dim=(1, 2)))
+    torch.testing.assert_close(estimates.row_squares(weights, left, right), outer.square().sum(dim=(1, 2)))

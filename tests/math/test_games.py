@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apportion.evidence.games import exact, most_players, sampled, shapley_values
+from apportion.evidence.shapley_values import exact, most_players, sampled, shapley_values
 
 
 class Game:

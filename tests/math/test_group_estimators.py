@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apportion import Rollouts, advantages, credit, segments
-from apportion.advantages.weights import credit_weights
+from apportion.advantages._weights import credit_weights
 from apportion.errors import ConfigError, DataError
 from apportion.types import Estimator
 

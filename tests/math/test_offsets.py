@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.models.offsets import carry
+from apportion.models.text.transfer import carry
 
 
 def one(weights: list[float], source: list[tuple[int, int]], target: list[tuple[int, int]]) -> list[float]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apportion import advantages, credit, segments
-from apportion.credit.given import previous
+from apportion.credit._evidence import previous
 from apportion.errors import ConfigError, DataError
 
 # row 0: four tokens, R = 2; row 1: a hole at 1, R = −1; row 2: one token, R = 3; row 3: none

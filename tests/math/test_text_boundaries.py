@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from apportion import Rollouts, segments
 from apportion.errors import ConfigError
-from apportion.evidence import boundaries, phrases, plan
-from apportion.evidence.sentences import sentence_starts
+from apportion.evidence import plan
+from apportion.evidence.text import boundaries, phrases
+from apportion.evidence.text.sentences import sentence_starts
 
 SENTENCES = [
     ["It was good.", "I liked it!", "Did you?"],

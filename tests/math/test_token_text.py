@@ -13,8 +13,8 @@ from tiny_tokenizers import FAMILIES, TEXTS
 from tokenizers import pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from apportion.models import token_text
-from apportion.models.token_text import BROKEN, PolicyText, TokenText, group_spans, spans_after
+from apportion.models.text import token_spans
+from apportion.models.text.token_spans import BROKEN, PolicyText, TokenText, group_spans, spans_after
 
 
 @cache
@@ -161,6 +161,6 @@ def test_few_tokens_are_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(len(some))
         return real(self, some)
 
-    monkeypatch.setattr(token_text.PolicyText, "_decode", counted)
+    monkeypatch.setattr(token_spans.PolicyText, "_decode", counted)
     check(reads, ids[:50], ids[50:])
     assert len(ids) > 300 and sum(seen) < 8 * len(ids)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from apportion import guards
-from apportion.guards.watch import CALM, START, WEIGHT, follow, share
+from apportion import monitors
+from apportion.monitors._monitor import CALM, START, WEIGHT, follow, share
 
 # the demo's run: 40 batches of 32 responses of SmolLM2-135M, ABC, adaptive κ (every fourth batch)
 DEMO = {
@@ -25,25 +25,25 @@ DEMO = {
 
 def fired(name: str, **series: Sequence[float]) -> list[int]:
     """Return the batches, from 1, at which watch `name` fires; keyword a__b is metric a/b."""
-    watch = guards.WATCHES[name]()
+    watch = monitors.WATCHES[name]()
     return [step for step, found in steps(watch, series) if found is not None]
 
 
-def steps(watch: guards.Watch, series: dict[str, Sequence[float]]) -> list[tuple[int, guards.Finding | None]]:
-    state, found = guards.init([watch]), []
+def steps(watch: monitors.Watch, series: dict[str, Sequence[float]]) -> list[tuple[int, monitors.Finding | None]]:
+    state, found = monitors.init([watch]), []
     named = {key.replace("__", "/"): values for key, values in series.items()}
     for step in range(len(next(iter(named.values())))):
-        said, state = guards.observe([watch], {key: values[step] for key, values in named.items()}, state)
+        said, state = monitors.observe([watch], {key: values[step] for key, values in named.items()}, state)
         found.append((step + 1, said[watch.name]))
     return found
 
 
 def test_a_healthy_run_fires_nothing() -> None:
-    watches = [make() for make in guards.WATCHES.values()]
-    state = guards.init(watches)
+    watches = [make() for make in monitors.WATCHES.values()]
+    state = monitors.init(watches)
     for step in range(10):
-        found, state = guards.observe(watches, {key: values[step] for key, values in DEMO.items()}, state)
-        assert found == dict.fromkeys(guards.WATCHES)
+        found, state = monitors.observe(watches, {key: values[step] for key, values in DEMO.items()}, state)
+        assert found == dict.fromkeys(monitors.WATCHES)
 
 
 def test_the_running_mean_and_the_start_by_hand() -> None:
@@ -131,7 +131,7 @@ def test_what_fires_when(name: str, series: dict[str, list[float]], expected: li
 
 
 def test_an_episode_is_announced_once_and_ends_after_quiet_batches() -> None:
-    watch = guards.WATCHES["negative_kl"]()
+    watch = monitors.WATCHES["negative_kl"]()
     bad, fine = -20.0, 20.0
     series = [bad, fine, fine, bad, *[fine] * CALM, bad]
     begins = [step for step, found in steps(watch, {"objective/kl": series}) if found is not None and found.begins]
@@ -140,9 +140,9 @@ def test_an_episode_is_announced_once_and_ends_after_quiet_batches() -> None:
 
 
 def test_a_watch_without_its_metric_says_nothing_at_all() -> None:
-    watches = [make() for make in guards.WATCHES.values()]
-    state = guards.init(watches)
-    found, after = guards.observe(watches, {"objective/entropy": 3.0, "policy/ratio_limited": 1.0}, state)
+    watches = [make() for make in monitors.WATCHES.values()]
+    state = monitors.init(watches)
+    found, after = monitors.observe(watches, {"objective/entropy": 3.0, "policy/ratio_limited": 1.0}, state)
     assert found == {"entropy": None}
     assert [name for name in state if not torch.equal(state[name], after[name])] == [
         "entropy objective/entropy",
@@ -151,14 +151,14 @@ def test_a_watch_without_its_metric_says_nothing_at_all() -> None:
 
 
 def test_a_state_put_away_and_taken_back_goes_on_alike() -> None:
-    watch = guards.WATCHES["entropy"]()
+    watch = monitors.WATCHES["entropy"]()
     series = [3.0, 2.9, 3.1, 3.0, 3.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2]
     whole = [found.said if found else None for _, found in steps(watch, {"objective/entropy": series})]
-    state, parts = guards.init([watch]), []
+    state, parts = monitors.init([watch]), []
     for value in series:
         state = {name: tensor.clone() for name, tensor in state.items()}
         before = {name: tensor.clone() for name, tensor in state.items()}
-        found, after = guards.observe([watch], {"objective/entropy": value}, state)
+        found, after = monitors.observe([watch], {"objective/entropy": value}, state)
         assert all(torch.equal(before[name], state[name]) for name in before)  # the old one is not written to
         parts.append(found["entropy"].said if found["entropy"] else None)
         state = after
@@ -166,7 +166,7 @@ def test_a_state_put_away_and_taken_back_goes_on_alike() -> None:
 
 
 def test_thresholds_are_settings_of_the_factory() -> None:
-    strict = guards.WATCHES["length"](rise=1.1)
+    strict = monitors.WATCHES["length"](rise=1.1)
     assert [s for s, found in steps(strict, {"objective/length": [10.0] * 5 + [12.0] * 4}) if found] == [7, 8, 9]
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import tiny
+from benchmarks.faults import soak as soaking
+from benchmarks.faults.compare import difference, traces
+from benchmarks.faults.harness import clear, enough, plans
+from benchmarks.faults.kills import Broken
+from benchmarks.faults.settings import FaultsConfig, SoakConfig
+from benchmarks.faults.soak import judged
 
-from apportion.bench.faults import soak as soaking
-from apportion.bench.faults.compare import difference, traces
-from apportion.bench.faults.harness import clear, enough, plans
-from apportion.bench.faults.kills import Broken
-from apportion.bench.faults.settings import FaultsConfig, SoakConfig
-from apportion.bench.faults.soak import judged
-from apportion.cli import main
+from apportion.cli.main import main
 
 QUICK = ("--kills", "5", "--model_kills", "0", "--steps", "8", "--checkpoint_every", "2")
 

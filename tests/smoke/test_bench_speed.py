@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from benchmarks import speed
+from benchmarks.harness import environment, figures, machine, workload
+from benchmarks.harness.operations import FORMULAS
+from benchmarks.harness.ours import rl_config
+from benchmarks.harness.recorder import Recorder, peak_rss
+from benchmarks.harness.settings import PEERS, SpeedConfig, Work, check, shaped
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from apportion.bench import environment, figures, machine, speed, workload
-from apportion.bench.operations import FORMULAS
-from apportion.bench.ours import rl_config
-from apportion.bench.recorder import Recorder, peak_rss
-from apportion.bench.settings import PEERS, SpeedConfig, Work, check, shaped
-from apportion.cli import main
+from apportion.cli.main import main
 from apportion.errors import ConfigError, DataError
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -243,7 +244,9 @@ def test_a_function_that_is_not_there_is_an_error(recorder: Recorder) -> None:
 def test_peak_memory_is_this_process_alone() -> None:
     """In a process of its own, started by one that has held far more: 240 MB are seen, and nothing of the parent's."""
     held = torch.ones(60_000_000)
-    code = "import torch; from apportion.bench.recorder import peak_rss; a = peak_rss(); x = torch.ones(60_000_000); "
+    code = (
+        "import torch; from benchmarks.harness.recorder import peak_rss; a = peak_rss(); x = torch.ones(60_000_000); "
+    )
     done = subprocess.run([sys.executable, "-c", code + "print(a, peak_rss() - a)"], capture_output=True, text=True)
     before, more = map(float, done.stdout.split())
     assert before < peak_rss() and 200 < more < 300 and len(held)
@@ -340,7 +343,7 @@ def test_a_process_that_fails_says_so(world: Path, tmp_path: Path) -> None:
     work = make_work(world, tmp_path, overrides=["ppo.epoch=1"])
     with pytest.raises(ConfigError, match="Did you mean 'ppo.epochs'"):
         speed.process(work, PEERS["trl-ppo"], tmp_path, "ours-1")
-    absent = PEERS["trl-ppo"]._replace(module="apportion.bench.peers.absent")
+    absent = PEERS["trl-ppo"]._replace(module="benchmarks.peers.absent")
     with pytest.raises(ConfigError, match="exit code 1: .*No module named") as refused:
         speed.process(replace(work, role="peer"), absent, tmp_path, "peer-0")
     assert "trl==1.12.0 in float32" in str(refused.value) and "--peer_precision" in str(refused.value)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scripts import script
 
-from apportion.models.attention_row import attention_row
+from apportion.models.attention.row import attention_row
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "abc_cost.py"
 TINY = ["--random", "llama-tiny", "--tokens", "40", "90", "--pairs", "3", "--repetitions", "4", "--threads", "1"]

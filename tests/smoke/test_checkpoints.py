@@ -11,11 +11,11 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 
-from apportion.cli import main
-from apportion.runs import Run
-from apportion.stages.checkpoint import load_latest, save_checkpoint
-from apportion.stages.methods import build_method
-from apportion.stages.rl import make_learner, train
+from apportion.cli.main import main
+from apportion.stages.rl.method import build_method
+from apportion.stages.rl.train import make_learner, train
+from apportion.training.checkpoint import load_latest, save_checkpoint
+from apportion.training.run_folder import Run
 
 MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"

@@ -17,8 +17,8 @@ import tiny_runs
 
 from apportion import advantages, algorithms, credit, losses, segments
 from apportion.errors import ConfigError
-from apportion.stages.methods import build_method
-from apportion.stages.rl import train
+from apportion.stages.rl.method import build_method
+from apportion.stages.rl.train import train
 
 
 class Choice(NamedTuple):

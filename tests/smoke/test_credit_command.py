@@ -17,7 +17,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
-from apportion.cli import main
+from apportion.cli.main import main
 
 TEXT, PROMPT = "a great story, well told", "I rented this film because"
 

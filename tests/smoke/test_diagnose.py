@@ -10,9 +10,9 @@ import pytest
 import tiny_runs
 import torch
 
-from apportion.cli import main
+from apportion.cli.main import main
 from apportion.report.page import write_report
-from apportion.stages.diagnose import projected, score_functions, verdict
+from apportion.stages.diagnose.diagnose import projected, score_functions, verdict
 
 FIGURES = ("cosine", "bias", "snr", "useful_snr")
 

@@ -13,8 +13,8 @@ import tiny_runs
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from apportion.cli import main
-from apportion.statistics import distinct, mean_interval
+from apportion.cli.main import main
+from apportion.intervals import distinct, mean_interval
 
 COUNT = 10
 TEMPERATURE = 0.8

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from apportion.report.guards import spans
+from apportion.report.monitors import spans
 from apportion.report.page import write_report
 from apportion.report.read import read_run
 

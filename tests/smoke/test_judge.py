@@ -9,7 +9,7 @@ import pytest
 
 from apportion.data import builtin_table, labelled
 from apportion.errors import DataError, ModelError
-from apportion.stages.judge import Judge, fit_judge, word_clips
+from apportion.stages.evaluate.judge import Judge, fit_judge, word_clips
 
 GOOD = ["a great and moving film", "great acting, a moving story", "a great story, great film", "moving and great"]
 BAD = ["a dull and awful film", "awful acting, a dull story", "an awful story, dull film", "dull and awful"]

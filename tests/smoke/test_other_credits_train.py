@@ -10,7 +10,7 @@ import pytest
 import tiny
 import tiny_runs
 
-from apportion.stages.rl import train
+from apportion.stages.rl.train import train
 
 CREDITS: dict[str, tuple[str, list[str]]] = {
     "prefix_difference": ("{prefix_difference: {initial: omit}}", ["credit/prefix_gap"]),

@@ -19,8 +19,8 @@ import tiny
 import torch
 import yaml
 
-from apportion.cli import COMMANDS, main
-from apportion.commands import credit as credit_command
+from apportion.cli import credit as credit_command
+from apportion.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,13 +14,13 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from apportion.cli import main
-from apportion.commands.settings import parse
+from apportion.cli.arguments import parse
+from apportion.cli.main import main
 from apportion.config import RewardConfig
-from apportion.models.load import own_memory
+from apportion.models.loading import own_memory
 from apportion.models.reward import RewardModel, load_reward
-from apportion.models.save import save_classifier
-from apportion.stages import reward as stage
+from apportion.models.saving import save_classifier
+from apportion.stages.reward import train as stage
 
 GOOD = ["wonderful", "lovely", "great", "warm", "fine"]
 BAD = ["terrible", "boring", "stupid", "dull", "bad"]

@@ -16,12 +16,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from apportion.cli import main
+from apportion.cli.main import main
 from apportion.credit import METHODS
 from apportion.errors import ModelError
-from apportion.models.load import has_bfloat16
-from apportion.stages.methods import build_method
-from apportion.stages.rl import make_learner, train
+from apportion.models.loading import has_bfloat16
+from apportion.stages.rl.method import build_method
+from apportion.stages.rl.train import make_learner, train
 
 FIELDS = {
     "step", "row", "prompt", "text", "tokens", "prompt_ids", "response_ids", "ended", "score", "raw_score", "credit",

@@ -5,16 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.advantages.groups import (
-    EPSILON,
-    Stats,
-    check_credit,
-    compare,
-    deviation,
-    group_stats,
-    on_tokens,
-)
-from apportion.advantages.weights import SHARE
+from apportion.advantages._groups import EPSILON, Stats, check_credit, compare, deviation, group_stats, on_tokens
+from apportion.advantages._weights import SHARE
 from apportion.errors import ConfigError, message
 from apportion.types import Advantages, Estimator, Rollouts
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apportion.advantages.groups import Stats, check_credit, compare, group_stats, on_tokens
-from apportion.advantages.weights import SHARE
+from apportion.advantages._groups import Stats, check_credit, compare, group_stats, on_tokens
+from apportion.advantages._weights import SHARE
 from apportion.types import Advantages, Estimator, Rollouts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apportion.advantages.actions import action_rewards, to_go
+from apportion.advantages._actions import action_rewards, to_go
 from apportion.errors import check_fraction
 from apportion.masking import spread
 from apportion.types import Advantages, Estimator, Rollouts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.advantages.actions import action_rewards, last_actions, to_go
-from apportion.advantages.groups import Stats, compare, group_stats
+from apportion.advantages._actions import action_rewards, last_actions, to_go
+from apportion.advantages._groups import Stats, compare, group_stats
 from apportion.errors import ConfigError, check_fraction, message
 from apportion.masking import spread
 from apportion.types import Advantages, Estimator, Rollouts

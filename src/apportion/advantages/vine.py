@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.advantages.actions import action_rewards, first_tokens, following
+from apportion.advantages._actions import action_rewards, first_tokens, following
 from apportion.errors import ConfigError, DataError, message
 from apportion.masking import segment_sum, spread
 from apportion.types import Advantages, Estimator, Rollouts

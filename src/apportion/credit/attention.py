@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from apportion.credit.reading import Layers, reading
-from apportion.credit.redistribute import redistributor, take_evidence
+from apportion.credit._evidence import Layers, reading
+from apportion.credit._redistribute import redistributor, take_evidence
 from apportion.errors import ConfigError, check_fraction, message
 from apportion.masking import last_index, normalise
 from apportion.types import Credit, Rollouts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.credit.given import token_evidence
-from apportion.credit.redistribute import redistributor, share_stats
+from apportion.credit._evidence import token_evidence
+from apportion.credit._redistribute import redistributor, share_stats
 from apportion.errors import ConfigError, check_fraction, message
 from apportion.types import Credit, Rollouts, State
 

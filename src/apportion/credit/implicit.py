@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.credit.given import check_number, token_evidence
+from apportion.credit._evidence import check_number, token_evidence
 from apportion.errors import ConfigError, message
 from apportion.types import Credit, Rollouts, State
 

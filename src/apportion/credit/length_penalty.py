@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.credit.given import check_number, is_last
+from apportion.credit._evidence import check_number, is_last
 from apportion.errors import ConfigError, message
 from apportion.types import Credit, Rollouts, State
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.credit.redistribute import redistributor, take_evidence
+from apportion.credit._redistribute import redistributor, take_evidence
 from apportion.errors import ConfigError, check_fraction, unknown_name
 from apportion.types import Credit, Rollouts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.credit.given import is_last, previous, row_evidence, token_evidence
+from apportion.credit._evidence import is_last, previous, row_evidence, token_evidence
 from apportion.errors import ConfigError, check_fraction, unknown_name
 from apportion.types import Credit, Rollouts, State
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.credit.given import token_evidence
+from apportion.credit._evidence import token_evidence
 from apportion.errors import ConfigError, message, unknown_name
 from apportion.types import Credit, Rollouts, State
 

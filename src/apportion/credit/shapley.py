@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.credit.given import is_first, is_last, row_evidence, token_evidence
+from apportion.credit._evidence import is_first, is_last, row_evidence, token_evidence
 from apportion.errors import ConfigError, check_fraction, message
 from apportion.types import Credit, Rollouts, State
 

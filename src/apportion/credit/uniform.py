@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apportion.credit.redistribute import redistributor
+from apportion.credit._redistribute import redistributor
 from apportion.errors import check_fraction
 from apportion.types import Credit, Rollouts
 

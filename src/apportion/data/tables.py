@@ -12,7 +12,7 @@ from typing import TypeVar
 from apportion.data.bad_rows import BadRows, judge
 from apportion.data.formats import READERS, Items, Row, Unreadable, require_columns
 from apportion.errors import DataError, message
-from apportion.paths import local_path
+from apportion.system.paths import local_path
 
 T = TypeVar("T")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -13,10 +13,10 @@ from apportion import registry
 from apportion.config import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError, message, unknown_name
 from apportion.evidence.producers import PRODUCERS, Producer
-from apportion.evidence.users import Users, check_given
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts, Segmenter
+from apportion.user_code import Users, check_given
 
 __all__ = ["PRODUCERS", "Models", "Producer", "Users", "plan"]
 

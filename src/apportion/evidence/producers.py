@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from apportion.evidence.attribution_pass import attribution_pass
-from apportion.evidence.boundaries import need, text_boundaries
-from apportion.evidence.implicit_pass import implicit_pass
-from apportion.evidence.policy_pass import policy_pass
-from apportion.evidence.process_pass import process_pass
-from apportion.evidence.reference_pass import reference_pass
-from apportion.evidence.reward_pass import reward_pass
-from apportion.evidence.shapley_pass import shapley_pass
-from apportion.evidence.vine_pass import GIVES as VINE
-from apportion.evidence.vine_pass import vine_pass
+from apportion.evidence.attribution import attribution_pass
+from apportion.evidence.implicit import implicit_pass
+from apportion.evidence.policy import policy_pass, reference_pass
+from apportion.evidence.process import process_pass
+from apportion.evidence.reward import reward_pass
+from apportion.evidence.shapley import shapley_pass
+from apportion.evidence.text.boundaries import need, text_boundaries
+from apportion.evidence.vine import GIVES as VINE
+from apportion.evidence.vine import vine_pass
 from apportion.types import Rollouts
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.errors import ConfigError, ScoreError, message
-from apportion.models.offsets import carry
-from apportion.models.own_tokenizer import Encoded, context_limit, encode, read_as_text
 from apportion.models.reward import RewardModel
+from apportion.models.text.render import Encoded, context_limit, encode, read_as_text
+from apportion.models.text.transfer import carry
 from apportion.types import Rollouts
 
 # evidence that is an amount on each token, so that characters can share it

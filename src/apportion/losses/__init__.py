@@ -7,6 +7,7 @@ from typing import Any
 
 from apportion import registry
 from apportion.errors import ConfigError, message
+from apportion.losses._ratios import Sums
 from apportion.losses.cispo import cispo
 from apportion.losses.dapo import dapo, overlong_penalty
 from apportion.losses.dr_grpo import dr_grpo
@@ -14,7 +15,6 @@ from apportion.losses.entropy import entropy_of
 from apportion.losses.grpo import grpo
 from apportion.losses.gspo import gspo
 from apportion.losses.ppo import clipped_policy, ppo
-from apportion.losses.ratios import Sums
 from apportion.losses.reinforce import reinforce
 from apportion.losses.value import clipped_value
 from apportion.types import PolicyLoss

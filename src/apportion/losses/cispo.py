@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.losses.ratios import Sums, check_clip, limited_exp, log_ratios, statistics, tokens, wide
+from apportion.losses._ratios import Sums, check_clip, limited_exp, log_ratios, statistics, tokens, wide
 from apportion.types import PolicyLoss, Rollouts
 
 

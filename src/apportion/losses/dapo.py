@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from apportion.errors import ConfigError, message
+from apportion.losses._ratios import Sums, check_clip, tokens
 from apportion.losses.ppo import clipped_tokens
-from apportion.losses.ratios import Sums, check_clip, tokens
 from apportion.types import PolicyLoss, Rollouts
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from apportion.errors import ConfigError, message
+from apportion.losses._ratios import Sums, check_clip, sequences
 from apportion.losses.grpo import reference_needs, token_terms
-from apportion.losses.ratios import Sums, check_clip, sequences
 from apportion.types import PolicyLoss, Rollouts
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ConfigError, unknown_name
-from apportion.losses.ratios import (
+from apportion.losses._ratios import (
     Sums,
     action_mean,
     actions,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.losses.ratios import Sums
+from apportion.losses._ratios import Sums
 
 
 def clipped_value(

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from apportion.config import RLConfig
+from apportion.distributed.sharding import Sharded, Weights
 from apportion.errors import ModelError, message
 from apportion.losses import entropy_of
 from apportion.masking import last_index
-from apportion.models.adapters import add_adapter
-from apportion.models.critic import make_head, make_trunk
-from apportion.models.load import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
-from apportion.models.masters import to_sixteen_bit
-from apportion.models.prefix import Shared, can_share, shared_prompts, states_behind
+from apportion.models.loading import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
+from apportion.models.lora import add_adapter
+from apportion.models.master_weights import to_sixteen_bit
 from apportion.models.reward import RewardModel
-from apportion.models.sharded import Sharded, Weights
+from apportion.models.shared_prompt import Shared, can_share, shared_prompts, states_behind
 from apportion.models.token_logprobs import token_logprobs
+from apportion.models.value_head import make_head, make_trunk
 from apportion.types import Rollouts
 
 

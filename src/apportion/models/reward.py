@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from apportion.config import ScoreConfig
-from apportion.credit.reading import Reading
+from apportion.credit._evidence import Reading
 from apportion.errors import ConfigError, ModelError, ScoreError, message
-from apportion.models.attention_row import attention_row, union
-from apportion.models.load import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
-from apportion.models.own_tokenizer import check_model, check_tokenizer
-from apportion.models.prefix import Shared, inputs_behind, read_prompts
-from apportion.models.token_text import PolicyText
+from apportion.models.attention.row import attention_row, union
+from apportion.models.loading import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
+from apportion.models.shared_prompt import Shared, inputs_behind, read_prompts
+from apportion.models.text.render import check_model, check_tokenizer
+from apportion.models.text.token_spans import PolicyText
 from apportion.types import Rollouts
 
 STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text

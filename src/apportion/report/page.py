@@ -14,8 +14,8 @@ from apportion.report.colours import run_colour
 from apportion.report.curves import charts_html, main_charts, other_charts, reward_charts
 from apportion.report.diagnosis import diagnosis_html, widest
 from apportion.report.document import asset, document, write_page
-from apportion.report.guards import guards_html
 from apportion.report.heatmap import CAUTION, viewer_html
+from apportion.report.monitors import guards_html
 from apportion.report.numbers import number
 from apportion.report.read import RunData, read_run
 from apportion.report.rollouts import logged

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from apportion import plain_yaml
 from apportion.data.formats import DEEPEST, depth
 from apportion.errors import DataError, message
-from apportion.paths import link_outside, local_path
 from apportion.report.numbers import finite
+from apportion.system import safe_yaml
+from apportion.system.paths import link_outside, local_path
 
 HOLDS = (
     "a run folder with metrics.jsonl, evaluation.json or diagnosis.json "
@@ -201,7 +201,7 @@ def _config(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str]:
     if text is None:
         return {}, ""
     try:
-        value = plain_yaml.load(text)
+        value = safe_yaml.load(text)
     except yaml.YAMLError as error:
         notes.append(f"{path.name}: not valid YAML ({str(error).splitlines()[0]}); shown as it stands.")
         return {}, text

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from apportion import registry
-from apportion.segments.boundaries import check
+from apportion.segments._boundaries import check
 from apportion.segments.entropy import entropy
 from apportion.segments.ngrams import ngrams
 from apportion.segments.parsed import parsed

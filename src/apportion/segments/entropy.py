@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from apportion.errors import ConfigError, message
-from apportion.segments.boundaries import Cut, numbers
+from apportion.segments._boundaries import Cut, numbers
 from apportion.types import Rollouts, Segmenter
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion.errors import ConfigError, unknown_name
 from apportion.masking import last_index
-from apportion.segments.boundaries import Cut, order_in_turn, positive_int
+from apportion.segments._boundaries import Cut, order_in_turn, positive_int
 from apportion.types import Rollouts, Segmenter
 
 REPRODUCE = "ma-rlhf-code"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from apportion import registry
-from apportion.segments.boundaries import Cut, flags, positive_int
+from apportion.segments._boundaries import Cut, flags, positive_int
 from apportion.types import Rollouts, Segmenter
 
 MAX_TOKENS = 5
@@ -22,8 +22,9 @@ def parsed(max_tokens: int = MAX_TOKENS) -> Segmenter:
         max_tokens: the paper's cutoff C, at least 1; 5 in its experiments.
 
     Needs evidence "phrase_boundaries" (B,T) bool, True on each phrase's first token. apportion makes it with a
-    dependency parser for English (`pip install apportion[parsed]`); `apportion.evidence.phrases` says how, and counts
-    the rows that fall back to n-grams in "phrase_fallback". Where it is absent, "boundaries" is read, for those who
+    dependency parser for English (`pip install apportion[parsed]`); `apportion.evidence.text.phrases` says how, and
+    counts the
+    rows that fall back to n-grams in "phrase_fallback". Where it is absent, "boundaries" is read, for those who
     bring their own.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.segments.boundaries import Cut, numbers, turn_starts
+from apportion.segments._boundaries import Cut, numbers, turn_starts
 from apportion.types import Rollouts, Segmenter
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ConfigError, message
-from apportion.segments.boundaries import Cut, order, positive_int
+from apportion.segments._boundaries import Cut, order, positive_int
 from apportion.types import Rollouts, Segmenter
 
 # the odd constants of splitmix64 (Steele et al. 2014), as signed 64-bit integers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apportion.segments.boundaries import Cut, flags
+from apportion.segments._boundaries import Cut, flags
 from apportion.types import Rollouts, Segmenter
 
 NAME = "sentence_boundaries"
@@ -14,7 +14,7 @@ def sentences() -> Segmenter:
     """Return the segmenter that starts an action on each sentence's first token, (B,T) int64.
 
     Needs evidence "sentence_boundaries" (B,T) bool, True on each sentence's first token; apportion makes it from the
-    response's text (`apportion.evidence.sentences` says by which rule). Where it is absent, "boundaries" is read, for
+    response's text (the rule is in `apportion.evidence.text.sentences`). Where it is absent, "boundaries" is read, for
     those who bring their own.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.segments.boundaries import Cut
+from apportion.segments._boundaries import Cut
 from apportion.types import Rollouts, Segmenter
 
 

@@ -1,0 +1,152 @@
+"""Run in a process of its own: `apportion.stages.rl.train.train` on a benchmark's work, watched from outside.
+
+The loop runs as if for a long training, so that the learning rate stays where it is, and is left after the last batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from apportion.config import RLConfig, check
+from apportion.errors import ApportionError, ConfigError, message, unknown_name
+from apportion.system import cpu
+from apportion.types import Rollouts
+from benchmarks.harness.recorder import Recorder, read_work
+from benchmarks.harness.settings import Work
+
+LONG = 100_000  # steps of the training that is begun
+
+
+class Enough(Exception):
+    """The last batch is measured: the training is left without saving."""
+
+
+def rl_config(work: Work) -> RLConfig:
+    """Return the settings of `apportion rl` for the work: exact lengths, nothing written but metrics.
+
+    Raises:
+        ConfigError: an override that is no setting, or a value outside its range.
+    """
+    config = RLConfig(
+        policy=work.model,
+        reward_model=work.reward,
+        prompts=work.prompts,
+        output=str(Path(work.folder) / "run"),
+        steps=LONG,
+        checkpoint_every=0,
+        log_rollouts=0,
+        compare=[],
+        pad_token=work.pad_token,
+        seed=work.seed,
+        device=work.device,
+    )
+    config.sampling.batch_size, config.sampling.samples_per_prompt = work.batch, work.samples
+    config.sampling.prompt_tokens = [work.prompt_tokens, work.prompt_tokens]
+    config.sampling.max_prompt_tokens = max(work.prompt_tokens, config.sampling.max_prompt_tokens)
+    config.sampling.max_new_tokens = work.new_tokens
+    config.ppo.epochs, config.ppo.mini_batch = work.epochs, work.mini_batch
+    config.optim.warmup = 0.0
+    critic = work.algorithm == "ppo"
+    if work.ours == "full":
+        config.algorithm, config.lora.rank, config.optim.lr = work.algorithm, 0, work.lr
+        config.optim.eps = 1e-8  # TRL's; 1e-5, ours, damps the small gradients of many weights
+        config.ppo.value_model = "reward" if critic else "shared"  # as TRL's begins
+    elif not critic:
+        config.algorithm = work.algorithm
+    for text in work.overrides:
+        lay_over(config, text)
+    check(config)
+    return config
+
+
+def lay_over(config: Any, text: str) -> None:
+    """Set one "section.name=value" of a configuration. Raises ConfigError for a name that is no setting."""
+    name, _, value = text.partition("=")
+    place, parts = config, name.strip().split(".")
+    for part in parts[:-1]:
+        place = getattr(place, part, None)
+    if not hasattr(place, parts[-1]):
+        known = [key for key in vars(config) if not hasattr(getattr(config, key), "__dataclass_fields__")]
+        inner = {key: vars(getattr(config, key)) for key in vars(config) if key not in known}
+        raise ConfigError(unknown_name("ours_settings", name, [*known, *(f"{k}.{n}" for k in inner for n in inner[k])]))
+    try:
+        # as the command's own flags: 1e-6 is a number
+        loaded = yaml.safe_load(value)
+        loaded = float(loaded) if isinstance(loaded, str) and isinstance(getattr(place, parts[-1]), float) else loaded
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(message(f"ours_settings {name}", value, "a YAML value of its type", "Mend it.")) from error
+    setattr(place, parts[-1], loaded)
+
+
+def watch(recorder: Recorder) -> None:
+    """Time the phases of the loop and count its work; nothing of it is replaced."""
+    from apportion.models.policy import Policy
+
+    rl: Any = importlib.import_module("apportion.stages.rl.train")
+
+    def sampled(rollouts: Rollouts, policy: Policy, prompts: Sequence[Sequence[int]], *args: Any, **more: Any) -> None:
+        tokens = int(rollouts.prompt_mask.sum())
+        recorder.add(prompts=len(prompts), prompt_tokens=tokens, generated_tokens=int(rollouts.mask.sum()))
+
+    recorder.wrap(rl, "sample", "generate", sampled)
+    recorder.wrap(rl, "score", "score", lambda rollouts, *_: recorder.scored(rollouts.evidence["raw_scores"]))
+    recorder.wrap(Policy, "reference_logprobs", "reference")
+    recorder.wrap(rl, "learn", "update")
+    build = rl.build_method
+
+    def counting(config: RLConfig) -> Any:
+        method = build(config)
+        terms = method.loss.terms
+
+        def counted(logprobs: Any, rollouts: Any, advantages: Any, mask: Any, segments: Any) -> Any:
+            recorder.add(trained_tokens=int(mask.sum()))
+            return terms(logprobs, rollouts, advantages, mask, segments)
+
+        return method._replace(loss=method.loss._replace(terms=counted))
+
+    rl.build_method = counting
+
+
+def logged(work: Work) -> dict[str, float]:
+    """Return the medians of what the run itself logged of its time and memory over the timed batches."""
+    lines = (Path(work.folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[work.warmup : work.warmup + work.batches]]
+    names = [name for name in rows[0] if name.startswith(("time/", "memory/"))]
+    return {name: median(row[name] for row in rows) for name in names}
+
+
+def main() -> int:
+    """Train, measure, write; return 0, or 2 with a message in error.txt."""
+    work = read_work()
+    cpu.keep_memory()  # as every command of ours does
+    try:
+        config = rl_config(work)
+        from apportion.stages.rl.train import train
+
+        recorder = Recorder(work)
+        watch(recorder)
+
+        def tell(step: int, metrics: dict[str, float]) -> None:
+            if recorder.batch_done():
+                raise Enough
+
+        try:
+            train(config, tell=tell)
+        except Enough:
+            recorder.save(logged=logged(work))
+    except ApportionError as error:
+        (Path(work.folder) / "error.txt").write_text(str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What both sides are given: the same prompts of an exact length, and the same reward model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apportion.data.convert import no_progress_bars
+from apportion.errors import DataError, message
+from apportion.models.loading import load_classifier, load_tokenizer
+
+
+def write_prompts(source: str, tokenizer: Any, length: int, count: int, target: Path) -> Path:
+    """Write `count` different prompts of exactly `length` tokens to `target` as JSON lines, and return it.
+
+    A prompt is the text of a row's first `length` tokens, kept only if the text becomes the same ids again, so that a
+    side that is given text and one that is given ids do the same.
+
+    Raises:
+        DataError: there are fewer such prompts than `count`.
+    """
+    from apportion.data import prompts
+
+    texts = prompts(source, "rl" if source == "imdb" else None)
+    found = exact([text for text in texts if isinstance(text, str)], tokenizer, length, count)
+    if len(found) < count:
+        came = f"{source} with {len(found)} different prompts of exactly {length} tokens"
+        mend = "Give more texts, or lower batches, batch or prompt_tokens."
+        raise DataError(message("prompts", came, f"{count} of them, enough for every batch", mend))
+    target.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in found), encoding="utf-8")
+    return target
+
+
+def exact(texts: Sequence[str], tokenizer: Any, length: int, count: int) -> list[str]:
+    """Return up to `count` different beginnings of `texts` that are exactly `length` tokens, none of them special."""
+    special = set(tokenizer.all_special_ids)
+    found: dict[str, None] = {}
+    for text in texts:
+        # a token is never longer than 50 characters of ordinary text
+        ids = list(tokenizer(text[: 50 * length])["input_ids"])[:length]
+        cut = tokenizer.decode(ids)
+        if len(ids) == length and not special & set(ids) and list(tokenizer(cut)["input_ids"]) == ids:
+            found.setdefault(cut)
+        if len(found) == count:
+            break
+    return list(found)
+
+
+def save_reward(folder: str, target: Path, pad_token: str | None, seed: int) -> Path:
+    """Write a reward model of one label to `target` and return it: the base in `folder` with a seeded random head.
+
+    Its scores mean nothing; a batch costs the same with it as with a trained one.
+    """
+    tokenizer = load_tokenizer("model", folder, pad_token)
+    torch.manual_seed(seed)
+    model: Any = load_classifier("model", folder, torch.float32, torch.device("cpu"), new_head=1)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    with no_progress_bars():
+        model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target

@@ -1,0 +1,101 @@
+"""`apportion credit`: which tokens of a text a reward model's score falls on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from apportion import registry
+from apportion.cli.arguments import load_value, split_flags
+from apportion.cli.terminal import note
+from apportion.cli.threads import settle
+from apportion.errors import ConfigError, DataError, message
+
+HELP = """usage: apportion credit --model MODEL --text TEXT [--prompt PROMPT] [options]
+
+Score a text with any reward model and show how its score is apportioned over the tokens.
+
+  --model    a sequence classifier with 1 or 2 labels: a folder or a hub id
+  --text     the response to apportion; `-` reads it from standard input
+  --prompt   what it responds to (read by the model, given no credit)
+  --method   attention, prefix_difference, attribution, shapley, uniform, sparse, or a list; a method with settings:
+             '{attention: {mix: 1.0, exclude_self: true}}' (default: [attention, uniform, sparse])
+  --json     print one JSON object
+  --html     also write a page with a method switch, such as --html credit.html
+  --device   auto, cpu, cuda    --dtype  auto, float32, bfloat16    --pad_token  a token to pad with
+
+example:
+  apportion credit --model runs/demo/reward/final --text "The plot is thin, but the acting is superb."
+"""
+OPTIONS = ("model", "text", "prompt", "method", "html", "device", "dtype", "pad_token")
+
+
+def run(arguments: list[str]) -> int:
+    """Apportion one text and print it."""
+    as_json = "--json" in arguments
+    flags, switches = split_flags([a for a in arguments if a != "--json"], [*OPTIONS, "json"])
+    if "help" in switches:
+        sys.stdout.write(HELP)
+        return 0
+    options = dict(flags)
+    specs = _check(options)
+    settle()
+    from apportion.models.loading import locate
+    from apportion.models.reward import load_reward
+    from apportion.stages.explain import apportion_text, text_methods
+
+    methods = text_methods(specs)
+    text = sys.stdin.read().rstrip("\n") if options["text"] == "-" else options["text"]
+    if not text.strip():
+        raise DataError(message("--text", text, "a text that is not empty", "Write the response to apportion."))
+    locate("--model", options["model"])
+    settings: dict[str, Any] = {k: options[k] for k in ("device", "dtype", "pad_token") if k in options}
+    reward = load_reward(options["model"], field="--model", **settings)
+    found = apportion_text(reward, options.get("prompt", ""), text, methods)
+    if "html" in options:
+        note(f"wrote {write_html(found, options['model'], Path(options['html']).expanduser())}")
+    if as_json:
+        sys.stdout.write(json.dumps(found._asdict(), ensure_ascii=False) + "\n")
+    else:
+        show(found)
+    return 0
+
+
+def _check(options: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the methods asked for. Raises ConfigError for what is missing, before anything is loaded."""
+    for name, mend in (("model", "Point to a reward model."), ("text", "Write the response to apportion.")):
+        if not options.get(name):
+            raise ConfigError(message(f"--{name}", options.get(name), "a value", mend))
+    for name, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16"))):
+        if name in options and options[name] not in known:
+            raise ConfigError(message(f"--{name}", options[name], "one of " + ", ".join(known), "Choose one of them."))
+    return registry.parse("--method", load_value("method", options.get("method", "[attention, uniform, sparse]")))
+
+
+def show(found: Any) -> None:
+    """Print the score and each method's heat map."""
+    from apportion.report.colours import credit_limit
+    from apportion.report.heatmap import tokens_rich
+
+    console = Console(highlight=False, markup=False)
+    kept = f"{found.kept_mass:.0%} of the attention kept"
+    console.print(f"score {found.score:+.3f}   {len(found.tokens)} tokens   {kept}")
+    for name, values in found.methods.items():
+        console.print(f"\n{name}", style="bold")
+        console.print(tokens_rich(found.tokens, values, limit=credit_limit(values)))
+        best = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:5]
+        console.print("   ".join(f"{found.tokens[i]!r} {values[i]:+.3f}" for i in best), style="dim")
+
+
+def write_html(found: Any, model: str, path: Path) -> Path:
+    """Write the page of one text and return its path."""
+    from apportion.report.document import write_page
+    from apportion.report.heatmap import credit_page
+
+    notes = [f"reward model: {model}", f"{found.kept_mass:.0%} of the attention falls on the response"]
+    page = credit_page("Where the score falls", found.prompt, found.tokens, found.methods, found.score, notes)
+    return write_page(page, path)

@@ -1,0 +1,98 @@
+"""`apportion diagnose`: which credit suits this policy and this reward model, before any training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from apportion.cli.arguments import parse, show
+from apportion.cli.terminal import bar
+from apportion.cli.threads import settle
+from apportion.config import DiagnoseConfig
+from apportion.errors import ConfigError, message
+
+EXAMPLES = """examples:
+  apportion diagnose --reward_model runs/demo/reward/final
+  apportion diagnose --reward_model my/reward --policy my/model --prompts prompts.jsonl --sampling.prompt_tokens null \\
+      --sampling.stop eos --methods '[sparse, attention, {attention: {exclude_self: true}}, ma-ppo]' --json
+
+What the rows mean: `cosine` of the method's expected policy gradient with the true one; `bias`, the length of their
+difference over the true one's; `signal`, the length of the expected gradient over the noise of one batch; `useful`, the
+same along the true gradient; `stop bias`, what it adds to the gradient of the EOS logit.
+"""
+ROWS = {  # what a row shows: its key, and how it is written
+    "cosine": ("cosine", 2),
+    "bias": ("bias", 2),
+    "signal": ("snr", 3),
+    "useful": ("useful_snr", 3),
+    "stop bias": ("stop_bias", 3),
+    "kept mass": ("credit/kept_mass", 2),
+    "entropy": ("credit/share_entropy", 2),
+    "r(length)": ("length_correlation", 2),
+    "extra ms": ("extra_ms", 0),
+    "forwards": ("extra_forwards", 0),
+    "backwards": ("extra_backwards", 0),
+}
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, check, diagnose, and print a table or one JSON object."""
+    as_json = "--json" in arguments
+    parsed = parse(DiagnoseConfig, "diagnose", [a for a in arguments if a != "--json"], EXAMPLES)
+    check(parsed.config)
+    if parsed.dry_run:
+        sys.stdout.write(show(parsed.config))
+        return 0
+    settle(parsed.config)
+    from apportion.stages.diagnose.diagnose import diagnose
+
+    with bar("diagnose", parsed.config.count, {}) as progress:
+        found = diagnose(parsed.config, fresh=parsed.fresh, tell=lambda done, count: progress.tell(done, {}, count))
+    if as_json:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        print_table(found)
+    return 0
+
+
+def check(config: DiagnoseConfig) -> None:
+    """Raise ConfigError for settings that do not go together, before anything is loaded."""
+    from apportion.stages.diagnose.candidates import contenders
+
+    if config.count < 2:
+        raise ConfigError(message("count", config.count, "at least 2: intervals are over prompts", "Set it to 64."))
+    if config.sampling.samples_per_prompt is not None:
+        came = config.sampling.samples_per_prompt
+        raise ConfigError(message("sampling.samples_per_prompt", came, "null", "Use --samples here."))
+    contenders(config.methods, config.lam)
+
+
+def print_table(found: Mapping[str, Any]) -> None:
+    """Print a column a method, the verdicts and the recommendation."""
+    methods = found["methods"]
+    table = Table("", *methods)
+    for title, (key, digits) in ROWS.items():
+        table.add_row(title, *(cell(measured.get(key), digits) for measured in methods.values()))
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:  # a file is as wide as it has to be
+        console.width = 14 + 26 * len(methods)
+    console.print(table)
+    for name, measured in methods.items():
+        console.print(f"{name}: {measured['verdict']}.")
+    console.print(f"\n{found['recommended'] or 'nothing to recommend'}: {found['why']}")
+    size = f"{found['rollouts']} rollouts of {found['prompts']} prompts, 95% intervals over prompts"
+    console.print(f"({size}; signal for batches of {found['batch']})")
+
+
+def cell(value: Any, digits: int) -> str:
+    """Return a number or "mean [low, high]"; a dash for what was not resolved or does not apply."""
+    if not isinstance(value, Mapping):
+        return "–" if value is None else f"{value:.{digits}f}"
+    if value["mean"] is None:
+        return "–"
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"

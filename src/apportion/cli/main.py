@@ -1,0 +1,114 @@
+"""The command line: finds the command, runs it, and shows an error as one message with its mend (exit code 2)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+
+from apportion.distributed import collectives
+from apportion.errors import ApportionError, ConfigError, Interrupted, message, unknown_name
+from apportion.system import stderr
+
+# name -> (module, one line of help)
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "demo": ("demo", "reward model, PPO with dense credit, an independent judge and a page, in minutes"),
+    "reward": ("reward", "train a reward model on labelled texts"),
+    "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
+    "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
+    "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
+    "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),
+    "doctor": ("doctor", "check a run before it starts, or a credit method of your own; show the cores"),
+    "bench": ("bench", "measure speed and memory beside a released package, at the same work"),
+    "report": ("report", "draw run folders on one page that works offline"),
+    "algorithms": ("algorithms", "list algorithms, credit methods, segments, estimators and losses"),
+}
+
+PARALLEL = ("rl", "reward")  # commands that several processes can share
+
+USAGE = """usage: apportion COMMAND [options]
+
+Find out which tokens earned the reward, and train on it.
+
+{commands}
+
+`apportion COMMAND --help` explains a command and every setting. Start with:
+
+  apportion demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0 done, 2 a mistake whose mend was printed, 130 or 143 interrupted by a signal."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if arguments[0] == "--version":
+        from apportion import __version__
+
+        sys.stdout.write(f"apportion {__version__}\n")
+        return 0
+    quiet_libraries()
+    try:
+        return run(arguments[0], arguments[1:])
+    except ApportionError as error:
+        say(f"apportion: {error}\n")
+        return 2
+    except Interrupted as end:
+        say(f"apportion: {end} Go on with:\n\n  {again(arguments)}\n")
+        return end.code
+    except KeyboardInterrupt:
+        say("apportion: interrupted; the same command goes on from the last checkpoint.\n")
+        return 130
+    finally:
+        collectives.stop()
+
+
+def again(arguments: Sequence[str]) -> str:
+    """Return the command that goes on with an interrupted run: the same one, which must not start it over."""
+    command = shlex.join(["apportion", *(word for word in arguments if word != "--fresh")])
+    processes = collectives.launched()
+    return command if processes == 1 else f"{command}    (in {processes} processes, through the same launcher)"
+
+
+def say(text: str) -> None:
+    """Write `text` to stderr, in one of several processes alone."""
+    if collectives.speaks():
+        stderr.write(text)
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run command `name`. Raises ConfigError for an unknown one, and for one that several processes cannot share."""
+    if name not in COMMANDS:
+        raise ConfigError(unknown_name("command", name, COMMANDS))
+    if collectives.launched() > 1 and name not in PARALLEL:
+        came = f"`apportion {name}` in {collectives.launched()} processes"
+        mend = "Start it without accelerate launch and torchrun."
+        raise ConfigError(message("command", came, f"one process; {' and '.join(PARALLEL)} can share their work", mend))
+    module = importlib.import_module(f"apportion.cli.{COMMANDS[name][0]}")
+    code: int = module.run(list(arguments))
+    return code
+
+
+def usage() -> str:
+    """Return the help of the command line itself."""
+    width = max(map(len, COMMANDS))
+    return USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()))
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice out of the terminal, and switch telemetry off."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

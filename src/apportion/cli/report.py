@@ -1,0 +1,52 @@
+"""`apportion report`: draw run folders on one page that works offline."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from apportion.errors import ConfigError, message, unknown_name
+from apportion.system.paths import local_path
+
+HELP = """usage: apportion report RUN [RUN ...] [--output PAGE.html]
+
+Draw the learning curves of all runs given, samples before and after, and token heat maps of credit on one
+self-contained HTML page that works offline.
+
+  RUN       a run folder of `apportion reward` or `apportion rl`
+  --output  the page to write (default: report.html in the first run folder)
+
+example:
+  apportion report runs/abc runs/uniform runs/sparse --output compare.html
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Write the page and print its path."""
+    if "-h" in arguments or "--help" in arguments:
+        sys.stdout.write(HELP)
+        return 0
+    runs, output = _parse(arguments)
+    from apportion.report.page import write_report
+
+    sys.stdout.write(f"{write_report(runs, output)}\n")
+    return 0
+
+
+def _parse(arguments: list[str]) -> tuple[list[Path], Path]:
+    rest, runs, output = list(arguments), [], None
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--output":
+            if not equals and not rest:
+                raise ConfigError(message("--output", "nothing", "a file name", "Write --output page.html."))
+            output = local_path(value if equals else rest.pop(0), "--output", ConfigError)
+        elif word.startswith("-"):
+            raise ConfigError(unknown_name("flag", word, ["--output", "--help"]))
+        else:
+            runs.append(local_path(word, "RUN", ConfigError))
+    if not runs:
+        mend = "Name one, for example `apportion report runs/rl`."
+        raise ConfigError(message("RUN", "nothing", "at least one run folder", mend))
+    return runs, output or runs[0] / "report.html"

@@ -1,0 +1,49 @@
+"""`apportion reward`: train a reward model on labelled texts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from apportion.cli.arguments import Parsed, parse, show
+from apportion.cli.terminal import bar, interval, note
+from apportion.cli.threads import settle
+from apportion.config import RewardConfig
+from apportion.distributed import collectives
+
+EXAMPLES = """examples:
+  apportion reward                                  # IMDb on SmolLM2-135M
+  apportion reward --data reviews.csv --model my/base --output runs/my-reward
+  apportion reward --lora.rank 0 --optim.lr 2e-5    # all weights
+"""
+SHOWN = {"loss/reward": "loss", "accuracy": "accuracy", "time/total": "s"}
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, train, evaluate, and print the run folder."""
+    parsed = parse(RewardConfig, "reward", arguments, EXAMPLES)
+    if parsed.dry_run:
+        if collectives.speaks():
+            sys.stdout.write(show(parsed.config))
+        return 0
+    settle(parsed.config, "" if parsed.fresh else "reward")
+    finished = train(parsed)
+    if not collectives.speaks():
+        return 0
+    found = finished.read("evaluation.json")
+    note(f"held-out accuracy {interval(found['accuracy'], 3)}, calibration error {found['ece']:.3f}")
+    sys.stdout.write(f"{finished.path}\n")
+    return 0
+
+
+def train(parsed: Parsed, label: str = "reward model") -> Any:
+    """Run the stage under a progress bar and return its run folder."""
+    from apportion.stages.reward.train import train as train_reward
+
+    total = -(-parsed.config.clips // parsed.config.batch_size)
+    if not collectives.speaks():  # one bar for all processes
+        return train_reward(parsed.config, fresh=parsed.fresh)
+    with bar(label, total, SHOWN) as progress:
+        return train_reward(
+            parsed.config, fresh=parsed.fresh, tell=lambda done, steps, metrics: progress.tell(done, metrics, steps)
+        )

@@ -1,0 +1,70 @@
+"""What a person sees while a stage runs: a progress bar with the time left and the numbers that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from apportion.system import stderr
+
+
+def console() -> Console:
+    """Return the console of progress and notes: stderr, so that stdout stays for results."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+class Bar:
+    """One bar; `tell(done, metrics)` moves it. Without a terminal it prints a line now and then instead."""
+
+    def __init__(self, progress: Progress, label: str, total: int, shown: Mapping[str, str]) -> None:
+        self._progress, self._label, self._total, self._shown = progress, label, total, shown
+        self._task = progress.add_task(label, total=total, numbers="")
+
+    def tell(self, done: int, metrics: Mapping[str, float], total: int | None = None) -> None:
+        """Move the bar to `done` and show the chosen metrics."""
+        self._total = total or self._total
+        numbers = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in self._shown.items() if key in metrics)
+        self._progress.update(self._task, completed=done, total=self._total, numbers=numbers)
+        every = max(1, self._total // 10)
+        if not self._progress.console.is_terminal and (done % every == 0 or done == self._total):
+            stderr.write(f"{self._label} {done}/{self._total}  {numbers}\n")
+
+    def line(self, done: int, text: str) -> None:
+        """Move the bar to `done` with a line beside it, which is printed alone without a terminal."""
+        moved = done > self._progress.tasks[self._task].completed or not done
+        self._progress.update(self._task, completed=done, numbers=text)
+        every = max(1, self._total // 50)
+        if moved and not self._progress.console.is_terminal and done % every == 0:
+            stderr.write(f"{self._label} {done}/{self._total}  {text}\n")
+
+
+@contextmanager
+def bar(label: str, total: int, shown: Mapping[str, str]) -> Iterator[Bar]:
+    """Show a progress bar with elapsed time and time left; `shown` maps metric keys to short names."""
+    screen = console()
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as progress:
+        yield Bar(progress, label, total, shown)
+
+
+def note(line: str) -> None:
+    """Print one line to stderr; where nobody reads it any more, it is lost."""
+    with suppress(OSError, ValueError, SystemExit):  # rich ends the program where a pipe's reader is gone
+        console().print(line)
+
+
+def interval(value: Mapping[str, float], digits: int = 2) -> str:
+    """Return "mean [low, high]"."""
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"

@@ -1,0 +1,78 @@
+"""How a run is shared by processes: whose prompts, whose random numbers, and the whole batch from everyone's part."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from apportion.errors import ConfigError, message
+
+# what `accelerate launch` asks for by environment, and what it would have to say for a run to be the one asked for
+FSDP2 = "recipes/accelerate/fsdp2_gpu.yaml"
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed", f"Launch with {FSDP2}, which shares weights as ZeRO-3 does."),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM", f"Launch with {FSDP2}, or ddp_gpu.yaml beside it."),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a parallelism config", "Launch without it."),
+    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision", "Say mixed_precision: no there, and set --dtype."),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "a dynamo backend", "Say dynamo_backend: no there."),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "gradient accumulation", "Set --ppo.mini_batch and micro_batch."),
+}
+# the same of FSDP: those of its first version that accelerate itself passes over with the second are left out
+FSDP_OPTIONS = {
+    "FSDP_VERSION": (("2",), "fsdp_version", "Say fsdp_version: 2"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true", "false"), "fsdp_reshard_after_forward", "Say true or false"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "fsdp_offload_params", "Say fsdp_offload_params: false"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        ("false",),
+        "fsdp_cpu_ram_efficient_loading",
+        "Say fsdp_cpu_ram_efficient_loading: false: each process loads the models",
+    ),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "fsdp_activation_checkpointing", "Set --ppo.micro_tokens instead"),
+    "FSDP_AUTO_WRAP_POLICY": (
+        ("transformer_based_wrap",),
+        "fsdp_auto_wrap_policy",
+        "Leave it out: each layer of a model is gathered on its own",
+    ),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": ((), "fsdp_transformer_layer_cls_to_wrap", "Leave it out: it is found by itself"),
+    "FSDP_FORWARD_PREFETCH": (("false",), "fsdp_forward_prefetch", "Say fsdp_forward_prefetch: false"),
+    "FSDP_STATE_DICT_TYPE": (
+        ("full_state_dict",),
+        "fsdp_state_dict_type",
+        "Leave it out: checkpoints hold whole weights, for any number of processes",
+    ),
+    "FSDP_IGNORED_MODULES": ((), "fsdp_ignored_modules", "Leave it out"),
+}
+FSDP_NEEDS = ("set_force_sum_reduction_for_comms", "reset_iter_state")  # beside what torch 2.6 has
+FSDP_PLAIN = {"FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}  # what it means that one is not there
+
+
+def check_launch() -> None:
+    """Raise ConfigError for a launcher's request that would be ignored."""
+    # accelerate starts a single process here and leaves it the address of a group that nobody else joins
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
+        expected = "as many processes as --num_processes says: without several GPUs accelerate leaves them to MPI"
+        mend = "Add --multi_gpu (it needs no GPU), or use recipes/accelerate/ddp_cpu.yaml or torchrun."
+        raise ConfigError(message("accelerate launch", "one process", expected, mend))
+    for name, (plain, what, mend) in UNSUPPORTED.items():
+        came = os.environ.get(name, plain).lower()
+        if came != plain:
+            expected = f"{plain!r}: apportion's processes are plain data-parallel ones"
+            raise ConfigError(message(f"accelerate's {what} ({name})", came, expected, mend))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        check_fsdp()
+
+
+def check_fsdp() -> None:
+    """Raise ConfigError for an option of FSDP that would be ignored, and where torch is too old for it."""
+    for name, (allowed, option, mend) in FSDP_OPTIONS.items():
+        came = os.environ.get(name, FSDP_PLAIN.get(name))
+        if came is not None and came.lower() not in allowed:
+            expected = " or ".join(map(repr, allowed)) if allowed else "none"
+            raise ConfigError(message(f"accelerate's {option}", came, expected, f"{mend}, as {FSDP2} does."))
+    from torch.distributed.fsdp import FSDPModule
+
+    lacks = [name for name in FSDP_NEEDS if not hasattr(FSDPModule, name)]
+    if lacks:
+        mend = "Update torch, or launch with recipes/accelerate/ddp_gpu.yaml."
+        raise ConfigError(message("torch", torch.__version__, f"one whose FSDP2 has {' and '.join(lacks)}", mend))

@@ -1,0 +1,61 @@
+"""One forward of the policy, and one of the reference: log-probabilities, values, entropy, attention."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from apportion.masking import last_index
+from apportion.models.attention.row import AttentionTap, attention_row
+from apportion.models.policy import Policy
+from apportion.types import Rollouts
+
+STEPS_AT_ONCE = 64  # attention rows held at a time
+
+
+@torch.no_grad()
+def policy_pass(policy: Policy, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """Return what is wanted of old_logprobs, values, entropy, policy_attention_* (B,T) and bootstrap_values (B,)."""
+    tapped = any(name.startswith("policy_attention") for name in wanted)
+    watched = contextlib.nullcontext() if not tapped else policy.whole()
+    with watched, attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
+        out = policy.forward(rollouts, values="values" in wanted or "bootstrap_values" in wanted, entropy=True)
+    found: dict[str, Tensor | None] = {
+        "old_logprobs": out.logprobs,
+        "values": out.values,
+        "bootstrap_values": out.after,
+        "entropy": out.entropy,
+    }
+    if tap is not None and "policy_attention_mean" in wanted:
+        found["policy_attention_mean"] = mean_attention(tap, rollouts)
+    if tap is not None and "policy_attention_last" in wanted:
+        final = last_index(rollouts.mask).clamp_min(0)[:, None]
+        found["policy_attention_last"] = step_attention(tap, rollouts, final)[:, 0]
+    return {name: found[name] for name in wanted if found.get(name) is not None}  # type: ignore[misc]
+
+
+def step_attention(tap: AttentionTap, rollouts: Rollouts, steps: Tensor) -> Tensor:
+    """Return the head-mean attention over response tokens (B,R,T) at generation steps (B,R).
+
+    The step that writes response token t reads from the position before it, so columns from t on are 0.
+    """
+    prompt = rollouts.prompt_ids.shape[1]
+    rows = tap.weights(prompt + steps - 1).mean(dim=2)[..., prompt:]
+    return torch.where(rollouts.mask[:, None, :], rows, 0.0)
+
+
+def mean_attention(tap: AttentionTap, rollouts: Rollouts) -> Tensor:
+    """Return the attention over response tokens averaged over the generation steps, (B,T), a few steps at a time."""
+    rows, length = rollouts.mask.shape
+    total = torch.zeros(rows, length, device=rollouts.mask.device)
+    for steps in torch.arange(length, device=total.device).split(STEPS_AT_ONCE):
+        attention = step_attention(tap, rollouts, steps.expand(rows, -1))
+        total += (attention * rollouts.mask[:, steps, None]).sum(dim=1)
+    return total / rollouts.mask.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def reference_pass(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
+    """Return {"reference_logprobs": (B,T)} of the sampled tokens, nats."""
+    return {"reference_logprobs": policy.reference_logprobs(rollouts)}

@@ -1,0 +1,1 @@
+"""Evidence made from the text of a response: sentences and phrases."""

@@ -1,0 +1,82 @@
+"""Plain sampling with a key-value cache, log-probabilities collected while sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from apportion.config import SamplingConfig
+from apportion.generation.decode import Decoder, Rules, left_pad
+from apportion.generation.llama import LlamaWriter, is_llama
+from apportion.generation.step_model import Writer
+from apportion.models.policy import Policy
+from apportion.types import Rollouts
+
+
+class Sampler(Protocol):
+    """Prompts to rollouts: anything that returns unscored `Rollouts` for token-id prompts can take this place."""
+
+    def __call__(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], config: SamplingConfig, generator: torch.Generator
+    ) -> Rollouts: ...
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    generator: torch.Generator,
+    *,
+    model: Any = None,
+    uniforms: Tensor | None = None,
+) -> Rollouts:
+    """Return rollouts of `prompts` (lists of ids), `samples_per_prompt` each, grouped by prompt.
+
+    Every processor of `generate` is off: tokens come from softmax(logits/temperature) without the banned ids. With
+    stop="eos" a row ends at its first EOS, which is on the mask; `ended` is True on rows that wrote one. Each prompt is
+    read once for all its samples; rows that have ended leave the batch, and with `config.rows` others enter.
+
+    Args:
+        generator: the only source of randomness: one uniform a rollout and token, drawn before the first token, so that
+            a rollout does not depend on the rows that it shares the batch with.
+        model: sample from this model instead of the policy's (its reference, say).
+        uniforms: (B,max_new_tokens) float64 in [0, 1) to draw with; the generator is then left alone.
+
+    Raises:
+        ModelError: a log-probability is not a finite number.
+    """
+    device, copies = policy.device, config.samples_per_prompt or 1
+    total = len(prompts) * copies
+    if uniforms is None:
+        uniforms = draw_uniforms(total, config.max_new_tokens, generator)
+    eos = policy.tokenizer.eos_token_id if config.stop == "eos" else None
+    pad = policy.tokenizer.pad_token_id
+    rules = Rules(torch.tensor(policy.banned, dtype=torch.int64, device=device), policy.temperature, eos, pad)
+    rows = min(total, config.rows or total)
+    writer = pick_writer(policy, policy.model if model is None else model, rows, prompts, config.max_new_tokens)
+    tokens, logprobs, mask = Decoder(writer, prompts, copies, rows, rules, uniforms.to(device)).run()
+    ids, seen = left_pad([p for p in prompts for _ in range(copies)], pad)
+    return Rollouts(
+        prompt_ids=ids.to(device),
+        prompt_mask=seen.to(device),
+        response_ids=tokens,
+        mask=mask,
+        logprobs=logprobs,
+        group=torch.arange(len(prompts), device=device).repeat_interleave(copies),
+        ended=torch.zeros(total, dtype=torch.bool, device=device) if eos is None else (tokens == eos).any(dim=1),
+    )
+
+
+def draw_uniforms(rollouts: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Return what a batch is drawn with, (rollouts,tokens) float64 in [0, 1)."""
+    return torch.rand(rollouts, tokens, dtype=torch.float64, generator=generator, device=generator.device)
+
+
+def pick_writer(policy: Policy, model: Any, rows: int, prompts: Sequence[Sequence[int]], new: int) -> Writer:
+    """Return how `model` writes: a Llama by steps written out, every other by its own forward."""
+    kind = LlamaWriter if is_llama(model) else Writer
+    return kind(policy, model, rows, max(len(p) for p in prompts) + new)

@@ -1,0 +1,1 @@
+"""Attention weights of chosen rows, read during the ordinary forward pass."""

@@ -1,0 +1,292 @@
+"""Reading chosen rows of a model's attention layers during its ordinary forward pass.
+
+The attention function that the model uses is wrapped in transformers' registry for the length of a `with` block. It
+receives q and k after rotary embedding and norms, the mask and the scaling, so one softmax row costs O(H·T·d); no
+(T,T) matrix is made and `output_attentions` (which changes the kernel) is never used. Shapes: B rows of the batch,
+R chosen positions, L chosen layers, H heads, K keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from apportion.credit._evidence import Layers, Reading, check_layers
+from apportion.distributed.sharding import plain_class
+from apportion.errors import ModelError, message
+from apportion.models.attention import bloom
+from apportion.models.attention.softmax import Call, is_causal, output_gap, softmax_rows
+
+CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time
+# keyword arguments that change the attention weights and that are not read here
+UNREAD = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k")
+MEND = "Use a credit that needs no attention (uniform, sparse) with this model, or a model of another family."
+
+
+class AttentionTap:
+    """Holds the chosen layers' inputs of one forward pass; `weights` turns them into rows on demand."""
+
+    def __init__(self, model: nn.Module, layers: Layers) -> None:
+        self._name = _name(model)
+        self._modules = set(model.modules())
+        self._depth = _depth(model, self._name)
+        self.layers = resolve_layers(layers, self._depth, self._name)
+        self._forwards = 0
+        self._running = False
+        self._seen = 0
+        self._calls: dict[int, Call] = {}
+        self._checked: set[int] = set()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._forwards += 1
+        if self._forwards > 1:
+            raise RuntimeError(
+                f"attention_row: {self._name} ran a second forward in one `with` block; expected one. "
+                "Open a new block for each forward, or the rows would belong to another batch."
+            )
+        self._running = True
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._running = False  # gradient checkpointing runs layers again in the backward pass, last one first
+
+    def _record(self, call: Call) -> None:
+        if not self._running or call.module not in self._modules:
+            return
+        if self._seen in self.layers:  # layers run in order
+            self._calls[self._seen] = call
+        self._seen += 1
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """Return the last chosen layer's post-softmax rows in float32, exactly 0 on keys that the row may not see.
+
+        Args:
+            rows: (B,) int64 query positions in the padded input, one a batch row, or (B,R) several.
+
+        Returns:
+            (B,H,K) for (B,), (B,R,H,K) for (B,R); columns are key positions, prompt and pads included. Detached.
+
+        Raises:
+            ModelError: no forward ran in the block, or this model's attention cannot be read exactly.
+        """
+        return self._weights(self.layers[-1], rows)
+
+    def layer_weights(self, rows: Tensor) -> Tensor:
+        """Return every chosen layer's rows, (B,L,H,K) for `rows` (B,), (B,R,L,H,K) for (B,R), in order of depth.
+
+        Costs O(L·H·K·d) a position. Raises as `weights` does.
+        """
+        return torch.stack([self._weights(layer, rows) for layer in self.layers], dim=-3)
+
+    def rollout(self, rows: Tensor) -> Tensor:
+        """Return the attention rollout read at `rows` (B,): (B,K) float32, what reaches each input position.
+
+        The product over all layers of ½(A + I), A averaged over heads, one row of it. It is computed backwards as a
+        vector times each layer's matrix, row ← ½(row·A + row), a few of A's rows at a time: O(L·H·T²·d) operations,
+        about those of the model's own attention scores, and never a T×T matrix held. The row sums to 1, or to
+        less where sink logits take mass. Every layer's q, k and v are kept in memory until the tap is dropped.
+
+        Raises:
+            ModelError: as `weights` does; the block was not opened with layers="all"; or keys came from a cache.
+
+        Source: Abnar & Zuidema 2020 (arXiv 2005.00928), section 3.
+        """
+        if len(self.layers) != self._depth:
+            mend = 'Open the block with attention_row(model, layers="all").'
+            raise ModelError(message(f"rollout({self._name})", f"layers {list(self.layers)}", "all layers", mend))
+        queries, keys = self._call(0).query.shape[2], self._call(0).key.shape[2]
+        if queries != keys:
+            came = f"{queries} queries over {keys} keys"
+            raise ModelError(message(f"rollout({self._name})", came, "as many", "Run the model without a cache."))
+        row = nn.functional.one_hot(rows, keys).float()
+        for layer in reversed(self.layers):
+            row = 0.5 * (self._through(layer, row) + row)
+        return row
+
+    def read(self, reading: Reading, rows: Tensor) -> Tensor:
+        """Return the attention (B,K) at `rows` (B,) that a `Reading` describes: heads and layers in one row.
+
+        Heads are averaged or their largest is taken in each layer; layers are then averaged.
+        """
+        if reading.rollout:
+            return self.rollout(rows)
+        chosen = resolve_layers(reading.layers, self._depth, self._name)
+        each = [self._weights(layer, rows) for layer in chosen]
+        merged = [w.amax(dim=1) if reading.heads == "max" else w.mean(dim=1) for w in each]
+        return torch.stack(merged).mean(dim=0)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the last chosen layer is causal (a decoder's). Raises ModelError before a forward."""
+        return is_causal(self._call(self.layers[-1]))
+
+    def _call(self, layer: int) -> Call:
+        """Return the call of that layer. Raises ModelError unless every layer was seen, once."""
+        field = f"attention_row({self._name})"
+        if self._forwards == 0:
+            mend = "Call the model inside the `with` block."
+            raise ModelError(message(field, "no forward pass", "one forward of the model", mend))
+        if self._seen != self._depth:
+            came = f"a forward in which {self._seen} attention layers used transformers' registry"
+            expected = f"one call of each of its {self._depth} layers"
+            raise ModelError(message(field, came, expected, f"Its attention code cannot be read. {MEND}"))
+        if layer not in self._calls:
+            mend = "Open the block with these layers."
+            raise ModelError(message(field, f"layer {layer}", f"one of the chosen layers {list(self.layers)}", mend))
+        call = self._calls[layer]
+        unread = [name for name in UNREAD if call.settings.get(name) is not None]
+        if unread:
+            raise ModelError(message(field, f"attention with {unread[0]}", "plain softmax attention", MEND))
+        return call
+
+    def _weights(self, layer: int, rows: Tensor) -> Tensor:
+        if rows.dim() == 1:
+            return self._weights(layer, rows[:, None])[:, 0]
+        call = self._call(layer)
+        step = self._step(call, len(rows))
+        return torch.cat([self._chunk(layer, call, part) for part in rows.split(step, dim=1)], dim=1)
+
+    def _step(self, call: Call, batch: int) -> int:
+        return max(1, CHUNK_ELEMENTS // max(1, batch * call.query.shape[1] * call.key.shape[2]))
+
+    def _chunk(self, layer: int, call: Call, rows: Tensor) -> Tensor:
+        weights = softmax_rows(call, rows)
+        if layer not in self._checked:  # once a layer: do these weights give what the layer gave?
+            gap = output_gap(call, rows, weights)
+            if gap > 1.0:
+                came = f"weights whose values differ from layer {layer}'s own output ({gap:.1f} times the rounding)"
+                mend = f"Its attention does more than q·k, mask, bias and softmax. {MEND}"
+                raise ModelError(message(f"attention_row({self._name})", came, "the layer's own weights", mend))
+            self._checked.add(layer)
+        return weights
+
+    def _through(self, layer: int, row: Tensor) -> Tensor:
+        """Return row·A (B,K), A the layer's head mean, from the rows of A that `row` (B,K) has weight on."""
+        call, out = self._call(layer), torch.zeros_like(row)
+        used = (row != 0).any(dim=0).nonzero().squeeze(1)
+        for part in used.split(self._step(call, len(row))):
+            weights = self._chunk(layer, call, part.expand(len(row), -1)).mean(dim=2)
+            out += (row[:, None, part] @ weights).squeeze(1)
+        return out
+
+
+class attention_row:  # a context manager, named like a function as torch.no_grad is
+    """Context manager: `with attention_row(model) as tap: model(...)`, then `tap.weights(rows)` at any time.
+
+    Exactly one forward of `model` may run in the block. On any exit the registry is what it was.
+
+    Args:
+        model: a decoder or encoder of transformers, with or without a head and adapters.
+        layers: "last" (ABC's), "all", a layer's number or several; −1 is the last. Only these layers' q, k and v
+            are kept in memory.
+
+    Raises:
+        ConfigError: `layers` is none of these.
+        ModelError: a layer number beyond the model's, or a model that has both an encoder and a decoder.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers = "last") -> None:
+        self._model = model
+        self._tap = AttentionTap(model, layers)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> AttentionTap:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        self._registry = ALL_ATTENTION_FUNCTIONS
+        self._name = _implementation(self._model)
+        self._before = self._registry._local_mapping.get(self._name)
+        self._registry[self._name] = _wrapped(self._registry.get(self._name), self._tap)
+        self._handles = [
+            self._model.register_forward_pre_hook(self._tap._begin),
+            self._model.register_forward_hook(self._tap._end, always_call=True),
+        ]
+        for layer in bloom.layers(self._model):
+            self._handles += bloom.watch(layer, self._tap._record)
+        return self._tap
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if self._before is None:
+            del self._registry[self._name]
+        else:
+            self._registry[self._name] = self._before
+
+
+def resolve_layers(layers: Layers, depth: int, name: str) -> tuple[int, ...]:
+    """Return the layers' numbers from 0, in order, of a model of `depth` layers. Raises ModelError for one beyond."""
+    layers = check_layers("attention_row.layers", layers)
+    if layers == "all":
+        return tuple(range(depth))
+    numbers: Iterable[int] = (-1,) if isinstance(layers, str) else layers
+    for number in numbers:
+        if not -depth <= number < depth:
+            expected = f"a layer of {name}, which has {depth}: 0 to {depth - 1}, or −1 to −{depth} from the end"
+            raise ModelError(message("layers", number, expected, "Choose another layer."))
+    return tuple(sorted({number % depth for number in numbers}))
+
+
+def union(readings: Iterable[Reading]) -> str | tuple[int, ...]:
+    """Return the layers that one block must keep for all of these readings."""
+    readings = list(readings)
+    if any(one.rollout or one.layers == "all" for one in readings):
+        return "all"
+    return tuple(n for one in readings for n in ((-1,) if isinstance(one.layers, str) else one.layers))
+
+
+def _name(model: nn.Module) -> str:
+    base: Any = model
+    return plain_class(base.get_base_model() if hasattr(base, "get_base_model") else base).__name__
+
+
+def _depth(model: nn.Module, name: str) -> int:
+    """Return the model's number of layers. Raises ModelError for a model that is no stack of self-attention."""
+    config = _text_config(model)
+    depth = getattr(config, "num_hidden_layers", None)
+    if depth is None or getattr(config, "is_encoder_decoder", False):
+        came = "a configuration without num_hidden_layers" if depth is None else "an encoder with a decoder"
+        raise ModelError(message(f"attention_row({name})", came, "one stack of self-attention layers", MEND))
+    return int(depth)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _implementation(model: nn.Module) -> str:
+    """Return the attention implementation that the model's text layers use, such as "sdpa" or "eager"."""
+    return _text_config(model)._attn_implementation or "eager"
+
+
+def _wrapped(inner: Callable[..., Any] | None, tap: AttentionTap) -> Callable[..., Any]:
+    """Return the attention function `inner` (None: the eager one of the module's own file) that also tells the tap."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        function = inner or _eager(module)
+        given = function(module, query, key, value, attention_mask, *args, **kwargs)
+        seen = query.detach(), key.detach(), value.detach()
+        tap._record(Call(module, *seen, attention_mask, kwargs, given[0].detach()))
+        return given
+
+    return attend
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """Return the eager attention of the file that the module's class, or one it inherits from, is written in."""
+    for kind in type(module).__mro__:
+        found: Callable[..., Any] | None = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if found is not None:
+            return found
+    mend = "Load the model with attn_implementation='sdpa'."
+    raise ModelError(message("attention_row", type(module).__name__, "a file with eager_attention_forward", mend))

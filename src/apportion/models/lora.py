@@ -1,0 +1,83 @@
+"""LoRA on any architecture: which layers to adapt, float32 adapters over a 16-bit base, exact merging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from apportion.config import LoraConfig
+from apportion.errors import ConfigError, message
+from apportion.models.fast.linear import quicken
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether peft can put an adapter on `module` (Linear, or GPT-2's Conv1D)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def target_names(model: nn.Module, targets: Any) -> list[str]:
+    """Return the full names of the layers to adapt: every linear layer inside an attention module, or in any block.
+
+    Raises:
+        ConfigError: `targets` is neither "attention", "all" nor a list of names that occur.
+    """
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if is_linear(module)]
+    if targets == "attention":
+        inside = {name for name, module in modules.items() if "attention" in type(module).__name__.lower()}
+        chosen = [name for name in linear if any(name.startswith(f"{parent}.") for parent in inside)]
+    elif targets == "all":
+        chosen = [name for name in linear if any(part.isdigit() for part in name.split("."))]  # inside a block
+    else:
+        wanted = {targets} if isinstance(targets, str) else set(targets)
+        chosen = [name for name in linear if name.split(".")[-1] in wanted]
+        if wanted - {name.split(".")[-1] for name in chosen}:  # one that occurs does not excuse one that does not
+            chosen = []
+    if not chosen:
+        known = sorted({name.split(".")[-1] for name in linear})
+        mend = "Use attention, all, or a list of layer names."
+        raise ConfigError(message("lora.targets", targets, f"layers of this model: {', '.join(known)}", mend))
+    return chosen
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None) -> Any:
+    """Return the peft model: adapters in float32 over `model`, dropout 0, `head` (if named) trained in full.
+
+    Raises ConfigError as `target_names` does.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    names = target_names(model, config.targets)
+    first = dict(model.named_modules())[names[0]]
+    settings = PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=names,
+        fan_in_fan_out=type(first).__name__ == "Conv1D",
+        modules_to_save=None if head is None else [head],
+        task_type=None,
+    )
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # peft leaves modules_to_save in bf16, where small updates vanish
+            parameter.data = parameter.data.float()
+    quicken(adapted)
+    if head is not None:
+        adapted.get_submodule(f"base_model.model.{head}").register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    return adapted
+
+
+def merged_copy(adapted: Any, base: nn.Module) -> nn.Module:
+    """Return `base` (float32, freshly loaded) with the adapters and trained head of `adapted` merged into it."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = adapted.peft_config["default"]
+    fresh = get_peft_model(base, config, autocast_adapter_dtype=True)
+    state = {k: v.float().cpu() for k, v in get_peft_model_state_dict(adapted).items()}
+    set_peft_model_state_dict(fresh, state)
+    with torch.no_grad():
+        return fresh.merge_and_unload()

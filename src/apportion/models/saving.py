@@ -1,0 +1,93 @@
+"""Saving trained models in Hugging Face format, adapters merged in float32, with a model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from apportion.models.loading import load_causal, load_classifier
+from apportion.models.lora import merged_copy
+from apportion.models.master_weights import to_float32
+from apportion.models.policy import Policy
+
+CARD = """---
+library_name: transformers
+tags: [apportion, rlhf, {tag}]
+base_model: {base}
+---
+
+# {title}
+
+{text}
+
+Trained by apportion with these settings:
+
+```yaml
+{settings}```
+"""
+
+
+def save_policy(policy: Policy, base: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the policy (float32, adapters merged into a freshly loaded base) to `folder`, whole or not at all.
+
+    Its weights are whole (`models.sharded.Sharded.make_whole`).
+
+    Weights that learned in 16 bit are their float32 masters from then on.
+    """
+    if policy.reference is None:
+        model: Any = merged_copy(policy.model, load_causal("policy", base, torch.float32, torch.device("cpu")))
+    else:
+        to_float32(policy.remainders)
+        model = policy.model
+    model.config.pad_token_id = policy.tokenizer.pad_token_id
+    text = "A policy trained by reinforcement learning against a reward model, its score apportioned over the tokens."
+    save_model(model, policy.tokenizer, folder, model_card("Policy", "reinforcement-learning", text, settings))
+
+
+def save_classifier(adapted: Any, tokenizer: Any, base: str, folder: Path, card: str, *, lora: bool) -> None:
+    """Write a trained sequence classifier (float32, adapters merged) to `folder`, whole or not at all."""
+    model = adapted
+    if lora:
+        fresh: Any = load_classifier("model", base, torch.float32, torch.device("cpu"), new_head=2)
+        fresh.config.update(head_config(tokenizer))
+        model = merged_copy(adapted, fresh)
+    save_model(model, tokenizer, folder, card)
+
+
+def head_config(tokenizer: Any) -> dict[str, Any]:
+    """Return what a 2-class reward model's configuration says of its labels and its padding."""
+    labels = {0: "negative", 1: "positive"}
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "id2label": labels,
+        "label2id": {label: i for i, label in labels.items()},
+    }
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
+    """Write weights (safetensors), tokenizer and README.md to a temporary folder and rename it to `folder`."""
+    part = unfinished(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    (part / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def unfinished(folder: Path) -> Path:
+    """Return the name that `folder` has while `save_model` writes it; what failed may leave it."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def model_card(title: str, tag: str, text: str, settings: Mapping[str, Any]) -> str:
+    """Return the model card: what it is, how it was trained, with every setting."""
+    base = settings.get("policy") or settings.get("model") or "unknown"
+    dumped = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    return CARD.format(tag=tag, base=base, title=title, text=text, settings=dumped)

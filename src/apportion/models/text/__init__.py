@@ -1,0 +1,1 @@
+"""Between tokens and text: templates, token spans, and weights transferred between tokenizers."""

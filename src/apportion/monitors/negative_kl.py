@@ -1,0 +1,33 @@
+"""Watches for a KL that falls below zero: the sampler and the trainer do not agree on what was sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from apportion.monitors._monitor import Track, Watch
+
+
+def negative_kl(*, mean: float = -1.0, once: float = -5.0) -> Watch:
+    """Return a watch that fires when objective/kl (nats a response) is below `once`, or its running mean below `mean`.
+
+    An expected log-ratio under the policy that sampled cannot be negative. A batch's estimate can, by chance: of n
+    rollouts with KL k it has standard deviation √(2k/n) (log-ratios near 0), so it is below −4.5/n once in a thousand
+    batches at most, whatever k is. Source: TRL's guide to PPO, "What is the concern with negative KL divergence?".
+    """
+    key = "objective/kl"
+
+    def judge(tracks: Mapping[str, Track]) -> str | None:
+        kl = tracks[key]
+        if kl.value >= once and kl.recent >= mean:
+            return None
+        return f"{key} {kl.value:.3g} nats a response, {kl.recent:.3g} in the running mean"
+
+    return Watch(
+        "negative_kl",
+        (key,),
+        judge,
+        f"at least {mean:g} in the running mean and {once:g} in a batch",
+        "the tokens were not sampled from the distribution whose log-probabilities are used (a filter such as top-k, "
+        "another temperature, a banned token), or the sampler and the trainer compute different numbers",
+        "Compare sampling/logprob_gap, use plain sampling, and try --dtype float32",
+    )

@@ -1,0 +1,32 @@
+"""Watches for a reward that saturates: every response gets the same score, and there is nothing left to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from apportion.monitors._monitor import Track, Watch, share
+
+
+def reward(*, fall: float = 0.1, clipped: float = 0.9) -> Watch:
+    """Return a watch on objective/scores_std: its running mean at or below `fall` of the start; and, where scores are
+    clipped, on objective/scores_clipped, the share of a batch at the clip, above `clipped` in the running mean."""
+    key, held = "objective/scores_std", "objective/scores_clipped"
+
+    def judge(tracks: Mapping[str, Track]) -> str | None:
+        spread = tracks[key]
+        if spread.start is not None and spread.recent <= fall * spread.start:
+            return f"{key} {spread.recent:.3g}, {share(spread.recent, spread.start)}"
+        if held in tracks and tracks[held].recent > clipped:
+            return f"{held} {tracks[held].recent:.3g}: the share of scores at the clip (scores.clip)"
+        return None
+
+    return Watch(
+        "reward",
+        (key, held),
+        judge,
+        f"a spread above {100 * fall:g}% of the run's start, and at most {100 * clipped:g}% of scores at the clip",
+        "the policy has found what the reward model cannot tell apart (or all prompts are solved), the scores are "
+        "clipped or constant, the reward model reads something else than the response",
+        "Read the samples, raise the KL coefficient or scores.clip, take harder prompts, or end the run here",
+        tightens=True,
+    )

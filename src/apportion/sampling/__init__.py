@@ -1,5 +1,0 @@
-"""Writing responses: the Sampler protocol and the sampler for transformers models."""
-
-from apportion.sampling.cached import Sampler, sample
-
-__all__ = ["Sampler", "sample"]

@@ -1,0 +1,1 @@
+"""Comparison of credit methods before training."""

@@ -1,0 +1,315 @@
+"""Diagnosis: which credit's policy gradient points the true way for this policy and this reward model.
+
+Many rollouts of each prompt are scored once; every method apportions the same ones. The gradient is taken by a d×d map
+on the last states (a part of every policy that needs no backward): ∇ log π(a_t) = v_t h_tᵀ with v_t = Wᵀ(e_a − p)/τ.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion import credit
+from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
+from apportion.errors import ConfigError, message
+from apportion.evidence import Models, plan
+from apportion.evidence.scoring import score
+from apportion.generation import sample
+from apportion.generation.prompts import conversations, load_prompts, tokenize
+from apportion.masking import last_index
+from apportion.models.loading import context_of, load_causal, load_tokenizer, locate, pick_device, pick_dtype
+from apportion.models.policy import Policy, banned_ids, response_logits
+from apportion.models.reward import load_reward
+from apportion.models.text.token_spans import PolicyText
+from apportion.stages.diagnose import gradients
+from apportion.stages.diagnose.candidates import Contender, contenders
+from apportion.stages.diagnose.gradients import Gradients, Interval
+from apportion.training.bad_rows import leaving_out
+from apportion.training.run_folder import Run
+from apportion.types import Rollouts
+
+Tell = Callable[[int, int], None]
+SCORED = frozenset({"scores"})  # what every method is given
+ROWS = 32  # rollouts whose (ROWS,T,V) probabilities are held at a time, and whose scoring is timed
+TIMED = 5  # passes over one batch that a method's extra time is the median of
+
+
+class Block(NamedTuple):
+    """What one batch of rollouts tells, a method at a time, U units (prompts) and B rows in it.
+
+    gradients {name: (U,d·e)}, squares {name: (U,)} (mean squared norm of a row's), stop {name: (U,)} (the gradient of
+    the EOS logit), ends {name: (B,)} (the last token's return), and lengths, scores (B,). "true" is among the names.
+    """
+
+    gradients: dict[str, Tensor]
+    squares: dict[str, Tensor]
+    stop: dict[str, Tensor]
+    ends: dict[str, Tensor]
+    lengths: Tensor
+    scores: Tensor
+
+
+def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda done, count: None) -> dict[str, Any]:
+    """Compare the methods, write gradients.json into the run folder, and return it.
+
+    Raises:
+        ConfigError, ModelError, DataError, ScoreError: each names what to mend.
+    """
+    methods = contenders(config.methods, config.lam)
+    run = Run.open(config.output, "diagnose", to_dict(config), fresh=fresh)
+    if run.finished:
+        return run.read("diagnosis.json")
+    with run.failing():
+        models, prompts = open_models(config, methods)
+        needs = frozenset[str]().union(*(m.needs for m in methods.values()))
+        blocks: list[Block] = []
+        sums: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in methods}
+        costs: dict[str, dict[str, float]] = {}
+        for rollouts in _rollouts(config, models, prompts):
+            if not costs:
+                costs = {name: _cost(models, rollouts, method.needs) for name, method in methods.items()}
+            rollouts = score(models, rollouts, needs, ScoreConfig(), SCORED)
+            blocks.append(block(models.policy, rollouts, methods, config.width))
+            _add_stats(sums, methods, rollouts)
+            tell(len(blocks), -(-len(prompts) // _prompts_a_block(config)))
+        comparable = frozenset(name for name, method in methods.items() if method.in_score_units)
+        found = summarise(blocks, config, comparable) | {"settings": {"lam": config.lam, "seed": config.seed}}
+        for name, measured in found["methods"].items():
+            measured |= costs[name] | {k: total / max(count, 1) for k, (total, count) in sums[name].items()}
+        run.write_json("diagnosis.json", found)
+        run.status("finished")
+    return found
+
+
+def open_models(config: DiagnoseConfig, methods: Mapping[str, Contender]) -> tuple[Models, list[list[int]]]:
+    """Return the models, to be sampled and read only, and the prompts' ids."""
+    folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
+    with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
+        texts = load_prompts(config.prompts, "rl", bad)[: config.count]
+    if len(texts) < 2:
+        expected = "at least 2 prompts: intervals are taken over prompts"
+        raise ConfigError(message("prompts", f"{len(texts)} prompts", expected, "Give more of them."))
+    tokenizer = load_tokenizer("policy", folder, config.pad_token)
+    prompts = tokenize(texts, tokenizer, config.sampling, config.seed, context_of(folder))
+    device = pick_device(config.device)
+    model: Any = load_causal("policy", folder, pick_dtype(config.dtype, device), device)
+    banned = banned_ids(tokenizer, config.sampling.stop)
+    policy = Policy(model, tokenizer, banned, reference=model, temperature=config.sampling.temperature)
+    reads = PolicyText(tokenizer, conversations(texts, prompts, config.sampling))
+    settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
+    reward = load_reward(judge, **settings, policy=reads)
+    generator = torch.Generator(device=device).manual_seed(config.seed)
+    segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
+    return Models(policy, reward, segment, config.sampling, generator), prompts
+
+
+def _prompts_a_block(config: DiagnoseConfig) -> int:
+    return max(1, config.sampling.batch_size // config.samples)
+
+
+def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) -> Iterator[Rollouts]:
+    """Yield unscored rollouts, every sample of a prompt in one block."""
+    assert models.generator is not None
+    sampling = type(config.sampling)(**{**vars(config.sampling), "samples_per_prompt": config.samples})
+    step = _prompts_a_block(config)
+    for first in range(0, len(prompts), step):
+        yield sample(models.policy, prompts[first : first + step], sampling, models.generator)
+
+
+@torch.no_grad()
+def block(policy: Policy, rollouts: Rollouts, methods: Mapping[str, Contender], width: int) -> Block:
+    """Return what scored `rollouts` tell of every method; see `Block`."""
+    left, right, stop = score_functions(policy, rollouts, width)
+    assert rollouts.scores is not None
+    whole = gradients.centred_scores(rollouts.scores, rollouts.group)
+    advantages = {"true": torch.where(rollouts.mask, whole[:, None], 0.0)}
+    last = last_index(rollouts.mask).clamp_min(0)[:, None]
+    ends = {"true": rollouts.scores}
+    for name, method in methods.items():
+        advantages[name], rewards = method.advantages(rollouts)
+        ends[name] = rewards.gather(1, last).squeeze(1)
+    _, unit = rollouts.group.unique(return_inverse=True)
+    return Block(
+        {name: _by_unit(a, left, right, unit) for name, a in advantages.items()},
+        {name: _means(gradients.row_squares(a, left, right), unit) for name, a in advantages.items()},
+        {} if stop is None else {name: _means((a * stop).sum(dim=1), unit) for name, a in advantages.items()},
+        ends,
+        rollouts.mask.sum(dim=1).float(),
+        rollouts.scores,
+    )
+
+
+def score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (v (B,T,d), h (B,T,d), EOS (B,T) or None), all 0 off the mask: ∇ log π of each token in parts.
+
+    v h^T is the gradient by a map on the last states, and EOS that of its logit, None where EOS is never sampled.
+    States wider than `width` are projected at random, which keeps inner products in expectation.
+    """
+    parts = [_score_functions(policy, rollouts.select(r), width) for r in _rows(rollouts)]
+    left, right = (torch.cat([part[i] for part in parts]) for i in range(2))
+    return left, right, torch.cat([p[2] for p in parts]) if can_stop(policy) else None
+
+
+def can_stop(policy: Policy) -> bool:
+    """Whether the policy may write EOS."""
+    eos = policy.tokenizer.eos_token_id
+    return eos is not None and eos not in policy.banned
+
+
+def _rows(rollouts: Rollouts) -> tuple[Tensor, ...]:
+    return torch.arange(len(rollouts), device=rollouts.mask.device).split(ROWS)
+
+
+def _score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    logits, states = response_logits(policy.model, rollouts)
+    probabilities = policy.allowed(logits[:, :-1]).softmax(dim=-1)
+    gap = probabilities.neg_().scatter_add_(
+        -1, rollouts.response_ids[..., None], torch.ones_like(rollouts.logprobs)[..., None]
+    )
+    gap = gap.masked_fill_(~rollouts.mask[..., None], 0.0)
+    weight = policy.model.get_output_embeddings().weight
+    left = (gap.to(weight.dtype) @ weight).float() / policy.temperature
+    right = torch.where(rollouts.mask[..., None], states[:, :-1].float(), 0.0)
+    stop = gap[..., policy.tokenizer.eos_token_id] if can_stop(policy) else gap[..., 0]
+    return projected(left, width, 0), projected(right, width, 1), stop
+
+
+def projected(states: Tensor, width: int, seed: int) -> Tensor:
+    """Return `states` (…,d) unchanged when d <= width, else times a random (d,width) of variance 1/width."""
+    size = states.shape[-1]
+    if size <= width:
+        return states
+    generator = torch.Generator().manual_seed(seed)
+    return states @ (torch.randn(size, width, generator=generator) / width**0.5).to(states)
+
+
+def _by_unit(advantages: Tensor, left: Tensor, right: Tensor, unit: Tensor) -> Tensor:
+    """Return the mean gradient (U,d·e) of each unit's rows."""
+    rows = []
+    for number in range(int(unit.max()) + 1):
+        mine = unit == number
+        weighted = (advantages[mine][..., None] * left[mine]).flatten(0, 1)
+        rows.append((weighted.T @ right[mine].flatten(0, 1)).flatten() / mine.sum())
+    return torch.stack(rows).cpu()
+
+
+def _means(values: Tensor, unit: Tensor) -> Tensor:
+    """Return the mean (U,) of `values` (B,) over each unit."""
+    count = torch.bincount(unit)
+    return (torch.zeros(len(count), device=values.device).index_add_(0, unit, values) / count).cpu()
+
+
+def _add_stats(
+    sums: dict[str, dict[str, tuple[float, float]]], methods: Mapping[str, Contender], rollouts: Rollouts
+) -> None:
+    """Add a block's credit statistics (kept mass, entropy, …) to `sums`."""
+    for name, method in methods.items():
+        if method.credit.stats is None:
+            continue
+        rewards, _ = credit.apply(method.credit, rollouts)
+        for key, (total, count) in method.credit.stats(rollouts, rewards, rewards).items():
+            before = sums[name].get(key, (0.0, 0.0))
+            sums[name][key] = (before[0] + float(total), before[1] + float(count))
+
+
+def _cost(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, float]:
+    """Return {extra_ms, extra_forwards} of `needs` over plain scoring of one batch: median of paired passes."""
+    if not needs:
+        return {"extra_ms": 0.0, "extra_forwards": 0, "extra_backwards": 0}
+    extra = []
+    some = rollouts.select(torch.arange(min(ROWS, len(rollouts)), device=rollouts.mask.device))
+    for _ in range(TIMED):
+        times = []
+        for asked in (frozenset[str](), needs):
+            began = time.perf_counter()
+            score(models, some, asked, ScoreConfig(), SCORED)
+            times.append(time.perf_counter() - began)
+        extra.append(1000 * (times[1] - times[0]))
+    plain, more = plan(SCORED), plan(SCORED | needs)
+    found = {"extra_ms": float(torch.tensor(extra).median())}
+    for kind in ("forwards", "backwards"):
+        found[f"extra_{kind}"] = sum(getattr(p, kind) for p, _ in more) - sum(getattr(p, kind) for p, _ in plain)
+    return found
+
+
+def summarise(blocks: list[Block], config: DiagnoseConfig, comparable: frozenset[str]) -> dict[str, Any]:
+    """Return the measured figures of every method, with 95% intervals over units, and the recommendation.
+
+    Differences from the true gradient are told of the methods in `comparable`: of the others its length means nothing.
+    """
+    names = list(blocks[0].gradients)
+    sampled = Gradients(
+        {name: torch.cat([b.gradients[name] for b in blocks]) for name in names},
+        {name: torch.cat([b.squares[name] for b in blocks]) for name in names},
+    )
+    lengths, scores = (torch.cat([getattr(b, key) for b in blocks]).cpu() for key in ("lengths", "scores"))
+    stops = {name: torch.cat([b.stop[name] for b in blocks]) for name in blocks[0].stop}
+    methods: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name == "true":
+            continue
+        ends = torch.cat([b.ends[name] for b in blocks]).cpu()
+        methods[name] = figures(sampled, name, config.batch) | {
+            "length_correlation": gradients.correlation(ends, lengths),
+            "stop": gradients.mean_over_units(stops[name]) if stops else None,
+            "stop_bias": gradients.mean_over_units(stops[name] - stops["true"]) if stops else None,
+        }
+        methods[name] |= {} if name in comparable else dict.fromkeys(("bias", "stop_bias"))
+    for name, measured in methods.items():
+        measured["verdict"] = verdict(name, measured)
+    return {
+        "methods": methods,
+        "true_snr": sampled.interval(lambda w: sampled.snr("true", w, config.batch)),
+        "true_stop": gradients.mean_over_units(stops["true"]) if stops else None,
+        "score_length_correlation": gradients.correlation(scores, lengths),
+        "rollouts": len(scores),
+        "prompts": sampled.count,
+        "samples": config.samples,
+        "batch": config.batch,
+        **recommend(methods),
+    }
+
+
+def figures(sampled: Gradients, name: str, batch: int) -> dict[str, Interval]:
+    """Return cosine, relative bias, and signal-to-noise, in all and along the true gradient, of method `name`."""
+    return {
+        "cosine": sampled.interval(lambda w: sampled.cosine(name, w)),
+        "bias": sampled.interval(lambda w: sampled.bias(name, w)),
+        "snr": sampled.interval(lambda w: sampled.snr(name, w, batch)),
+        "useful_snr": sampled.interval(lambda w: sampled.useful(name, w, batch)),
+    }
+
+
+def verdict(name: str, measured: Mapping[str, Any]) -> str:
+    """Return in words what the figures of one method say."""
+    parts = [f"its expected gradient {gradients.direction(measured['cosine'])}"]
+    bias = measured["stop_bias"]
+    if bias is not None and bias["low"] is not None and (bias["low"] > 0 or bias["high"] < 0):
+        parts.append("it pays for stopping early" if bias["low"] > 0 else "it pays for going on")
+    return "; ".join(parts)
+
+
+def recommend(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+    """Return {recommended, why}: the most signal along the true gradient among methods that point its way.
+
+    Nothing is recommended when no method's direction is resolved, and a tie is said to be one.
+    """
+    fit = {
+        name: m["useful_snr"]
+        for name, m in methods.items()
+        if m["useful_snr"]["mean"] is not None and gradients.direction(m["cosine"]) in gradients.VERDICTS[:2]
+    }
+    if not fit:
+        why = "No method's gradient is resolved from the noise as pointing the true way: give more prompts or samples."
+        return {"recommended": None, "why": why}
+    best = max(fit, key=lambda name: fit[name]["mean"])
+    rivals = [name for name in fit if name != best and fit[name]["high"] >= fit[best]["low"]]
+    value = fit[best]
+    why = f"most signal along the true gradient: {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] a batch"
+    tie = f"; not told apart from {', '.join(rivals)}" if rivals else ""
+    return {"recommended": best, "why": why + tie}

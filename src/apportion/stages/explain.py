@@ -1,0 +1,134 @@
+"""Credit of any text under any reward model: tokens, the score, and what each method gives them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion import credit, registry
+from apportion.config import ScoreConfig
+from apportion.credit._evidence import EVIDENCE, asked_reading
+from apportion.errors import ConfigError, DataError, message
+from apportion.evidence import PRODUCERS, Models
+from apportion.evidence.scoring import score
+from apportion.models.policy import Policy
+from apportion.models.reward import RewardModel, is_decoder
+from apportion.models.text.render import context_limit
+from apportion.types import Credit, Rollouts
+
+# what a reward model alone can tell: the attention in the forward that scores, the rest of a decoder in passes more
+FURTHER = PRODUCERS["attribution"].gives | PRODUCERS["shapley"].gives | {"prefix_scores", "prompt_score"}
+AVAILABLE = FURTHER | {EVIDENCE}
+
+
+class TextCredit(NamedTuple):
+    """One text apportioned: its tokens, score, each method's rewards a token, and the attention's kept mass."""
+
+    prompt: str
+    tokens: list[str]
+    ids: list[int]
+    score: float
+    methods: dict[str, list[float]]
+    kept_mass: float
+
+
+def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
+    """Return the credit methods by name. Raises ConfigError for one that needs more than a reward model."""
+    methods = {}
+    for name, kwargs in specs:
+        method = registry.call("method", name, credit.find(name), kwargs)
+        lacking = ", ".join(sorted(n for n in method.needs if not _told(n)))
+        if lacking:
+            mend = f"It needs {lacking}, which only a run has: use it in `apportion rl`."
+            known = ", ".join(n for n, f in credit.METHODS.items() if all(_told(need) for need in f().needs))
+            raise ConfigError(message("--method", name, f"one of {known}", mend))
+        methods[name] = method
+    return methods
+
+
+def _told(need: str) -> bool:
+    """Whether a reward model alone can tell the evidence `need`."""
+    return registry.asked(need)[0] in AVAILABLE
+
+
+def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[str, Credit]) -> TextCredit:
+    """Return the credit of `text` as a response to `prompt` ("" for none), in one forward of the reward model.
+
+    The special tokens that the tokenizer adds are read by the model and get no credit. Methods that need more than
+    attention (prefix scores, attributions, Shapley values) take further passes, of a decoder.
+
+    Raises:
+        DataError: the text is empty, too long for the model, or ends with its pad token. ConfigError: such a method
+            with an encoder.
+    """
+    ids, response = _encode(reward, prompt, text)
+    wanted = frozenset({EVIDENCE}).union(*(method.needs for method in methods.values()))
+    further = frozenset(name for name in wanted if registry.asked(name)[0] in FURTHER)
+    names = sorted(wanted - further)
+    readings = [asked_reading(name) for name in names]
+    scores, rows, at = reward.read(ids, torch.ones_like(ids, dtype=torch.bool), readings)
+    found = dict(zip(names, rows, strict=True))
+    if is_decoder(reward.model) and int(at) != ids.shape[1] - 1:
+        came = f"{text[-20:]!r}, which ends with the model's pad token"
+        mend = "Remove it: the model reads its score before it; or choose another --pad_token."
+        raise DataError(message("--text", came, "a text that is scored at its last token", mend))
+    rollouts = _as_rollout(ids, response, scores, found)
+    if further:
+        rollouts = _with_further(reward, rollouts, further)
+    chosen = ids[0, response].tolist()
+    by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
+    tokens = [reward.tokenizer.decode([i]) for i in chosen]
+    return TextCredit(prompt, tokens, chosen, float(scores[0]), by_method, float(found[EVIDENCE][0, response].sum()))
+
+
+def _with_further(reward: RewardModel, rollouts: Rollouts, needs: frozenset[str]) -> Rollouts:
+    """Return the rollout with evidence of further passes beside what it has."""
+    if not is_decoder(reward.model):
+        mend = "Use a decoder, or attention, uniform or sparse."
+        raise ConfigError(message("--method", ", ".join(sorted(needs)), "evidence that an encoder can give", mend))
+    reader = Policy(None, reward.tokenizer, [])  # nothing is written: it lends its tokenizer
+    return score(Models(reader, reward), rollouts, needs, ScoreConfig(), frozenset({"scores"}))
+
+
+def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor]:
+    """Return (ids (1,K), positions (n,) of the text's own tokens); prompt and text are tokenised as in a rollout."""
+    if not text.strip():
+        raise DataError(message("--text", text, "a text", "Write the response to apportion."))
+    tokenizer, device = reward.tokenizer, next(reward.model.parameters()).device
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    after = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not after:
+        mend = "This tokenizer drops every character of it: write another text."
+        raise DataError(message("--text", text, "a text of at least one token", mend))
+    built, start = _with_special(tokenizer, [*before, *after])
+    limit = context_limit(reward.model, tokenizer)
+    if len(built) > limit:
+        raise DataError(message("--text", f"{len(built)} tokens", f"at most {limit} tokens", "Shorten it."))
+    first = start + len(before)
+    positions = torch.arange(first, first + len(after), device=device)
+    return torch.tensor([built], device=device), positions
+
+
+def _with_special(tokenizer: Any, ids: list[int]) -> tuple[list[int], int]:
+    """Return (`ids` between the special tokens that the tokenizer puts around one sequence, where `ids` begin)."""
+    marked = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+    return [*marked[:at], *ids, *marked[at + len(plain) :]], at
+
+
+def _as_rollout(ids: Tensor, response: Tensor, scores: Tensor, rows: dict[str, Tensor]) -> Rollouts:
+    mask = torch.ones(1, len(response), dtype=torch.bool, device=ids.device)
+    first = int(response[0])
+    return Rollouts(
+        prompt_ids=ids[:, :first],
+        prompt_mask=torch.ones(1, first, dtype=torch.bool, device=ids.device),
+        response_ids=ids[:, response],
+        mask=mask,
+        logprobs=torch.zeros(mask.shape, device=ids.device),
+        scores=scores,
+        group=torch.zeros(1, dtype=torch.int64, device=ids.device),
+        evidence={name: row[:, response] for name, row in rows.items()},
+    )

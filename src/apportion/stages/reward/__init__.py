@@ -1,0 +1,1 @@
+"""Reward-model training: `train.py` is the loop."""

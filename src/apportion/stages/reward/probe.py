@@ -1,0 +1,63 @@
+"""The head's start: logistic regression on the frozen base, so that training begins from a sane score.
+
+A random head is mostly noise to begin with, and small adapters spend their first hundreds of steps on it.
+Linear probing before fine-tuning: Kumar et al. 2022 (arXiv 2202.10054).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apportion.stages.reward.clips import Clip, right_pad
+
+PENALTY = 1e-3  # scikit-learn's C on standardised features: strong, features outnumber what short clips can tell
+BATCH = 32
+
+
+def probe_head(model: Any, head: Any, clips: Sequence[Clip], pad: int) -> float:
+    """Set the 2-row `head` of classifier `model` to ±w/2 of a logistic regression on the features of `clips`.
+
+    Returns:
+        The share of `clips` that the probe itself judges right.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    features = pooled_features(model, head, clips, pad).numpy()
+    labels = np.array([clip.label for clip in clips])
+    if len(set(labels.tolist())) < 2:
+        return 0.0
+    scale = features.std(axis=0) + 1e-6
+    # no intercept: the heads of decoders have no bias to put it in
+    probe = LogisticRegression(C=PENALTY, max_iter=500, fit_intercept=False).fit(features / scale, labels)
+    weight = torch.tensor(probe.coef_[0] / scale, dtype=head.weight.dtype, device=head.weight.device)
+    with torch.no_grad():
+        head.weight.copy_(torch.stack([-weight / 2, weight / 2]))
+        if head.bias is not None:
+            head.bias.zero_()
+    return float(probe.score(features / scale, labels))
+
+
+@torch.no_grad()
+def pooled_features(model: Any, head: Any, clips: Sequence[Clip], pad: int) -> Tensor:
+    """Return what the head reads of each clip, (N,d) float32, in batches of like length."""
+    caught: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    order = sorted(range(len(clips)), key=lambda i: len(clips[i].ids))
+    out = torch.zeros(len(clips), head.weight.shape[1])
+    try:
+        for first in range(0, len(order), BATCH):
+            chosen = order[first : first + BATCH]
+            ids, mask, _ = (t.to(head.weight.device) for t in right_pad([clips[i] for i in chosen], pad))
+            model(input_ids=ids, attention_mask=mask.long())
+            states = caught.pop()
+            if states.dim() == 3:  # decoders apply the head at every position and pool afterwards
+                states = states[torch.arange(len(chosen)), mask.sum(dim=1) - 1]
+            out[chosen] = states.float().cpu()
+    finally:
+        handle.remove()
+    return out

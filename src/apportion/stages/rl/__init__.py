@@ -1,0 +1,1 @@
+"""Reinforcement learning: `train.py` is the loop."""

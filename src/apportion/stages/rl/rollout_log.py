@@ -1,0 +1,97 @@
+"""What is written down of a batch: texts with each token's credit, reward, advantage and KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from apportion import credit, registry
+from apportion.credit._evidence import EVIDENCE
+from apportion.masking import normalise
+from apportion.types import Advantages, Credit, Rollouts
+from apportion.user_code import checked
+
+if TYPE_CHECKING:
+    from apportion.stages.rl.learner import Learner
+
+
+DECIMALS = 8  # with 6, the rounding of a hundred tokens' credit adds up to more than 1e-5 of the score
+
+
+def comparisons(names: Iterable[str]) -> dict[str, Credit]:
+    """Return the credit methods to log beside the one that is trained, by name. Raises ConfigError."""
+    for name in names:
+        registry.find("compare", name, credit.METHODS)  # an unknown one is an error of this setting
+    return {name: checked(name, credit.make(name, {})) for name in names}
+
+
+def rollout_records(
+    learner: Learner, rollouts: Rollouts, rewards: Tensor, estimated: Advantages, step: int, count: int
+) -> list[dict[str, Any]]:
+    """Return the first `count` rollouts as plain mappings; per-token lists follow the response's masked tokens."""
+    some = rollouts.select(torch.arange(min(count, len(rollouts)), device=rollouts.mask.device))
+    rows = len(some)
+    kl = torch.where(some.mask, some.logprobs - some.evidence["reference_logprobs"], 0.0)
+    by_method = {name: credit.apply(method, some)[0] for name, method in learner.compare.items()}
+    columns = {
+        "credit": before_penalty(learner, some),
+        "kl": kl,
+        "reward": rewards[:rows],
+        "advantage": estimated.advantages[:rows],
+        "logprob": some.logprobs,
+    }
+    if "values" in some.evidence:
+        columns["value"] = some.evidence["values"]
+    read = reading_of(learner.method.credit)
+    if read in some.evidence:
+        columns["alpha"] = normalise(some.evidence[read], some.mask)[0]
+    return [_record(learner.models.policy.tokenizer, some, i, step, columns, by_method) for i in range(rows)]
+
+
+def reading_of(method: Credit) -> str:
+    """Return the name of the reward model's attention that a credit reads: the paper's where it reads none."""
+    return min((name for name in method.needs if registry.asked(name)[0] == EVIDENCE), default=EVIDENCE)
+
+
+def before_penalty(learner: Learner, rollouts: Rollouts) -> Tensor:
+    """Return the rewards (B,T) of the whole chain but its KL penalty."""
+    rewards, _ = credit.apply(learner.method.credit, rollouts, learner.credit_state)
+    if learner.method.credit.keeps_return:
+        return rewards
+    kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.evidence["reference_logprobs"], 0.0)
+    return rewards + sum(learner.kl_coefficients()) * kl
+
+
+def _record(
+    tokenizer: Any,
+    rollouts: Rollouts,
+    row: int,
+    step: int,
+    columns: Mapping[str, Tensor],
+    by_method: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    mask = rollouts.mask[row]
+    ids = rollouts.response_ids[row][mask]
+    prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]]
+
+    def numbers(values: Tensor) -> list[float]:
+        return [round(float(v), DECIMALS) for v in values[row][mask]]
+
+    assert rollouts.scores is not None
+    return {
+        "step": step,
+        "row": row,
+        "prompt": tokenizer.decode(prompt),
+        "text": tokenizer.decode(ids),
+        "tokens": [tokenizer.decode([i]) for i in ids.tolist()],
+        "prompt_ids": prompt.tolist(),
+        "response_ids": ids.tolist(),
+        "ended": None if rollouts.ended is None else bool(rollouts.ended[row]),
+        "score": round(float(rollouts.scores[row]), DECIMALS),
+        "raw_score": round(float(rollouts.evidence["raw_scores"][row]), DECIMALS),
+        **{name: numbers(values) for name, values in columns.items()},
+        "methods": {name: numbers(values) for name, values in by_method.items()},
+    }

@@ -1,0 +1,175 @@
+"""The update: a batch with its targets becomes a better policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion.batching import micro_batches, trim
+from apportion.config import OptimConfig, PPOConfig
+from apportion.distributed import collectives
+from apportion.losses import clipped_value
+from apportion.masking import whiten
+from apportion.models.policy import Outputs, Policy
+from apportion.training.nonfinite import Skips
+from apportion.training.optimizer import nothing
+from apportion.types import Advantages, PolicyLoss, Rollouts
+
+
+class Targets(NamedTuple):
+    """What a batch is learned towards, all (B,T): advantages, returns, the tokens each loss counts, and actions."""
+
+    advantages: Tensor
+    returns: Tensor
+    policy_mask: Tensor
+    value_mask: Tensor
+    segments: Tensor
+
+
+def make_targets(estimated: Advantages, segments: Tensor, rollouts: Rollouts, config: PPOConfig) -> Targets:
+    """Return the targets: advantages whitened over the batch, values regressed where `config.value_tokens` says.
+
+    With truncated="mask" the rows that were cut off teach nothing.
+    """
+    learn = rollouts.mask
+    if config.truncated == "mask" and rollouts.ended is not None:
+        learn = learn & rollouts.ended[:, None]
+    advantages = whiten(estimated.advantages, learn) if config.whiten_advantages else estimated.advantages
+    valued = learn if config.value_tokens == "all" else learn & first_of_action(segments)
+    return Targets(advantages, estimated.returns, learn, valued, segments)
+
+
+def first_of_action(segments: Tensor) -> Tensor:
+    """Return (B,T) bool, True on the first token of each action of `segments` (B,T)."""
+    seen = torch.cat([segments.new_full((len(segments), 1), -1), segments.cummax(dim=1).values[:, :-1]], dim=1)
+    return segments > seen
+
+
+class FirstPass(NamedTuple):
+    """What the update's own forward says before any step: old log-probabilities and entropies (B,T), to be filled.
+
+    Where each rollout is learned from once, before the policy moves, a forward of its own for them says the same again.
+    """
+
+    old_logprobs: Tensor
+    entropy: Tensor
+
+    def note(self, rows: Tensor, batch: Rollouts, out: Outputs) -> Rollouts:
+        """Fill in what a micro-batch said, and return it with its old log-probabilities."""
+        length, old = batch.mask.shape[1], out.logprobs.detach()
+        self.old_logprobs[rows, :length] = old
+        if out.entropy is not None:
+            self.entropy[rows, :length] = out.entropy
+        return replace(batch, old_logprobs=old)
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    loss: PolicyLoss,
+    rollouts: Rollouts,
+    targets: Targets,
+    config: PPOConfig,
+    optim: OptimConfig,
+    generator: torch.Generator,
+    first: FirstPass | None = None,
+    skips: Skips | None = None,
+) -> dict[str, float]:
+    """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
+
+    Each loss is divided by the count that it declares, taken over the whole mini-batch, so that micro-batches change
+    nothing. Values are learned where the rollouts carry some. Each of several processes has the whole batch, and takes
+    its share of every mini-batch; gradients and metrics are summed over them.
+
+    Args:
+        first: filled with old log-probabilities and entropies, which the rollouts then lack; for one optimizer step.
+        skips: counts optimizer steps that were not taken, because their loss or gradient is not finite: weights,
+            masters, moments and step counters stay as they were, and the metrics are means over the steps taken
+            (where there is none, they are left out).
+
+    Raises:
+        GuardError: as many steps in a row were skipped as `skips` allows.
+    """
+    skips = Skips() if skips is None else skips
+    totals: dict[str, Tensor] = {}
+    steps, weights = 0, policy.weights
+    for _ in range(config.epochs or 1):
+        order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
+        for rows in order.split(config.mini_batch):
+            with collectives.together(), weights.waiting():
+                sums = _mini_batch(policy, loss, rollouts, targets, config, rows, first)
+            learning = weights.summed(policy.trainable())
+            norm = weights.norm(learning)
+            if skips.allow(sum_of_losses(sums, norm), norm, rows):
+                torch.nn.utils.clip_grads_with_norm_(learning, optim.max_grad_norm, norm)
+                optimizer.step()
+                sums["policy/grad_norm"] = norm / collectives.world()  # the same in each, and summed over them below
+                totals |= {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
+                steps += 1
+            optimizer.zero_grad(set_to_none=True)
+    return {k: float(v) / steps for k, v in collectives.sum_over(totals).items()}
+
+
+def sum_of_losses(sums: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Return the sum () of what a mini-batch minimised, which is finite where every part is; 0 without rows."""
+    parts = [sums[name].to(like.device) for name in ("loss/policy", "loss/value") if name in sums]
+    return torch.stack(parts).sum() if parts else torch.zeros_like(like)
+
+
+def _mini_batch(
+    policy: Policy,
+    loss: PolicyLoss,
+    rollouts: Rollouts,
+    targets: Targets,
+    config: PPOConfig,
+    rows: Tensor,
+    first: FirstPass | None,
+) -> dict[str, Tensor]:
+    """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
+    weights, critic = policy.weights, "values" in rollouts.evidence
+    with weights.agreed():
+        tokens = targets.policy_mask[rows].sum().clamp_min(1)
+        actions = targets.value_mask[rows].sum().clamp_min(1)
+        denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
+        mine = collectives.share(rows)
+        parts = micro_batches(rollouts, mine, config.micro_batch, config.micro_tokens) if len(mine) else []
+    sums: dict[str, Tensor] = {}
+    for part, counts in weights.even(parts, rows[:1]):
+        batch = trim(rollouts.select(part))
+        advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
+        out = policy.forward(batch, values=critic and policy.value_trunk is None, entropy=first is not None)
+        batch = batch if first is None else first.note(part, batch, out)
+        with weights.agreed():
+            terms = loss.terms(out.logprobs, batch, advantages, policy_mask, segments) if counts else None
+        if terms is None:
+            _idle(policy, batch, out, critic)
+            continue
+        policy_loss, found = terms
+        total, values = policy_loss / denominator, out.values
+        found = {k: v / tokens for k, v in found.items()} | {"loss/policy": total}
+        if critic and values is None:  # a trunk of its own: what the policy kept for its backward pass is freed first
+            total.backward()  # type: ignore[no-untyped-call]
+            total, values = torch.zeros_like(total), policy.values(batch)[0]
+        if values is not None:
+            value_loss, value_sums = clipped_value(
+                values, batch.evidence["values"], returns, value_mask, clip=config.value_clip
+            )
+            total = total + config.value_coef * value_loss / actions
+            found |= {"loss/value": value_loss / actions} | {k: v / actions for k, v in value_sums.items()}
+        total.backward()  # type: ignore[no-untyped-call]
+        sums = {k: sums.get(k, 0) + v.detach() for k, v in found.items()}
+    return sums
+
+
+def _idle(policy: Policy, batch: Rollouts, out: Outputs, critic: bool) -> None:
+    """Finish a micro-batch that does not count with gradients of 0: other processes wait for its backward passes."""
+    total = nothing(out.logprobs)
+    if critic and policy.value_trunk is not None:
+        total.backward()  # type: ignore[no-untyped-call]
+        total = nothing(policy.values(batch)[0])
+    elif out.values is not None:
+        total = total + nothing(out.values)
+    total.backward()  # type: ignore[no-untyped-call]

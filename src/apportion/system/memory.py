@@ -1,0 +1,54 @@
+"""The largest resident memory of this process and its children, sampled while a block runs."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import psutil
+
+EVERY_SECONDS = 0.25
+
+
+class PeakMemory:
+    """Context manager: `with PeakMemory() as memory: ...`, then `memory.peak_mb` (MB, process tree)."""
+
+    def __init__(self) -> None:
+        self.peak_mb = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while True:
+            self.peak_mb = max(self.peak_mb, tree_mb(me))
+            if self._stop.wait(EVERY_SECONDS):
+                return
+
+
+def tree_mb(process: psutil.Process) -> float:
+    """Return the resident memory of `process` and its living descendants, MB."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            total += one.memory_info().rss
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue  # it ended between the listing and the reading
+    return total / 1e6
+
+
+def memory_mb() -> float:
+    """Return this process's resident memory, MB."""
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e6

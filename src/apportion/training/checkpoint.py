@@ -1,0 +1,212 @@
+"""Checkpoints, the same for every stage: all that it holds, written whole or not at all, checked before it is used.
+
+`step-N/` holds safetensors, `progress.json` (the step, where the logs ended, what the numbers depend on) and, written
+last, `manifest.json` with the size and SHA-256 of each of them. It is written as `step-N.tmp`, made durable, renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from apportion.errors import DiskError, message
+from apportion.system import disk
+from apportion.training import rng
+from apportion.training.reproducibility import changed, check_devices, surroundings
+from apportion.training.run_folder import Run
+from apportion.training.state import Held, Tensors
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be used, and why."""
+
+
+def save_checkpoint(run: Run, held: Held, step: int, *, keep: int) -> Path:
+    """Write checkpoints/step-N, prune older ones, have status.json say so, and return it.
+
+    Raises:
+        DiskError: no space, also after waiting for it; the checkpoints that were there still are.
+    """
+    final = run.path / "checkpoints" / f"step-{step}"
+    files = held.tensors() | {"random": rng.states()}
+    wanted = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+
+    def work() -> None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # the logs are made durable here, with the names in the run folder, and the disk may be full for them too
+        progress = {"step": step, "logs": run.marks(), "surroundings": surroundings(held.readers())}
+        _write(final, files, progress)
+
+    run.patiently(work, wanted + (1 << 16))
+    for old in [*(path for _, path in steps_in(final.parent)[:-keep]), *final.parent.glob("step-*.damaged")]:
+        shutil.rmtree(old, ignore_errors=True)  # what is left of one will be counted as damaged
+    run.know(checkpoint=step)
+    return final
+
+
+def _write(final: Path, files: Tensors, progress: dict[str, Any]) -> None:
+    part = final.with_name(f"{final.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for name, tensors in files.items():
+            where = {k: v.device.type for k, v in tensors.items() if v.device.type != "cpu"}
+            save_file(apart(tensors), part / f"{name}.safetensors", metadata=where)
+        (part / PROGRESS).write_text(json.dumps(progress, indent=2), encoding="utf-8")
+        (part / MANIFEST).write_text(manifest(part), encoding="utf-8")
+        disk.place(part, final)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # on a full disk its room is needed for the logs
+        raise
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as a file can hold them: contiguous, and none in the memory of another."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        if whole.untyped_storage().data_ptr() in seen:
+            whole = whole.clone()
+        seen.add(whole.untyped_storage().data_ptr())
+        found[name] = whole
+    return found
+
+
+def manifest(folder: Path) -> str:
+    """Return the text of the manifest of `folder`'s files; it carries its own sum, so that it is checked as well."""
+    there = sorted(p for p in folder.iterdir() if p.name != MANIFEST)
+    return _manifest({p.name: {"size": p.stat().st_size, "sha256": _sum(p)} for p in there})
+
+
+def _manifest(files: dict[str, Any]) -> str:
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": own}, indent=2, sort_keys=True) + "\n"
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(folder: Path) -> list[str]:
+    """Return the names of the checkpoint's files. Raises Damaged, naming one, unless each is what was written."""
+    text = _read(folder / MANIFEST, Path.read_bytes)
+    try:
+        files = json.loads(text)["files"]
+        whole = _manifest(files).encode() == text
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{MANIFEST} is not as it was written")
+    for name, said in files.items():
+        size = _read(folder / name, lambda path: path.stat().st_size)
+        if size != said["size"]:
+            raise Damaged(f"{name} has {size} bytes instead of {said['size']}")
+        if _read(folder / name, _sum) != said["sha256"]:
+            raise Damaged(f"{name} has another SHA-256 than was written")
+    return list(files)
+
+
+def _read(path: Path, how: Callable[[Path], T]) -> T:
+    """Return what `how` reads of a file. Raises Damaged where it is not there or cannot be read."""
+    try:
+        return how(path)
+    except FileNotFoundError:
+        raise Damaged(f"{path.name} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read ({error.strerror})") from error
+
+
+def load_latest(run: Run, held: Held, say: Say | None = None) -> int:
+    """Put the newest good checkpoint into `held`, cut the logs back to it, and return its step; 0 when there is none.
+
+    One that is damaged, or from which the logs have lost something, is told by name and passed over.
+
+    Raises:
+        DiskError: there are checkpoints, or were, and none is good. ConfigError: it is another model's, or another
+            kind of device's.
+    """
+    say = run.say if say is None else say
+    found, bad = steps_in(run.path / "checkpoints"), []
+    for step, folder in reversed(found):
+        try:
+            progress, files = _usable(run, folder)
+        except Damaged as problem:
+            bad.append(f"{folder.name}: {problem}")
+            say(f"apportion: checkpoint {folder} cannot be used: {problem}.\n")
+            continue
+        now = surroundings(held.readers())
+        check_devices(progress["surroundings"], now)
+        _restore(held, folder, files)
+        warning = changed(progress["surroundings"], now)
+        if warning is not None:
+            say(f"apportion: warning: {warning}\n")
+        run.cut(progress["logs"])
+        say(f"apportion: going on from {folder}.\n")
+        return step
+    known = run.facts.get("checkpoint", 0)
+    if bad or known:
+        came = f"{run.path / 'checkpoints'} ({'; '.join(bad) or f'nothing, and step-{known} was there'})"
+        mend = "Put it back from a copy, or pass --fresh to start over from step 1."
+        raise DiskError(message("checkpoints", came, "a whole checkpoint to go on from", mend))
+    if any((run.path / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl")):
+        say(f"apportion: {run.path} has no checkpoint yet: starting over from step 1.\n")
+    run.cut({})
+    return 0
+
+
+def _usable(run: Run, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return (what `progress.json` says, names of the files) of a whole checkpoint whose logs are there.
+
+    Raises:
+        Damaged: it is not.
+    """
+    files = check(folder)
+    progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    problem = run.lost(progress["logs"])
+    if problem is not None:
+        raise Damaged(problem)
+    return progress, files
+
+
+def _restore(held: Held, folder: Path, files: Sequence[str]) -> None:
+    stored: Tensors = {}
+    for file in (folder / name for name in files if name.endswith(".safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            where = tensors.metadata() or {}  # the device of those that were not on the CPU
+            # cloned: the file is mapped into memory, at any alignment, and will be pruned
+            stored[file.stem] = {
+                name: tensors.get_tensor(name).clone().to(where.get(name, "cpu"))
+                for name in tensors.keys()  # noqa: SIM118
+            }
+    everywhere = stored.pop("random")
+    held.restore(stored)
+    rng.restore(everywhere)
+
+
+def set_aside(run: Run, step: int) -> None:
+    """Rename checkpoints after `step`, which were passed over, so that they are neither used nor counted again."""
+    for number, folder in steps_in(run.path / "checkpoints"):
+        if number > step:
+            gone = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)
+
+
+def steps_in(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the checkpoints in `folder` in order; half-written ones have other names."""
+    return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit() and p.is_dir())

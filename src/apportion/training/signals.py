@@ -1,0 +1,63 @@
+"""SIGINT and SIGTERM during training: the first lets the batch be finished, a second stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+from apportion.system import stderr
+
+WATCHED = (signal.SIGINT, signal.SIGTERM)
+CURSOR = "\x1b[?25h"  # shows it
+ECHO = 1.0  # seconds in which another signal is the same request: a terminal and a launcher both pass it on
+
+
+class Signals:
+    """Notes the first signal inside its block; outside, and in threads other than the main one, nothing changes.
+
+    Attributes:
+        caught: the signal's number, 0 before one came.
+        batches: whether batches are learned from, so that one can be finished; else a signal does what it did before.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.caught, self._say, self._when = 0, say, 0.0
+        self.batches = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in WATCHED:
+                before = signal.getsignal(number)
+                # one that is ignored (a job in the background) stays so; None: a library's own, in C
+                if before not in (None, signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.caught != 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.batches and not self.caught:
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
+        elif not self.caught:
+            self.caught, self._when = number, time.monotonic()
+            stderr.write_to_terminal(CURSOR)  # a progress bar hides it, and a second signal may be final
+            self._say(
+                f"apportion: {signal.Signals(number).name}: finishing this batch and writing a checkpoint; "
+                "once more stops at once.\n"
+            )
+        elif time.monotonic() - self._when > ECHO:
+            self._say("apportion: stopped at once; the same command goes on from the last checkpoint.\n")
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
