@@ -1,9 +1,10 @@
-"""Is the reward model better than word counts? Both judge the same clips of held-out reviews.
+"""Is the reward model better than word counts? Both judge the same excerpts of held-out reviews.
 
     python benchmarks/reward_accuracy.py --model runs/demo/reward/final
 
-The word counts are TF-IDF with logistic regression on the judge's reviews, which the reward model never saw. The clips
-are word runs of part reward_test, which neither saw. Prints accuracies with 95% intervals and the paired difference.
+The word counts are TF-IDF with logistic regression on the judge's reviews, which the reward model never saw. The
+excerpts are word runs of part reward_test, which neither saw. Prints accuracies with 95% intervals and the paired
+difference.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from apportion.data import labelled
 from apportion.intervals import mean_interval, proportion
 from apportion.models.reward import load_reward
-from apportion.stages.evaluate.judge import fit_judge, word_clips
-from apportion.stages.reward.clips import Clip
+from apportion.stages.evaluate.judge import fit_judge, word_excerpts
+from apportion.stages.reward.excerpts import Excerpt
 from apportion.stages.reward.train import scored
 
 WORDS = (20, 30, 60)
@@ -35,10 +36,10 @@ def main() -> int:
     reward, judge = load_reward(options.model, dtype="auto"), fit_judge()
     sys.stdout.write("words  reward model          TF-IDF                difference\n")
     for words in WORDS:
-        clips = word_clips(texts, words, words, seed=words)
-        ids = reward.tokenizer(clips, add_special_tokens=False)["input_ids"]
-        ours = ((scored(reward, [Clip(row, 0) for row in ids]) > 0).long() == torch.tensor(labels)).tolist()
-        theirs = [(p > 0.5) == bool(y) for p, y in zip(judge.probability(clips), labels, strict=True)]
+        excerpts = word_excerpts(texts, words, words, seed=words)
+        ids = reward.tokenizer(excerpts, add_special_tokens=False)["input_ids"]
+        ours = ((scored(reward, [Excerpt(row, 0) for row in ids]) > 0).long() == torch.tensor(labels)).tolist()
+        theirs = [(p > 0.5) == bool(y) for p, y in zip(judge.probability(excerpts), labels, strict=True)]
         paired = mean_interval([float(a) - float(b) for a, b in zip(ours, theirs, strict=True)])
         shown = [proportion(sum(hits), len(hits)) for hits in (ours, theirs)] + [paired]
         cells = [f"{v['mean']:.3f} [{v['low']:+.3f}, {v['high']:+.3f}]" for v in shown]

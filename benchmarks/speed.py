@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from apportion.errors import ApportionError, ConfigError, message
+from apportion.errors import ApportionError, ConfigError
 from apportion.models.loading import load_tokenizer, locate, pick_device
 from apportion.stages.rl.method import build_method
 from apportion.system import cpu
@@ -146,16 +146,16 @@ def process(work: Work, peer: Peer, package: Path, name: str) -> Result:
     said = folder / "error.txt"
     if said.is_file():
         raise ConfigError(said.read_text())
-    raise ConfigError(failure(work, peer, done.returncode, folder / "output.txt"))
+    raise failure(work, peer, done.returncode, folder / "output.txt")
 
 
-def failure(work: Work, peer: Peer, code: int, output: Path) -> str:
-    """Return the message of a process that failed: its exit code, and the last lines that it wrote."""
+def failure(work: Work, peer: Peer, code: int, output: Path) -> ConfigError:
+    """Return the error of a process that failed: its exit code, and the last lines that it wrote."""
     lines = [line.strip() for line in output.read_text(encoding="utf-8", errors="replace").splitlines()]
     last = " | ".join([line for line in lines if line][-3:])
     side = "ours" if work.role == "ours" else f"{peer.spec} in {work.precision}"
-    mend = "Try another --peer_precision, a smaller --batch, or --model; exit code -9 means that memory ran out."
-    return message("process", f"{side}: exit code {code}: {last}", "a run that ends by itself", mend)
+    fix = "Try another --peer_precision, a smaller --batch, or --model; exit code -9 means that memory ran out."
+    return ConfigError("process", f"{side}: exit code {code}: {last}", "a run that ends by itself", fix)
 
 
 def summary(

@@ -219,7 +219,7 @@ KEYS = st.sampled_from([
     "steps", "policy", "optim", "lr", "optim.lr", "lora", "rank", "targets", "credit", "attention", "mix",
     "kl_penalty", "coef", "segments", "ngrams", "n", "advantages", "gae", "gamma", "loss", "ppo", "epochs",
     "sampling", "batch_size", "prompt_tokens", "samples_per_prompt", "scores", "clip", "compare", "methods",
-    "clip_tokens", "skip_bad_rows", "seed", "class_path", "init_args", "config", "output", "__path__", "dtype",
+    "excerpt_tokens", "skip_bad_rows", "seed", "class_path", "init_args", "config", "output", "__path__", "dtype",
     "data", "test_data", "<<", "", "~", "1", "a b",
 ])  # fmt: skip
 WORDS = st.sampled_from([
@@ -239,7 +239,7 @@ VALUES = st.recursive(
 
 PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "steps": st.integers(1, 99),
-    "clips": st.integers(1, 99),
+    "excerpts": st.integers(1, 99),
     "policy": st.one_of(st.text(min_size=1, max_size=5), WORDS),
     "prompts": st.one_of(st.text(min_size=1, max_size=5), WORDS),
     "output": st.text(min_size=1, max_size=5),

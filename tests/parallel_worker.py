@@ -15,11 +15,11 @@ import tiny_runs
 import torch
 
 from apportion.distributed import collectives
-from apportion.errors import GuardError
+from apportion.errors import MonitorError
 from apportion.masking import masked_mean, whiten
 from apportion.stages.rl import train
 from apportion.stages.rl.method import build_method
-from apportion.training.nonfinite import Skips
+from apportion.training.nonfinite import SkippedUpdates
 
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
 ENDING = {"sampling.stop": "eos", "sampling.max_new_tokens": 7}
@@ -83,9 +83,9 @@ def reductions() -> dict[str, torch.Tensor]:
     """Return masked reductions of this process's rows of a fixed batch, reduced over the processes."""
     generator = torch.Generator().manual_seed(5)
     x, mask = torch.randn(7, 4, generator=generator), torch.rand(7, 4, generator=generator) < 0.7
-    mine = collectives.span(7)
-    white = whiten(x[mine], mask[mine], reduce=collectives.reduce_sum)
-    mean = masked_mean(x[mine], mask[mine], collectives.reduce_sum)
+    mine = collectives.shard_slice(7)
+    white = whiten(x[mine], mask[mine], reduce=collectives.all_reduce_tensor)
+    mean = masked_mean(x[mine], mask[mine], collectives.all_reduce_tensor)
     ragged = collectives.gather_rows(x[mine, : 3 + collectives.rank()], fill=9, left=True)
     told = collectives.gather_rows(mask[mine])
     return {"white": collectives.gather_rows(white), "mean": mean, "ragged": ragged, "mask": told}
@@ -95,13 +95,13 @@ def skips() -> dict[str, Any]:
     """Return what this process is told of four updates: a loss that is not finite in the last process alone, a
     gradient that is not, a good one, and a fault of both kinds that is one too many."""
     plain, bad, rows = torch.tensor(1.0), torch.tensor(torch.nan), torch.tensor([0, 1])
-    mine = bad if collectives.rank() == collectives.world() - 1 else plain
-    counted = Skips(most=2)
+    mine = bad if collectives.rank() == collectives.world_size() - 1 else plain
+    counted = SkippedUpdates(most=2)
     told = [counted.allow(mine, plain, rows), counted.allow(plain, plain, rows), counted.allow(plain, bad, rows)]
     error = ""
     try:
         counted.allow(mine, bad, rows)
-    except GuardError as caught:
+    except MonitorError as caught:
         error = str(caught)
     return {"told": told, "total": counted.total, "error": error}
 
@@ -111,7 +111,7 @@ def run() -> None:
     torch.set_num_threads(1)
     collectives.start(torch.device("cpu"))
     found: dict[str, Any] = {case: trace(world, out / case, settings) for case, settings in CASES.items()}
-    found |= {"skips": skips(), "reductions": reductions(), "main": collectives.from_main(collectives.rank())}
+    found |= {"skips": skips(), "reductions": reductions(), "main": collectives.broadcast_object(collectives.rank())}
     torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
     collectives.stop()
 

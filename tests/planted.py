@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig
 
 Flags = Mapping[str, object]
-JUDGE = {"clips": 600, "clip_tokens": "[8,24]", "batch_size": 16, "optim.lr": 3e-3, "test_texts": 20}
+JUDGE = {"excerpts": 600, "excerpt_tokens": "[8,24]", "batch_size": 16, "optim.lr": 3e-3, "test_texts": 20}
 CHAT = [{"role": "user", "content": text} for text in tiny.TEXTS]
 TURNS = "{% for m in messages %}<eos>{{ m.role }}\n{{ m.content }}{END}\n{% endfor %}"
 ASKS = "{% if add_generation_prompt %}<eos>assistant\n{% endif %}"

@@ -46,7 +46,7 @@ def chatty(folder: Path, template: str) -> Path:
 def learned_from(world: Path, folder: Path, **settings: Any) -> Path:
     """Return a reward model in a run folder whose settings say other things."""
     final = judge(world, folder / "judge")
-    (final.parent / "config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in {"clips": 10, **settings}.items()))
+    (final.parent / "config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in {"excerpts": 10, **settings}.items()))
     return final
 
 
@@ -89,11 +89,11 @@ PLANTED: dict[str, Planted] = {
     ),
     "generation settings that are no ids": Planted(
         lambda w, f: {"policy": settings_of(policy(w, f / "m"), "generation_config.json", eos_token_id=2.5)}, "policy",
-        "fail", ("generation_config.json: got 2.5", "Mend it there"),
+        "fail", ("generation_config.json: got 2.5", "Fix it there"),
     ),
     "generation settings that cannot be": Planted(
         lambda w, f: {"policy": settings_of(policy(w, f / "m"), "generation_config.json", max_new_tokens=-1)}, "policy",
-        "fail", ("generation_config.json: got", "max_new_tokens", "Mend it"),
+        "fail", ("generation_config.json: got", "max_new_tokens", "Fix it"),
     ),
     "reward model that names a hub set": Planted(
         lambda w, f: {"reward_model": learned_from(w, f, data="nobody/none")}, "reward data", "warn",

@@ -47,9 +47,16 @@ def settings(world: Path, output: Path, **changes: Any) -> RLConfig:
 
 
 def rewarded(world: Path, output: Path, **changes: Any) -> RewardConfig:
-    """Return the settings of a reward model's training; the last of its batches has fewer clips than processes."""
-    given = {"model": world / "policy", "data": world / "reviews.csv", "clips": 16, "clip_tokens": "[4, 12]"}
-    given |= {"batch_size": 5, "micro_batch": 2, "probe_clips": 8, "lora.rank": 4, "dtype": "float32", "device": "cpu"}
+    """Return the settings of a reward model's training; the last of its batches has fewer excerpts than processes."""
+    given = {"model": world / "policy", "data": world / "reviews.csv", "excerpts": 16, "excerpt_tokens": "[4, 12]"}
+    given |= {
+        "batch_size": 5,
+        "micro_batch": 2,
+        "probe_excerpts": 8,
+        "lora.rank": 4,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     flags = [str(word) for name, value in (given | changes).items() for word in (f"--{name}", value)]
     return parse(RewardConfig, "reward", [*flags, "--output", str(output)]).config
 

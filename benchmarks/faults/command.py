@@ -9,7 +9,7 @@ from typing import Any
 
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import bar, note
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.training.run_folder import explained
 from benchmarks.faults.settings import FaultsConfig, SoakConfig, check_faults, check_soak
 
@@ -77,7 +77,7 @@ def run_soak(arguments: list[str]) -> int:
 def _parsed(kind: type, name: str, arguments: list[str], examples: str) -> tuple[bool, Parsed]:
     parsed = parse(kind, name, [a for a in arguments if a != "--json"], examples)
     if parsed.fresh:
-        raise ConfigError(message("--fresh", True, "no such switch here", "A result file is always written anew."))
+        raise ConfigError("--fresh", True, "no such switch here", "A result file is always written anew.")
     return "--json" in arguments, parsed
 
 

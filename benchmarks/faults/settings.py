@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 
 
 @dataclass
@@ -63,25 +63,25 @@ def check_faults(config: FaultsConfig) -> None:
     whole |= {"steps": (config.steps, 3), "checkpoint_every": (config.checkpoint_every, 1)}
     for name, (value, low) in whole.items():
         if type(value) is not int or value < low:
-            raise ConfigError(message(name, value, f"a whole number >= {low}", f"Set {name} to one."))
+            raise ConfigError(name, value, f"a whole number >= {low}", f"Set {name} to one.")
     if not 0 <= config.in_checkpoint <= 1:
-        mend = "0 aims at none, 1 at all."
-        raise ConfigError(message("in_checkpoint", config.in_checkpoint, "a number in [0, 1]", mend))
+        fix = "0 aims at none, 1 at all."
+        raise ConfigError("in_checkpoint", config.in_checkpoint, "a number in [0, 1]", fix)
     if config.model_kills > config.kills:
-        raise ConfigError(message("model_kills", config.model_kills, f"at most kills ({config.kills})", "Lower it."))
+        raise ConfigError("model_kills", config.model_kills, f"at most kills ({config.kills})", "Lower it.")
     if config.model_kills and config.tokenizer != "smollm2":
-        mend = "The whole model reads its own tokenizer: set model_kills to 0."
-        raise ConfigError(message("tokenizer", config.tokenizer, "smollm2 where model_kills > 0", mend))
+        fix = "The whole model reads its own tokenizer: set model_kills to 0."
+        raise ConfigError("tokenizer", config.tokenizer, "smollm2 where model_kills > 0", fix)
     if config.checkpoint_every >= config.steps:
         expected = f"less than steps ({config.steps})"
-        mend = "Without a checkpoint there is nothing to go on from."
-        raise ConfigError(message("checkpoint_every", config.checkpoint_every, expected, mend))
+        fix = "Without a checkpoint there is nothing to go on from."
+        raise ConfigError("checkpoint_every", config.checkpoint_every, expected, fix)
 
 
 def check_soak(config: SoakConfig) -> None:
     """Raise ConfigError for a setting outside its range."""
     if config.judge_after < 1:
-        raise ConfigError(message("judge_after", config.judge_after, "a whole number >= 1", "Set it to one."))
+        raise ConfigError("judge_after", config.judge_after, "a whole number >= 1", "Set it to one.")
     if config.batches < 2 * config.judge_after:
         expected = f"at least twice judge_after ({config.judge_after})"
-        raise ConfigError(message("batches", config.batches, expected, "Growth is judged after the warm-up."))
+        raise ConfigError("batches", config.batches, expected, "Growth is judged after the warm-up.")

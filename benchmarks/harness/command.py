@@ -12,7 +12,7 @@ from rich.table import Table
 
 from apportion.cli.arguments import parse, show
 from apportion.cli.terminal import note
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 from benchmarks.harness.settings import ENOUGH, SpeedConfig, check
 
 HELP = """usage: apportion bench NAME [options]
@@ -46,11 +46,11 @@ def run(arguments: list[str]) -> int:
 
         return (command.run_faults if arguments[0] == "faults" else command.run_soak)(arguments[1:])
     if arguments[0] != "speed":
-        raise ConfigError(unknown_name("benchmark", arguments[0], ["speed", "faults", "soak"]))
+        raise unknown_name("benchmark", arguments[0], ["speed", "faults", "soak"])
     as_json = "--json" in arguments
     parsed = parse(SpeedConfig, "bench speed", [a for a in arguments[1:] if a != "--json"], EXAMPLES)
     if parsed.fresh:
-        raise ConfigError(message("--fresh", True, "no such switch here", "A result file is always written anew."))
+        raise ConfigError("--fresh", True, "no such switch here", "A result file is always written anew.")
     check(parsed.config)
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))

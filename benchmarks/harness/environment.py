@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from apportion.data.assets import cache_dir
-from apportion.errors import ConfigError, DiskError, message
+from apportion.errors import ConfigError, DiskError
 from benchmarks.harness.settings import Peer
 
 SOURCE = Path(__file__).parents[2]  # where this package is imported from
@@ -31,8 +31,8 @@ def installed(peer: Peer) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     except OSError as error:
-        expected, mend = "a cache folder that can be written to", "Set XDG_CACHE_HOME to a folder elsewhere."
-        raise DiskError(message("cache folder", f"{folder.parent}: {error.strerror}", expected, mend)) from error
+        expected, fix = "a cache folder that can be written to", "Set XDG_CACHE_HOME to a folder elsewhere."
+        raise DiskError("cache folder", f"{folder.parent}: {error.strerror}", expected, fix) from error
     try:
         _pip(peer, work)
         if not folder.is_dir():  # another process may have been quicker
@@ -49,9 +49,9 @@ def _pip(peer: Peer, target: Path) -> None:
     if done.returncode != 0:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         reason = " ".join([line for line in said if "ERROR" in line] or said[-2:])
-        came = f"{peer.spec}: pip failed: {reason}"
-        mend = "Check the network, or set PIP_FIND_LINKS to a folder with its wheel."
-        raise ConfigError(message("peer", came, "a package index that pip can reach", mend))
+        got = f"{peer.spec}: pip failed: {reason}"
+        fix = "Check the network, or set PIP_FIND_LINKS to a folder with its wheel."
+        raise ConfigError("peer", got, "a package index that pip can reach", fix)
 
 
 def environment(threads: int, first: Path | None = None) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 
 PHASES = ("generate", "score", "reference", "update", "other")
 WORK = ("prompts", "prompt_tokens", "generated_tokens", "trained_tokens", "optimizer_steps")
@@ -68,6 +68,6 @@ def check_same_work(ours: Mapping[str, int], peer: Mapping[str, int]) -> None:
     """Raise DataError unless both sides did the same work: a ratio of different work says nothing."""
     other = [name for name in WORK if ours[name] != peer[name]]
     if other:
-        came = "; ".join(f"{name.replace('_', ' ')}: ours {ours[name]}, peer {peer[name]}" for name in other)
-        mend = "No ratio is given: choose settings under which both do the same (--ours_settings may differ)."
-        raise DataError(message("work of both sides", came, "the same on both", mend))
+        got = "; ".join(f"{name.replace('_', ' ')}: ours {ours[name]}, peer {peer[name]}" for name in other)
+        fix = "No ratio is given: choose settings under which both do the same (--ours_settings may differ)."
+        raise DataError("work of both sides", got, "the same on both", fix)

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from apportion.config import RLConfig, check
-from apportion.errors import ApportionError, ConfigError, message, unknown_name
+from apportion.errors import ApportionError, ConfigError, unknown_name
 from apportion.system import cpu
 from apportion.types import Rollouts
 from benchmarks.harness.recorder import Recorder, read_work
@@ -76,17 +76,17 @@ def lay_over(config: Any, text: str) -> None:
     if not hasattr(place, parts[-1]):
         known = [key for key in vars(config) if not hasattr(getattr(config, key), "__dataclass_fields__")]
         inner = {key: vars(getattr(config, key)) for key in vars(config) if key not in known}
-        raise ConfigError(unknown_name("ours_settings", name, [*known, *(f"{k}.{n}" for k in inner for n in inner[k])]))
+        raise unknown_name("ours_settings", name, [*known, *(f"{k}.{n}" for k in inner for n in inner[k])])
     try:
         # as the command's own flags: 1e-6 is a number
         loaded = yaml.safe_load(value)
         loaded = float(loaded) if isinstance(loaded, str) and isinstance(getattr(place, parts[-1]), float) else loaded
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(message(f"ours_settings {name}", value, "a YAML value of its type", "Mend it.")) from error
+        raise ConfigError(f"ours_settings {name}", value, "a YAML value of its type", "Fix it.") from error
     setattr(place, parts[-1], loaded)
 
 
-def watch(recorder: Recorder) -> None:
+def monitor(recorder: Recorder) -> None:
     """Time the phases of the loop and count its work; nothing of it is replaced."""
     from apportion.models.policy import Policy
 
@@ -132,7 +132,7 @@ def main() -> int:
         from apportion.stages.rl.train import train
 
         recorder = Recorder(work)
-        watch(recorder)
+        monitor(recorder)
 
         def tell(step: int, metrics: dict[str, float]) -> None:
             if recorder.batch_done():

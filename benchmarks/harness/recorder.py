@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.models.master_weights import join
 from benchmarks.harness.operations import FORMULAS
 from benchmarks.harness.settings import Work
@@ -26,7 +26,7 @@ LEFT = ("generate", "score", "reference", "update")
 
 
 class Recorder:
-    """Watches one run: `wrap` its functions, call `batch_done` at the end of each batch, `save` at the end.
+    """Monitors one run: `wrap` its functions, call `batch_done` at the end of each batch, `save` at the end.
 
     Phases are exclusive: time inside an inner one is not the outer one's. Everything of the timed batches is kept; the
     counted batch at the end gives operations and the share of weights that its first step changed.
@@ -56,8 +56,8 @@ class Recorder:
             ConfigError: there is no such function (another version of the package).
         """
         if not callable(getattr(owner, name, None)):
-            came = f"{getattr(owner, '__name__', type(owner).__name__)} without {name}"
-            raise ConfigError(message("peer", came, "the version that is measured", "Check its installed version."))
+            got = f"{getattr(owner, '__name__', type(owner).__name__)} without {name}"
+            raise ConfigError("peer", got, "the version that is measured", "Check its installed version.")
         inner = getattr(owner, name)
 
         @functools.wraps(inner)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 
 PRECISIONS = ("float32", "autocast", "bfloat16")
 ENOUGH = 5  # timed batches; a median of fewer says little
@@ -141,24 +141,24 @@ class Work:
 def check(config: SpeedConfig) -> None:
     """Raise ConfigError for a setting that cannot work, before anything is loaded or installed."""
     if config.peer not in PEERS:
-        raise ConfigError(unknown_name("peer", config.peer, PEERS))
+        raise unknown_name("peer", config.peer, PEERS)
     for name, known in (("ours", ("full", "default")), ("peer_precision", (*PRECISIONS, "best"))):
         value = getattr(config, name)
         if value not in known:
-            raise ConfigError(unknown_name(name, value, known))
+            raise unknown_name(name, value, known)
     for name in ("batches", "rounds", "threads", "prompt_tokens", "new_tokens", "peer_micro_batch"):
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise ConfigError(message(name, value, "a whole number >= 1", f"Set {name} to one."))
+            raise ConfigError(name, value, "a whole number >= 1", f"Set {name} to one.")
     if config.rounds > config.batches:
         expected = f"at most batches ({config.batches}): a round times one batch at least"
-        raise ConfigError(message("rounds", config.rounds, expected, "Lower it, or raise batches."))
+        raise ConfigError("rounds", config.rounds, expected, "Lower it, or raise batches.")
     if config.output is not None and not config.output.strip():
-        raise ConfigError(message("output", config.output, "a file name, or null", "Leave it out for the usual one."))
+        raise ConfigError("output", config.output, "a file name, or null", "Leave it out for the usual one.")
     _check_shape(shaped(config))
     for text in config.ours_settings:
         if not text.partition("=")[0].strip() or "=" not in text:
-            raise ConfigError(message("ours_settings", text, '"name=value"', "Example: [ppo.micro_batch=8]."))
+            raise ConfigError("ours_settings", text, '"name=value"', "Example: [ppo.micro_batch=8].")
 
 
 def _check_shape(config: SpeedConfig) -> None:
@@ -166,10 +166,10 @@ def _check_shape(config: SpeedConfig) -> None:
     grouped = PEERS[config.peer].shape["samples"] > 1
     if not grouped and config.samples != 1:
         expected = f"1: {config.peer} samples each prompt once"
-        raise ConfigError(message("samples", config.samples, expected, "Leave it out, or choose trl-grpo."))
+        raise ConfigError("samples", config.samples, expected, "Leave it out, or choose trl-grpo.")
     if not grouped and config.peer_micro_batch < config.mini_batch < config.batch:
         expected = f"mini_batch ({config.mini_batch}): TRL's PPO cannot accumulate within one of several mini-batches"
-        raise ConfigError(message("peer_micro_batch", config.peer_micro_batch, expected, "Leave it out."))
+        raise ConfigError("peer_micro_batch", config.peer_micro_batch, expected, "Leave it out.")
     for name, whole, other in (
         ("samples", config.batch, "batch"),
         ("mini_batch", config.batch, "batch"),
@@ -177,7 +177,7 @@ def _check_shape(config: SpeedConfig) -> None:
     ):
         if whole % getattr(config, name):
             expected = f"a divisor of {other} ({whole})"
-            raise ConfigError(message(name, getattr(config, name), expected, "Change one of the two."))
+            raise ConfigError(name, getattr(config, name), expected, "Change one of the two.")
 
 
 def shaped(config: SpeedConfig) -> SpeedConfig:

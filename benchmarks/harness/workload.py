@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from apportion.data.convert import no_progress_bars
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 from apportion.models.loading import load_classifier, load_tokenizer
 
 
@@ -28,9 +28,9 @@ def write_prompts(source: str, tokenizer: Any, length: int, count: int, target: 
     texts = prompts(source, "rl" if source == "imdb" else None)
     found = exact([text for text in texts if isinstance(text, str)], tokenizer, length, count)
     if len(found) < count:
-        came = f"{source} with {len(found)} different prompts of exactly {length} tokens"
-        mend = "Give more texts, or lower batches, batch or prompt_tokens."
-        raise DataError(message("prompts", came, f"{count} of them, enough for every batch", mend))
+        got = f"{source} with {len(found)} different prompts of exactly {length} tokens"
+        fix = "Give more texts, or lower batches, batch or prompt_tokens."
+        raise DataError("prompts", got, f"{count} of them, enough for every batch", fix)
     target.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in found), encoding="utf-8")
     return target
 

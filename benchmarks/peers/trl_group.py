@@ -49,7 +49,7 @@ def make(work: Work) -> Any:
     )
 
 
-def watch(recorder: Recorder, trainer: Any) -> None:
+def monitor(recorder: Recorder, trainer: Any) -> None:
     """Time TRL's phases and count its work."""
 
     def generated(result: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> None:
@@ -91,7 +91,7 @@ def main() -> int:
     work = read_work()
     trainer = make(work)
     recorder = Recorder(work)
-    watch(recorder, trainer)
+    monitor(recorder, trainer)
     trainer.add_callback(BatchEnd(recorder, work.steps))
     trainer.train()
     recorder.save(peer=str(Path(sys.modules["trl"].__file__ or "").parent.parent))

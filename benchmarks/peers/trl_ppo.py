@@ -54,7 +54,7 @@ def make(work: Work) -> PPOTrainer:
     )
 
 
-def watch(recorder: Recorder, trainer: PPOTrainer, work: Work) -> None:
+def monitor(recorder: Recorder, trainer: PPOTrainer, work: Work) -> None:
     """Time TRL's phases and count its work."""
     pad = trainer.processing_class.pad_token_id
 
@@ -92,7 +92,7 @@ def main() -> int:
     work = read_work()
     trainer = make(work)
     recorder = Recorder(work)
-    watch(recorder, trainer, work)
+    monitor(recorder, trainer, work)
     trainer.add_callback(BatchEnd(recorder, 1))  # its callbacks hear of whole batches
     trainer.train()
     recorder.save(peer=str(Path(sys.modules["trl"].__file__ or "").parent.parent))

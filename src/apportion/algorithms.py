@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from apportion import advantages, compatibility, credit, losses, registry, segments
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import format_problem, unknown_name
 from apportion.types import Method
 from apportion.user_code import checked
 
@@ -145,7 +145,7 @@ def build(
         ConfigError: an unknown name or setting, or a combination that means nothing (`refusals`).
     """
     if algorithm not in ALGORITHMS:
-        raise ConfigError(unknown_name("algorithm", algorithm, ALGORITHMS))
+        raise unknown_name("algorithm", algorithm, ALGORITHMS)
     named = ALGORITHMS[algorithm]
     given = (merge(named.credit, credit_spec), segments_spec, advantages_spec, loss_spec)
     parts = {
@@ -183,6 +183,6 @@ def discount_warning(method: Method) -> str | None:
     if gamma >= 1.0 or not (method.credit.share is not None or method.credit.redistributes):
         return None
     expected = "1 with a redistributing credit"
-    mend = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."
+    fix = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."
     name = next(iter(method.specs["advantages"][0]))
-    return message(f"advantages.{name}.gamma", gamma, expected, mend)
+    return format_problem(f"advantages.{name}.gamma", gamma, expected, fix)

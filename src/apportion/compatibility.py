@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.types import Credit, Estimator, PolicyLoss, Segmenter
 
 
@@ -49,13 +49,13 @@ class Combination(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """One line of the table: when it applies, the field and the value it names, what was expected, the mend."""
+    """One line of the table: when it applies, the field and the value it names, what was expected, the fix."""
 
     applies: Callable[[Combination], bool]
     field: str
-    came: Callable[[Combination], str]
+    got: Callable[[Combination], str]
     expected: str
-    mend: str
+    fix: str
 
 
 def pair(first: str, second: str) -> Callable[[Combination], str]:
@@ -115,22 +115,22 @@ def refuse(combination: Combination) -> None:
     """Raise ConfigError for the first line of the table that applies."""
     for line in TABLE:
         if line.applies(combination):
-            raise ConfigError(message(line.field, line.came(combination), line.expected, line.mend))
+            raise ConfigError(line.field, line.got(combination), line.expected, line.fix)
 
 
 def refuse_repeated(names: Sequence[str]) -> None:
     """Raise ConfigError for a credit chain that holds a method twice."""
     if len(set(names)) < len(names):
-        raise ConfigError(message("credit", list(names), "each method once", "Drop the repeated one."))
+        raise ConfigError("credit", list(names), "each method once", "Drop the repeated one.")
 
 
 def refuse_credits(credits: Mapping[str, Credit]) -> None:
     """Raise ConfigError for a credit chain with two that redistribute."""
     spreading = redistributors(credits)
     if len(spreading) > 1:
-        came = " with ".join(spreading)
-        mend = "The second would spread what the first has spread. Choose one."
-        raise ConfigError(message("credit", came, "at most one redistributor", mend))
+        got = " with ".join(spreading)
+        fix = "The second would spread what the first has spread. Choose one."
+        raise ConfigError("credit", got, "at most one redistributor", fix)
 
 
 def redistributors(credits: Mapping[str, Credit]) -> list[str]:

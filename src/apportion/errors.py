@@ -1,13 +1,84 @@
-"""Errors a user can mend: each names the field, what came, what was expected and how to put it right."""
+"""Errors that a user can fix: each has the field, the value, what was expected and the fix as attributes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_NOTHING: Any = object()  # no value: the error is a plain text
 
 
 class ApportionError(Exception):
-    """Base of every error that the command line shows as one message without a traceback (exit code 2)."""
+    """Base of every error that the command line shows as one message without a traceback (exit code 2).
+
+    Attributes:
+        field: the setting, column or tensor that is wrong. got: its value. expected: what would be right, in words.
+        fix: what to do about it. row, token: the rollout and the token it is about, where it is about one.
+        process: the process it was raised in, where that is another one. saved: where its rollouts were saved.
+
+    An error made with `field` alone is a plain text.
+    """
+
+    def __init__(
+        self,
+        field: str,
+        got: object = _NOTHING,
+        expected: str = "",
+        fix: str = "",
+        *,
+        row: int | None = None,
+        token: int | None = None,
+    ) -> None:
+        self.field, self.got, self.expected, self.fix = field, got, expected, fix
+        self.row, self.token = row, token
+        self.process: int | None = None
+        self.saved = ""
+        # not by super(): an OSError would take two arguments for its number and its text
+        self.args = (field,) if got is _NOTHING else (field, got, expected, fix)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether it says what came and what was expected, and is more than a text."""
+        return self.got is not _NOTHING
+
+    def __str__(self) -> str:
+        if self.has_parts:
+            text = format_problem(self.field, self.got, self.expected, self.fix, row=self.row, token=self.token)
+        else:
+            text = self.field
+        where = "" if self.process is None else f"process {self.process}: "
+        return f"{where}{text} {self.saved}".rstrip()
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the error as plain values for another process; `got` as it is shown."""
+        found: dict[str, Any] = {
+            "kind": type(self).__name__,
+            "field": self.field,
+            "expected": self.expected,
+            "fix": self.fix,
+        }
+        found |= {"row": self.row, "token": self.token, "saved": self.saved}
+        return found | ({"got": repr(self.got)} if self.has_parts else {})
+
+
+class Shown(str):
+    """A value that only its repr is known of: it is shown as it stands."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def from_data(data: Mapping[str, Any], process: int) -> ApportionError:
+    """Return the error of another process that `to_data` described; a class of the user's becomes an ApportionError."""
+    known = globals().get(data["kind"])
+    kind = known if isinstance(known, type) and issubclass(known, ApportionError) else ApportionError
+    got = Shown(data["got"]) if "got" in data else _NOTHING
+    error = kind(data["field"], got, data["expected"], data["fix"], row=data["row"], token=data["token"])
+    error.process, error.saved = process, data["saved"]
+    return error
 
 
 class ConfigError(ApportionError, ValueError):
@@ -30,8 +101,8 @@ class UserCodeError(ApportionError, RuntimeError):
     """A function of the user's raised, or did not return in time; the run folder holds its traceback."""
 
 
-class GuardError(ApportionError, ArithmeticError):
-    """A guard stopped the run: updates that are not finite, or a watch that was told to stop."""
+class MonitorError(ApportionError, ArithmeticError):
+    """A monitor stopped the run: updates that are not finite, or a monitor that was told to stop."""
 
 
 class DiskError(ApportionError, OSError):
@@ -50,21 +121,25 @@ class Interrupted(Exception):
         self.code = code
 
 
-def message(field: str, came: object, expected: str, mend: str) -> str:
-    """Return the one shape of every error text: field, value, expectation, mend."""
-    return f"{field}: got {came!r}; expected {expected}. {mend}"
+def format_problem(
+    field: str, got: object, expected: str, fix: str, *, row: int | None = None, token: int | None = None
+) -> str:
+    """Return the one shape of every error and warning: field, value, expectation, fix."""
+    where = "" if row is None else f" of rollout {row}"
+    where += "" if token is None else f", token {token}"
+    return f"{field}{where}: got {got!r}; expected {expected}. {fix}"
 
 
-def unknown_name(field: str, name: str, known: Iterable[str]) -> str:
-    """Return the error text for a name that is not in `known`, with the nearest ones suggested."""
+def unknown_name(field: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a name that is not in `known`, with the nearest ones suggested."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(repr(n) for n in near)}?" if near else "Use one of the names listed."
-    return message(field, name, "one of " + ", ".join(names), hint)
+    return ConfigError(field, name, "one of " + ", ".join(names), hint)
 
 
-def check_fraction(field: str, value: float, mend: str = "0 is sparse, 1 spreads the whole score.") -> float:
+def check_fraction(field: str, value: float, fix: str = "0 is sparse, 1 spreads the whole score.") -> float:
     """Return `value` if it lies in [0, 1]; raise ConfigError that names `field` otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise ConfigError(message(field, value, "a number in [0, 1]", mend))
+        raise ConfigError(field, value, "a number in [0, 1]", fix)
     return float(value)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 
 Factory = Callable[..., Any]
 
@@ -24,16 +24,16 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     if name in known:
         return known[name]
     if ":" not in name:
-        raise ConfigError(unknown_name(field, name, known))
+        raise unknown_name(field, name, known)
     module, _, attribute = name.partition(":")
     expected = "an importable package.module:function"
     try:
         factory = getattr(_import(module), attribute)
     except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(message(field, name, expected, f"Importing it said: {reason}.")) from error
+        raise ConfigError(field, name, expected, f"Importing it said: {reason}.") from error
     if not callable(factory):
-        raise ConfigError(message(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function."))
+        raise ConfigError(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function.")
     return factory
 
 
@@ -60,19 +60,20 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
     try:
         parameters = inspect.signature(factory).parameters
     except (ValueError, TypeError) as error:
-        mend = "Wrap it in a function of your own."
-        raise ConfigError(message(field, name, "a function that says what it takes", mend)) from error
+        fix = "Wrap it in a function of your own."
+        raise ConfigError(field, name, "a function that says what it takes", fix) from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in kwargs:
         if key not in parameters and not takes_any:
-            none = message(f"{field}.{name}", key, "no settings", f"Remove {key}: {name} takes none.")
-            raise ConfigError(unknown_name(f"{field}.{name}", key, parameters) if parameters else none)
+            if parameters:
+                raise unknown_name(f"{field}.{name}", key, parameters)
+            raise ConfigError(f"{field}.{name}", key, "no settings", f"Remove {key}: {name} takes none.")
     empty = inspect.Parameter.empty
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     required = [k for k, p in parameters.items() if p.default is empty and p.kind not in variable]
     missing = [k for k in required if k not in kwargs]
     if missing:
-        raise ConfigError(message(f"{field}.{name}", dict(kwargs), f"a value for {missing[0]!r}", "Add that key."))
+        raise ConfigError(f"{field}.{name}", dict(kwargs), f"a value for {missing[0]!r}", "Add that key.")
     if ":" not in name:
         return factory(**kwargs)
     try:
@@ -80,16 +81,16 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
     except ConfigError:
         raise
     except Exception as error:  # whatever a user's factory raises
-        came = f"{name}, which raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ConfigError(message(field, came, "a method", "Mend the function, or its settings.")) from error
+        got = f"{name}, which raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ConfigError(field, got, "a method", "Fix the function, or its settings.") from error
 
 
 def method(field: str, name: str, made: Any) -> Any:
     """Return `made` if it is a function of rollouts that says what it `needs`. Raises ConfigError otherwise."""
     if not callable(made) or not isinstance(getattr(made, "needs", None), frozenset):
-        came = f"{name}, which returned a {type(made).__name__}"
-        mend = "Return a function of rollouts with an attribute `needs`, a frozenset of evidence names."
-        raise ConfigError(message(field, came, f"a method for {field}", mend))
+        got = f"{name}, which returned a {type(made).__name__}"
+        fix = "Return a function of rollouts with an attribute `needs`, a frozenset of evidence names."
+        raise ConfigError(field, got, f"a method for {field}", fix)
     return made
 
 
@@ -125,11 +126,11 @@ def parse(field: str, spec: object) -> list[tuple[str, dict[str, Any]]]:
             return [(k, dict(v)) for k, v in pairs]
     if isinstance(spec, (list, tuple)) and spec:
         return [pair for item in spec for pair in parse(field, item)]
-    raise ConfigError(message(field, spec, "a name, {name: {key: value}} or a list of these", "Example: [attention]."))
+    raise ConfigError(field, spec, "a name, {name: {key: value}} or a list of these", "Example: [attention].")
 
 
 def single(field: str, specs: list[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
     """Return the one pair of `specs`. Raises ConfigError when there are several."""
     if len(specs) != 1:
-        raise ConfigError(message(field, [n for n, _ in specs], "exactly one method", "Only `credit` takes a list."))
+        raise ConfigError(field, [n for n, _ in specs], "exactly one method", "Only `credit` takes a list.")
     return specs[0]

@@ -126,8 +126,8 @@ def _assign(credit: Credit, case: Case) -> Tensor:
 def _shape(credit: Credit, case: Case) -> str | None:
     out = _assign(credit, case)
     if not isinstance(out, Tensor) or out.shape != case.rewards.shape:
-        came = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        return f"it returned {came} for rewards {tuple(case.rewards.shape)}"
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        return f"it returned {got} for rewards {tuple(case.rewards.shape)}"
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 
 State = dict[str, Tensor]
 
@@ -65,10 +65,10 @@ class Rollouts:
     def _check_shapes(self) -> None:
         if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
             found = f"{self.mask.dtype} {tuple(self.mask.shape)}"
-            raise DataError(message("Rollouts.mask", found, "a bool tensor (B,T)", "Pass `mask.bool()`, (B,T)."))
+            raise DataError("Rollouts.mask", found, "a bool tensor (B,T)", "Pass `mask.bool()`, (B,T).")
         if self.prompt_ids.dim() != 2:
-            came = tuple(self.prompt_ids.shape)
-            raise DataError(message("Rollouts.prompt_ids", came, "shape (B,P)", "Left-pad the prompts into a batch."))
+            got = tuple(self.prompt_ids.shape)
+            raise DataError("Rollouts.prompt_ids", got, "shape (B,P)", "Left-pad the prompts into a batch.")
         rows, length = self.mask.shape
         expected: dict[str, tuple[int, ...]] = {
             "prompt_ids": (rows, *self.prompt_ids.shape[1:2]),
@@ -79,14 +79,12 @@ class Rollouts:
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
-                raise DataError(
-                    message(f"Rollouts.{name}", tuple(value.shape), f"shape {shape}", "Shapes follow mask (B,T).")
-                )
+                raise DataError(f"Rollouts.{name}", tuple(value.shape), f"shape {shape}", "Shapes follow mask (B,T).")
         for key, tensor in self.evidence.items():
-            came = tuple(tensor.shape)
-            if came != (rows,) and (came[:2] != (rows, length) or len(came) > 3):
-                mend = "Check the producer of this evidence."
-                raise DataError(message(f"evidence[{key!r}]", came, f"({rows},) or ({rows},{length}[,k])", mend))
+            got = tuple(tensor.shape)
+            if got != (rows,) and (got[:2] != (rows, length) or len(got) > 3):
+                fix = "Check the producer of this evidence."
+                raise DataError(f"evidence[{key!r}]", got, f"({rows},) or ({rows},{length}[,k])", fix)
 
     def __len__(self) -> int:
         """Return B, the number of rollouts."""

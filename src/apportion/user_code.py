@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.errors import ApportionError, ConfigError, DataError, ScoreError, UserCodeError, message
+from apportion.errors import ApportionError, ConfigError, DataError, ScoreError, UserCodeError
 from apportion.system.time_limit import Deadline, TimedOut
 from apportion.types import Advantages, Credit, Method, Rollouts, State
 
 LONGEST = 300  # characters of a user's error in ours; the traceback has the rest
-RAISED = "A failure never becomes a reward: mend the function, or have it return a number for such a text"
-LATE = "Give the function a time limit of its own for what it waits for, or raise guards.timeout"
+RAISED = "A failure never becomes a reward: fix the function, or have it return a number for such a text"
+LATE = "Give the function a time limit of its own for what it waits for, or raise monitors.timeout"
 
 
 class Users:
@@ -45,7 +45,9 @@ class Users:
         if self._asking:
             return function(*args)
         seconds = self.deadline.seconds
-        late = message(name, f"no answer after {seconds} s", f"one within {seconds} s (guards.timeout)", f"{LATE}.")
+        late = UserCodeError(
+            name, f"no answer after {seconds} s", f"one within {seconds} s (monitors.timeout)", f"{LATE}."
+        )
         hung = f"{late} It hung in code that cannot be interrupted. {self._where}".strip()
 
         def called() -> Any:
@@ -60,10 +62,10 @@ class Users:
         try:
             return self.deadline.call(called, error=hung, files=self._words(hung), trace=self._trace)
         except TimedOut as error:
-            raise UserCodeError(late) from error
+            raise late from error
         except OSError as error:
-            came, mend = f"{seconds} ({error})", "Set it to null: then nothing keeps the time."
-            raise ConfigError(message("guards.timeout", came, "a process to keep the time in", mend)) from error
+            got, fix = f"{seconds} ({error})", "Set it to null: then nothing keeps the time."
+            raise ConfigError("monitors.timeout", got, "a process to keep the time in", fix) from error
         finally:
             self._asking = False
 
@@ -80,7 +82,7 @@ def raised(name: str, error: BaseException) -> UserCodeError:
     """Return the error that says that the user's `name` raised `error`."""
     said = f"{type(error).__name__}: {error}"
     said = said if len(said) <= LONGEST else said[:LONGEST] + "…"
-    return UserCodeError(message(name, said, "what it promises to return", f"{RAISED}."))
+    return UserCodeError(name, said, "what it promises to return", f"{RAISED}.")
 
 
 def check_given(name: str, made: Any, mask: Tensor) -> Tensor:
@@ -92,9 +94,9 @@ def check_given(name: str, made: Any, mask: Tensor) -> Tensor:
     """
     field = f"evidence[{name!r}]"
     if not isinstance(made, Tensor) or made.dim() == 0 or len(made) != len(mask):
-        came = f"a tensor {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-        mend = f"Return one tensor whose first dimension is the batch, {len(mask)} rows."
-        raise DataError(message(field, came, "a tensor (B,), (B,T) or (B,T,k)", mend))
+        got = f"a tensor {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        fix = f"Return one tensor whose first dimension is the batch, {len(mask)} rows."
+        raise DataError(field, got, "a tensor (B,), (B,T) or (B,T,k)", fix)
     fine = torch.isfinite(made)
     if made.shape[:2] == mask.shape:
         fine = fine | ~(mask if made.dim() == 2 else mask[..., None])
@@ -102,7 +104,7 @@ def check_given(name: str, made: Any, mask: Tensor) -> Tensor:
     if bad.any():
         row = int(bad.nonzero()[0])
         value = float(made[row][~fine[row]].flatten()[0]) if made.dim() > 1 else float(made[row])
-        raise ScoreError(message(f"{field} of rollout {row}", value, "a finite number", f"{RAISED}."))
+        raise ScoreError(field, value, "a finite number", f"{RAISED}.", row=row)
     return made
 
 
@@ -125,8 +127,8 @@ def checked(name: str, credit: Credit) -> Credit:
     def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
         made = _called(name, credit.assign, rollouts, rewards, state)
         if not isinstance(made, tuple) or len(made) != 2:
-            came = f"{name}, which returned a {type(made).__name__}"
-            raise ConfigError(message("credit", came, "a pair: rewards (B,T) and a state", CHECK))
+            got = f"{name}, which returned a {type(made).__name__}"
+            raise ConfigError("credit", got, "a pair: rewards (B,T) and a state", CHECK)
         _check_rewards(name, made[0], rollouts.mask)
         return made[0], _state(name, made[1])
 
@@ -145,14 +147,14 @@ def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     except Exception as error:  # whatever a user's function raises
         last = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        came = f"{name}, which raised {said} ({Path(last.filename).name}, line {last.lineno})"
-        raise ConfigError(message("credit", came, "rewards (B,T) and a state", CHECK)) from error
+        got = f"{name}, which raised {said} ({Path(last.filename).name}, line {last.lineno})"
+        raise ConfigError("credit", got, "rewards (B,T) and a state", CHECK) from error
 
 
 def _state(name: str, state: Any) -> State:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        came = f"{name}, whose state is a {type(state).__name__}"
-        raise ConfigError(message("credit", came, "a dict of tensors as its state", CHECK))
+        got = f"{name}, whose state is a {type(state).__name__}"
+        raise ConfigError("credit", got, "a dict of tensors as its state", CHECK)
     return state
 
 
@@ -160,14 +162,13 @@ def _check_rewards(name: str, rewards: Any, mask: Tensor) -> None:
     shape = tuple(mask.shape)
     if not isinstance(rewards, Tensor) or tuple(rewards.shape) != shape or not rewards.is_floating_point():
         tensor = isinstance(rewards, Tensor)
-        came = f"{rewards.dtype} {tuple(rewards.shape)}" if tensor else f"a {type(rewards).__name__}"
-        raise ConfigError(message("credit", f"{name}, which returned {came}", f"float rewards {shape}", CHECK))
+        got = f"{rewards.dtype} {tuple(rewards.shape)}" if tensor else f"a {type(rewards).__name__}"
+        raise ConfigError("credit", f"{name}, which returned {got}", f"float rewards {shape}", CHECK)
     bad = mask & ~torch.isfinite(rewards)
     if bad.any():
         row, token = (int(i) for i in bad.nonzero()[0])
-        field = f"credit of rollout {row}, token {token}, from {name}"
-        number = float(rewards[row, token])
-        raise ScoreError(message(field, number, "a finite number", f"A failure never becomes a reward. {CHECK}"))
+        number, fix = float(rewards[row, token]), f"A failure never becomes a reward. {CHECK}"
+        raise ScoreError(f"credit from {name}", number, "a finite number", fix, row=row, token=token)
 
 
 class Timed:
@@ -224,9 +225,9 @@ def check_estimated(specs: Mapping[str, Any], made: Any, mask: Tensor) -> Advant
         shape = tuple(mask.shape)
         fits = isinstance(given, Tensor) and given.is_floating_point() and given.device == mask.device
         if not fits or tuple(given.shape) != shape:
-            came = f"{name}, which returned {_kind(given if hasattr(made, field) else made)}"
+            got = f"{name}, which returned {_kind(given if hasattr(made, field) else made)}"
             expected = f"Advantages(advantages, returns), each a float tensor {shape} on {mask.device}"
-            raise ConfigError(message(f"advantages ({field})", came, expected, "Mend the estimator."))
+            raise ConfigError(f"advantages ({field})", got, expected, "Fix the estimator.")
     return Advantages(made.advantages, made.returns)
 
 
@@ -247,6 +248,6 @@ def means(specs: Mapping[str, Any], kind: str, sums: Any) -> dict[str, float]:
         if not fits or not all(isinstance(part, Tensor) and part.numel() == 1 for part in pair):
             names = ", ".join(name for spec in specs[kind] for name in spec)
             expected = "{name: (sum, count)}, two tensors of one number each"
-            came = f"{names}, which returned {pair!r:.80}"
-            raise ConfigError(message(f"{kind} (stats {name})", came, expected, "Mend its `stats`."))
+            got = f"{names}, which returned {pair!r:.80}"
+            raise ConfigError(f"{kind} (stats {name})", got, expected, "Fix its `stats`.")
     return {name: float(total / torch.clamp_min(count, 1)) for name, (total, count) in pairs}

@@ -91,8 +91,8 @@ def tensors(rollouts: Rollouts) -> dict[str, Tensor]:
     return own | {f"evidence.{k}": v for k, v in rollouts.evidence.items()}
 
 
-def assert_near(came: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(came, expected, rtol=1e-5, atol=1e-6)
+def assert_near(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @cases(mask=masks(), seed=st.integers(0, 10_000), dtype=st.sampled_from(DTYPES))

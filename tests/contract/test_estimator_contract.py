@@ -77,8 +77,8 @@ def tensors(rollouts: Rollouts) -> dict[str, Tensor]:
     return own | {f"evidence.{k}": v for k, v in rollouts.evidence.items()}
 
 
-def assert_near(came: Advantages, expected: Advantages) -> None:
-    for a, b in zip(came, expected, strict=True):
+def assert_near(got: Advantages, expected: Advantages) -> None:
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -91,13 +91,13 @@ def test_shape_float32_zeros_off_the_mask_one_number_an_action_and_nothing_mutat
     rollouts, rewards = helpers.cast(rollouts, dtype), rewards.to(dtype)
     before = {k: v.clone() for k, v in (tensors(rollouts) | {"rewards": rewards, "segments": ids}).items()}
     out = method(rewards, ids, rollouts)
-    for name, came in out._asdict().items():
-        assert came.shape == mask.shape and came.dtype == torch.float32, name
-        assert (came[~mask] == 0).all(), f"{name}: something is left off the mask"
-        assert torch.isfinite(came).all(), f"{name}: what stood off the mask leaked in"
+    for name, got in out._asdict().items():
+        assert got.shape == mask.shape and got.dtype == torch.float32, name
+        assert (got[~mask] == 0).all(), f"{name}: something is left off the mask"
+        assert torch.isfinite(got).all(), f"{name}: what stood off the mask leaked in"
         if not uses_share(method):
             seen = [{} for _ in mask]  # action -> its first token's number
-            for row, found, own in zip(seen, came.tolist(), ids.tolist(), strict=True):
+            for row, found, own in zip(seen, got.tolist(), ids.tolist(), strict=True):
                 assert all(row.setdefault(k, x) == x for k, x in zip(own, found, strict=True)), "not one an action"
     for name, value in (tensors(rollouts) | {"rewards": rewards, "segments": ids}).items():
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), f"{name} was mutated"

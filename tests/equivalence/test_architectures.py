@@ -22,13 +22,13 @@ def test_rows_equal_the_models_own_eager_attention(name: str, implementation: st
     matrices = eager(name, inputs)
     depth, _, heads = matrices.shape[:3]
     seen = tap(model, inputs, "all")
-    came = seen.weights(pooled)
-    assert came.shape == (3, heads, 12) and came.dtype == torch.float32 and not came.requires_grad
-    torch.testing.assert_close(came, matrices[-1][torch.arange(3), :, pooled], rtol=0, atol=1e-5)
-    assert came.amax() > 0.2, "the weights are too flat to tell anything"
+    got = seen.weights(pooled)
+    assert got.shape == (3, heads, 12) and got.dtype == torch.float32 and not got.requires_grad
+    torch.testing.assert_close(got, matrices[-1][torch.arange(3), :, pooled], rtol=0, atol=1e-5)
+    assert got.amax() > 0.2, "the weights are too flat to tell anything"
     pads = inputs["attention_mask"] == 0
-    assert (came.transpose(1, 2)[pads] == 0).all(), "a pad has attention"
-    total = came.sum(dim=-1)
+    assert (got.transpose(1, 2)[pads] == 0).all(), "a pad has attention"
+    total = got.sum(dim=-1)
     if "sinks" in name:
         assert (total < 0.99).any() and (total > 0).all()
     else:
@@ -94,7 +94,7 @@ def test_compiled_flex_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_is_refused_by_name_with_the_mend(name: str) -> None:
+def test_what_cannot_be_read_is_refused_by_name_with_the_fix(name: str) -> None:
     model = build(name)
     inputs, last = inputs_of(name, "left")
     with torch.no_grad(), attention_row(model) as seen:

@@ -70,11 +70,11 @@ def test_readings_equal_the_matrices_written_out(name: str, settings: dict, padd
     inputs, pooled = zoo.inputs_of(name, padding)
     matrices = zoo.eager(name, inputs)
     one = reading(**settings)
-    came = zoo.tap(zoo.build(name), inputs, union([one])).read(one, pooled)
-    torch.testing.assert_close(came, by_hand(matrices, pooled, settings), rtol=0, atol=1e-5)
-    assert (came[inputs["attention_mask"] == 0] == 0).all()
+    got = zoo.tap(zoo.build(name), inputs, union([one])).read(one, pooled)
+    torch.testing.assert_close(got, by_hand(matrices, pooled, settings), rtol=0, atol=1e-5)
+    assert (got[inputs["attention_mask"] == 0] == 0).all()
     if settings.get("rollout") and "sinks" not in name:
-        torch.testing.assert_close(came.sum(dim=1), torch.ones(3))
+        torch.testing.assert_close(got.sum(dim=1), torch.ones(3))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral (window)", "bert", "bloom (alibi)"])

@@ -37,19 +37,19 @@ def test_equals_eager_attention(name, implementation, padding):
     inputs, last = tiny_models.batch(padding)
     inputs = tiny_models.positions(inputs)
     seen, expected = tap(model, inputs), eager(model, name, inputs)
-    came = seen.weights(last)
-    assert came.shape == (3, 4, 12) and came.dtype == torch.float32 and not came.requires_grad
-    torch.testing.assert_close(came, expected[torch.arange(3), :, last], rtol=0, atol=1e-5)
+    got = seen.weights(last)
+    assert got.shape == (3, 4, 12) and got.dtype == torch.float32 and not got.requires_grad
+    torch.testing.assert_close(got, expected[torch.arange(3), :, last], rtol=0, atol=1e-5)
     pads = inputs["attention_mask"] == 0
-    assert (came.transpose(1, 2)[pads] == 0).all(), "a pad has attention"
-    torch.testing.assert_close(came.sum(dim=-1), torch.ones(3, 4))
-    assert came.max() > 0.3, "the weights are too small to tell anything"
+    assert (got.transpose(1, 2)[pads] == 0).all(), "a pad has attention"
+    torch.testing.assert_close(got.sum(dim=-1), torch.ones(3, 4))
+    assert got.max() > 0.3, "the weights are too small to tell anything"
     # several rows at once, here every real position; the first call again gives the same
     every = torch.arange(12).expand(3, -1)
     rows = seen.weights(every)
     assert rows.shape == (3, 12, 4, 12)
     torch.testing.assert_close(rows[~pads], expected.transpose(1, 2)[~pads], rtol=0, atol=1e-5)
-    assert torch.equal(seen.weights(last), came)
+    assert torch.equal(seen.weights(last), got)
 
 
 @pytest.mark.parametrize("name", CAPPED_OR_SINKS)
@@ -58,8 +58,8 @@ def test_soft_capped_scores_and_sink_logits_are_matched(name):
     model = tiny_models.build(name, implementation="eager")
     inputs, last = tiny_models.batch("left")
     inputs = tiny_models.positions(inputs)
-    came = tap(model, inputs).weights(last)
-    torch.testing.assert_close(came, eager(model, name, inputs)[torch.arange(3), :, last], rtol=0, atol=1e-5)
+    got = tap(model, inputs).weights(last)
+    torch.testing.assert_close(got, eager(model, name, inputs)[torch.arange(3), :, last], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [1, 2])

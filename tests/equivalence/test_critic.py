@@ -50,7 +50,7 @@ def test_values_begin_as_the_reward_of_the_text_so_far(
         values, after = policy.values(batch)
     for row, (prompt, response) in enumerate(zip(prompts, RESPONSES, strict=True)):
         expected = prefix_scores(reward, prompt, response)
-        if scores:  # a clip is no part of a value: it would have no gradient
+        if scores:  # an excerpt is no part of a value: it would have no gradient
             expected = (expected - STATISTICS["mean"]) / STATISTICS["sd"]
         assert torch.allclose(values[row, : len(response)], expected[:-1], atol=1e-5)
         assert torch.allclose(after[row], expected[-1], atol=1e-5)

@@ -17,8 +17,8 @@ from apportion.config import SamplingConfig
 from apportion.generation import sample, sampler
 from apportion.generation.hf_cache import past_of
 from apportion.generation.key_values import Buffers, Foreign
-from apportion.generation.llama import LlamaWriter, is_llama
-from apportion.generation.step_model import Writer
+from apportion.generation.llama import LlamaStepModel, is_llama
+from apportion.generation.step_model import StepModel
 from apportion.models.policy import Policy
 from apportion.types import Rollouts
 
@@ -42,7 +42,7 @@ def ending(world: Path) -> Policy:
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Rows of every prompt forward and of every step."""
     found: dict[str, list[int]] = {"read": [], "step": []}
-    for kind in (Writer, LlamaWriter):
+    for kind in (StepModel, LlamaStepModel):
         read, step = kind.__dict__.get("read"), kind.step
 
         def counted(self: Any, tokens: Any, positions: Any, step: Any = step) -> Any:

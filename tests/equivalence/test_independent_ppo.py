@@ -156,8 +156,8 @@ def rows(x: Tensor, mask: Tensor) -> list[list[float]]:
     return [row[m].tolist() for row, m in zip(x, mask, strict=True)]
 
 
-def near(came: list[list[float]], expected: list[list[float]]) -> None:
-    one, two = (torch.tensor([v for row in x for v in row], dtype=torch.float64) for x in (came, expected))
+def near(got: list[list[float]], expected: list[list[float]]) -> None:
+    one, two = (torch.tensor([v for row in x for v in row], dtype=torch.float64) for x in (got, expected))
     torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 

@@ -65,7 +65,7 @@ def test_reductions_and_gathering(ranks: list[dict[str, Any]]) -> None:
 def test_processes_skip_an_update_together(ranks: list[dict[str, Any]]) -> None:
     alone = parallel_worker.skips()
     assert alone["told"] == [False, True, False] and alone["total"] == 3
-    assert "loss of 2 updates in a row (guards.max_skipped): got nan" in alone["error"]
+    assert "loss of 2 updates in a row (monitors.max_skipped): got nan" in alone["error"]
     assert [rank["skips"] for rank in ranks] == [alone, alone]
 
 
@@ -92,8 +92,8 @@ def test_accelerate_launch_writes_one_global_run(world: Path, tmp_path: Path) ->
 
 
 def test_reward_model_of_two_processes_is_that_of_one(world: Path, tmp_path: Path) -> None:
-    settings = {"model": world / "policy", "data": world / "reviews.csv", "clips": 30, "clip_tokens": "[4, 12]"}
-    settings |= {"batch_size": 5, "micro_batch": 2, "probe_clips": 20, "lora.rank": 4, "dtype": "float32"}
+    settings = {"model": world / "policy", "data": world / "reviews.csv", "excerpts": 30, "excerpt_tokens": "[4, 12]"}
+    settings |= {"batch_size": 5, "micro_batch": 2, "probe_excerpts": 20, "lora.rank": 4, "dtype": "float32"}
     flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)] + ["--device", "cpu"]
     done = launch([*TORCHRUN, "-m", "apportion", "reward", *flags, "--output", tmp_path / "two"])
     assert done.returncode == 0, done.stderr
@@ -199,9 +199,13 @@ def test_commands_that_cannot_share_are_refused(
 
 def test_alone_everything_is_the_identity() -> None:
     x = torch.arange(6.0)
-    assert collectives.world() == 1 and collectives.is_main() and collectives.from_main("x") == "x"
-    assert collectives.reduce_sum(x) is x and collectives.gather_rows(x) is x and torch.equal(collectives.share(x), x)
-    assert collectives.span(5) == slice(0, 5)
+    assert collectives.world_size() == 1 and collectives.is_main() and collectives.broadcast_object("x") == "x"
+    assert (
+        collectives.all_reduce_tensor(x) is x
+        and collectives.gather_rows(x) is x
+        and torch.equal(collectives.shard(x), x)
+    )
+    assert collectives.shard_slice(5) == slice(0, 5)
     parameter = torch.nn.Parameter(x)
     parameter.grad = x.clone()
     collectives.sum_gradients([parameter])

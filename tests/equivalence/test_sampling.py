@@ -133,8 +133,8 @@ def test_allowed_in_place_is_the_policys_distribution(world: Path) -> None:
     logits = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
     for given in (logits, logits.bfloat16()):
         expected = policy.allowed(given)
-        came = allowed_(given.clone(), torch.tensor(policy.banned), policy.temperature)
-        assert torch.equal(came, expected) and came.dtype == torch.float32
+        got = allowed_(given.clone(), torch.tensor(policy.banned), policy.temperature)
+        assert torch.equal(got, expected) and got.dtype == torch.float32
 
 
 def test_rows_without_a_finite_probability_are_refused_by_number() -> None:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from apportion import losses
 from apportion.config import OptimConfig, PPOConfig, ScoreConfig
-from apportion.errors import GuardError, ScoreError
+from apportion.errors import MonitorError, ScoreError
 from apportion.evidence import Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
 from apportion.stages.rl.update import FirstPass, Targets, update
 from apportion.training.monitoring import check_rows, drop_unknown
-from apportion.training.nonfinite import Skips
+from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.optimizer import make_optimizer
 from apportion.types import PolicyLoss, Rollouts
 
@@ -112,7 +112,7 @@ def test_a_skipped_update_moves_nothing_bit_for_bit(world: Path, weights: str, f
         assert policy.remainders
     optim = OptimConfig(lr=0.01, moments="bfloat16" if weights == "16-bit moments" else "float32")
     optimizer = make_optimizer(policy.trainable(), policy.remainders, optim)
-    skips, generator = Skips(most=99), torch.Generator().manual_seed(1)
+    skips, generator = SkippedUpdates(most=99), torch.Generator().manual_seed(1)
     update(policy, optimizer, losses.ppo(), batch, targets, ppo(epochs=1), optim, generator, skips=skips)
     assert skips.total == 0 and optimizer.state[policy.trainable()[0]]["step"] == 3
     moved = everything(policy, optimizer)
@@ -133,7 +133,7 @@ def test_metrics_are_means_over_the_updates_that_were_taken(world: Path) -> None
     found = []
     for loss in (losses.ppo(), faulty([1], FAULTS["loss nan"])):
         optimizer = torch.optim.SGD(policy.trainable(), lr=0.0)  # moves nothing, so mini-batches can be compared
-        generator, skips = torch.Generator().manual_seed(1), Skips()
+        generator, skips = torch.Generator().manual_seed(1), SkippedUpdates()
         found.append(
             update(policy, optimizer, loss, batch, targets, ppo(epochs=1), OPTIM, generator, skips=skips)
             | {"skipped": float(skips.batch)}
@@ -150,7 +150,7 @@ def test_metrics_are_means_over_the_updates_that_were_taken(world: Path) -> None
 def test_what_the_first_pass_said_of_a_skipped_batch_stays_out_of_the_weights(world: Path) -> None:
     policy, batch, targets = scene(world)
     optimizer = make_optimizer(policy.trainable(), policy.remainders, OPTIM)
-    before, skips = everything(policy, optimizer), Skips()
+    before, skips = everything(policy, optimizer), SkippedUpdates()
     first = FirstPass(*torch.zeros((2, *batch.mask.shape)))
     once = ppo(epochs=1, mini_batch=ROWS, micro_batch=ROWS)
     wrong = faulty([0], FAULTS["loss nan"])
@@ -163,31 +163,36 @@ def test_what_the_first_pass_said_of_a_skipped_batch_stays_out_of_the_weights(wo
 def test_so_many_in_a_row_and_no_more(world: Path, most: int) -> None:
     policy, batch, targets = scene(world)
     optimizer = make_optimizer(policy.trainable(), policy.remainders, OPTIM)
-    skips, apart = Skips(most=most), [i for i in range(12) if i % most]  # one fewer in a row than that, again and again
+    skips, apart = (
+        SkippedUpdates(most=most),
+        [i for i in range(12) if i % most],
+    )  # one fewer in a row than that, again and again
     settings = ppo(epochs=4)
     given = (batch, targets, settings, OPTIM, torch.Generator())
     update(policy, optimizer, faulty(apart, FAULTS["loss inf"]), *given, skips=skips)
     assert skips.total == len(apart) and skips.in_a_row < most
-    skips, before = Skips(most=most), everything(policy, optimizer)
-    named = rf"loss of {most} updates in a row \(guards.max_skipped\): got inf; expected finite numbers. Likely causes"
-    with pytest.raises(GuardError, match=named):
+    skips, before = SkippedUpdates(most=most), everything(policy, optimizer)
+    named = (
+        rf"loss of {most} updates in a row \(monitors.max_skipped\): got inf; expected finite numbers. Likely causes"
+    )
+    with pytest.raises(MonitorError, match=named):
         update(policy, optimizer, faulty(range(99), FAULTS["loss inf"]), *given, skips=skips)
     assert skips.total == most
     assert_equal(before, everything(policy, optimizer))
-    skips = Skips(most=1)
-    with pytest.raises(GuardError, match="norm of the gradient of 1 updates"):
+    skips = SkippedUpdates(most=1)
+    with pytest.raises(MonitorError, match="norm of the gradient of 1 updates"):
         update(policy, optimizer, faulty([0], FAULTS["gradient inf"]), *given, skips=skips)
 
 
 def test_the_counts_are_in_the_state(world: Path) -> None:
-    one, two = Skips(most=3, in_a_row=2, total=5), Skips(most=3)
+    one, two = SkippedUpdates(most=3, in_a_row=2, total=5), SkippedUpdates(most=3)
     two.restore(one.state)
     assert (two.in_a_row, two.total) == (2, 5)
 
 
 def test_metrics_of_a_skipped_update_are_left_out_and_counted() -> None:
     metrics = {"sampling/logprob_gap": math.nan, "objective/entropy": math.inf, "objective/scores": 1.0}
-    assert drop_unknown(metrics, 2) == {"objective/scores": 1.0, "guards/dropped_metrics": 2.0}
+    assert drop_unknown(metrics, 2) == {"objective/scores": 1.0, "monitors/dropped_metrics": 2.0}
     assert drop_unknown(metrics, 0) == metrics  # an error to log, not to hide
 
 

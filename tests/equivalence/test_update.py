@@ -20,7 +20,7 @@ from apportion.models.policy import Policy
 from apportion.segments import build as build_segments
 from apportion.stages.rl.learner import Learner
 from apportion.stages.rl.method import build_method
-from apportion.stages.rl.train import experience, learn, make_learner, settle_truncated, train
+from apportion.stages.rl.train import apply_truncation, experience, learn, make_learner, train
 from apportion.stages.rl.update import Targets, first_of_action, make_targets, update
 from apportion.training.optimizer import learning_rate
 from apportion.types import Advantages, Rollouts
@@ -218,7 +218,7 @@ def test_truncated_says_what_a_response_without_eos_is_worth(world: Path, trunca
 def test_settling_changes_what_ended_and_nothing_else(world: Path) -> None:
     _, batch, _ = learner_of(world, "terminal")
     for truncated in ("terminal", "bootstrap", "mask", "penalty"):
-        settled = settle_truncated(batch, ppo_config(truncated=truncated, truncation_penalty=-3.0))
+        settled = apply_truncation(batch, ppo_config(truncated=truncated, truncation_penalty=-3.0))
         kept = truncated in ("bootstrap", "mask")
         assert torch.equal(settled.ended, batch.ended) if kept else settled.ended.all()
         instead = {"penalty": -3.0, "bootstrap": 0.0}.get(truncated)
@@ -232,7 +232,7 @@ def test_a_value_that_stands_for_what_would_come_is_not_paid_beside_the_score(wo
     assert not batch.ended.all()
     worth = torch.linspace(-2.0, 2.0, len(batch))[:, None].expand(batch.mask.shape)
     known = {"values": torch.where(batch.mask, worth, 0.0), "bootstrap_values": worth[:, 0].clone()}
-    settled = settle_truncated(batch.with_evidence(**known), config.ppo)
+    settled = apply_truncation(batch.with_evidence(**known), config.ppo)
     rewards, _ = credit.apply(credit.uniform(), settled)
     found = learner.method.estimate(rewards, learner.method.segment(settled), settled).advantages
     cut = ~batch.ended

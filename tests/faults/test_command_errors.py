@@ -58,7 +58,7 @@ def test_help_of_a_command_loads_no_model_library(command: Command, name: str) -
         (["--dry"], ["command: got '--dry'"]),
         (["rl", "--stepz", "3"], ["flag: got '--stepz'", "Did you mean '--steps'"]),
         (["rl", "--ppo.epoch=1"], ["flag: got '--ppo.epoch'", "Did you mean '--ppo.epochs'"]),
-        (["reward", "--credit", "uniform"], ["flag: got '--credit'", "--clips"]),
+        (["reward", "--credit", "uniform"], ["flag: got '--credit'", "--excerpts"]),
         (["evaluate", "--runn", "x"], ["flag: got '--runn'", "Did you mean '--run'"]),
         (["rl", "steps", "3"], ["argument: got 'steps'", "--name value"]),
         (["algorithms", "abc"], ["argument: got 'abc'", "no arguments"]),

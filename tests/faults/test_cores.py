@@ -178,12 +178,12 @@ def test_what_the_user_set_stays() -> None:
 ORDER = """
 import json, os, sys
 NAMES = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
-class Watch:
+class Monitor:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
             seen.append({n: os.environ[n] for n in NAMES if n in os.environ})
 seen = []
-sys.meta_path.insert(0, Watch())
+sys.meta_path.insert(0, Monitor())
 sys.argv = sys.orig_argv = WORDS
 from apportion import cli
 print(json.dumps(seen[0]))

@@ -1,4 +1,4 @@
-"""Every malformed input of the corpus through the real command: one message with its mend, and nothing left behind."""
+"""Every malformed input of the corpus through the real command: one message with its fix, and nothing left behind."""
 
 from __future__ import annotations
 

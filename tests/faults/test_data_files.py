@@ -1,4 +1,4 @@
-"""Broken tables: each error names the configuration key, the file, the line and the mend."""
+"""Broken tables: each error names the configuration key, the file, the line and the fix."""
 
 from __future__ import annotations
 

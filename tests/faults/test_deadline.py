@@ -93,9 +93,9 @@ def test_without_signals_only_functions_of_the_users_are_refused(monkeypatch: py
     config = RLConfig(reward_model="x")
     build_method(config)
     config.credit = [{"process": {"function": "os:getcwd"}}]
-    with pytest.raises(ConfigError, match=r"guards\.timeout: got 600\.0; expected null: .* could end os:getcwd"):
+    with pytest.raises(ConfigError, match=r"monitors\.timeout: got 600\.0; expected null: .* could end os:getcwd"):
         build_method(config)
-    config.guards.timeout = None
+    config.monitors.timeout = None
     build_method(config)
     with pytest.raises(OSError, match="no signal"):
         Deadline(1.0).call(len, "", error="late")

@@ -59,11 +59,11 @@ def test_templates_that_ask_for_the_answer_in_their_own_way_are_fine(template: s
 
 
 def test_the_other_questions_about_a_template_are_always_asked() -> None:
-    level, found, mend = prompts.chat_template(
+    level, found, fix = prompts.chat_template(
         case([[{"role": "user", "content": "say <eos>"}]], templated(planted.TURNS.replace("{END}", "")))
     )
     assert level == WARN and "no generation prompt" in found and "inside a message" in found
-    assert "add_generation_prompt" in mend and "Take special tokens out" in mend
+    assert "add_generation_prompt" in fix and "Take special tokens out" in fix
 
 
 def test_answers_are_put_together_by_the_worst() -> None:
@@ -84,8 +84,8 @@ def test_a_token_that_nothing_uses_needs_no_embedding() -> None:
     plain = tiny.tokenizer()
     fewer = case(["!"], plain)
     fewer.policy_settings = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=390))
-    level, found, mend = tokens.vocabulary(fewer)  # ten words of its own: they may be met any time
-    assert level == WARN and "10 tokens have none" in found and "trained with" in mend
+    level, found, fix = tokens.vocabulary(fewer)  # ten words of its own: they may be met any time
+    assert level == WARN and "10 tokens have none" in found and "trained with" in fix
 
 
 def test_a_reward_model_with_spare_tokens_reads_ids() -> None:
@@ -123,8 +123,8 @@ def test_the_last_layer_of_a_head_is_looked_at() -> None:
 
 def test_texts_with_both_labels_fail_from_one_in_a_hundred() -> None:
     rows = [Labelled(f"a film {i}", i % 2) for i in range(199)]
-    level, found, mend = labels.repeated(Case(None, training=[*rows, Labelled("A film 0", 1)]))
-    assert level == WARN and "1 with the other label" in found and mend
+    level, found, fix = labels.repeated(Case(None, training=[*rows, Labelled("A film 0", 1)]))
+    assert level == WARN and "1 with the other label" in found and fix
     assert labels.repeated(Case(None, training=[*rows[:50], Labelled("A film 0", 1)]))[0] == FAIL
 
 

@@ -1,4 +1,4 @@
-"""`apportion doctor --config`: every check finds what is planted for it and names the mend; a good run passes."""
+"""`apportion doctor --config`: every check finds what is planted for it and names the fix; a good run passes."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_what_is_planted_is_found(model_command: Command, good: Path, tmp_path: 
     found = findings(model_command("doctor", *flags, "--json", *(["--fast"] if fast else [])))
     one = found[check]
     assert one["level"] == level, found
-    assert one["mend"].endswith(".") and one["found"]
+    assert one["fix"].endswith(".") and one["found"]
     for piece in pieces:
-        assert piece in f"{one['found']} {one['mend']}", one
+        assert piece in f"{one['found']} {one['fix']}", one
     blamed = {other["name"] for other in found.values() if other["level"] == "fail"} - {check}
     assert not blamed or level == "fail", f"{blamed} fail as well"
 
@@ -101,8 +101,8 @@ def test_adapters_that_do_something_are_no_reference(good: Path) -> None:
     case = Case(config, rows=tiny_runs.prompts(), policy=tiny_runs.policy(good, stirred=False))
     assert policy.reference(case)[0] == "ok"
     tiny_runs.stir(case.policy)
-    level, found, mend = policy.reference(case)
-    assert level == "fail" and "without its adapters" in found and "merged weights" in mend
+    level, found, fix = policy.reference(case)
+    assert level == "fail" and "without its adapters" in found and "merged weights" in fix
 
 
 def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_rl_asks_the_quick_questions_itself(model_command: Command, good: Path, 
     assert f"warning: {check}: " in done.err
     told = json.loads((tmp_path / "run" / "status.json").read_text())["doctor"]
     assert check in [one["name"] for one in told]
-    assert all(f"{one['found']}. {one['mend']}" in done.err for one in told)
+    assert all(f"{one['found']}. {one['fix']}" in done.err for one in told)
 
 
 def test_counting_the_weights_of_a_hub_model_draws_no_random_number(good: Path) -> None:
@@ -174,7 +174,7 @@ def test_memory_is_an_estimate_that_stops_no_run(good: Path) -> None:
     config = tiny_runs.config(good, **{"sampling.batch_size": 6 * 10**8})
     tokenizer = load_tokenizer("policy", config.policy)
     found = quick(config, config.policy, tokenizer, ["a film"], [[5, 6]])
-    assert [(one.name, one.level) for one in found] == [("memory", "fail")] and "sampling.rows" in found[0].mend
+    assert [(one.name, one.level) for one in found] == [("memory", "fail")] and "sampling.rows" in found[0].fix
 
 
 def test_a_run_with_nothing_to_warn_of_says_nothing(model_command: Command, good: Path, tmp_path: Path) -> None:
@@ -184,7 +184,16 @@ def test_a_run_with_nothing_to_warn_of_says_nothing(model_command: Command, good
 
 
 def test_the_reward_stage_is_checked_as_well(model_command: Command, good: Path) -> None:
-    flags = ("--stage", "reward", "--model", good / "policy", "--data", good / "reviews.csv", "--clip_tokens", "[4,24]")
+    flags = (
+        "--stage",
+        "reward",
+        "--model",
+        good / "policy",
+        "--data",
+        good / "reviews.csv",
+        "--excerpt_tokens",
+        "[4,24]",
+    )
     found = findings(model_command("doctor", *flags, "--json"))
     assert list(found) == [one.name for one in checkup_reward.CHECKS]
     assert {one["level"] for one in found.values()} == {"ok"}, found
@@ -202,7 +211,7 @@ def labelled(path: Path, rows: list[tuple[str, int]]) -> Path:
         ("labels", [("a film", 1), ("a story", 0)], [("a cast", 1)], {}, ["1 of 1 held-out", "both kinds"]),
         ("repeated texts", [("a film", 1), ("A  film", 0)], None, {}, ["1 with the other label", "Drop those texts"]),
         ("held-out texts", [("a film", 1), ("a story", 0)], [("a film", 1), ("b", 0)], {}, ["1 of 2", "--test_data"]),
-        ("clips", None, None, {"clip_tokens": "[8,200]"}, ["context 128", "Lower the second number"]),
+        ("excerpts", None, None, {"excerpt_tokens": "[8,200]"}, ["context 128", "Lower the second number"]),
         ("pad token", None, None, {"pad_token": "<eos>"}, ["distinct from EOS", "--pad_token"]),
         ("vocabulary", [("hello", 1), ("a story", 0)], None, {"model": "more"}, ["1 ids in use have none: 400"]),
         ("model", None, None, {"model": "./none"}, ["check the path"]),
@@ -212,10 +221,10 @@ def test_what_is_wrong_with_labelled_texts_is_found(
     model_command: Command, good: Path, tmp_path: Path, check: str, rows: Any, test: Any, more: Any, pieces: list[str]
 ) -> None:
     planted.tokenizer_of(planted.policy(good, tmp_path / "more"), planted.longer())
-    settings = {"model": good / "policy", "data": good / "reviews.csv", "clip_tokens": "[2,24]"} | more
+    settings = {"model": good / "policy", "data": good / "reviews.csv", "excerpt_tokens": "[2,24]"} | more
     if rows is not None:
         fine = [("b", 0), ("c", 1)] if test is None else test
         settings |= {"data": labelled(tmp_path / "d.csv", rows), "test_data": labelled(tmp_path / "t.csv", fine)}
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     one = findings(model_command("doctor", "--stage", "reward", *words, "--json"))[check]
-    assert one["level"] == "fail" and all(piece in f"{one['found']} {one['mend']}" for piece in pieces), one
+    assert one["level"] == "fail" and all(piece in f"{one['found']} {one['fix']}" for piece in pieces), one

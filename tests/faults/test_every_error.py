@@ -127,7 +127,7 @@ def test_a_folder_of_another_configuration(apportion: Command, tmp_path: Path, r
 def test_no_room_on_the_disk(python: Command, world: Path, tiny: ModuleType) -> None:
     # a full file system of its own is tried in test_disk_errors.py; here a file that may not grow
     script = f'ulimit -f 8; exec "{sys.executable}" -m apportion reward "$@"'
-    flags = ("--model", world / "policy", "--data", world / "reviews.csv", "--output", "run", "--clips", 8)
+    flags = ("--model", world / "policy", "--data", world / "reviews.csv", "--output", "run", "--excerpts", 8)
     done = python("-c", RUN_SHELL, script, *flags)
     assert done.code == 2 and "Traceback" not in done.err, done.err
     assert "output: got 'run (" in done.err and "File too large" in done.err

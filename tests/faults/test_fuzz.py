@@ -44,7 +44,7 @@ def test_tables_that_were_found(suffix: str, content: bytes) -> None:
         ("rl", "credit: &a [*a]\n", []),
         ("rl", "steps: !!timestamp x\n", []),
         ("rl", None, [("credit", "!!bool perhaps")]),
-        ("reward", "<<: {clips: 3}\n", []),
+        ("reward", "<<: {excerpts: 3}\n", []),
         ("rl", "credit: {class_path: os.getcwd}\n", []),
     ],
 )

@@ -65,7 +65,7 @@ def test_an_unfit_model_is_named(
 def test_a_token_without_an_embedding_is_named_before_it_is_learned_from(
     model_command: Command, world: Path, broken: Path
 ) -> None:
-    data = ("--data", world / "reviews.csv", "--output", "run", "--clips", 16, "--batch_size", 4)
+    data = ("--data", world / "reviews.csv", "--output", "run", "--excerpts", 16, "--batch_size", 4)
     done = model_command("reward", "--model", broken / "other-vocabulary", *data)
     done.assert_refused("model's tokenizer: got \"'film' (400)", "below the model's 400 embeddings", "resize_token")
 
@@ -76,7 +76,7 @@ def test_generation_settings_that_cannot_be_are_named(
 ) -> None:
     file = tiny.save_policy(tmp_path / "m") / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
-    model_command("rl", *rl_flags, "--policy", "m").assert_refused("m/generation_config.json: got ", "Mend it")
+    model_command("rl", *rl_flags, "--policy", "m").assert_refused("m/generation_config.json: got ", "Fix it")
 
 
 def test_an_encoder_is_a_reward_model(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
@@ -133,12 +133,12 @@ def test_a_conversation_needs_a_chat_template(model_command: Command, tmp_path: 
     done.assert_refused("prompts: got", "chat template", "Give prompts as text")
 
 
-@pytest.mark.parametrize(("name", "came"), [("nan-head", "nan"), ("inf-head", "inf")])
+@pytest.mark.parametrize(("name", "got"), [("nan-head", "nan"), ("inf-head", "inf")])
 def test_a_score_that_is_no_number_teaches_nothing(
-    model_command: Command, tmp_path: Path, broken: Path, rl_flags: list[str], name: str, came: str
+    model_command: Command, tmp_path: Path, broken: Path, rl_flags: list[str], name: str, got: str
 ) -> None:
     done = model_command("rl", *rl_flags, "--reward_model", broken / name)
-    done.assert_refused("score of rollout 0: got", came, "a finite number", "A failure never becomes a reward")
+    done.assert_refused("score of rollout 0: got", got, "a finite number", "A failure never becomes a reward")
     run = tmp_path / "run"
     assert not (run / "metrics.jsonl").exists() and not (run / "rollouts.jsonl").exists()
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
@@ -162,7 +162,7 @@ def test_the_rollout_of_a_bad_score_is_named_by_its_place_in_the_batch(
 @pytest.mark.parametrize(
     ("rank", "pieces"),
     [
-        (0, ["loss of 3 updates in a row (guards.max_skipped): got inf", "run/stopped/step-4"]),
+        (0, ["loss of 3 updates in a row (monitors.max_skipped): got inf", "run/stopped/step-4"]),
         (4, ["log-probabilities in rollout 0: got nan"]),  # it cannot sample any more
     ],
 )
@@ -175,7 +175,18 @@ def test_training_that_diverges_says_so(
 
 
 def test_a_reward_model_that_diverges_says_so(model_command: Command, world: Path) -> None:
-    flags = ("--data", world / "reviews.csv", "--output", "run", "--clips", 64, "--batch_size", 4, "--optim.lr", "1e30")
+    flags = (
+        "--data",
+        world / "reviews.csv",
+        "--output",
+        "run",
+        "--excerpts",
+        64,
+        "--batch_size",
+        4,
+        "--optim.lr",
+        "1e30",
+    )
     done = model_command("reward", "--model", world / "policy", *flags)
     before = done.err[: done.err.index("apportion:")]
     done.assert_refused("of 3 updates in a row (max_skipped): got", "finite number", "ower optim.lr", before=before)
@@ -184,9 +195,9 @@ def test_a_reward_model_that_diverges_says_so(model_command: Command, world: Pat
 def test_other_settings_that_do_not_fit_the_model(model_command: Command, world: Path, rl_flags: list[str]) -> None:
     done = model_command("rl", *rl_flags, "--lora.targets", "[q_proj, nope]")
     done.assert_refused("lora.targets: got ['q_proj', 'nope']", "v_proj", "Use attention, all")
-    data = ("--data", world / "reviews.csv", "--output", "reward", "--clip_tokens", "[8, 200]")
+    data = ("--data", world / "reviews.csv", "--output", "reward", "--excerpt_tokens", "[8, 200]")
     done = model_command("reward", "--model", world / "policy", *data)
-    done.assert_refused("clip_tokens: got [8, 200]", "context of 128 tokens", "Lower the second number")
+    done.assert_refused("excerpt_tokens: got [8, 200]", "context of 128 tokens", "Lower the second number")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

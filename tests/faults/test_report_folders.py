@@ -25,7 +25,7 @@ FOLDER: dict[str, Any] = {
     "config.yaml": {"stage": "rl", "credit": ["attention", {"mix": 0.8}], "optim": {"lr": 1e-4}},
     "status.json": {"stage": "rl", "status": "finished", "name": "mine"},
     "metrics.jsonl": [
-        {"step": i, "objective/scores": 0.1 * i, "loss/reward": 1.0, "guards/kl": 1.0, "guards/skipped_updates": 2}
+        {"step": i, "objective/scores": 0.1 * i, "loss/reward": 1.0, "monitors/kl": 1.0, "monitors/skipped_updates": 2}
         for i in range(40)
     ],
     "rollouts.jsonl": [
@@ -113,7 +113,7 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
     "methods in a list": ("diagnosis.json", {"methods": ["a"]}, "methods that are no objects; left out"),
     "methods that say nothing": ("diagnosis.json", {"methods": {"a": 1}}, "methods that are no objects; left out"),
     "an end that is none": ("rollouts.jsonl", [{"tokens": ["a"], "ended": {"a": float("nan")}}], 'id="credit"'),
-    "an end of updates": ("metrics.jsonl", [{"guards/skipped_updates": 1e308}] * 2, "updates were skipped"),
+    "an end of updates": ("metrics.jsonl", [{"monitors/skipped_updates": 1e308}] * 2, "updates were skipped"),
     "a sum beyond all": ("metrics.jsonl", [{"step": i, "mine": 1.7e308} for i in range(40)], "further metrics"),
     "a text that is nested": ("samples.jsonl", json.loads("[" * 900 + "]" * 900), "line 1 skipped"),
 }

@@ -35,7 +35,11 @@ from apportion.training.run_folder import Run
 from apportion.training.signals import Signals
 from apportion.training.state import Tensors
 
-FILES = (MANIFEST, PROGRESS, *(f"{name}.safetensors" for name in ("weights", "optimizer", "state", "guards", "random")))
+FILES = (
+    MANIFEST,
+    PROGRESS,
+    *(f"{name}.safetensors" for name in ("weights", "optimizer", "state", "monitors", "random")),
+)
 SAME = {"weights": True, "logs": True, "rows_lost": 0, "rows_doubled": 0}
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
 HERE = Path(__file__).parent
@@ -219,8 +223,8 @@ def test_what_moved_the_last_bits_is_told(
 ) -> None:
     newest = run / "checkpoints" / "step-3"
     progress = json.loads((newest / PROGRESS).read_text())
-    assert progress["surroundings"]["threads"] == 1 and progress["surroundings"]["deterministic"] is True
-    progress["surroundings"]["torch"] = "1.0"
+    assert progress["run_environment"]["threads"] == 1 and progress["run_environment"]["deterministic"] is True
+    progress["run_environment"]["torch"] = "1.0"
     (newest / PROGRESS).write_text(json.dumps(progress))
     (newest / MANIFEST).write_text(manifest(newest))
     assert resumed(models, run, whole) == 3
@@ -248,7 +252,7 @@ def test_another_model_under_a_checkpoint_is_refused(models: Path, run: Path, tm
 def test_a_run_goes_on_on_the_kind_of_device_that_it_began_on(models: Path, run: Path) -> None:
     newest = run / "checkpoints" / "step-3"
     progress = json.loads((newest / PROGRESS).read_text())
-    progress["surroundings"]["device of policy"] = "NVIDIA H200"
+    progress["run_environment"]["device of policy"] = "NVIDIA H200"
     (newest / PROGRESS).write_text(json.dumps(progress))
     (newest / MANIFEST).write_text(manifest(newest))
     log = (run / "metrics.jsonl").read_bytes()
@@ -355,8 +359,8 @@ def test_a_final_save_that_fails_leaves_nothing_and_says_what_it_wants(
 
 
 def reward_config(models: Path, output: Path, **changes: Any) -> RewardConfig:
-    chosen = {"model": models / "policy", "data": models / "reviews.csv", "output": output, "clips": 40}
-    chosen |= {"clip_tokens": "[4, 12]", "batch_size": 8, "probe_clips": 20, "lora.rank": 4, "dtype": "float32"}
+    chosen = {"model": models / "policy", "data": models / "reviews.csv", "output": output, "excerpts": 40}
+    chosen |= {"excerpt_tokens": "[4, 12]", "batch_size": 8, "probe_excerpts": 20, "lora.rank": 4, "dtype": "float32"}
     chosen |= {"checkpoint_every": 2, "device": "cpu"} | changes
     return parse(RewardConfig, "reward", [str(w) for k, v in chosen.items() for w in (f"--{k}", v)]).config
 

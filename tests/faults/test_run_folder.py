@@ -22,7 +22,7 @@ from apportion.training import crash_dump, run_folder
 from apportion.training.run_folder import Follower, Run
 from apportion.training.session import enough_memory
 
-SETTINGS = {"steps": 1, "checkpoint_every": 2, "guards": {"kl": "warn"}}
+SETTINGS = {"steps": 1, "checkpoint_every": 2, "monitors": {"kl": "warn"}}
 
 
 def opened(path: Path | str, **more: Any) -> Run:
@@ -239,7 +239,7 @@ def test_a_name_that_is_no_utf8_ends_up_in_status_and_settings(tmp_path: Path) -
 def test_settings_that_changed_on_the_way_are_in_config_yaml(tmp_path: Path) -> None:
     begun(tmp_path / "run")
     stored = tmp_path / "run" / "config.yaml"
-    changed = {"checkpoint_every": 7, "guards": {"kl": "stop"}, "max_skipped": 5, "device": "cpu"}
+    changed = {"checkpoint_every": 7, "monitors": {"kl": "stop"}, "max_skipped": 5, "device": "cpu"}
     opened(tmp_path / "run", **changed)
     assert yaml.safe_load(stored.read_text()) == SETTINGS | changed
     written = stored.stat().st_mtime_ns
@@ -297,7 +297,7 @@ import os, signal, sys
 from apportion import stderr
 from apportion.commands.terminal import note
 from apportion.runs import Run
-from apportion.stages.guards import announce
+from apportion.stages.monitors import announce
 from apportion.stages.signals import Signals
 from pathlib import Path
 run = Run(Path("run"), "rl")

@@ -287,7 +287,7 @@ def test_the_command_leaves_them_out_and_says_so(
 def test_a_reward_model_learns_from_the_good_rows(model_command: Command, tmp_path: Path, world: Path) -> None:
     rows = (world / "reviews.csv").read_text().splitlines()
     (tmp_path / "a.csv").write_text("\n".join([*rows[:5], "ragged", *rows[5:]]) + "\n")
-    flags = ("--data", "a.csv", "--output", "run", "--clips", 8, "--batch_size", 4, "--probe_clips", 0)
+    flags = ("--data", "a.csv", "--output", "run", "--excerpts", 8, "--batch_size", 4, "--probe_excerpts", 0)
     done = model_command("reward", "--model", world / "policy", *flags, "--skip_bad_rows")
     done.assert_done()
     assert "warning: 1 bad row left out" in done.err

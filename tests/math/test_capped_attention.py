@@ -43,10 +43,10 @@ WEIGHT = st.one_of(st.just(0.0), st.floats(2.0**-20, 1.0, width=32), st.sampled_
 
 @given(weights=st.lists(WEIGHT, min_size=1, max_size=12), cap=st.floats(0.02, 1.0))
 def test_against_water_filling(weights, cap):
-    came = shares(weights, cap=cap)
-    torch.testing.assert_close(came.double(), torch.tensor(water_fill(weights, cap)).double(), rtol=1e-4, atol=2e-6)
-    assert came.max() <= max(cap, 1 / len(weights)) + 1e-6
-    assert (came >= 0).all()
+    got = shares(weights, cap=cap)
+    torch.testing.assert_close(got.double(), torch.tensor(water_fill(weights, cap)).double(), rtol=1e-4, atol=2e-6)
+    assert got.max() <= max(cap, 1 / len(weights)) + 1e-6
+    assert (got >= 0).all()
 
 
 def test_against_water_filling_in_a_batch_with_holes():
@@ -55,21 +55,21 @@ def test_against_water_filling_in_a_batch_with_holes():
     mask[0] = False
     mass = torch.rand(64, 20, generator=generator) ** 8
     rollouts = helpers.rollouts(mask, ["reward_attention"], reward_attention=mass)
-    came = credit.attention(mix=1.0, cap=0.15).share(rollouts)
+    got = credit.attention(mix=1.0, cap=0.15).share(rollouts)
     for row in range(64):
         kept = mass[row][mask[row]].tolist()
         if kept:
-            torch.testing.assert_close(came[row][mask[row]], torch.tensor(water_fill(kept, 0.15)), rtol=1e-4, atol=2e-6)
-    assert (came[~mask] == 0).all()
+            torch.testing.assert_close(got[row][mask[row]], torch.tensor(water_fill(kept, 0.15)), rtol=1e-4, atol=2e-6)
+    assert (got[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("full", range(1, 11))
 def test_tokens_at_the_cap_beside_tokens_of_no_weight_stay_non_negative(full):
     """`full` equal tokens at 1/`full` and as many without weight: rounding must not leave a negative share."""
     for cap in (1.0 / full, 0.9 / full, 0.5 / full):
-        came = shares([1.0] * full + [0.0] * full + [1e-6], cap=cap)
-        assert (came >= 0).all(), came
-        assert abs(float(came.sum()) - 1.0) < 1e-5
+        got = shares([1.0] * full + [0.0] * full + [1e-6], cap=cap)
+        assert (got >= 0).all(), got
+        assert abs(float(got.sum()) - 1.0) < 1e-5
 
 
 def test_a_tiny_cap_is_uniform_and_does_not_take_ages():

@@ -31,8 +31,8 @@ def rewards(method: credit.Credit) -> Tensor:
     return credit.apply(method, example())[0]
 
 
-def assert_equal(came: Tensor, expected: list[list[float]]) -> None:
-    torch.testing.assert_close(came, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+def assert_equal(got: Tensor, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
 TABLE = [

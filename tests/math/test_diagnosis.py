@@ -17,7 +17,7 @@ from mdp import EOS, Problem, World, enumerate_world, expected_gradient, random_
 
 from apportion import Rollouts, advantages, credit, losses, segments
 from apportion.stages.diagnose import gradients as estimates
-from apportion.stages.diagnose.candidates import Contender
+from apportion.stages.diagnose.candidates import Candidate
 from apportion.stages.diagnose.gradients import Gradients
 
 PROBLEMS = {"fixed length": (3, 3, False), "free end": (3, 4, True)}
@@ -61,8 +61,8 @@ def measured(request: pytest.FixtureRequest) -> tuple[World, Gradients, dict[str
     whole = estimates.centred_scores(rollouts.scores, rollouts.group)
     found = {"true": torch.where(rollouts.mask, whole[:, None], 0.0)}
     for name, make in CREDITS.items():
-        contender = Contender(make(), segments.tokens(), advantages.gae(lam=1.0))
-        found[name] = contender.advantages(rollouts)[0]
+        candidate = Candidate(make(), segments.tokens(), advantages.gae(lam=1.0))
+        found[name] = candidate.advantages(rollouts)[0]
     rows = {name: (a[..., None] * steps).sum(dim=1) for name, a in found.items()}
     gradients = Gradients(
         {name: by_unit(g) for name, g in rows.items()},
@@ -196,7 +196,7 @@ def test_a_named_algorithm_weighs_tokens_as_the_first_step_of_its_loss() -> None
     expected["grpo"] = losses.grpo(kl_coef=0.04), by_length
     expected["gspo"] = losses.gspo(), by_length
     for name, (loss, weights) in expected.items():
-        made = Contender(credit.sparse(), segments.whole_response(), advantages.group_relative(std=False), loss)
+        made = Candidate(credit.sparse(), segments.whole_response(), advantages.group_relative(std=False), loss)
         torch.testing.assert_close(made.advantages(batch)[0], weights, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -206,14 +206,14 @@ def test_macro_actions_and_groups_with_a_free_end() -> None:
     rollouts, steps = sampled(world, seed=0)
     whole = segments.whole_response()
     made = {
-        "macro": Contender(credit.sparse(), segments.ngrams(n=2), advantages.gae(lam=1.0), losses.ppo()),
-        "rloo": Contender(credit.sparse(), whole, advantages.leave_one_out(), losses.reinforce()),
-        "dr-grpo": Contender(credit.sparse(), whole, advantages.group_relative(std=False), losses.dr_grpo()),
-        "grpo": Contender(credit.sparse(), whole, advantages.group_relative(std=False), losses.grpo()),
+        "macro": Candidate(credit.sparse(), segments.ngrams(n=2), advantages.gae(lam=1.0), losses.ppo()),
+        "rloo": Candidate(credit.sparse(), whole, advantages.leave_one_out(), losses.reinforce()),
+        "dr-grpo": Candidate(credit.sparse(), whole, advantages.group_relative(std=False), losses.dr_grpo()),
+        "grpo": Candidate(credit.sparse(), whole, advantages.group_relative(std=False), losses.grpo()),
     }
     scores = estimates.centred_scores(rollouts.scores, rollouts.group)
     found = {"true": torch.where(rollouts.mask, scores[:, None], 0.0)}
-    found |= {name: contender.advantages(rollouts)[0] for name, contender in made.items()}
+    found |= {name: candidate.advantages(rollouts)[0] for name, candidate in made.items()}
     rows = {name: (a[..., None] * steps).sum(dim=1) for name, a in found.items()}
     squares = {name: by_unit(g.square().sum(dim=1)) for name, g in rows.items()}
     gradients = Gradients({name: by_unit(g) for name, g in rows.items()}, squares)

@@ -111,5 +111,5 @@ def test_macro_gae_over_every_segmenters_ragged_actions_is_its_definition(seed, 
         expected = torch.zeros(2, length, dtype=torch.float64)
         for t, a, g in zip(actions, adv, ret, strict=True):
             expected[0, t], expected[1, t] = a, g
-        came = torch.stack([out.advantages[i], out.returns[i]]).double()
-        assert (came - expected).abs().max() <= 1e-6 * size
+        got = torch.stack([out.advantages[i], out.returns[i]]).double()
+        assert (got - expected).abs().max() <= 1e-6 * size

@@ -31,9 +31,9 @@ def run(
     return out.advantages[0].tolist(), out.returns[0].tolist()
 
 
-def check(came: tuple[list[float], list[float]], adv: list[float], ret: list[float]) -> None:
-    assert came[0] == pytest.approx(adv, abs=1e-6)
-    assert came[1] == pytest.approx(ret, abs=1e-6)
+def check(got: tuple[list[float], list[float]], adv: list[float], ret: list[float]) -> None:
+    assert got[0] == pytest.approx(adv, abs=1e-6)
+    assert got[1] == pytest.approx(ret, abs=1e-6)
 
 
 # γ=1, λ=.95: δ = (0+.4−.5, 0+.3−.4, 1−.3) = (−.1, −.1, .7)
@@ -48,15 +48,15 @@ def test_text_settings():
 def test_discounting():
     # γ=.9, λ=.5, γλ=.45: δ = (1+.9·2−1, 0+.9·3−2, 2−3) = (1.8, .7, −1)
     # A2 = −1; A1 = .7 − .45 = .25; A0 = 1.8 + .1125 = 1.9125
-    came = run(advantages.gae(gamma=0.9, lam=0.5), [1.0, 0, 2], [1.0, 2, 3])
-    check(came, [1.9125, 0.25, -1], [2.9125, 2.25, 2])
+    got = run(advantages.gae(gamma=0.9, lam=0.5), [1.0, 0, 2], [1.0, 2, 3])
+    check(got, [1.9125, 0.25, -1], [2.9125, 2.25, 2])
 
 
 def test_holes_are_stepped_over():
     """The same numbers, from one True to the next, whatever stands in the holes and after the end."""
-    came = run(advantages.gae(), [NAN, 0, 9, 0, NAN, 1, NAN], [NAN, 0.5, NAN, 0.4, 7, 0.3, NAN], [0, 1, 0, 1, 0, 1, 0])
+    got = run(advantages.gae(), [NAN, 0, 9, 0, NAN, 1, NAN], [NAN, 0.5, NAN, 0.4, 7, 0.3, NAN], [0, 1, 0, 1, 0, 1, 0])
     adv, ret = PLAIN
-    check(came, [0, adv[0], 0, adv[1], 0, adv[2], 0], [0, ret[0], 0, ret[1], 0, ret[2], 0])
+    check(got, [0, adv[0], 0, adv[1], 0, adv[2], 0], [0, ret[0], 0, ret[1], 0, ret[2], 0])
 
 
 def test_a_row_that_was_cut_off_bootstraps():
@@ -66,15 +66,15 @@ def test_a_row_that_was_cut_off_bootstraps():
     expected = ([2.003625, 0.4525, -0.55], [3.003625, 2.4525, 2.45])
     check(run(estimator, [1.0, 0, 2], [1.0, 2, 3], **more), *expected)
     # with padding after the cut, and a hole before
-    came = run(estimator, [1.0, 5, 0, 2, NAN], [1.0, 5, 2, 3, NAN], [1, 0, 1, 1, 0], **more)
-    check(came, *([v[0], 0, v[1], v[2], 0] for v in expected))
+    got = run(estimator, [1.0, 5, 0, 2, NAN], [1.0, 5, 2, 3, NAN], [1, 0, 1, 1, 0], **more)
+    check(got, *([v[0], 0, v[1], v[2], 0] for v in expected))
 
 
 @pytest.mark.parametrize("bootstrap", [0.5, NAN])
 def test_a_row_that_ended_never_reads_the_bootstrap_value(bootstrap):
     for ended in ({"ended": torch.tensor([True])}, {}):
-        came = run(advantages.gae(), [0, 0, 1.0], [0.5, 0.4, 0.3], bootstrap_values=torch.tensor([bootstrap]), **ended)
-        check(came, *PLAIN)
+        got = run(advantages.gae(), [0, 0, 1.0], [0.5, 0.4, 0.3], bootstrap_values=torch.tensor([bootstrap]), **ended)
+        check(got, *PLAIN)
 
 
 # actions {0,1}, {2,3,4}; rewards .1+.2 and 1; δ1 = 1 − V1, δ0 = .3 + V1 − V0, A0 = δ0 + .95·δ1
@@ -119,8 +119,8 @@ def test_the_released_code_of_ma_rlhf_beside_ours():
     rollouts = helpers.rollouts(helpers.bools([[1] * 7]))
     for reproduce, (adv, v) in (("ma-rlhf-code", CODE), (None, OURS)):
         ids = segments.ngrams(reproduce=reproduce)(rollouts)[0].tolist()
-        came = run(advantages.gae(pooling="mean", reproduce=reproduce), rewards, values, ids=ids)
-        check(came, [adv[k] for k in ids], [adv[k] + v[k] for k in ids])
+        got = run(advantages.gae(pooling="mean", reproduce=reproduce), rewards, values, ids=ids)
+        check(got, [adv[k] for k in ids], [adv[k] + v[k] for k in ids])
 
 
 def test_the_released_codes_mean_reward_loses_what_a_sum_keeps():

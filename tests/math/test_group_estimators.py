@@ -28,8 +28,8 @@ def run(method: Estimator, rewards: list[list[float]], group: list[int], **evide
     return method(given_rewards, segments.tokens()(rollouts), rollouts).advantages
 
 
-def assert_near(came: Tensor, expected: list[list[float]], within: float = 1e-5) -> None:
-    torch.testing.assert_close(came, torch.tensor(expected), rtol=0, atol=within)
+def assert_near(got: Tensor, expected: list[list[float]], within: float = 1e-5) -> None:
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=within)
 
 
 # rows of group 8 have Σr = 1, 2, 6 (mean 3, squared deviations 4+1+9 = 14, /2 → std √7 = 2.645751), of group 3 5 and 1
@@ -82,24 +82,24 @@ def test_statistics_count_groups_that_teach_nothing():
 def test_group_methods_against_their_definitions(totals, groups, shift):
     totals, groups = [t + shift for t in totals], groups[: len(totals)]
     rewards = [[t, 0.0] for t in totals]
-    came = {f.__name__: run(f(), rewards, groups)[:, 0].tolist() for f in GROUP_METHODS}
+    got = {f.__name__: run(f(), rewards, groups)[:, 0].tolist() for f in GROUP_METHODS}
     for i, total in enumerate(totals):
         own = [t for t, g in zip(totals, groups, strict=True) if g == groups[i]]
         others = [t for j, (t, g) in enumerate(zip(totals, groups, strict=True)) if g == groups[i] and j != i]
         near = max(own) - min(own) <= 1e-5 * max(map(abs, own))  # the two sides of "equal up to rounding"
         if len(own) == 1 or max(own) == min(own):
-            assert came["group_relative"][i] == came["leave_one_out"][i] == 0
+            assert got["group_relative"][i] == got["leave_one_out"][i] == 0
         elif not near:
             expected = (total - statistics.fmean(own)) / (statistics.stdev(own) + 1e-4)
-            assert came["group_relative"][i] == pytest.approx(expected, abs=2e-4 * (1 + shift / 10))
-            assert came["leave_one_out"][i] == pytest.approx(total - statistics.fmean(others), abs=1e-3)
+            assert got["group_relative"][i] == pytest.approx(expected, abs=2e-4 * (1 + shift / 10))
+            assert got["leave_one_out"][i] == pytest.approx(total - statistics.fmean(others), abs=1e-3)
 
 
 @given(a=st.floats(-100, 100, width=32), b=st.floats(-100, 100, width=32))
 def test_leave_one_out_of_two_is_their_difference(a, b):
-    came = run(advantages.leave_one_out(), [[a], [b]], [0, 0])
+    got = run(advantages.leave_one_out(), [[a], [b]], [0, 0])
     tiny = 1.1e-6 * max(abs(a), abs(b))
-    assert came.squeeze(1).tolist() == pytest.approx([a - b, b - a], rel=1e-5, abs=1e-5 * max(abs(a), abs(b)) + tiny)
+    assert got.squeeze(1).tolist() == pytest.approx([a - b, b - a], rel=1e-5, abs=1e-5 * max(abs(a), abs(b)) + tiny)
 
 
 @pytest.mark.parametrize("length", [3, 7, 64, 500])
@@ -116,8 +116,8 @@ def test_equal_scores_teach_nothing_however_their_credit_rounds(length):
 
 
 def test_huge_totals_do_not_overflow_the_deviation():
-    came = run(advantages.group_relative(), [[1e30], [2e30], [6e30]], [0, 0, 0])
-    assert_near(came, [[-2 / 7**0.5], [-1 / 7**0.5], [3 / 7**0.5]])
+    got = run(advantages.group_relative(), [[1e30], [2e30], [6e30]], [0, 0, 0])
+    assert_near(got, [[-2 / 7**0.5], [-1 / 7**0.5], [3 / 7**0.5]])
 
 
 # --- credit weights ---------------------------------------------------------------------------------------------------
@@ -158,10 +158,10 @@ def test_weights_have_mean_one_and_stay_under_the_cap(rows, mix, cap, seed):
         places = torch.randperm(length, generator=generator)[: len(row)]
         share[i, places] = torch.tensor(row) / sum(row)
         on[i, places] = True
-    came, held = credit_weights(share, on, mix, cap)
-    assert (came[~on] == 0).all() and not held[~on].any() and (came >= 0).all()
+    got, held = credit_weights(share, on, mix, cap)
+    assert (got[~on] == 0).all() and not held[~on].any() and (got >= 0).all()
     for i in range(len(rows)):
-        own = came[i][on[i]]
+        own = got[i][on[i]]
         assert float(own.mean()) == pytest.approx(1.0, abs=1e-5)
         assert cap is None or float(own.max()) <= cap * (1 + 1e-6)
         assert own.tolist() == pytest.approx(weights_by_loop(share[i][on[i]].tolist(), mix, cap), rel=1e-3, abs=1e-4)
@@ -170,8 +170,8 @@ def test_weights_have_mean_one_and_stay_under_the_cap(rows, mix, cap, seed):
 def test_weights_by_hand():
     on = torch.ones(1, 4, dtype=torch.bool)
     # β=1: 4·share = 2.4 1.2 .4 0; the cap 1.5 leaves 2.5 for 1.2 + .4: ×1.5625 = 1.875 .625; again: 1 for .4: ×2.5
-    came, held = credit_weights(torch.tensor([[0.6, 0.3, 0.1, 0.0]]), on, 1.0, 1.5)
-    assert_near(came, [[1.5, 1.5, 1.0, 0.0]])
+    got, held = credit_weights(torch.tensor([[0.6, 0.3, 0.1, 0.0]]), on, 1.0, 1.5)
+    assert_near(got, [[1.5, 1.5, 1.0, 0.0]])
     assert held.tolist() == [[True, True, False, False]]
     # all of the credit on one token: the others have no weight to scale up and share what is left evenly
     assert_near(credit_weights(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), on, 1.0, 3.0)[0], [[1 / 3, 3.0, 1 / 3, 1 / 3]])
@@ -187,11 +187,11 @@ def test_credit_weighs_the_advantage_and_keeps_its_mean(factory):
     share = torch.tensor([[0.5, 0.3, 0.2, NAN], [0.0, 1.0, NAN, NAN], [0.0, 0, 0, 0]])
     rewards = [[1.0, 0, 0, NAN], [0, 4.0, NAN, NAN], [0, 0, 0, 2.0]]
     plain = run(factory(), rewards, [0, 0, 0])
-    came = run(factory(credit_mix=0.5), rewards, [0, 0, 0], credit_share=share)
+    got = run(factory(credit_mix=0.5), rewards, [0, 0, 0], credit_share=share)
     # .5 + .5·3·share = 1.25 .95 .8; .5 + .5·2·share = .5 1.5; no mass becomes uniform
     scale = torch.tensor([[1.25, 0.95, 0.8, 0], [0.5, 1.5, 0, 0], [1, 1, 1, 1]])
-    torch.testing.assert_close(came, plain * scale)
-    torch.testing.assert_close(came.sum(dim=1), plain.sum(dim=1))
+    torch.testing.assert_close(got, plain * scale)
+    torch.testing.assert_close(got.sum(dim=1), plain.sum(dim=1))
     mask = ~torch.tensor(rewards).isnan()
     rollouts = helpers.rollouts(mask, ["credit_share"], group=torch.zeros(3).long(), credit_share=share)
     found = factory(credit_mix=1.0, cap=1.6).stats(torch.tensor(rewards), segments.tokens()(rollouts), rollouts)
@@ -207,15 +207,15 @@ def test_a_uniform_share_changes_nothing():
     for factory in GROUP_METHODS:
         plain = factory()(rewards, ids, rollouts).advantages
         for mix in (0.3, 1.0):
-            came = factory(credit_mix=mix)(rewards, ids, rollouts.with_evidence(credit_share=share)).advantages
-            torch.testing.assert_close(came, plain)
+            got = factory(credit_mix=mix)(rewards, ids, rollouts.with_evidence(credit_share=share)).advantages
+            torch.testing.assert_close(got, plain)
 
 
 @pytest.mark.parametrize("factory", GROUP_METHODS)
-@pytest.mark.parametrize(("value", "came"), [(-0.5, "-0.5"), (NAN, "nan"), (float("inf"), "inf")])
-def test_a_share_that_is_no_share_is_refused_with_its_rollout(factory, value, came):
+@pytest.mark.parametrize(("value", "got"), [(-0.5, "-0.5"), (NAN, "nan"), (float("inf"), "inf")])
+def test_a_share_that_is_no_share_is_refused_with_its_rollout(factory, value, got):
     share = torch.tensor([[0.5, 0.5], [0.5, value]])
-    with pytest.raises(DataError, match=rf"credit_share'\] of rollout 1: got .*{came}"):
+    with pytest.raises(DataError, match=rf"credit_share'\] of rollout 1: got .*{got}"):
         run(factory(credit_mix=0.5), [[1.0, 0], [0, 1]], [0, 0], credit_share=share)
     with pytest.raises(DataError, match="credit_share"):
         run(factory(credit_mix=0.5), [[1.0, 0], [0, 1]], [0, 0])
@@ -248,9 +248,9 @@ def test_monte_carlo_is_gae_with_no_critic_and_lambda_one(seed, gamma):
     rollouts = helpers.rollouts(mask, ["values"], seed=seed, values=torch.zeros(4, 7))
     rewards = helpers.poison(torch.randn(4, 7, generator=torch.Generator().manual_seed(seed)), mask)
     ids = segments.tokens()(rollouts)
-    came = advantages.monte_carlo(gamma)(rewards, ids, rollouts)
+    got = advantages.monte_carlo(gamma)(rewards, ids, rollouts)
     expected = advantages.gae(gamma, 1.0)(rewards, ids, rollouts)
-    torch.testing.assert_close(came.advantages, expected.advantages, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.advantages, expected.advantages, rtol=1e-4, atol=1e-5)
 
 
 def test_reinforce_pp_by_hand():
@@ -258,9 +258,9 @@ def test_reinforce_pp_by_hand():
     given_batch = actions(
         [[1.0, 3, NAN], [NAN, 2, NAN], [5, NAN, NAN]], [[0, 1, -1], [-1, 0, -1], [0, -1, -1]], [6, 6, 2]
     )
-    came = advantages.reinforce_pp(baseline="group")(*given_batch)
-    assert_near(came.advantages, [[1.0, 0, 0], [0, -1, 0], [0, 0, 0]])
-    assert_near(came.returns, [[4.0, 3, 0], [0, 2, 0], [5, 0, 0]])
+    got = advantages.reinforce_pp(baseline="group")(*given_batch)
+    assert_near(got.advantages, [[1.0, 0, 0], [0, -1, 0], [0, 0, 0]])
+    assert_near(got.returns, [[4.0, 3, 0], [0, 2, 0], [5, 0, 0]])
     assert_near(
         advantages.reinforce_pp(baseline="group", gamma=0.5)(*given_batch).advantages,
         [[1.0, 0, 0], [0, -1, 0], [0, 0, 0]],
@@ -271,8 +271,8 @@ def test_reinforce_pp_by_hand():
 
 def test_with_the_score_at_the_end_the_group_baseline_is_the_group_methods():
     rewards = [[0.0, 0, 3], [0, 1, NAN], [0, 5, NAN], [2, NAN, NAN]]
-    came = run(advantages.reinforce_pp(baseline="group"), rewards, [0, 1, 0, 1])
-    torch.testing.assert_close(came, run(advantages.group_relative(std=False), rewards, [0, 1, 0, 1]))
+    got = run(advantages.reinforce_pp(baseline="group"), rewards, [0, 1, 0, 1])
+    torch.testing.assert_close(got, run(advantages.group_relative(std=False), rewards, [0, 1, 0, 1]))
 
 
 # --- vine -------------------------------------------------------------------------------------------------------------
@@ -294,9 +294,9 @@ def test_vine_is_gae_at_lambda_zero_with_those_values():
     rollouts = helpers.rollouts(mask, ["values"], seed=3)
     rewards, ids = torch.randn(5, 8), segments.tokens()(rollouts)
     expected = advantages.gae(lam=0.0)(rewards, ids, rollouts)
-    came = advantages.vine()(rewards, ids, rollouts.with_evidence(vine_values=rollouts.evidence["values"]))
-    torch.testing.assert_close(came.advantages, expected.advantages)
-    torch.testing.assert_close(came.returns, expected.returns)
+    got = advantages.vine()(rewards, ids, rollouts.with_evidence(vine_values=rollouts.evidence["values"]))
+    torch.testing.assert_close(got.advantages, expected.advantages)
+    torch.testing.assert_close(got.returns, expected.returns)
 
 
 def test_vine_asks_for_its_samples_and_refuses_values_that_are_not_finite():

@@ -13,8 +13,8 @@ from apportion import losses, masking, segments
 NAN = float("nan")
 
 
-def assert_approx(came: torch.Tensor, expected: float) -> None:
-    assert came.item() == pytest.approx(expected, abs=1e-5)
+def assert_approx(got: torch.Tensor, expected: float) -> None:
+    assert got.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_clipped_policy_by_hand():
@@ -90,9 +90,9 @@ def test_nothing_off_the_mask_reaches_the_policy_loss_or_its_gradient(dirty, val
 
 def test_entropy_ignores_banned_tokens_and_their_gradient():
     logits = torch.tensor([[0.0, 0, float("-inf")], [1.0, 1, 1]], requires_grad=True)
-    came = losses.entropy_of(logits)
-    torch.testing.assert_close(came, torch.tensor([2.0, 3]).log())
-    (grad,) = torch.autograd.grad(came.sum(), logits)
+    got = losses.entropy_of(logits)
+    torch.testing.assert_close(got, torch.tensor([2.0, 3]).log())
+    (grad,) = torch.autograd.grad(got.sum(), logits)
     assert torch.isfinite(grad).all()
 
 
@@ -120,8 +120,8 @@ def test_whitening_is_the_same_over_two_processes():
         def reduce(local: torch.Tensor, calls=calls) -> torch.Tensor:
             return local + torch.stack(next(calls))
 
-        came = masking.whiten(x[mine], mask[mine], reduce=reduce)
-        torch.testing.assert_close(came, whole[mine], rtol=1e-4, atol=1e-5)
+        got = masking.whiten(x[mine], mask[mine], reduce=reduce)
+        torch.testing.assert_close(got, whole[mine], rtol=1e-4, atol=1e-5)
 
 
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 4), length=st.integers(1, 9))

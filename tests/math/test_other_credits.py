@@ -23,8 +23,8 @@ def apply(method: credit.Credit, **given: Tensor) -> Tensor:
     return credit.apply(method, helpers.rollouts(MASK, [*given], scores=SCORES, **given))[0]
 
 
-def assert_equal(came: Tensor, expected: list[list[float]]) -> None:
-    torch.testing.assert_close(came, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+def assert_equal(got: Tensor, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
 # after tokens 0..3; the last entries are the scores, as the reward model gives them

@@ -107,8 +107,8 @@ def test_gspo_by_hand_where_the_clip_holds():
 
 def test_overlong_penalty_by_hand():
     # limit 10, buffer 4: nothing up to 6, then a quarter a token, −1 from 10 on
-    came = losses.overlong_penalty(torch.tensor([1, 6, 7, 9, 10, 50]), limit=10, buffer=4)
-    assert came.tolist() == [0, 0, -0.25, -0.75, -1, -1] and came.dtype == torch.float32
+    got = losses.overlong_penalty(torch.tensor([1, 6, 7, 9, 10, 50]), limit=10, buffer=4)
+    assert got.tolist() == [0, 0, -0.25, -0.75, -1, -1] and got.dtype == torch.float32
     assert losses.overlong_penalty(torch.tensor([0, 3]), limit=3, buffer=3).tolist() == [0, -1]
     for limit, buffer in ((3, 4), (3, 0)):
         with pytest.raises(ConfigError, match="overlong_penalty"):
@@ -307,12 +307,12 @@ def test_half_precision_is_computed_in_float32(name):
     logprobs, rollouts, adv, ids = batch(3)
     halves = helpers.cast(rollouts, torch.bfloat16)
     rounded = logprobs.detach().bfloat16()
-    came, _ = method.terms(rounded, halves, adv.bfloat16(), rollouts.mask, ids)
+    got, _ = method.terms(rounded, halves, adv.bfloat16(), rollouts.mask, ids)
     expected, _ = method.terms(
         rounded.float(), helpers.cast(halves, torch.float32), adv.bfloat16().float(), rollouts.mask, ids
     )
-    assert came.dtype == torch.float32
-    torch.testing.assert_close(came, expected, rtol=0, atol=0)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_denominators_count_rows_tokens_and_actions_on_the_mask_alone():

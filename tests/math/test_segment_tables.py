@@ -99,7 +99,7 @@ def test_perplexity_is_its_definition(seed, length):
     mask = torch.rand(3, length, generator=generator) < 0.8
     reference = -torch.randint(0, 12, mask.shape, generator=generator) / 4
     rollouts = helpers.rollouts(mask, ["reference_logprobs"], reference_logprobs=reference)
-    came = segments.perplexity()(rollouts)
+    got = segments.perplexity()(rollouts)
     for i in range(3):
         expected: list[list[float]] = []
         for x in (-reference[i][mask[i]]).double().tolist():
@@ -108,7 +108,7 @@ def test_perplexity_is_its_definition(seed, length):
                 action.append(x)
             else:
                 expected.append([x])
-        assert came[i][mask[i]].tolist() == [k for k, action in enumerate(expected) for _ in action]
+        assert got[i][mask[i]].tolist() == [k for k, action in enumerate(expected) for _ in action]
 
 
 def test_entropy():

@@ -86,8 +86,8 @@ WALKS = [
 @pytest.mark.parametrize(("most", "tokens", "expected"), WALKS)
 def test_the_walk_over_a_tree(most, tokens, expected):
     first = phrases.actions(HEADS, tokens, most)
-    came = [" ".join(WORDS[i:j]) for i, j in zip(first, [*first[1:], None], strict=True)]
-    assert came == expected
+    got = [" ".join(WORDS[i:j]) for i, j in zip(first, [*first[1:], None], strict=True)]
+    assert got == expected
 
 
 def test_a_phrase_that_others_interrupt_is_taken_apart():

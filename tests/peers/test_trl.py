@@ -75,8 +75,8 @@ def ppo_run(released: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     return get
 
 
-def assert_same(came: Tensor, expected: Tensor, within: float = 2e-6) -> None:
-    torch.testing.assert_close(came, expected, rtol=within, atol=within)
+def assert_same(got: Tensor, expected: Tensor, within: float = 2e-6) -> None:
+    torch.testing.assert_close(got, expected, rtol=within, atol=within)
 
 
 def rollouts_of(batch: dict[str, Tensor], mask: Tensor) -> Rollouts:
@@ -121,10 +121,10 @@ def test_our_score_is_on_eos_and_trls_on_the_pad_after_it(ppo_run):
 def test_gae_and_whitening_equal_trls_on_trls_rewards_and_positions(ppo_run):
     batch = ppo_run(1)["batch"]
     longer = rollouts_of(batch, ~batch["padding_mask_p1"])  # TRL's rows have one step more than tokens
-    came = advantages.gae(GAMMA, LAMBDA)(batch["rewards"], segments.tokens()(longer), longer)
-    assert_same(came.advantages, batch["returns"] - batch["values"], 1e-5)
-    assert_same(came.returns, batch["returns"], 1e-5)
-    assert_same(whiten(came.advantages, ~batch["padding_mask"]), batch["advantages"], 1e-5)
+    got = advantages.gae(GAMMA, LAMBDA)(batch["rewards"], segments.tokens()(longer), longer)
+    assert_same(got.advantages, batch["returns"] - batch["values"], 1e-5)
+    assert_same(got.returns, batch["returns"], 1e-5)
+    assert_same(whiten(got.advantages, ~batch["padding_mask"]), batch["advantages"], 1e-5)
 
 
 def test_gae_on_our_rewards_differs_by_the_value_of_the_pad_alone(ppo_run):

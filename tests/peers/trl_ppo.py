@@ -51,7 +51,7 @@ def kept(frame: Any, names: list[str]) -> dict[str, torch.Tensor]:
     return {n: torch.as_tensor(frame.f_locals[n]).detach().clone() for n in names}
 
 
-def watch(trainer: PPOTrainer) -> dict[str, Any]:
+def monitor(trainer: PPOTrainer) -> dict[str, Any]:
     """Return a record that fills while `trainer` trains."""
     record: dict[str, Any] = {"steps": []}
     empty_cache, backward = ppo_trainer.empty_cache, trainer.accelerator.backward
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     target, accumulate = Path(sys.argv[1]), int(sys.argv[2])
     trainer = make(target.parent / "run", accumulate)
-    record = watch(trainer)
+    record = monitor(trainer)
     trainer.train()
     record["log"] = {k: v for k, v in trainer.state.log_history[-1].items() if isinstance(v, (int, float))}
     torch.save(record, target)

@@ -138,7 +138,7 @@ def test_a_checkpoint_holds_weights_moments_controller_and_randomness(world: Pat
         "weights.safetensors",
         "optimizer.safetensors",
         "state.safetensors",
-        "guards.safetensors",
+        "monitors.safetensors",
         "progress.json",
         "manifest.json",
         "random.safetensors",

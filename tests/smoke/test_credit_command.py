@@ -81,21 +81,21 @@ def test_score_and_credit_are_the_models_own(
 ) -> None:
     """Prompt and special tokens are read by the model and get nothing; the text's tokens share the whole score."""
     flags = ["--prompt", prompt] if prompt else []
-    came = found(capsys, "--model", world / name, "--text", TEXT, *flags)
+    got = found(capsys, "--model", world / name, "--text", TEXT, *flags)
     score, attention = by_hand(world / name, TEXT, prompt)
-    assert came["score"] == pytest.approx(score, abs=1e-5) and came["prompt"] == prompt
-    assert "".join(came["tokens"]) == TEXT and len(came["ids"]) == len(came["tokens"])
-    assert set(came["methods"]) == {"attention", "uniform", "sparse"}
-    for values in came["methods"].values():
-        assert len(values) == len(came["tokens"])
-        assert sum(values) == pytest.approx(came["score"], abs=1e-5 * max(1, abs(score)))
+    assert got["score"] == pytest.approx(score, abs=1e-5) and got["prompt"] == prompt
+    assert "".join(got["tokens"]) == TEXT and len(got["ids"]) == len(got["tokens"])
+    assert set(got["methods"]) == {"attention", "uniform", "sparse"}
+    for values in got["methods"].values():
+        assert len(values) == len(got["tokens"])
+        assert sum(values) == pytest.approx(got["score"], abs=1e-5 * max(1, abs(score)))
     kept = sum(attention)
-    assert came["kept_mass"] == pytest.approx(kept, abs=1e-5) and (kept < 0.999 or (name != "encoder" and not prompt))
+    assert got["kept_mass"] == pytest.approx(kept, abs=1e-5) and (kept < 0.999 or (name != "encoder" and not prompt))
     expected = [0.8 * a / kept * score for a in attention]
     expected[-1] += 0.2 * score
-    assert came["methods"]["attention"] == pytest.approx(expected, abs=1e-5)
-    assert came["methods"]["sparse"] == pytest.approx([0.0] * (len(attention) - 1) + [score], abs=1e-5)
-    assert came["methods"]["uniform"] == pytest.approx([score / len(attention)] * len(attention), abs=1e-5)
+    assert got["methods"]["attention"] == pytest.approx(expected, abs=1e-5)
+    assert got["methods"]["sparse"] == pytest.approx([0.0] * (len(attention) - 1) + [score], abs=1e-5)
+    assert got["methods"]["uniform"] == pytest.approx([score / len(attention)] * len(attention), abs=1e-5)
 
 
 def test_the_prompt_is_read_though_it_gets_nothing(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,36 +111,36 @@ def test_special_tokens_in_the_text_itself_do_not_move_the_credit(
 ) -> None:
     """A text may begin with the very token that the tokenizer puts before it."""
     flags = ["--prompt", prompt] if prompt else []
-    came = found(capsys, "--model", world / "encoder", "--text", text, *flags, "--method", "{attention: {mix: 1.0}}")
+    got = found(capsys, "--model", world / "encoder", "--text", text, *flags, "--method", "{attention: {mix: 1.0}}")
     score, attention = by_hand(world / "encoder", text, prompt)
     expected = [a / sum(attention) * score for a in attention]
-    assert came["methods"]["attention"] == pytest.approx(expected, abs=1e-5)
-    assert came["ids"] == bert_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert got["methods"]["attention"] == pytest.approx(expected, abs=1e-5)
+    assert got["ids"] == bert_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
 def test_methods_take_settings(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = "[{attention: {mix: 1.0, exclude_self: true}}, sparse]"
-    came = found(capsys, "--model", world / "decoder", "--text", TEXT, "--method", spec)
-    assert set(came["methods"]) == {"attention", "sparse"} and came["methods"]["attention"][-1] == 0.0
-    assert sum(came["methods"]["attention"]) == pytest.approx(came["score"], abs=1e-5)
+    got = found(capsys, "--model", world / "decoder", "--text", TEXT, "--method", spec)
+    assert set(got["methods"]) == {"attention", "sparse"} and got["methods"]["attention"][-1] == 0.0
+    assert sum(got["methods"]["attention"]) == pytest.approx(got["score"], abs=1e-5)
 
 
 def test_methods_that_read_more_than_attention(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prefix scores are those of the text cut short; every method's credit sums to the score."""
     spec = "[prefix_difference, attribution, {shapley: {spans: 3}}]"
     flags = ["--model", world / "decoder", "--prompt", PROMPT, "--text", TEXT, "--method", spec]
-    came = found(capsys, *flags)
-    assert set(came["methods"]) == {"prefix_difference", "attribution", "shapley"}
-    for values in came["methods"].values():
-        assert sum(values) == pytest.approx(came["score"], abs=1e-4 * max(1, abs(came["score"])))
+    got = found(capsys, *flags)
+    assert set(got["methods"]) == {"prefix_difference", "attribution", "shapley"}
+    for values in got["methods"].values():
+        assert sum(values) == pytest.approx(got["score"], abs=1e-4 * max(1, abs(got["score"])))
     tokenizer = AutoTokenizer.from_pretrained(world / "decoder")
     model = AutoModelForSequenceClassification.from_pretrained(world / "decoder").eval()
     before = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        logits = [model(torch.tensor([before + came["ids"][:n]])).logits[0] for n in range(1, len(came["ids"]) + 1)]
+        logits = [model(torch.tensor([before + got["ids"][:n]])).logits[0] for n in range(1, len(got["ids"]) + 1)]
     scores = [float(row[1] - row[0]) for row in logits]
     moves = [scores[0], *(b - a for a, b in itertools.pairwise(scores))]
-    assert came["methods"]["prefix_difference"] == pytest.approx(moves, abs=1e-4)
+    assert got["methods"]["prefix_difference"] == pytest.approx(moves, abs=1e-4)
 
 
 def test_an_encoder_gives_attention_alone(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,9 +154,9 @@ def test_an_encoder_gives_attention_alone(world: Path, capsys: pytest.CaptureFix
     "text", ["x", "naïve café 😀 — 中文", "line\nline\n\nlast", "  spaces  kept  ", "<pad> inside"]
 )
 def test_odd_texts_keep_their_score(world: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
-    came = found(capsys, "--model", world / "decoder", "--text", text)
-    assert all(abs(sum(v) - came["score"]) <= 1e-5 * max(1, abs(came["score"])) for v in came["methods"].values())
-    assert came["ids"] == tiny.tokenizer()(text)["input_ids"]
+    got = found(capsys, "--model", world / "decoder", "--text", text)
+    assert all(abs(sum(v) - got["score"]) <= 1e-5 * max(1, abs(got["score"])) for v in got["methods"].values())
+    assert got["ids"] == tiny.tokenizer()(text)["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["great <pad>", "great<pad><pad>"])
@@ -194,21 +194,21 @@ def test_the_page_shows_every_token_and_method(world: Path, capsys: pytest.Captu
     page = tmp_path / "out" / "credit.html"
     page.parent.mkdir()
     text = "a <b>great</b> story & more"
-    came = found(capsys, "--model", world / "decoder", "--text", text, "--prompt", PROMPT, "--html", page)
+    got = found(capsys, "--model", world / "decoder", "--text", text, "--prompt", PROMPT, "--html", page)
     html = page.read_text(encoding="utf-8")
     assert html.lstrip().lower().startswith("<!doctype html") and "<b>great" not in html
-    assert all(method in html for method in came["methods"]) and PROMPT in html
+    assert all(method in html for method in got["methods"]) and PROMPT in html
     assert 'src="http' not in html and 'href="http' not in html, "the page needs the network"
 
 
 def test_the_table_names_the_score_and_the_strongest_tokens(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    came = found(capsys, "--model", world / "decoder", "--text", TEXT)
+    got = found(capsys, "--model", world / "decoder", "--text", TEXT)
     assert main(["credit", "--model", str(world / "decoder"), "--text", TEXT]) == 0
     out = capsys.readouterr().out
-    assert f"score {came['score']:+.3f}" in out and f"{len(came['tokens'])} tokens" in out
-    values = came["methods"]["attention"]
+    assert f"score {got['score']:+.3f}" in out and f"{len(got['tokens'])} tokens" in out
+    values = got["methods"]["attention"]
     best = max(range(len(values)), key=lambda i: abs(values[i]))
-    assert f"{came['tokens'][best]!r} {values[best]:+.3f}" in out
+    assert f"{got['tokens'][best]!r} {values[best]:+.3f}" in out
 
 
 def test_the_command_as_a_process_reads_a_pipe(world: Path, tmp_path: Path) -> None:
@@ -218,6 +218,6 @@ def test_the_command_as_a_process_reads_a_pipe(world: Path, tmp_path: Path) -> N
         list(map(str, command)), cwd=tmp_path, env=environment, input=TEXT, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
-    came = json.loads(done.stdout)
-    assert "".join(came["tokens"]) == TEXT
-    assert sum(came["methods"]["attention"]) == pytest.approx(came["score"], abs=1e-5)
+    got = json.loads(done.stdout)
+    assert "".join(got["tokens"]) == TEXT
+    assert sum(got["methods"]["attention"]) == pytest.approx(got["score"], abs=1e-5)

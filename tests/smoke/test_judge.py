@@ -9,7 +9,7 @@ import pytest
 
 from apportion.data import builtin_table, labelled
 from apportion.errors import DataError, ModelError
-from apportion.stages.evaluate.judge import Judge, fit_judge, word_clips
+from apportion.stages.evaluate.judge import Judge, fit_judge, word_excerpts
 
 GOOD = ["a great and moving film", "great acting, a moving story", "a great story, great film", "moving and great"]
 BAD = ["a dull and awful film", "awful acting, a dull story", "an awful story, dull film", "dull and awful"]
@@ -34,8 +34,8 @@ def small_judge() -> Judge:
 @pytest.mark.parametrize(("words", "floor"), [(20, 0.66), (30, 0.70), (60, 0.76), (10_000, 0.85)])
 def test_it_judges_clips_it_never_saw(imdb_judge: Judge, words: int, floor: float) -> None:
     rows = labelled("imdb", "reward_validation")
-    clips = word_clips([row.text for row in rows], words, words, seed=0)
-    found = imdb_judge.accuracy(clips, [row.label for row in rows])
+    excerpts = word_excerpts([row.text for row in rows], words, words, seed=0)
+    found = imdb_judge.accuracy(excerpts, [row.label for row in rows])
     assert floor < found["low"] + 0.03 < found["mean"] + 0.03 and found["high"] < 0.95
     assert imdb_judge.prior == pytest.approx(0.5, abs=0.02)
 
@@ -73,12 +73,12 @@ def test_the_interval_is_wilsons(small_judge: Judge) -> None:
 
 def test_clips_are_runs_of_words_of_the_text() -> None:
     text = " ".join(f"w{i}" for i in range(100))
-    clips = word_clips([text] * 200, 10, 60, seed=3)
-    lengths = [len(clip.split()) for clip in clips]
-    assert min(lengths) == 10 and max(lengths) == 60 and all(f" {clip} " in f" {text} " for clip in clips)
-    assert len({clip.split()[0] for clip in clips}) > 40
-    assert clips == word_clips([text] * 200, 10, 60, seed=3) != word_clips([text] * 200, 10, 60, seed=4)
-    assert word_clips(["two words", ""], 10, 60, seed=0) == ["two words", ""]
+    excerpts = word_excerpts([text] * 200, 10, 60, seed=3)
+    lengths = [len(excerpt.split()) for excerpt in excerpts]
+    assert min(lengths) == 10 and max(lengths) == 60 and all(f" {excerpt} " in f" {text} " for excerpt in excerpts)
+    assert len({excerpt.split()[0] for excerpt in excerpts}) > 40
+    assert excerpts == word_excerpts([text] * 200, 10, 60, seed=3) != word_excerpts([text] * 200, 10, 60, seed=4)
+    assert word_excerpts(["two words", ""], 10, 60, seed=0) == ["two words", ""]
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_own_credit_stands_in_a_chain(tmp_path: Path) -> None:
     assert len(rows) == 16 and "credit/repetition/rate" in (tmp_path / "run" / "metrics.jsonl").read_text()
     page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    short = ("credit/", "guards/")  # whose names stand together in a row of the page
+    short = ("credit/", "monitors/")  # whose names stand together in a row of the page
     for key in [*rows[0], *metrics]:
         names = [key, key.rpartition("/")[2]] if key.startswith(short) else [key]
         assert names[-1] == "rate" or any(f"`{name}`" in page for name in names), f"run-folder.md lacks {key}"

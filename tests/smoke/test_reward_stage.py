@@ -55,9 +55,9 @@ def flags(world: Path, output: Path, **changes: Any) -> list[str]:
         "data": world / "train.csv",
         "test_data": world / "test.csv",
         "output": output,
-        "clips": 960,
-        "clip_tokens": "[6, 24]",
-        "probe_clips": 100,
+        "excerpts": 960,
+        "excerpt_tokens": "[6, 24]",
+        "probe_excerpts": 100,
         "batch_size": 16,
         "micro_batch": 8,
         "lora.rank": 4,
@@ -143,9 +143,9 @@ def test_merged_adapters_judge_as_the_adapters_did(world: Path, tmp_path: Path, 
     """The head is trained in float32 over the base, also where the base is in 16 bit, and saved with the rest."""
     config = parse(RewardConfig, "reward", flags(world, tmp_path / "run", dtype=dtype)).config
     tokens = tiny.tokenizer()
-    clips = stage.random_clips(*stage._ids(stage.read_data(config)[0], tokens, config), 64, [6, 24], 0)
+    excerpts = stage.random_excerpts(*stage._ids(stage.read_data(config)[0], tokens, config), 64, [6, 24], 0)
     torch.manual_seed(0)
-    model = stage._model(config, str(world / "base"), tokens, torch.device("cpu"), clips)
+    model = stage._model(config, str(world / "base"), tokens, torch.device("cpu"), excerpts)
     kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert kinds == {(True, torch.float32), (False, getattr(torch, dtype))}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -154,7 +154,7 @@ def test_merged_adapters_judge_as_the_adapters_did(world: Path, tmp_path: Path, 
             parameter += 0.1 * torch.randn_like(parameter)
     save_classifier(model, tokens, str(world / "base"), tmp_path / "final", "card", lora=True)
     merged = own_memory(AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", dtype=torch.float32))
-    ids, mask, _ = stage.right_pad(clips[:8], tokens.pad_token_id)
+    ids, mask, _ = stage.right_pad(excerpts[:8], tokens.pad_token_id)
     one, two = (RewardModel(m.eval(), tokens).score(ids, mask)[0] for m in (model, merged))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5 if dtype == "float32" else 0.2)
     assert one.std() > 0.05
@@ -163,14 +163,14 @@ def test_merged_adapters_judge_as_the_adapters_did(world: Path, tmp_path: Path, 
 def test_micro_batches_change_no_step(world: Path, tmp_path: Path) -> None:
     losses = []
     for micro in (16, 5):
-        assert main(["reward", *flags(world, tmp_path / str(micro), clips=64, micro_batch=micro)]) == 0
+        assert main(["reward", *flags(world, tmp_path / str(micro), excerpts=64, micro_batch=micro)]) == 0
         losses.append([row["loss/reward"] for row in tiny_runs.read_lines(tmp_path / str(micro) / "metrics.jsonl")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
 
 
 def test_the_same_seed_trains_the_same_model(world: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert main(["reward", *flags(world, tmp_path / name, clips=64, seed=seed)]) == 0
+        assert main(["reward", *flags(world, tmp_path / name, excerpts=64, seed=seed)]) == 0
     a, b, c = (tiny_runs.weights(tmp_path / name / "final") for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
@@ -203,8 +203,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
 ) -> None:
     inner, calls, before = stage._accumulate, iter(range(1000)), {}
 
-    def spoilt(trainee: Any, *given: Any) -> dict[str, torch.Tensor]:
-        sums, learned = inner(trainee, *given), trainee.trainable
+    def spoilt(learner: Any, *given: Any) -> dict[str, torch.Tensor]:
+        sums, learned = inner(learner, *given), learner.trainable
         if "weights" in before:  # after the spoilt batch
             assert all(torch.equal(p, old) for p, old in zip(learned, before.pop("weights"), strict=True))
         if next(calls) == 4:
@@ -213,9 +213,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
         return sums
 
     monkeypatch.setattr(stage, "_accumulate", spoilt)
-    assert main(["reward", *flags(world, tmp_path / "run", clips=128)]) == 0
+    assert main(["reward", *flags(world, tmp_path / "run", excerpts=128)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["guards/skipped_updates"] for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0]
+    assert [line["monitors/skipped_updates"] for line in lines] == [0, 0, 0, 0, 1, 0, 0, 0]
     # the loss of a step that was not taken is no loss of the run's
-    assert lines[4].keys() == {"step", "lr", "time/total", "memory/rss_mb", "guards/skipped_updates"} and not before
-    assert "warning: guard max_skipped at step 5: updates skipped as not finite: 1\n" in capsys.readouterr().err
+    assert lines[4].keys() == {"step", "lr", "time/total", "memory/rss_mb", "monitors/skipped_updates"} and not before
+    assert "warning: monitor max_skipped at step 5: updates skipped as not finite: 1\n" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.advantages._weights import credit_weights, share_of
-from apportion.errors import ConfigError, check_fraction, message
+from apportion.errors import ConfigError, check_fraction
 from apportion.types import Advantages, Rollouts
 
 ROUNDING = 1e-6  # totals of one group that differ by less, relative to the largest, are equal: a redistribution rounds
@@ -123,5 +123,5 @@ def check_credit(field: str, credit_mix: float, cap: float | None) -> None:
     check_fraction(f"{field}.credit_mix", credit_mix, "0 is the plain group method, 1 weighs by the credit alone.")
     number = isinstance(cap, (int, float)) and not isinstance(cap, bool)
     if cap is not None and not (number and 1.0 <= cap < float("inf")):
-        mend = "3 is the default; null leaves the weights uncapped."
-        raise ConfigError(message(f"{field}.cap", cap, "a number >= 1 or null", mend))
+        fix = "3 is the default; null leaves the weights uncapped."
+        raise ConfigError(f"{field}.cap", cap, "a number >= 1 or null", fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 from apportion.masking import normalise
 from apportion.types import Rollouts
 
@@ -21,16 +21,16 @@ def share_of(rollouts: Rollouts, on: Tensor) -> tuple[Tensor, Tensor]:
         DataError: it is absent, or on the mask negative or not finite.
     """
     if SHARE not in rollouts.evidence:
-        came = sorted(rollouts.evidence) or "no evidence"
-        mend = "Use a credit that has a share (uniform, attention, …), or credit_mix: 0."
-        raise DataError(message(f"evidence['{SHARE}']", came, "a (B,T) tensor whose rows sum to 1", mend))
+        got = sorted(rollouts.evidence) or "no evidence"
+        fix = "Use a credit that has a share (uniform, attention, …), or credit_mix: 0."
+        raise DataError(f"evidence['{SHARE}']", got, "a (B,T) tensor whose rows sum to 1", fix)
     share = torch.where(on, rollouts.evidence[SHARE].float(), 0.0)
     bad = (~torch.isfinite(share) | (share < 0)).any(dim=1)
     if bad.any():
         row = int(bad.nonzero()[0])
-        came = f"{share[row].min().item()} .. {share[row].max().item()}"
-        mend = "A signed credit cannot weigh advantages: it would turn their sign."
-        raise DataError(message(f"evidence['{SHARE}'] of rollout {row}", came, "finite values >= 0", mend))
+        got = f"{share[row].min().item()} .. {share[row].max().item()}"
+        fix = "A signed credit cannot weigh advantages: it would turn their sign."
+        raise DataError(f"evidence['{SHARE}']", got, "finite values >= 0", fix, row=row)
     return normalise(share, on)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, DataError, check_fraction, message, unknown_name
+from apportion.errors import ConfigError, DataError, check_fraction, unknown_name
 from apportion.masking import segment_count, segment_sum, spread
 from apportion.types import Advantages, Estimator, Rollouts
 
@@ -48,12 +48,12 @@ def gae(gamma: float = 1.0, lam: float = 0.95, pooling: str = "first", *, reprod
     check_fraction("gae.gamma", gamma, "1 is usual for text.")
     check_fraction("gae.lam", lam, "0.95 is usual.")
     if pooling not in POOLINGS:
-        raise ConfigError(unknown_name("gae.pooling", str(pooling), POOLINGS))
+        raise unknown_name("gae.pooling", str(pooling), POOLINGS)
     if reproduce not in (None, REPRODUCE):
-        raise ConfigError(unknown_name("gae.reproduce", str(reproduce), (REPRODUCE,)))
+        raise unknown_name("gae.reproduce", str(reproduce), (REPRODUCE,))
     if reproduce and pooling != "mean":
-        mend = "Set pooling: mean, the weights that the released code uses for values and rewards alike."
-        raise ConfigError(message("gae.reproduce", f"{reproduce} with pooling {pooling}", "pooling mean", mend))
+        fix = "Set pooling: mean, the weights that the released code uses for values and rewards alike."
+        raise ConfigError("gae.reproduce", f"{reproduce} with pooling {pooling}", "pooling mean", fix)
     return _Gae(float(gamma), float(lam), pooling, mean_rewards=reproduce == REPRODUCE)
 
 
@@ -65,8 +65,8 @@ class _Gae:
 
     def __call__(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Advantages:
         if "values" not in rollouts.evidence:
-            came = sorted(rollouts.evidence) or "no evidence"
-            raise DataError(message("evidence['values']", came, "values (B,T)", "Give the run a value model."))
+            got = sorted(rollouts.evidence) or "no evidence"
+            raise DataError("evidence['values']", got, "values (B,T)", "Give the run a value model.")
         weights = pool_weights(segments, self.pooling)
         values = segment_sum(rollouts.evidence["values"].float() * weights, segments)
         returns = segment_sum(rewards.float() * weights if self.mean_rewards else rewards.float(), segments)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion.advantages._groups import EPSILON, Stats, check_credit, compare, deviation, group_stats, on_tokens
 from apportion.advantages._weights import SHARE
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.types import Advantages, Estimator, Rollouts
 
 
@@ -18,7 +18,7 @@ def group_relative(std: bool = True, credit_mix: float = 0.0, cap: float | None 
         std: divide by the group's standard deviation (n−1); False is Dr. GRPO's.
         credit_mix: β in [0, 1]: token t gets A·((1−β) + β·n·share_t), n the row's tokens: mean 1 over the row. Above 0
             it needs evidence "credit_share" (B,T), the share of the credit in use. **Biased**: a weight that depends on
-            later tokens no longer lets the group's baseline cancel. Watch entropy and length.
+            later tokens no longer lets the group's baseline cancel. Monitor entropy and length.
         cap: the largest such weight, >= 1, the rest scaled up to keep the mean (see `credit_weights`); None is no cap.
 
     Groups are `rollouts.group`, in any order and of any size; rows without tokens are in none. A group of one, or one
@@ -34,7 +34,7 @@ def group_relative(std: bool = True, credit_mix: float = 0.0, cap: float | None 
     Use it when several samples a prompt are cheap and a critic is not wanted.
     """
     if not isinstance(std, bool):
-        raise ConfigError(message("group_relative.std", std, "true or false", "GRPO is true, Dr. GRPO false."))
+        raise ConfigError("group_relative.std", std, "true or false", "GRPO is true, Dr. GRPO false.")
     check_credit("group_relative", credit_mix, cap)
     return _GroupRelative(std, float(credit_mix), cap)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion.advantages._actions import action_rewards, last_actions, to_go
 from apportion.advantages._groups import Stats, compare, group_stats
-from apportion.errors import ConfigError, check_fraction, message
+from apportion.errors import ConfigError, check_fraction
 from apportion.masking import spread
 from apportion.types import Advantages, Estimator, Rollouts
 
@@ -34,8 +34,8 @@ def reinforce_pp(baseline: str | None = None, gamma: float = 1.0) -> Estimator:
     Use it for: one sample a prompt and no critic; whitening must be on.
     """
     if baseline not in (None, "group"):
-        mend = "Use group with several samples a prompt."
-        raise ConfigError(message("reinforce_pp.baseline", baseline, "null or 'group'", mend))
+        fix = "Use group with several samples a prompt."
+        raise ConfigError("reinforce_pp.baseline", baseline, "null or 'group'", fix)
     return _ReinforcePP(baseline, check_fraction("reinforce_pp.gamma", gamma, "1 is usual for text."))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.advantages._actions import action_rewards, first_tokens, following
-from apportion.errors import ConfigError, DataError, message
+from apportion.errors import ConfigError, DataError
 from apportion.masking import segment_sum, spread
 from apportion.types import Advantages, Estimator, Rollouts
 
@@ -35,7 +35,7 @@ def vine(samples: int = SAMPLES) -> Estimator:
     Use it when credit must be right and generation is fast: it costs `samples` responses an action.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ConfigError(message("vine.samples", samples, "a whole number >= 1", "The paper uses 9."))
+        raise ConfigError("vine.samples", samples, "a whole number >= 1", "The paper uses 9.")
     return _Vine(samples)
 
 
@@ -51,15 +51,15 @@ class _Vine:
 
     def __call__(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Advantages:
         if self.name not in rollouts.evidence:
-            came = sorted(rollouts.evidence) or "no evidence"
-            mend = "Produce it in scoring: it samples from every state."
-            raise DataError(message(f"evidence[{self.name!r}]", came, "values (B,T)", mend))
+            got = sorted(rollouts.evidence) or "no evidence"
+            fix = "Produce it in scoring: it samples from every state."
+            raise DataError(f"evidence[{self.name!r}]", got, "values (B,T)", fix)
         read = torch.where(first_tokens(segments), rollouts.evidence[self.name].float(), 0.0)
         bad = ~torch.isfinite(read).all(dim=1)
         if bad.any():
             row = int(bad.nonzero()[0])
-            mend = "Check the producer: every action's first token needs a value."
-            raise DataError(message(f"evidence[{self.name!r}] of rollout {row}", read[row].tolist(), "finite", mend))
+            fix = "Check the producer: every action's first token needs a value."
+            raise DataError(f"evidence[{self.name!r}]", read[row].tolist(), "finite", fix, row=row)
         values = segment_sum(read, segments)
         returns = action_rewards(rewards, segments) + following(values, segments)
         return Advantages(spread(returns - values, segments), spread(returns, segments))

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from apportion import advantages, credit, losses, registry, segments
 from apportion.algorithms import ALGORITHMS
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 
 ROOMS = {"credit": credit, "segments": segments, "advantages": advantages, "loss": losses}
 
@@ -18,7 +18,7 @@ ROOMS = {"credit": credit, "segments": segments, "advantages": advantages, "loss
 def run(arguments: list[str]) -> int:
     """Print the tables. Takes no arguments but --help."""
     if arguments and arguments[0] not in ("-h", "--help"):
-        raise ConfigError(message("argument", arguments[0], "no arguments", "Write `apportion algorithms`."))
+        raise ConfigError("argument", arguments[0], "no arguments", "Write `apportion algorithms`.")
     console = Console(markup=False)
     table = Table("algorithm", "what it does", "paper", title="--algorithm")
     for name, algorithm in ALGORITHMS.items():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from apportion.config import check, to_dict
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 from apportion.system import safe_yaml
 from apportion.system.paths import local_path
 from apportion.training.run_folder import flat
@@ -72,19 +72,19 @@ def _parsed(parser: Any, values: list[str]) -> Any:
     """Return jsonargparse's namespace of settings. Raises ConfigError for what it refuses."""
     for name, value in zip(values[::2], values[1::2], strict=True):
         if any("\ud800" <= character <= "\udfff" for character in value):  # bytes of the shell's that are no UTF-8
-            raise ConfigError(message(name, value, "text in UTF-8", "Write it in UTF-8, or rename the file."))
+            raise ConfigError(name, value, "text in UTF-8", "Write it in UTF-8, or rename the file.")
         try:
             loaded = safe_yaml.load(value)
         except safe_yaml.Excess as error:  # jsonargparse reads YAML too, without any limit
-            mend = "Write it out, and less of it."
-            raise ConfigError(message(name, f"{value[:40]}… ({error})", "a value of bounded size", mend)) from error
+            fix = "Write it out, and less of it."
+            raise ConfigError(name, f"{value[:40]}… ({error})", "a value of bounded size", fix) from error
         except yaml.YAMLError:  # a text that is no YAML is a text
             continue
         _refuse_classes(name, loaded)
     try:
         return parser.instantiate(parser.parse_args(values))
     except (argparse.ArgumentError, SystemExit, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ConfigError(_explain(error)) from None  # the second half: what YAML's own types raise, unguarded
+        raise _explain(error) from None  # the second half: what YAML's own types raise, unguarded
 
 
 def _refuse_classes(field: str, value: Any) -> None:
@@ -92,8 +92,8 @@ def _refuse_classes(field: str, value: Any) -> None:
     layer = [value]
     while layer := [item for item in layer if isinstance(item, (Mapping, list))]:
         if any(isinstance(item, Mapping) and "class_path" in item for item in layer):
-            mend = "Name a function of yours: package.module:function."
-            raise ConfigError(message(field, "class_path", "no such key: settings make no objects", mend))
+            fix = "Name a function of yours: package.module:function."
+            raise ConfigError(field, "class_path", "no such key: settings make no objects", fix)
         layer = [inner for item in layer for inner in (item.values() if isinstance(item, Mapping) else item)]
 
 
@@ -120,40 +120,40 @@ def split_flags(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[tu
             switches.add("help")
             continue
         if not word.startswith("--"):
-            raise ConfigError(message("argument", word, "--name value", "Write every setting as --name value."))
+            raise ConfigError("argument", word, "--name value", "Write every setting as --name value.")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name in SWITCHES and not equals:
             switches.add(name)
             continue
         if name in SWITCHES:
-            raise ConfigError(message(f"--{name}", value, "no value", f"Write --{name} alone."))
+            raise ConfigError(f"--{name}", value, "no value", f"Write --{name} alone.")
         if name in sections:
-            raise ConfigError(message(f"--{name}", value or "nothing", "one of its settings", sections[name]))
+            raise ConfigError(f"--{name}", value or "nothing", "one of its settings", sections[name])
         base = name.split(".")[0]
         if name not in (*known, "config") and not (base in METHODS and base in known and "." in name):
-            raise ConfigError(_unknown("flag", f"--{name}", [f"--{k}" for k in (*known, "config", *SWITCHES)]))
+            raise _unknown("flag", f"--{name}", [f"--{k}" for k in (*known, "config", *SWITCHES)])
         if not equals:
             last = not rest or re.match(r"--[a-zA-Z]", rest[0])
             if last and name in ALONE:
                 rest.insert(0, "true")
             elif last:
-                raise ConfigError(message(f"--{name}", "nothing", "a value", f"Write --{name} VALUE."))
+                raise ConfigError(f"--{name}", "nothing", "a value", f"Write --{name} VALUE.")
             value = rest.pop(0)
         flags.append((name, value))
     return flags, switches
 
 
-def _unknown(field: str, name: str, known: Sequence[str]) -> str:
-    """Return the error text for a setting that does not exist."""
+def _unknown(field: str, name: str, known: Sequence[str]) -> ConfigError:
+    """Return the error for a setting that does not exist."""
     if name.endswith("trust_remote_code"):
-        mend = "Use a model of a type that transformers knows; there is no way to switch this on."
-        return message(field, name, "no such setting: code inside a model's folder is never run", mend)
+        fix = "Use a model of a type that transformers knows; there is no way to switch this on."
+        return ConfigError(field, name, "no such setting: code inside a model's folder is never run", fix)
     return unknown_name(field, name, known)
 
 
 def _sections(known: Sequence[str]) -> dict[str, str]:
-    """Return {section: mend} of the names that only hold settings, such as optim."""
+    """Return {section: fix} of the names that only hold settings, such as optim."""
     inner: dict[str, list[str]] = {}
     for name in known:
         section, dot, _ = name.rpartition(".")
@@ -181,7 +181,7 @@ def load_value(name: str, text: str) -> Any:
         return safe_yaml.load(text)
     except yaml.YAMLError as error:
         expected = "a number, a word or other YAML"
-        raise ConfigError(message(f"--{name}", text, expected, "Close what you opened, or quote it.")) from error
+        raise ConfigError(f"--{name}", text, expected, "Close what you opened, or quote it.") from error
 
 
 def merge_method(field: str, spec: Any, settings: list[tuple[str, Any]], algorithm: str | None) -> Any:
@@ -202,7 +202,7 @@ def merge_method(field: str, spec: Any, settings: list[tuple[str, Any]], algorit
     for key, value in settings:
         method, _, rest = key.rpartition(".")
         if method and method not in names:
-            raise ConfigError(unknown_name(f"--{field}.{key}", method, names))
+            raise unknown_name(f"--{field}.{key}", method, names)
         pairs[names.index(method) if method else 0][1][rest] = value
     return [{name: kwargs} for name, kwargs in pairs]
 
@@ -227,14 +227,14 @@ def _check_yaml(path: str, kind: type) -> None:
     """Raise ConfigError unless `path` is a YAML mapping whose every key is a setting; methods' own keys come later."""
     file = local_path(path, "--config", ConfigError)
     if not file.is_file():
-        raise ConfigError(message("--config", path, "a YAML file", "There is no such file: check the path."))
+        raise ConfigError("--config", path, "a YAML file", "There is no such file: check the path.")
     try:
         loaded = safe_yaml.load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(message("--config", path, "valid YAML in UTF-8", f"It says: {reason}.")) from error
+        raise ConfigError("--config", path, "valid YAML in UTF-8", f"It says: {reason}.") from error
     if not isinstance(loaded, Mapping):
-        raise ConfigError(message("--config", path, "a mapping of settings", "Example: `steps: 20`."))
+        raise ConfigError("--config", path, "a mapping of settings", "Example: `steps: 20`.")
     _refuse_classes(f"{path}: key", loaded)
     known = keys_of(kind)
     settings = [name for name in known if name not in _sections(known)]
@@ -243,29 +243,29 @@ def _check_yaml(path: str, kind: type) -> None:
         if base in METHODS and base in known and base in loaded:
             continue
         if base in METHODS and base in known and dot:
-            mend = f"Write `{base}:` and under it a method with its settings: `attention: {{{rest}: {value}}}`."
-            raise ConfigError(message(f"{path}: key", key, "nested keys", mend))
+            fix = f"Write `{base}:` and under it a method with its settings: `attention: {{{rest}: {value}}}`."
+            raise ConfigError(f"{path}: key", key, "nested keys", fix)
         if key in _sections(known) and value != {}:
-            raise ConfigError(message(f"{path}: {key}", value, "a mapping of its settings", "Indent them under it."))
+            raise ConfigError(f"{path}: {key}", value, "a mapping of its settings", "Indent them under it.")
         if key not in known:
-            raise ConfigError(_unknown(f"{path}: key", key, settings))
+            raise _unknown(f"{path}: key", key, settings)
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException) -> ConfigError:
     """Return jsonargparse's complaint in our shape."""
     text = " ".join(str(error).split())
     found = re.search(r'[Kk]ey "([^"]+)".*?Expected an? (.+?)\. Got value: (.+)', text)
     if found:
-        name, expected, came = found.groups()
+        name, expected, got = found.groups()
         expected = re.sub(r"<class '(\w+)'>", r"\1", expected)
-        return message(f"--{name}", came, f"a value of type {expected}", f"Write --{name} with such a value.")
+        return ConfigError(f"--{name}", got, f"a value of type {expected}", f"Write --{name} with such a value.")
     either = re.search(r'key "([^"]+)": Does not validate .*?Subtypes: \[(.+?)\] Errors.*? Given value: (.+)', text)
     if either:
-        name, kinds, came = either.groups()
+        name, kinds, got = either.groups()
         named = [kind for kind in re.findall(r"<class '(\w+)'>", kinds) if kind != "NoneType"]
         expected = f"a value of type {' or '.join(named)}, or null"
-        return message(f"--{name}", came, expected, f"Write --{name} with such a value.")
-    return message("settings", text, "values of the types that --help lists", "See `--help`.")
+        return ConfigError(f"--{name}", got, expected, f"Write --{name} with such a value.")
+    return ConfigError("settings", text, "values of the types that --help lists", "See `--help`.")
 
 
 def show(config: Any) -> str:

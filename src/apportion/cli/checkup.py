@@ -11,7 +11,7 @@ from typing import Any
 from apportion.cli.arguments import parse
 from apportion.cli.terminal import console
 from apportion.config import RewardConfig, RLConfig
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 from apportion.system import cpu
 
 OWN = {"eval_prompts": None, "labels": None, "stage": "rl"}
@@ -32,14 +32,14 @@ def own_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             rest.append(word)
         elif name in SWITCHES:
             if equals:
-                raise ConfigError(message(f"--{name}", value, "no value", f"Write --{name} alone."))
+                raise ConfigError(f"--{name}", value, "no value", f"Write --{name} alone.")
             given[name] = True
         else:
             if not equals and (not words or words[0].startswith("--")):
-                raise ConfigError(message(f"--{name}", "nothing", "a value", f"Write --{name} VALUE."))
+                raise ConfigError(f"--{name}", "nothing", "a value", f"Write --{name} VALUE.")
             given[name] = value if equals else words.pop(0)
     if given["stage"] not in STAGES:
-        raise ConfigError(unknown_name("--stage", given["stage"], STAGES))
+        raise unknown_name("--stage", given["stage"], STAGES)
     return given, rest
 
 
@@ -72,7 +72,7 @@ def refuse_unused(given: dict[str, Any]) -> None:
     """Raise ConfigError for a flag of the rl stage's checks beside `--stage reward`."""
     for name in ("eval_prompts", "labels"):
         if given[name] is not None:
-            raise ConfigError(message(f"--{name}", given[name], "nothing with --stage reward", "Leave it out."))
+            raise ConfigError(f"--{name}", given[name], "nothing with --stage reward", "Leave it out.")
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def as_object(findings: Sequence[Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(findings: Sequence[Any]) -> None:
-    """Print a table of the findings, and below it what to mend."""
+    """Print a table of the findings, and below it what to fix."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -110,7 +110,7 @@ def show(findings: Sequence[Any]) -> None:
         table.add_row(one.name, Text(one.level, style=COLOURS[one.level]), one.found)
     screen.print(table)
     for one in findings:
-        if one.mend:
-            screen.print(f"\n{one.level} {one.name}: {one.mend}", soft_wrap=True)
+        if one.fix:
+            screen.print(f"\n{one.level} {one.name}: {one.fix}", soft_wrap=True)
     counted = ", ".join(f"{n} {level}" for level in COLOURS if (n := sum(f.level == level for f in findings)))
     screen.print(f"\n{counted}", soft_wrap=True)

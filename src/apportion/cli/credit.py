@@ -13,7 +13,7 @@ from apportion import registry
 from apportion.cli.arguments import load_value, split_flags
 from apportion.cli.terminal import note
 from apportion.cli.threads import settle
-from apportion.errors import ConfigError, DataError, message
+from apportion.errors import ConfigError, DataError
 
 HELP = """usage: apportion credit --model MODEL --text TEXT [--prompt PROMPT] [options]
 
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> int:
     methods = text_methods(specs)
     text = sys.stdin.read().rstrip("\n") if options["text"] == "-" else options["text"]
     if not text.strip():
-        raise DataError(message("--text", text, "a text that is not empty", "Write the response to apportion."))
+        raise DataError("--text", text, "a text that is not empty", "Write the response to apportion.")
     locate("--model", options["model"])
     settings: dict[str, Any] = {k: options[k] for k in ("device", "dtype", "pad_token") if k in options}
     reward = load_reward(options["model"], field="--model", **settings)
@@ -67,12 +67,12 @@ def run(arguments: list[str]) -> int:
 
 def _check(options: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
     """Return the methods asked for. Raises ConfigError for what is missing, before anything is loaded."""
-    for name, mend in (("model", "Point to a reward model."), ("text", "Write the response to apportion.")):
+    for name, fix in (("model", "Point to a reward model."), ("text", "Write the response to apportion.")):
         if not options.get(name):
-            raise ConfigError(message(f"--{name}", options.get(name), "a value", mend))
+            raise ConfigError(f"--{name}", options.get(name), "a value", fix)
     for name, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16"))):
         if name in options and options[name] not in known:
-            raise ConfigError(message(f"--{name}", options[name], "one of " + ", ".join(known), "Choose one of them."))
+            raise ConfigError(f"--{name}", options[name], "one of " + ", ".join(known), "Choose one of them.")
     return registry.parse("--method", load_value("method", options.get("method", "[attention, uniform, sparse]")))
 
 

@@ -47,7 +47,9 @@ def run(arguments: list[str]) -> int:
 def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
     """Return the settings of the two training stages: extrapolated from runs on validation prompts (LOG.md)."""
     root = Path(config.output).expanduser()
-    reward = RewardConfig(output=str(root / "reward"), clips=config.clips, seed=config.seed, threads=config.threads)
+    reward = RewardConfig(
+        output=str(root / "reward"), excerpts=config.excerpts, seed=config.seed, threads=config.threads
+    )
     rl = RLConfig(
         reward_model=str(root / "reward" / "final"),
         output=str(root / rl_folder(config)),
@@ -74,7 +76,7 @@ def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[Run, Run,
 
     reward_run = reward_command.train(Parsed(reward, parsed.fresh, False), "1/3 reward model")
     accuracy = reward_run.read("evaluation.json")["accuracy"]
-    note(f"reward model: held-out accuracy {interval(accuracy, 3)} on clips of {reward.clip_tokens} tokens")
+    note(f"reward model: held-out accuracy {interval(accuracy, 3)} on excerpts of {reward.excerpt_tokens} tokens")
     rl_run = rl_command.train(Parsed(rl, parsed.fresh, False), "2/3 PPO")
     found = rl_run.read("evaluation.json")
     asked = EvaluateConfig(

@@ -14,7 +14,7 @@ from apportion.cli.arguments import parse, show
 from apportion.cli.terminal import bar
 from apportion.cli.threads import settle
 from apportion.config import DiagnoseConfig
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 
 EXAMPLES = """examples:
   apportion diagnose --reward_model runs/demo/reward/final
@@ -62,14 +62,14 @@ def run(arguments: list[str]) -> int:
 
 def check(config: DiagnoseConfig) -> None:
     """Raise ConfigError for settings that do not go together, before anything is loaded."""
-    from apportion.stages.diagnose.candidates import contenders
+    from apportion.stages.diagnose.candidates import candidates
 
     if config.count < 2:
-        raise ConfigError(message("count", config.count, "at least 2: intervals are over prompts", "Set it to 64."))
+        raise ConfigError("count", config.count, "at least 2: intervals are over prompts", "Set it to 64.")
     if config.sampling.samples_per_prompt is not None:
-        came = config.sampling.samples_per_prompt
-        raise ConfigError(message("sampling.samples_per_prompt", came, "null", "Use --samples here."))
-    contenders(config.methods, config.lam)
+        got = config.sampling.samples_per_prompt
+        raise ConfigError("sampling.samples_per_prompt", got, "null", "Use --samples here.")
+    candidates(config.methods, config.lam)
 
 
 def print_table(found: Mapping[str, Any]) -> None:

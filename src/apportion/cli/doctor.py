@@ -11,7 +11,7 @@ from rich.table import Table
 
 from apportion.cli import checkup
 from apportion.cli.arguments import load_value, split_flags
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.system import cpu
 
 HELP = """usage: apportion doctor [--config FILE.yaml] [--name value ...] [--fast] [--json]
@@ -19,7 +19,7 @@ HELP = """usage: apportion doctor [--config FILE.yaml] [--name value ...] [--fas
        apportion doctor
 
 With the settings of a run, from a file and flags as `apportion rl` takes them: check them, the prompts, both tokenizers
-and both models, and say what is wrong and how to mend it. Each line of the table is one question:
+and both models, and say what is wrong and how to fix it. Each line of the table is one question:
 
   ok    it is as it should be; the number says how it was told
   warn  it may be meant; look at it
@@ -30,7 +30,7 @@ With --credit alone: check a credit method against the contract that every one m
 which it does not. Without anything: show the cores of this machine that a run would use.
 
   --fast          leave out what needs the models' weights: seconds instead of a minute (rl)
-  --json          print one object {passed, counts, findings: [{name, level, found, mend}]} instead of a table
+  --json          print one object {passed, counts, findings: [{name, level, found, fix}]} instead of a table
   --eval_prompts  prompts that the policy will be evaluated on: they may not be among those it learns from
   --labels        labelled texts (columns text and label) to test the reward model's order on; for one that was trained
                   by `apportion reward` its held-out texts are taken
@@ -64,9 +64,7 @@ def run(arguments: list[str]) -> int:
     if not flags:
         return machine()
     if not options.get("credit"):
-        raise ConfigError(
-            message("--credit", options.get("credit"), "a credit method", "Write package.module:function.")
-        )
+        raise ConfigError("--credit", options.get("credit"), "a credit method", "Write package.module:function.")
     from apportion import credit
 
     settings = {name.partition(".")[2]: load_value(name, value) for name, value in flags if "." in name}

@@ -1,4 +1,4 @@
-"""The command line: finds the command, runs it, and shows an error as one message with its mend (exit code 2)."""
+"""The command line: finds the command, runs it, and shows an error as one message with its fix (exit code 2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from apportion.distributed import collectives
-from apportion.errors import ApportionError, ConfigError, Interrupted, message, unknown_name
+from apportion.errors import ApportionError, ConfigError, Interrupted, unknown_name
 from apportion.system import stderr
 
 # name -> (module, one line of help)
@@ -42,7 +42,7 @@ Find out which tokens earned the reward, and train on it.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 done, 2 a mistake whose mend was printed, 130 or 143 interrupted by a signal."""
+    """Run the command line; return 0 done, 2 a mistake whose fix was printed, 130 or 143 interrupted by a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(usage())
@@ -77,18 +77,18 @@ def again(arguments: Sequence[str]) -> str:
 
 def say(text: str) -> None:
     """Write `text` to stderr, in one of several processes alone."""
-    if collectives.speaks():
+    if collectives.is_log_rank():
         stderr.write(text)
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run command `name`. Raises ConfigError for an unknown one, and for one that several processes cannot share."""
     if name not in COMMANDS:
-        raise ConfigError(unknown_name("command", name, COMMANDS))
+        raise unknown_name("command", name, COMMANDS)
     if collectives.launched() > 1 and name not in PARALLEL:
-        came = f"`apportion {name}` in {collectives.launched()} processes"
-        mend = "Start it without accelerate launch and torchrun."
-        raise ConfigError(message("command", came, f"one process; {' and '.join(PARALLEL)} can share their work", mend))
+        got = f"`apportion {name}` in {collectives.launched()} processes"
+        fix = "Start it without accelerate launch and torchrun."
+        raise ConfigError("command", got, f"one process; {' and '.join(PARALLEL)} can share their work", fix)
     module = importlib.import_module(f"apportion.cli.{COMMANDS[name][0]}")
     code: int = module.run(list(arguments))
     return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 from apportion.system.paths import local_path
 
 HELP = """usage: apportion report RUN [RUN ...] [--output PAGE.html]
@@ -40,13 +40,13 @@ def _parse(arguments: list[str]) -> tuple[list[Path], Path]:
         name, equals, value = word.partition("=")
         if name == "--output":
             if not equals and not rest:
-                raise ConfigError(message("--output", "nothing", "a file name", "Write --output page.html."))
+                raise ConfigError("--output", "nothing", "a file name", "Write --output page.html.")
             output = local_path(value if equals else rest.pop(0), "--output", ConfigError)
         elif word.startswith("-"):
-            raise ConfigError(unknown_name("flag", word, ["--output", "--help"]))
+            raise unknown_name("flag", word, ["--output", "--help"])
         else:
             runs.append(local_path(word, "RUN", ConfigError))
     if not runs:
-        mend = "Name one, for example `apportion report runs/rl`."
-        raise ConfigError(message("RUN", "nothing", "at least one run folder", mend))
+        fix = "Name one, for example `apportion report runs/rl`."
+        raise ConfigError("RUN", "nothing", "at least one run folder", fix)
     return runs, output or runs[0] / "report.html"

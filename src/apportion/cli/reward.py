@@ -23,12 +23,12 @@ def run(arguments: list[str]) -> int:
     """Parse, train, evaluate, and print the run folder."""
     parsed = parse(RewardConfig, "reward", arguments, EXAMPLES)
     if parsed.dry_run:
-        if collectives.speaks():
+        if collectives.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
     settle(parsed.config, "" if parsed.fresh else "reward")
     finished = train(parsed)
-    if not collectives.speaks():
+    if not collectives.is_log_rank():
         return 0
     found = finished.read("evaluation.json")
     note(f"held-out accuracy {interval(found['accuracy'], 3)}, calibration error {found['ece']:.3f}")
@@ -40,8 +40,8 @@ def train(parsed: Parsed, label: str = "reward model") -> Any:
     """Run the stage under a progress bar and return its run folder."""
     from apportion.stages.reward.train import train as train_reward
 
-    total = -(-parsed.config.clips // parsed.config.batch_size)
-    if not collectives.speaks():  # one bar for all processes
+    total = -(-parsed.config.excerpts // parsed.config.batch_size)
+    if not collectives.is_log_rank():  # one bar for all processes
         return train_reward(parsed.config, fresh=parsed.fresh)
     with bar(label, total, SHOWN) as progress:
         return train_reward(

@@ -27,12 +27,12 @@ def run(arguments: list[str]) -> int:
     parsed = parse(RLConfig, "rl", arguments, EXAMPLES)
     check_method(parsed.config)
     if parsed.dry_run:
-        if collectives.speaks():
+        if collectives.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
     settle(parsed.config, "" if parsed.fresh else "rl")
     finished = train(parsed)
-    if collectives.speaks():
+    if collectives.is_log_rank():
         sys.stdout.write(f"{finished.path}\n")
     return 0
 
@@ -43,7 +43,7 @@ def check_method(config: RLConfig) -> Method:
 
     method = build_method(config)
     warning = discount_warning(method)
-    if warning is not None and collectives.speaks():
+    if warning is not None and collectives.is_log_rank():
         note(f"warning: {warning}")
     return method
 
@@ -52,7 +52,7 @@ def train(parsed: Parsed, label: str = "rl") -> Any:
     """Run the stage under a progress bar and return its run folder."""
     from apportion.stages.rl.train import train as train_rl
 
-    if not collectives.speaks():  # one bar for all processes
+    if not collectives.is_log_rank():  # one bar for all processes
         return train_rl(parsed.config, fresh=parsed.fresh)
     with bar(label, parsed.config.steps, SHOWN) as progress:
         return train_rl(parsed.config, fresh=parsed.fresh, tell=progress.tell, warn=note)

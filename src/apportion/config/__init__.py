@@ -9,9 +9,9 @@ import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
-from apportion.config.monitors import GuardsConfig
+from apportion.config.monitors import MonitorsConfig
 from apportion.config.ranges import CHOICES, NAMES, RANGES
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 
 Spec = Any  # a method: a name, {name: {key: value}}, or a list of these
 
@@ -144,11 +144,11 @@ class RewardConfig:
         skip_bad_rows: leave rows out that cannot be used, count them and write them to bad_rows.jsonl; off, the first
             of them is an error.
         output: run folder.
-        clips: training clips, each cut at random from a text.
-        clip_tokens: shortest and longest clip, tokens.
-        probe_clips: clips to fit the head on by logistic regression before training; 0 starts from a random head.
-        batch_size: clips an optimizer step.
-        micro_batch: clips a forward and backward pass (memory only; it does not change the result).
+        excerpts: training excerpts, each cut at random from a text.
+        excerpt_tokens: shortest and longest clip, tokens.
+        probe_excerpts: excerpts to fit the head on by logistic regression before training; 0 starts from a random head.
+        batch_size: excerpts an optimizer step.
+        micro_batch: excerpts a forward and backward pass (memory only; it does not change the result).
         test_texts: held-out texts to evaluate on.
         checkpoint_every: steps between checkpoints; 0 for none.
         keep_checkpoints: newest ones kept.
@@ -168,9 +168,9 @@ class RewardConfig:
     test_data: str | None = None
     skip_bad_rows: bool = False
     output: str = "runs/reward"
-    clips: int = 10000
-    clip_tokens: list[int] = field(default_factory=lambda: [8, 64])
-    probe_clips: int = 2000
+    excerpts: int = 10000
+    excerpt_tokens: list[int] = field(default_factory=lambda: [8, 64])
+    probe_excerpts: int = 2000
     batch_size: int = 16
     micro_batch: int = 16
     test_texts: int = 1000
@@ -244,7 +244,7 @@ class RLConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
 
 
 @dataclass
@@ -328,7 +328,7 @@ class DemoConfig:
         output: folder of the stages, the report and summary.json.
         steps: batches of PPO.
         credit: the credit method: attention (ABC), uniform, sparse, policy_attention, or a spec.
-        clips: training clips of the reward model.
+        excerpts: training excerpts of the reward model.
         count: fresh prompts for the evaluation before and after.
         lr: learning rate of PPO.
         seed: random seed.
@@ -338,7 +338,7 @@ class DemoConfig:
     output: str = "runs/demo"
     steps: int = 30
     credit: Spec = "attention"
-    clips: int = 8000
+    excerpts: int = 8000
     count: int = 128
     lr: float = 4e-4
     seed: int = 0
@@ -360,12 +360,12 @@ def check(config: Any, where: str = "") -> None:
             low, high, expected = RANGES[f.name]
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not low <= value <= high:
-                raise ConfigError(message(name, value, expected, f"Set {name} to a value in that range."))
+                raise ConfigError(name, value, expected, f"Set {name} to a value in that range.")
         elif f.name in CHOICES and value not in CHOICES[f.name]:
             expected = "one of " + ", ".join(str(c) for c in CHOICES[f.name])
-            raise ConfigError(message(name, value, expected, f"Set {name} to one of them."))
+            raise ConfigError(name, value, expected, f"Set {name} to one of them.")
         elif f.type == "str" and not (isinstance(value, str) and value.strip()):
-            raise ConfigError(message(name, value, *NAMES.get(f.name, ("a name or a path", f"Set {name} to one."))))
+            raise ConfigError(name, value, *NAMES.get(f.name, ("a name or a path", f"Set {name} to one.")))
     _check_together(config, where)
 
 
@@ -373,20 +373,20 @@ def _check_together(config: Any, where: str) -> None:
     """Raise ConfigError for pairs and lists, and for settings that do not go together."""
     if isinstance(config, SamplingConfig) and config.prompt_tokens is not None:
         _check_pair(where + "prompt_tokens", config.prompt_tokens)
-    if hasattr(config, "clip_tokens"):
-        _check_pair(where + "clip_tokens", config.clip_tokens)
+    if hasattr(config, "excerpt_tokens"):
+        _check_pair(where + "excerpt_tokens", config.excerpt_tokens)
     if isinstance(config, SamplingConfig) and config.batch_size % (config.samples_per_prompt or 1):
         expected = f"a multiple of {where}samples_per_prompt ({config.samples_per_prompt})"
-        mend = "A batch holds every sample of each of its prompts: change one of the two."
-        raise ConfigError(message(f"{where}batch_size", config.batch_size, expected, mend))
+        fix = "A batch holds every sample of each of its prompts: change one of the two."
+        raise ConfigError(f"{where}batch_size", config.batch_size, expected, fix)
     if isinstance(config, LoraConfig):
         names = [config.targets] if isinstance(config.targets, str) else config.targets
         if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
             expected = '"attention", "all", or a list of layer names'
-            raise ConfigError(message(f"{where}targets", config.targets, expected, "Example: [q_proj, v_proj]."))
+            raise ConfigError(f"{where}targets", config.targets, expected, "Example: [q_proj, v_proj].")
 
 
 def _check_pair(name: str, pair: Any) -> None:
     whole = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(x) is int for x in pair)
     if not whole or not 1 <= pair[0] <= pair[1]:
-        raise ConfigError(message(name, pair, "[low, high] with 1 <= low <= high", "Example: [4, 8]."))
+        raise ConfigError(name, pair, "[low, high] with 1 <= low <= high", "Example: [4, 8].")

@@ -1,4 +1,4 @@
-"""The settings of a run's guards. Standard library only."""
+"""The settings of a run's monitors. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields
 
 
 @dataclass
-class GuardsConfig:
-    """What to do when a run goes wrong. Each watch is off, warn, stop, or tighten (kl, entropy, length, reward).
+class MonitorsConfig:
+    """Actions when a run goes wrong. Each monitor: off, warn, stop, or raise_kl_coef (kl, entropy, length, reward).
 
-    `warn` names it once an episode, `stop` ends the run with its rollouts saved, `tighten` raises the KL coefficient
-    while it fires. docs/guards.md has the thresholds.
+    `warn` names it once an episode, `stop` ends the run with its rollouts saved, `raise_kl_coef` raises it
+    while it fires. docs/monitors.md has the thresholds.
 
     Attributes:
         max_skipped: updates in a row whose loss or gradient is not finite before the run stops; each one is skipped.

@@ -16,7 +16,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             "micro_batch",
             "micro_tokens",
             "steps",
-            "clips",
+            "excerpts",
             "test_texts",
             "count",
             "keep_checkpoints",
@@ -38,7 +38,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "timeout": (1e-3, _ANY, "a number of seconds > 0, or null"),
     "truncation_penalty": (-_ANY, _ANY, "a finite number"),
 }
-NAMES = {  # field -> (what is expected, the mend), where more can be said than that it is a name or a path
+NAMES = {  # field -> (what is expected, the fix), where more can be said than that it is a name or a path
     "reward_model": (
         "a folder or hub id of a sequence classifier",
         "Train one with `apportion reward`, then pass --reward_model runs/reward/final.",
@@ -47,7 +47,7 @@ NAMES = {  # field -> (what is expected, the mend), where more can be said than 
 _ON = ("off", "warn", "stop")
 CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("negative_kl", "sampler_gap", "ratio", "value_loss"), _ON),
-    **dict.fromkeys(("kl", "entropy", "length", "reward"), (*_ON, "tighten")),
+    **dict.fromkeys(("kl", "entropy", "length", "reward"), (*_ON, "raise_kl_coef")),
     "stop": ("length", "eos"),
     "value_model": ("shared", "separate", "reward"),
     "value_tokens": (None, "first", "all"),

@@ -20,7 +20,7 @@ from apportion.credit.process import process
 from apportion.credit.shapley import shapley
 from apportion.credit.sparse import sparse
 from apportion.credit.uniform import uniform
-from apportion.errors import ConfigError, DataError, ScoreError, message
+from apportion.errors import ConfigError, DataError, ScoreError
 from apportion.masking import place_on_last
 from apportion.types import Credit, Rollouts, State
 
@@ -79,13 +79,13 @@ def chain(*credits: Credit, allow_redistributing_penalties: bool = False) -> Cre
         ConfigError: that order, or no credits at all.
     """
     if not credits:
-        raise ConfigError(message("credit", "an empty chain", "at least one credit", "Use `sparse` for plain RLHF."))
+        raise ConfigError("credit", "an empty chain", "at least one credit", "Use `sparse` for plain RLHF.")
     changed = False
     for position, one in enumerate(credits):
         if (one.share is not None or one.redistributes) and changed and not allow_redistributing_penalties:
-            came = f"a redistributor at position {position}, after a credit that changes the return"
-            mend = "Put kl_penalty last, or pass allow_redistributing_penalties=True."
-            raise ConfigError(message("credit", came, "redistributors before penalties", mend))
+            got = f"a redistributor at position {position}, after a credit that changes the return"
+            fix = "Put kl_penalty last, or pass allow_redistributing_penalties=True."
+            raise ConfigError("credit", got, "redistributors before penalties", fix)
         changed = changed or not one.keeps_return
 
     def part(state: State, i: int) -> State:
@@ -132,12 +132,12 @@ def apply(credit: Credit, rollouts: Rollouts, state: State | None = None) -> tup
         ScoreError: a score is not finite; it names the rollout and is never replaced by a number.
     """
     if rollouts.scores is None:
-        raise DataError(message("Rollouts.scores", None, "scores (B,)", "Score the rollouts first."))
+        raise DataError("Rollouts.scores", None, "scores (B,)", "Score the rollouts first.")
     bad = ~torch.isfinite(rollouts.scores)
     if bad.any():
         row = int(bad.nonzero()[0])
-        came = float(rollouts.scores[row])
-        raise ScoreError(message(f"score of rollout {row}", came, "a finite number", "Check the reward model."))
+        got = float(rollouts.scores[row])
+        raise ScoreError("score", got, "a finite number", "Check the reward model.", row=row)
     rewards = place_on_last(rollouts.scores.float(), rollouts.mask)
     return credit.assign(rollouts, rewards, credit.init() if state is None else state)
 
@@ -150,11 +150,11 @@ def make(name: str, kwargs: dict[str, Any]) -> Credit:
     """
     made = registry.call("credit", name, find(name), kwargs)
     if not isinstance(made, Credit):
-        mend = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
-        raise ConfigError(message("credit", f"{name}, which returned a {type(made).__name__}", "a Credit", mend))
+        fix = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
+        raise ConfigError("credit", f"{name}, which returned a {type(made).__name__}", "a Credit", fix)
     named = isinstance(made.needs, frozenset) and all(isinstance(need, str) for need in made.needs)
     if not named or not callable(made.init) or not callable(made.assign):
-        came = f"{name}, which returned Credit({made.init!r:.40}, {made.assign!r:.40}, needs={made.needs!r:.60})"
-        mend = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
-        raise ConfigError(message("credit", came, "functions init and assign, and a frozenset of names", mend))
+        got = f"{name}, which returned Credit({made.init!r:.40}, {made.assign!r:.40}, needs={made.needs!r:.60})"
+        fix = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
+        raise ConfigError("credit", got, "functions init and assign, and a frozenset of names", fix)
     return made

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.errors import ConfigError, DataError, message, unknown_name
+from apportion.errors import ConfigError, DataError, unknown_name
 from apportion.masking import first_index, last_index
 from apportion.types import Rollouts
 
@@ -35,11 +35,11 @@ def row_evidence(rollouts: Rollouts, name: str) -> Tensor:
 def _take(rollouts: Rollouts, name: str, shape: tuple[int, ...]) -> Tensor:
     field, expected = f"evidence[{name!r}]", f"a tensor {shape}"
     if name not in rollouts.evidence:
-        came = sorted(rollouts.evidence) or "no evidence"
-        raise DataError(message(field, came, expected, "Produce it in scoring, or pass it with `with_evidence`."))
+        got = sorted(rollouts.evidence) or "no evidence"
+        raise DataError(field, got, expected, "Produce it in scoring, or pass it with `with_evidence`.")
     found = rollouts.evidence[name]
     if tuple(found.shape) != shape:
-        raise DataError(message(field, tuple(found.shape), expected, "Check its producer."))
+        raise DataError(field, tuple(found.shape), expected, "Check its producer.")
     return found.float()
 
 
@@ -47,9 +47,7 @@ def _finite(values: Tensor, name: str) -> Tensor:
     bad = ~torch.isfinite(values.reshape(len(values), values[:1].numel())).all(dim=1)
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise DataError(
-            message(f"evidence[{name!r}] of rollout {row}", values[row].tolist(), "finite numbers", "Check its source.")
-        )
+        raise DataError(f"evidence[{name!r}]", values[row].tolist(), "finite numbers", "Check its source.", row=row)
     return values
 
 
@@ -74,11 +72,11 @@ def is_first(mask: Tensor) -> Tensor:
     return mask & (torch.arange(mask.shape[1], device=mask.device) == first_index(mask)[:, None])
 
 
-def check_number(field: str, value: object, least: float, mend: str = "See its docstring.") -> float:
+def check_number(field: str, value: object, least: float, fix: str = "See its docstring.") -> float:
     """Return `value` if it is a finite number >= `least`; raise ConfigError that names `field` otherwise."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < least:  # type: ignore[operator]
-        raise ConfigError(message(field, value, f"a finite number >= {least:g}", mend))
+        raise ConfigError(field, value, f"a finite number >= {least:g}", fix)
     return float(value)  # type: ignore[arg-type]
 
 
@@ -109,12 +107,12 @@ def check_layers(field: str, layers: Layers) -> str | tuple[int, ...]:
     """Return "last", "all" or a tuple of distinct layer numbers in order. Raises ConfigError for anything else."""
     if isinstance(layers, str):
         if layers not in ("last", "all"):
-            raise ConfigError(unknown_name(field, layers, ("last", "all")))
+            raise unknown_name(field, layers, ("last", "all"))
         return layers
     numbers: list[Any] = list(layers) if isinstance(layers, (Sequence, set, frozenset)) else [layers]
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
         expected = '"last", "all", a layer\'s number or a list of them'
-        raise ConfigError(message(field, layers, expected, "Use [-1, -2] for the last two layers."))
+        raise ConfigError(field, layers, expected, "Use [-1, -2] for the last two layers.")
     return "last" if set(numbers) == {-1} else tuple(sorted(set(numbers)))
 
 
@@ -127,13 +125,13 @@ def reading(layers: Layers = "last", heads: str = "mean", rollout: bool = False,
     """
     chosen = check_layers(f"{field}.layers", layers)
     if heads not in HEADS:
-        raise ConfigError(unknown_name(f"{field}.heads", str(heads), HEADS))
+        raise unknown_name(f"{field}.heads", str(heads), HEADS)
     if not isinstance(rollout, bool):
-        raise ConfigError(message(f"{field}.rollout", rollout, "true or false", "Leave it out for the last layer."))
+        raise ConfigError(f"{field}.rollout", rollout, "true or false", "Leave it out for the last layer.")
     if rollout and (chosen not in ("last", "all") or heads != "mean"):
-        came = f"true with layers={layers!r} and heads={heads!r}"
-        mend = "Leave layers and heads out, or set rollout to false."
-        raise ConfigError(message(f"{field}.rollout", came, "all layers and the heads' mean", mend))
+        got = f"true with layers={layers!r} and heads={heads!r}"
+        fix = "Leave layers and heads out, or set rollout to false."
+        raise ConfigError(f"{field}.rollout", got, "all layers and the heads' mean", fix)
     return Reading(rollout=True) if rollout else Reading(chosen, heads)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 from apportion.masking import normalise
 from apportion.types import Credit, Rollouts, State
 
@@ -21,16 +21,16 @@ def take_evidence(rollouts: Rollouts, name: str) -> Tensor:
         DataError: it is absent, or on the mask not finite or negative.
     """
     if name not in rollouts.evidence:
-        came = sorted(rollouts.evidence) or "no evidence"
+        got = sorted(rollouts.evidence) or "no evidence"
         expected = f"a (B,T) tensor named {name!r}"
-        raise DataError(message(f"evidence[{name!r}]", came, expected, "Produce it in scoring."))
+        raise DataError(f"evidence[{name!r}]", got, expected, "Produce it in scoring.")
     # `where`, not a product: what stands off the mask may be anything, NaN included
     weights = torch.where(rollouts.mask, rollouts.evidence[name].float(), 0.0)
     bad = (~torch.isfinite(weights) | (weights < 0)).any(dim=1)
     if bad.any():
         row = int(bad.nonzero()[0])
-        came = f"{weights[row].min().item()} .. {weights[row].max().item()}"
-        raise DataError(message(f"evidence[{name!r}] of rollout {row}", came, "finite values >= 0", "Check the model."))
+        got = f"{weights[row].min().item()} .. {weights[row].max().item()}"
+        raise DataError(f"evidence[{name!r}]", got, "finite values >= 0", "Check the model.", row=row)
     return weights
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apportion.credit._evidence import Layers, reading
 from apportion.credit._redistribute import redistributor, take_evidence
-from apportion.errors import ConfigError, check_fraction, message
+from apportion.errors import ConfigError, check_fraction
 from apportion.masking import last_index, normalise
 from apportion.types import Credit, Rollouts
 
@@ -56,7 +56,7 @@ def attention(
     check_fraction("attention.mix", mix)
     check_fraction("attention.floor", floor, "0 leaves attention as it is, 1 is uniform.")
     if cap is not None and (check_fraction("attention.cap", cap, "Use 0.2 for at most a fifth a token.") == 0.0):
-        raise ConfigError(message("attention.cap", cap, "a number in (0, 1] or null", "Use 0.2 for a fifth a token."))
+        raise ConfigError("attention.cap", cap, "a number in (0, 1] or null", "Use 0.2 for a fifth a token.")
 
     def weights(rollouts: Rollouts) -> Tensor:
         raw = take_evidence(rollouts, name)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion.credit._evidence import token_evidence
 from apportion.credit._redistribute import redistributor, share_stats
-from apportion.errors import ConfigError, check_fraction, message
+from apportion.errors import ConfigError, check_fraction
 from apportion.types import Credit, Rollouts, State
 
 
@@ -40,7 +40,7 @@ def attribution(*, mix: float = 0.8, signed: bool = True) -> Credit:
     """
     check_fraction("attribution.mix", mix)
     if not isinstance(signed, bool):
-        raise ConfigError(message("attribution.signed", signed, "true or false", "Write it without quotes."))
+        raise ConfigError("attribution.signed", signed, "true or false", "Write it without quotes.")
     needs = frozenset({"reward_attribution"})
 
     def sizes(rollouts: Rollouts) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.credit._evidence import check_number, token_evidence
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.types import Credit, Rollouts, State
 
 
@@ -39,7 +39,7 @@ def implicit(*, coef: float = 0.05, clip: float | None = 0.05, model: str | None
     if clip is not None:
         check_number("implicit.clip", clip, 1e-12, "Use null for no bound.")
     if model is not None and (not isinstance(model, str) or not model.strip()):
-        raise ConfigError(message("implicit.model", model, "a folder or hub id", "Point to the model DPO trained."))
+        raise ConfigError("implicit.model", model, "a folder or hub id", "Point to the model DPO trained.")
     name = registry.ask("implicit_logprobs", **({} if model is None else {"model": model}))
 
     def parts(rollouts: Rollouts) -> tuple[Tensor, Tensor]:

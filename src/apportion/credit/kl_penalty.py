@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, DataError, message
+from apportion.errors import ConfigError, DataError
 from apportion.types import Credit, Rollouts, State
 
 
@@ -34,7 +34,7 @@ def kl_penalty(*, coef: float = 0.05, target: float | None = None, horizon: floa
     """
     for name, value, least in (("coef", coef, 0.0), ("horizon", horizon, 1.0), ("target", target, 1e-6)):
         if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
-            raise ConfigError(message(f"kl_penalty.{name}", value, f"a number >= {least:g}", "See its docstring."))
+            raise ConfigError(f"kl_penalty.{name}", value, f"a number >= {least:g}", "See its docstring.")
 
     def init() -> State:
         return {"coef": torch.tensor(float(coef))}
@@ -62,14 +62,14 @@ def kl_penalty(*, coef: float = 0.05, target: float | None = None, horizon: floa
 def log_ratio(rollouts: Rollouts) -> Tensor:
     """Return log π − log π_ref of the sampled tokens, (B,T) float32 nats, 0 off the mask."""
     if "reference_logprobs" not in rollouts.evidence:
-        came = sorted(rollouts.evidence) or "no evidence"
-        mend = "Score the rollouts with the reference model."
-        raise DataError(message("evidence['reference_logprobs']", came, "a (B,T) tensor of log-probabilities", mend))
+        got = sorted(rollouts.evidence) or "no evidence"
+        fix = "Score the rollouts with the reference model."
+        raise DataError("evidence['reference_logprobs']", got, "a (B,T) tensor of log-probabilities", fix)
     reference = rollouts.evidence["reference_logprobs"].float()
     ratio = torch.where(rollouts.mask, rollouts.logprobs.float() - reference, 0.0)
     bad = ~torch.isfinite(ratio).all(dim=1)
     if bad.any():
         row = int(bad.nonzero()[0])
-        came = ratio[row].tolist()
-        raise DataError(message(f"log-ratio of rollout {row}", came, "finite nats", "Was a banned token sampled?"))
+        got = ratio[row].tolist()
+        raise DataError("log-ratio", got, "finite nats", "Was a banned token sampled?", row=row)
     return ratio

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apportion.credit._evidence import check_number, is_last
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.types import Credit, Rollouts, State
 
 
@@ -38,8 +38,8 @@ def length_penalty(*, coef: float = 0.01, target: int = 0, limit: int | None = N
         if value is None and field == "limit":
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            mend = "Count sampled tokens, EOS included."
-            raise ConfigError(message(f"length_penalty.{field}", value, f"a whole number >= {least}", mend))
+            fix = "Count sampled tokens, EOS included."
+            raise ConfigError(f"length_penalty.{field}", value, f"a whole number >= {least}", fix)
 
     def costs(rollouts: Rollouts) -> Tensor:
         over = (rollouts.mask.sum(dim=1) - target).clamp_min(0).float()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apportion.credit._redistribute import redistributor, take_evidence
-from apportion.errors import ConfigError, check_fraction, unknown_name
+from apportion.errors import check_fraction, unknown_name
 from apportion.types import Credit, Rollouts
 
 VIEWS = ("mean", "last")
@@ -34,7 +34,7 @@ def policy_attention(*, mix: float = 0.8, view: str = "mean", shifted: bool = Fa
     """
     check_fraction("policy_attention.mix", mix)
     if view not in VIEWS:
-        raise ConfigError(unknown_name("policy_attention.view", str(view), VIEWS))
+        raise unknown_name("policy_attention.view", str(view), VIEWS)
     name = f"policy_attention_{view}"
 
     def weights(rollouts: Rollouts) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from apportion.credit._evidence import is_last, previous, row_evidence, token_evidence
-from apportion.errors import ConfigError, check_fraction, unknown_name
+from apportion.errors import check_fraction, unknown_name
 from apportion.types import Credit, Rollouts, State
 
 INITIAL = ("first", "omit")
@@ -45,7 +45,7 @@ def prefix_difference(*, mix: float = 1.0, initial: str = "first") -> Credit:
     """
     check_fraction("prefix_difference.mix", mix)
     if initial not in INITIAL:
-        raise ConfigError(unknown_name("prefix_difference.initial", str(initial), INITIAL))
+        raise unknown_name("prefix_difference.initial", str(initial), INITIAL)
 
     def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
         mask = rollouts.mask

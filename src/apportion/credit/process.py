@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.credit._evidence import token_evidence
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 from apportion.types import Credit, Rollouts, State
 
 UNITS = ("token", "step")
@@ -43,10 +43,10 @@ def process(*, function: str | None = None, unit: str = "token", keep: bool = Fa
     Use it when steps can be checked: tests that pass, a calculator, a step-wise reward model.
     """
     if unit not in UNITS:
-        raise ConfigError(unknown_name("process.unit", str(unit), UNITS))
+        raise unknown_name("process.unit", str(unit), UNITS)
     for field, value in (("keep", keep), ("causal", causal)):
         if not isinstance(value, bool):
-            raise ConfigError(message(f"process.{field}", value, "true or false", "Write it without quotes."))
+            raise ConfigError(f"process.{field}", value, "true or false", "Write it without quotes.")
     if function is not None:
         registry.find("process.function", function, {})  # imports it: a mistyped name is told before models load
     settings = {} if function is None else {"function": function, "unit": unit}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.credit._evidence import is_first, is_last, row_evidence, token_evidence
-from apportion.errors import ConfigError, check_fraction, message
+from apportion.errors import ConfigError, check_fraction
 from apportion.types import Credit, Rollouts, State
 
 PARTS = ("values", "empty", "error", "calls", "joined")
@@ -46,10 +46,10 @@ def shapley(*, mix: float = 1.0, spans: str | int = "sentences", budget: int = 6
     check_fraction("shapley.mix", mix)
     if spans not in SPANS and not (isinstance(spans, int) and not isinstance(spans, bool) and spans >= 1):
         expected = f"{', '.join(SPANS)} or a number of tokens >= 1"
-        raise ConfigError(message("shapley.spans", spans, expected, "Use 5 for spans of five tokens."))
+        raise ConfigError("shapley.spans", spans, expected, "Use 5 for spans of five tokens.")
     for field, value, least in (("budget", budget, 6), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(message(f"shapley.{field}", value, f"a whole number >= {least}", "64 is usual."))
+            raise ConfigError(f"shapley.{field}", value, f"a whole number >= {least}", "64 is usual.")
     settings = {"spans": spans, "budget": budget, "seed": seed}
     names = {part: registry.ask(f"shapley_{part}", **settings) for part in PARTS}
 

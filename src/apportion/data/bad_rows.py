@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apportion.data.formats import Row, Unreadable
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 
 LONGEST = 2000  # characters of a row that are kept
 TOGETHER = 256  # rows that are written at a time
@@ -45,5 +45,5 @@ class BadRows:
 def judge(source: str, kept: int, bad: int, first: DataError | None, field: str) -> None:
     """Raise DataError when more rows of `source` are bad than can be used."""
     if bad > kept:
-        came = f"{source}: {bad} of {kept + bad} rows cannot be used"
-        raise DataError(message(field, came, "at least half of them usable", f"The first of them: {first}"))
+        got = f"{source}: {bad} of {kept + bad} rows cannot be used"
+        raise DataError(field, got, "at least half of them usable", f"The first of them: {first}")

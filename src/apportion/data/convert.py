@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 
 
 def gguf_to_safetensors(gguf: Path, folder: Path, pad_token: str) -> None:
@@ -28,8 +28,8 @@ def gguf_to_safetensors(gguf: Path, folder: Path, pad_token: str) -> None:
         OSError: a disk that is full or cannot be written to.
     """
     if find_spec("gguf") is None:
-        mend = "Run `pip install gguf`, or give a local model folder."
-        raise ModelError(message("model", f"{gguf.name} without the package gguf", "gguf to read it", mend))
+        fix = "Run `pip install gguf`, or give a local model folder."
+        raise ModelError("model", f"{gguf.name} without the package gguf", "gguf to read it", fix)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -54,7 +54,7 @@ def _set_pad(model, tokenizer, pad_token: str) -> None:  # type: ignore[no-untyp
     number = tokenizer.get_vocab().get(pad_token)
     if number is None or number == tokenizer.eos_token_id:
         expected = f"a token of the vocabulary other than {tokenizer.eos_token!r}"
-        raise ModelError(message("pad_token", pad_token, expected, "Name a reserved token."))
+        raise ModelError("pad_token", pad_token, expected, "Name a reserved token.")
     tokenizer.pad_token = pad_token
     model.config.pad_token_id = number
     model.generation_config.pad_token_id = number

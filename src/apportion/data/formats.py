@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from apportion.data.lines import LONGEST, CsvFeed, Line, lines, not_utf8, opened, too_long
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 
 DEEPEST = 64  # values inside one another, in a JSON row
 LONGEST_LIST = 2**29  # bytes of a JSON list, which is read whole
@@ -66,8 +66,8 @@ def read_csv(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
             elif feed.wrong:
                 yield Unreadable(where, feed.wrong, feed.text)
             elif len(cells) != len(header):
-                came, expected = f"{where}: {len(cells)} cells", f"{len(header)} cells, as in the header"
-                error = DataError(message(field, came, expected, "Quote cells that contain commas."))
+                got, expected = f"{where}: {len(cells)} cells", f"{len(header)} cells, as in the header"
+                error = DataError(field, got, expected, "Quote cells that contain commas.")
                 yield Unreadable(where, error, feed.text)
             else:
                 yield Row(zip(header, cells, strict=True), where)
@@ -83,8 +83,8 @@ def _record(reader: Any, feed: CsvFeed) -> tuple[str, list[str]] | None:
         if feed.wrong:
             raise feed.wrong from error
         where = _lines(feed.path, before + 1, reader.line_num)
-        mend = "Close the quotation, and double the quotation marks inside it."
-        raise DataError(message(feed.field, f"{where}: {error}", "comma-separated values", mend)) from error
+        fix = "Close the quotation, and double the quotation marks inside it."
+        raise DataError(feed.field, f"{where}: {error}", "comma-separated values", fix) from error
     return None if cells is None else (_lines(feed.path, before + 1, reader.line_num), cells)
 
 
@@ -112,8 +112,8 @@ def read_json(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
 
 def _list(content: bytes, path: Path, field: str) -> Items:
     if len(content) > LONGEST_LIST:
-        mend = "Write one object a line (.jsonl), which is read line by line."
-        raise DataError(message(field, f"{path}: a list of more than {LONGEST_LIST} bytes", "a shorter list", mend))
+        fix = "Write one object a line (.jsonl), which is read line by line."
+        raise DataError(field, f"{path}: a list of more than {LONGEST_LIST} bytes", "a shorter list", fix)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -153,9 +153,9 @@ def read_parquet(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        mend = "Write it again, or convert it to CSV or JSON lines."
-        came = f"{path}: {' '.join(str(error).split())[:300]}"
-        raise DataError(message(field, came, "a complete Parquet file", mend)) from error
+        fix = "Write it again, or convert it to CSV or JSON lines."
+        got = f"{path}: {' '.join(str(error).split())[:300]}"
+        raise DataError(field, got, "a complete Parquet file", fix) from error
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
@@ -173,8 +173,8 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
 
 
 def _strange(reason: Exception, where: str, field: str) -> Unreadable:
-    mend = "Write its text columns in UTF-8, and dates between the years 1 and 9999."
-    error = DataError(message(field, f"{where}: {reason}", "values that Python can hold", mend))
+    fix = "Write its text columns in UTF-8, and dates between the years 1 and 9999."
+    error = DataError(field, f"{where}: {reason}", "values that Python can hold", fix)
     return Unreadable(where, error, "")
 
 
@@ -200,21 +200,21 @@ class _Refused(ValueError):
 def _parse(text: str, path: Path, line: int, field: str, deepest: int = DEEPEST) -> Any:
     """Return the JSON value of line number `line`; 0 stands for a whole file."""
     where = f"{path}, line {line}" if line else str(path)
-    mend = "Write each row as one JSON object on a line of its own."
+    fix = "Write each row as one JSON object on a line of its own."
     try:
         value = _DECODER.decode(text)
         # only a row with many brackets can be deep
         deep = text.count("[") + text.count("{") > deepest and depth(value) > deepest
     except json.JSONDecodeError as error:
         where = f"{path}, line {max(line, 1) + error.lineno - 1}, column {error.colno}"
-        raise DataError(message(field, f"{where}: {error.msg}", "valid JSON", mend)) from error
+        raise DataError(field, f"{where}: {error.msg}", "valid JSON", fix) from error
     except RecursionError:
         deep = True
     except ValueError as error:  # ours, or a whole number of more digits than Python reads
-        raise DataError(message(field, f"{where}: {error}", "valid JSON, each key once", mend)) from error
+        raise DataError(field, f"{where}: {error}", "valid JSON, each key once", fix) from error
     if deep:
-        mend = "Give each column as a key of one object."
-        raise DataError(message(field, f"{where}: nested too deeply", "a flat JSON object", mend))
+        fix = "Give each column as a key of one object."
+        raise DataError(field, f"{where}: nested too deeply", "a flat JSON object", fix)
     return value
 
 
@@ -247,9 +247,9 @@ def depth(value: Any) -> int:
 
 def _object(value: Any, where: str, field: str) -> Row:
     if not isinstance(value, dict):
-        came = f"{where}: {type(value).__name__} {str(value)[:60]}"
-        mend = 'Write each row as an object, for example {"text": "..."}.'
-        raise DataError(message(field, came, "a JSON object", mend))
+        got = f"{where}: {type(value).__name__} {str(value)[:60]}"
+        fix = 'Write each row as an object, for example {"text": "..."}.'
+        raise DataError(field, got, "a JSON object", fix)
     return Row(value, where)
 
 
@@ -261,8 +261,8 @@ def check_columns(names: Sequence[str], where: str, field: str) -> None:
     """Raise DataError for a table that has a column twice."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        came = f"{where}: columns {', '.join(names)[:300]}"
-        raise DataError(message(field, came, "each column once", f"Rename or drop one {repeated[0]!r}."))
+        got = f"{where}: columns {', '.join(names)[:300]}"
+        raise DataError(field, got, "each column once", f"Rename or drop one {repeated[0]!r}.")
 
 
 def require_columns(present: Iterable[str], where: str, columns: Sequence[str], field: str) -> None:
@@ -274,5 +274,5 @@ def require_columns(present: Iterable[str], where: str, columns: Sequence[str], 
         by_lower = {name.lower(): name for name in names}
         near = difflib.get_close_matches(column.lower(), by_lower, n=1, cutoff=0.6)
         hint = f"Did you mean {by_lower[near[0]]!r}? Rename it" if near else "Rename or add it"
-        came = f"{where}: columns {', '.join(names)[:300] or '(none)'}"
-        raise DataError(message(field, came, f"a column {column!r}", f"{hint}."))
+        got = f"{where}: columns {', '.join(names)[:300] or '(none)'}"
+        raise DataError(field, got, f"a column {column!r}", f"{hint}.")

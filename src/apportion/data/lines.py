@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 
 LONGEST = 2**24  # bytes of a row; what is longer is no row, but a file without line breaks or an open quotation
 _MARK = b"\xef\xbb\xbf"
@@ -43,20 +43,20 @@ def opened(path: Path, field: str) -> BinaryIO:
         # not blocking: opening a pipe that nobody writes to would wait for ever
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
-        mend = "Check the path and its permissions."
-        raise DataError(message(field, f"{path}: {error.strerror}", "a readable file", mend)) from error
+        fix = "Check the path and its permissions."
+        raise DataError(field, f"{path}: {error.strerror}", "a readable file", fix) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        mend = "Write what it holds to a file first; it is read more than once."
-        raise DataError(message(field, f"{path}, which is no regular file", "a file on disk", mend))
+        fix = "Write what it holds to a file first; it is read more than once."
+        raise DataError(field, f"{path}, which is no regular file", "a file on disk", fix)
     stream = os.fdopen(handle, "rb")
     head = stream.read(6)
     stream.seek(0)
     kind = next((name for start, name in _COMPRESSED.items() if head.startswith(start)), None)
     if kind is not None:
         stream.close()
-        mend = "Decompress it first, for example with `gunzip`."
-        raise DataError(message(field, f"{path}, compressed with {kind}", "an uncompressed table", mend))
+        fix = "Decompress it first, for example with `gunzip`."
+        raise DataError(field, f"{path}, compressed with {kind}", "an uncompressed table", fix)
     return stream
 
 
@@ -78,17 +78,17 @@ def lines(stream: BinaryIO) -> Iterator[Line]:
         offset = stream.tell()
 
 
-def too_long(where: str, came: str, field: str) -> DataError:
+def too_long(where: str, got: str, field: str) -> DataError:
     """Return the error for a row beyond `LONGEST`."""
-    mend = "Put each row on a line of its own, and close quotations."
-    return DataError(message(field, f"{where}: {came}", f"rows of at most {LONGEST} bytes", mend))
+    fix = "Put each row on a line of its own, and close quotations."
+    return DataError(field, f"{where}: {got}", f"rows of at most {LONGEST} bytes", fix)
 
 
 def not_utf8(path: Path, line: Line, start: int, field: str) -> DataError:
     """Return the error for byte `start` of a line, which is no UTF-8."""
-    came = f"{path}, line {line.number}: byte {line.raw[start]:#04x} at offset {line.offset + start}"
-    mend = "Convert the file, for example with `iconv -f latin1 -t utf-8`."
-    return DataError(message(field, came, "text in UTF-8", mend))
+    got = f"{path}, line {line.number}: byte {line.raw[start]:#04x} at offset {line.offset + start}"
+    fix = "Convert the file, for example with `iconv -f latin1 -t utf-8`."
+    return DataError(field, got, "text in UTF-8", fix)
 
 
 class CsvFeed:
@@ -139,6 +139,6 @@ class CsvFeed:
             text = line.raw.decode("utf-8", "surrogateescape")
         if wrong is None and "\0" in text:
             offset = line.offset + line.raw.index(b"\0")
-            mend = "Remove it; a file full of them may be UTF-16: convert it with `iconv -f utf-16 -t utf-8`."
-            wrong = DataError(message(self.field, f"{where}: a NUL at offset {offset}", "text", mend))
+            fix = "Remove it; a file full of them may be UTF-16: convert it with `iconv -f utf-16 -t utf-8`."
+            wrong = DataError(self.field, f"{where}: a NUL at offset {offset}", "text", fix)
         return [(piece, wrong if _STRANGE.search(piece) else None) for piece in _PHYSICAL.findall(text)]

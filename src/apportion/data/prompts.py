@@ -12,7 +12,7 @@ from apportion.data.bad_rows import BadRows
 from apportion.data.formats import Row
 from apportion.data.reviews import labelled
 from apportion.data.tables import check_text, require, usable
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 
 Messages = list[dict[str, Any]]  # each with role and content, both str
 
@@ -47,8 +47,8 @@ def prompts(
         return found
     chosen = splits.part(found, part, text=_key)
     if not chosen:
-        came = f"{source}: no prompt of {len(found)} falls into part {part!r}"
-        raise DataError(message(field, came, "at least one prompt", "Give more rows, or no part."))
+        got = f"{source}: no prompt of {len(found)} falls into part {part!r}"
+        raise DataError(field, got, "at least one prompt", "Give more rows, or no part.")
     return chosen
 
 
@@ -69,17 +69,17 @@ def _prompt(row: Row, column: str, field: str) -> str | Messages:
     if not isinstance(value, list) and column != "messages":
         return check_text(row, column, field=field)
     if not isinstance(value, list) or not value:
-        came = f"{row.where}: {column} = {value!r:.60}"
-        mend = 'Write [{"role": "user", "content": "..."}].'
-        raise DataError(message(field, came, "a list of messages", mend))
+        got = f"{row.where}: {column} = {value!r:.60}"
+        fix = 'Write [{"role": "user", "content": "..."}].'
+        raise DataError(field, got, "a list of messages", fix)
     return [_message(item, i, row, column, field) for i, item in enumerate(value)]
 
 
 def _message(item: Any, index: int, row: Row, column: str, field: str) -> dict[str, Any]:
     where = f"{row.where}: {column}[{index}]"
     if not isinstance(item, dict):
-        mend = 'Write {"role": "user", "content": "..."}.'
-        raise DataError(message(field, f"{where} = {item!r:.60}", "an object with role and content", mend))
+        fix = 'Write {"role": "user", "content": "..."}.'
+        raise DataError(field, f"{where} = {item!r:.60}", "an object with role and content", fix)
     inner = Row(item, where)
     for key in ("role", "content"):
         check_text(inner, key, field=field)

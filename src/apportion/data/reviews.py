@@ -10,7 +10,7 @@ from apportion.data.assets import BUILTIN_DATA, builtin_table
 from apportion.data.bad_rows import BadRows
 from apportion.data.formats import Row
 from apportion.data.tables import check_text, iter_rows, usable
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 
 _LABELS = {"0": 0, "neg": 0, "negative": 0, "1": 1, "pos": 1, "positive": 1}
 _LINE_BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+", re.IGNORECASE)
@@ -46,8 +46,8 @@ def labelled(
         return rows
     chosen = splits.part(rows, part, text=lambda row: row.text)
     if not chosen:
-        came = f"{source}: no row of {len(rows)} falls into part {part!r}"
-        raise DataError(message(field, came, "at least one row", "Give more rows, or no part."))
+        got = f"{source}: no row of {len(rows)} falls into part {part!r}"
+        raise DataError(field, got, "at least one row", "Give more rows, or no part.")
     return chosen
 
 
@@ -74,6 +74,6 @@ def _label(row: Row, field: str) -> int:
     known = isinstance(value, int | str) and not isinstance(value, bool)
     label = _LABELS.get(str(value).strip().lower()) if known else None
     if label is None:
-        mend = "Write 1 or positive for a good review, 0 or negative for a bad one."
-        raise DataError(message(field, f"{row.where}: label = {value!r}", "one of " + ", ".join(_LABELS), mend))
+        fix = "Write 1 or positive for a good review, 0 or negative for a bad one."
+        raise DataError(field, f"{row.where}: label = {value!r}", "one of " + ", ".join(_LABELS), fix)
     return label

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from typing import TypeVar, overload
 
-from apportion.errors import ConfigError, unknown_name
+from apportion.errors import unknown_name
 
 T = TypeVar("T")
 
@@ -54,5 +54,5 @@ def bounds(name: str) -> tuple[int, int]:
         ConfigError: an unknown part.
     """
     if name not in PARTS:
-        raise ConfigError(unknown_name("part", name, PARTS))
+        raise unknown_name("part", name, PARTS)
     return PARTS[name]

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from apportion.data.bad_rows import BadRows, judge
 from apportion.data.formats import READERS, Items, Row, Unreadable, require_columns
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 from apportion.system.paths import local_path
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def usable(
                 kept += 1
                 yield made
         if kept + left_out == before:
-            raise DataError(message(field, f"{name}: no rows", "at least one row", "Add rows or give another file."))
+            raise DataError(field, f"{name}: no rows", "at least one row", "Add rows or give another file.")
     judge(source, kept, left_out, first, field)
 
 
@@ -87,13 +87,13 @@ def check_text(row: Row, column: str, *, field: str) -> str:
     require(row, column, field=field)
     value = row[column]
     if not isinstance(value, str):
-        came = f"{row.where}: {column} = {value!r:.60} ({type(value).__name__})"
-        raise DataError(message(field, came, f"text in column {column!r}", "Write it as a string."))
+        got = f"{row.where}: {column} = {value!r:.60} ({type(value).__name__})"
+        raise DataError(field, got, f"text in column {column!r}", "Write it as a string.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        came = f"{row.where}: {column} has a lone surrogate at character {error.start}"
-        raise DataError(message(field, came, "valid Unicode", "Write the character whole or remove it.")) from error
+        got = f"{row.where}: {column} has a lone surrogate at character {error.start}"
+        raise DataError(field, got, "valid Unicode", "Write the character whole or remove it.") from error
     return value
 
 
@@ -106,14 +106,14 @@ def require(row: Row, column: str, *, field: str) -> None:
     require_columns(row, row.where, (column,), field)
     value = row[column]
     if value is None or (isinstance(value, str) and not value.strip()):
-        came = f"{row.where}: {column} = {value!r:.20}"
-        raise DataError(message(field, came, f"a value in column {column!r}", "Fill it in or remove the row."))
+        got = f"{row.where}: {column} = {value!r:.20}"
+        raise DataError(field, got, f"a value in column {column!r}", "Fill it in or remove the row.")
 
 
 def _tables(source: str, columns: Sequence[str], field: str) -> Iterator[tuple[str, Items]]:
     """Yield (name, rows) of each file of `source`, or of the hub dataset."""
     if not source.strip():  # Path("") is the working folder
-        raise DataError(message(field, source, "a file, folder or hub dataset", "Name one."))
+        raise DataError(field, source, "a file, folder or hub dataset", "Name one.")
     path = local_path(source, field, DataError)
     if os.path.isdir(path):  # unlike Path's, these say no where they may not look
         for file in _tables_in(path, field):
@@ -122,39 +122,39 @@ def _tables(source: str, columns: Sequence[str], field: str) -> Iterator[tuple[s
         _check_reader(path, field)
         yield source, READERS[path.suffix.lower()](path, field, columns)
     elif os.path.islink(path):
-        mend = "Mend the link, or name the file itself."
-        raise DataError(message(field, f"{source}, a link that leads nowhere", "a file, folder or hub dataset", mend))
+        fix = "Fix the link, or name the file itself."
+        raise DataError(field, f"{source}, a link that leads nowhere", "a file, folder or hub dataset", fix)
     elif path.suffix.lower() in READERS or not _HUB_ID.fullmatch(source):
-        raise DataError(message(field, source, "a file, folder or hub dataset that exists", _near_files(path)))
+        raise DataError(field, source, "a file, folder or hub dataset that exists", _near_files(path))
     else:
         yield source, _hub(source, field)
 
 
 def _check_reader(path: Path, field: str) -> None:
     if path.suffix.lower() not in READERS:
-        mend = "Convert it to one of these, or rename it if it already is one."
-        raise DataError(message(field, str(path), "a file that ends in " + ", ".join(READERS), mend))
+        fix = "Convert it to one of these, or rename it if it already is one."
+        raise DataError(field, str(path), "a file that ends in " + ", ".join(READERS), fix)
 
 
 def _tables_in(folder: Path, field: str) -> list[Path]:
     try:
         inside = sorted(folder.iterdir())
     except OSError as error:
-        mend = "Check its permissions."
-        raise DataError(message(field, f"{folder}: {error.strerror}", "a readable folder", mend)) from error
+        fix = "Check its permissions."
+        raise DataError(field, f"{folder}: {error.strerror}", "a readable folder", fix) from error
     seen = [f for f in inside if not f.name.startswith(".")]
     files = [f for f in seen if not f.is_dir() and not _is_card(f)]
     for file in files:
         _check_reader(file, field)
     deeper = next((table for f in seen if f.is_dir() for table in _tables_under(f)), None)
     if files and deeper is not None:
-        came = f"{folder} with {files[0].name} and, in a folder of its own, {deeper.relative_to(folder)}"
-        mend = "Put the tables into one folder, or give one of the folders or files."
-        raise DataError(message(field, came, "tables that lie in one folder", mend))
+        got = f"{folder} with {files[0].name} and, in a folder of its own, {deeper.relative_to(folder)}"
+        fix = "Put the tables into one folder, or give one of the folders or files."
+        raise DataError(field, got, "tables that lie in one folder", fix)
     if not files:
         names = ", ".join(f.name for f in inside[:8]) or "nothing"
-        mend = "Give the folder in which the files themselves lie."
-        raise DataError(message(field, f"{folder} with {names}", "a folder with " + ", ".join(READERS), mend))
+        fix = "Give the folder in which the files themselves lie."
+        raise DataError(field, f"{folder} with {names}", "a folder with " + ", ".join(READERS), fix)
     return files
 
 
@@ -184,12 +184,12 @@ def _hub(source: str, field: str) -> Items:
     from datasets import load_dataset, packaged_modules  # heavy, and only a hub id needs it
 
     if source in packaged_modules._PACKAGED_DATASETS_MODULES:  # `text` would read every file of the working folder
-        came, mend = f"{source!r}, a name of file formats on the hub", _near_files(Path(source))
-        raise DataError(message(field, came, "a file, folder or hub dataset that exists", mend))
+        got, fix = f"{source!r}, a name of file formats on the hub", _near_files(Path(source))
+        raise DataError(field, got, "a file, folder or hub dataset that exists", fix)
     try:  # around the rows too: an image is decoded, with libraries that may be absent, when its row is read
         for number, row in enumerate(load_dataset(source, split="train"), 1):
             yield Row(row, f"{source}, row {number}")
     except Exception as error:  # the hub client raises errors of a dozen libraries; each ends as one DataError
-        came = f"{source!r}: {type(error).__name__}: {str(error).strip()[:300]}"
-        mend = "Check the name and the network, or give a local file."
-        raise DataError(message(field, came, "a file or folder, or a hub dataset with a train split", mend)) from error
+        got = f"{source!r}: {type(error).__name__}: {str(error).strip()[:300]}"
+        fix = "Check the name and the network, or give a local file."
+        raise DataError(field, got, "a file or folder, or a hub dataset with a train split", fix) from error

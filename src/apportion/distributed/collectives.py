@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apportion import errors
-from apportion.errors import ApportionError, ConfigError, message
+from apportion.errors import ApportionError, ConfigError
 
 T = TypeVar("T")
 BUCKET = 32 * 2**20  # elements of one all-reduce: 128 MB of float32
@@ -38,12 +38,12 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
-def speaks() -> bool:
+def is_log_rank() -> bool:
     """Whether this process may print: the main one, and before a group is open the first one of each machine."""
     return is_main() if _control is not None else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def world() -> int:
+def world_size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if _control is not None else 1
 
@@ -80,12 +80,12 @@ def _check_device(device: torch.device) -> None:
     if device.type == "cpu":
         return
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
-        mend = "Pass --device cpu, or launch without --cpu."
-        raise ConfigError(message("device", device.type, "cpu, as `accelerate launch --cpu` says", mend))
+        fix = "Pass --device cpu, or launch without --cpu."
+        raise ConfigError("device", device.type, "cpu, as `accelerate launch --cpu` says", fix)
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", launched())), torch.cuda.device_count()
     if here > gpus:
-        mend = f"Launch at most {gpus} on this machine, or pass --device cpu."
-        raise ConfigError(message("processes", f"{here} on a machine with {gpus} GPUs", "one GPU a process", mend))
+        fix = f"Launch at most {gpus} on this machine, or pass --device cpu."
+        raise ConfigError("processes", f"{here} on a machine with {gpus} GPUs", "one GPU a process", fix)
 
 
 def stop() -> None:
@@ -101,14 +101,14 @@ def stop() -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def error_barrier() -> Iterator[None]:
     """Run a part that exchanges nothing in every process; an error in any of them is raised in all at its end.
 
-    The main process raises the first failing process's error: the same class and text for one that the user can mend,
+    The main process raises the first failing process's error: the same class and text for one that the user can fix,
     else a ProcessError with its traceback. The others raise ProcessError, which is not printed. A part inside another
     tells of an error for both.
     """
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     error: BaseException | None = None
@@ -130,85 +130,90 @@ def together() -> Iterator[None]:
 
 def _first(error: BaseException | None) -> BaseException:
     """Return what this process raises for the error of the first process that has one, as `together` says."""
-    said = f"SystemExit: {error}" if isinstance(error, SystemExit) else str(error)
-    mine = None if error is None else (type(error).__name__, said, "".join(traceback.format_exception(error)))
-    told: list[Any] = [None] * world()
-    dist.all_gather_object(told, mine, group=_control)
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, None if error is None else describe_error(error), group=_control)
     first = next(i for i, one in enumerate(told) if one is not None)
-    kind, text, trace = told[first]
     if first == rank() == 0 and error is not None:
         return error
     if not is_main():
-        return ProcessError(f"process {first} failed: {text}")
-    return retold(first, kind, text, trace)
+        return ProcessError(f"process {first} failed: {told[first]['text']}")
+    return error_of_process(first, told[first])
 
 
-def retold(process: int, kind: str, text: str, trace: str) -> ApportionError:
-    """Return the error of another process: of the same class where the user can mend it, else with its traceback."""
-    known = getattr(errors, kind, None)
-    if isinstance(known, type) and issubclass(known, ApportionError):
-        return known(f"process {process}: {text}")
-    return ProcessError(f"process {process} failed.\n{trace}")
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """Return an error as plain values for another process."""
+    text = f"SystemExit: {error}" if isinstance(error, SystemExit) else str(error)
+    known = error.to_data() if isinstance(error, ApportionError) else None
+    return {"known": known, "text": text, "trace": "".join(traceback.format_exception(error))}
 
 
-def from_main(value: T) -> T:
+def error_of_process(process: int, data: Mapping[str, Any]) -> ApportionError:
+    """Return the error of another process: of the same class where the user can fix it, else with its traceback."""
+    if data["known"] is not None:
+        return errors.from_data(data["known"], process)
+    return ProcessError(f"process {process} failed.\n{data['trace']}")
+
+
+def broadcast_object(value: T) -> T:
     """Return the main process's `value`, a small object that can be pickled, in every process."""
-    if world() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_control)
     return box[0]
 
 
-def largest(values: Mapping[str, float]) -> dict[str, float]:
+def all_reduce_max(values: Mapping[str, float]) -> dict[str, float]:
     """Return the largest of each number over the processes; the names are the same in all."""
     names = sorted(values)
-    if world() == 1 or not names:
+    if world_size() == 1 or not names:
         return dict(values)
     numbers = torch.tensor([values[name] for name in names], dtype=torch.float64)
     dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_control)
     return dict(zip(names, numbers.tolist(), strict=True))
 
 
-def span(count: int, process: int | None = None) -> slice:
+def shard_slice(count: int, process: int | None = None) -> slice:
     """Return the part of `count` things in a row that belongs to this process (or to `process`): neighbours, as evenly
     as may be."""
     process = rank() if process is None else process
-    return slice(count * process // world(), count * (process + 1) // world())
+    return slice(count * process // world_size(), count * (process + 1) // world_size())
 
 
-def share(rows: Tensor) -> Tensor:
+def shard(rows: Tensor) -> Tensor:
     """Return this process's part of `rows` (N,): every world-th one, so that parts differ by one row at most."""
-    return rows[rank() :: world()]
+    return rows[rank() :: world_size()]
 
 
-def reduce_sum(x: Tensor) -> Tensor:
+def all_reduce_tensor(x: Tensor) -> Tensor:
     """Return `x` summed over the processes: the `reduce` of the reductions in `masking`."""
-    if world() > 1:
+    if world_size() > 1:
         x = x.clone()
         dist.all_reduce(x)
     return x
 
 
-def sum_over(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def all_reduce_sum(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return scalars summed over the processes; a name that a process lacks counts as 0 there.
 
     All scalars are on the processes' device; on GPUs no process may lack them all.
     """
-    if world() == 1:
+    if world_size() == 1:
         return dict(sums)
-    told: list[Any] = [None] * world()
+    told: list[Any] = [None] * world_size()
     dist.all_gather_object(told, list(sums), group=_control)
     names = sorted({name for one in told for name in one})
     if not names:
         return {}
     zero = torch.zeros_like(next(iter(sums.values())), dtype=torch.float32) if sums else torch.zeros(())
-    return dict(zip(names, reduce_sum(torch.stack([sums.get(name, zero).float() for name in names])), strict=True))
+    return dict(
+        zip(names, all_reduce_tensor(torch.stack([sums.get(name, zero).float() for name in names])), strict=True)
+    )
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Overwrite `tensors` with the main process's, so that all start from the same."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.data, src=0)
 
@@ -219,13 +224,13 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     Each process's loss is already divided by the denominator of the whole mini-batch, so the sum is one process's
     gradient. A parameter without a gradient here counts as 0; one without any anywhere keeps None.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
     there = list(parameters)
     if not there:
         return
     device = there[0].device
-    some = reduce_sum(torch.tensor([p.grad is not None for p in there], dtype=torch.float32, device=device))
+    some = all_reduce_tensor(torch.tensor([p.grad is not None for p in there], dtype=torch.float32, device=device))
     used = [p for p, count in zip(there, some.tolist(), strict=True) if count]
     for bucket in _buckets(used):
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).float().flatten() for p in bucket])
@@ -252,10 +257,10 @@ def gather_rows(x: Tensor, *, fill: float = 0, left: bool = False) -> Tensor:
     The second dimension may differ: it is padded with `fill` to the longest, on the right unless `left`. Exact for
     every dtype. Dimensions beyond the second are the same in all.
     """
-    if world() == 1:
+    if world_size() == 1:
         return x
     width = x.shape[1] if x.dim() > 1 else 1
-    shapes: list[Any] = [None] * world()
+    shapes: list[Any] = [None] * world_size()
     dist.all_gather_object(shapes, (len(x), width), group=_control)
     rows, widest = max(r for r, _ in shapes), max(w for _, w in shapes)
     body = x if x.dim() > 1 else x[:, None]
@@ -276,12 +281,12 @@ def gather_rows_to_main(x: Tensor, rows: int) -> Tensor:
     Args:
         x: (r,…) on the CPU, neighbouring rows, as `Tensor.chunk` cuts them: ⌈rows/processes⌉, fewer in the last.
     """
-    size = -(-rows // world())
+    size = -(-rows // world_size())
     padded = x.new_zeros((size, *x.shape[1:]))
     padded[: len(x)] = x
     flat = padded.flatten().view(torch.uint8)  # bytes: not every backend knows every dtype
-    parts = [torch.empty_like(flat) for _ in range(world())] if is_main() else None
+    parts = [torch.empty_like(flat) for _ in range(world_size())] if is_main() else None
     dist.gather(flat, parts, group=_control)
     if parts is None:
         return x[:0]
-    return torch.cat(parts).view(x.dtype).view(size * world(), *x.shape[1:])[:rows]
+    return torch.cat(parts).view(x.dtype).view(size * world_size(), *x.shape[1:])[:rows]

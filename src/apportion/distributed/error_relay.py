@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -36,7 +35,7 @@ class Alarm:
         self._over = threading.Event()
         host = os.environ.get("MASTER_ADDR", "localhost")
         server = _store(host, 0, serves=True) if collectives.is_main() else None
-        port = collectives.from_main(0 if server is None else server.port)
+        port = collectives.broadcast_object(0 if server is None else server.port)
         self._store = _store(host, port, serves=False) if server is None else server
         if server is not None:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -55,8 +54,7 @@ class Alarm:
             raise
 
     def _ring(self, error: BaseException) -> None:
-        trace = "".join(traceback.format_exception(error))
-        said = collectives.retold(collectives.rank(), type(error).__name__, str(error), trace)
+        said = collectives.error_of_process(collectives.rank(), collectives.describe_error(error))
         with suppress(RuntimeError):  # the main process is gone, and the store with it
             self._store.set(KEY, str(said))
             end = time.monotonic() + STAY

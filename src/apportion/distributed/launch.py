@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 
 # what `accelerate launch` asks for by environment, and what it would have to say for a run to be the one asked for
 FSDP2 = "recipes/accelerate/fsdp2_gpu.yaml"
@@ -52,27 +52,27 @@ def check_launch() -> None:
     # accelerate starts a single process here and leaves it the address of a group that nobody else joins
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
         expected = "as many processes as --num_processes says: without several GPUs accelerate leaves them to MPI"
-        mend = "Add --multi_gpu (it needs no GPU), or use recipes/accelerate/ddp_cpu.yaml or torchrun."
-        raise ConfigError(message("accelerate launch", "one process", expected, mend))
-    for name, (plain, what, mend) in UNSUPPORTED.items():
-        came = os.environ.get(name, plain).lower()
-        if came != plain:
+        fix = "Add --multi_gpu (it needs no GPU), or use recipes/accelerate/ddp_cpu.yaml or torchrun."
+        raise ConfigError("accelerate launch", "one process", expected, fix)
+    for name, (plain, what, fix) in UNSUPPORTED.items():
+        got = os.environ.get(name, plain).lower()
+        if got != plain:
             expected = f"{plain!r}: apportion's processes are plain data-parallel ones"
-            raise ConfigError(message(f"accelerate's {what} ({name})", came, expected, mend))
+            raise ConfigError(f"accelerate's {what} ({name})", got, expected, fix)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         check_fsdp()
 
 
 def check_fsdp() -> None:
     """Raise ConfigError for an option of FSDP that would be ignored, and where torch is too old for it."""
-    for name, (allowed, option, mend) in FSDP_OPTIONS.items():
-        came = os.environ.get(name, FSDP_PLAIN.get(name))
-        if came is not None and came.lower() not in allowed:
+    for name, (allowed, option, fix) in FSDP_OPTIONS.items():
+        got = os.environ.get(name, FSDP_PLAIN.get(name))
+        if got is not None and got.lower() not in allowed:
             expected = " or ".join(map(repr, allowed)) if allowed else "none"
-            raise ConfigError(message(f"accelerate's {option}", came, expected, f"{mend}, as {FSDP2} does."))
+            raise ConfigError(f"accelerate's {option}", got, expected, f"{fix}, as {FSDP2} does.")
     from torch.distributed.fsdp import FSDPModule
 
     lacks = [name for name in FSDP_NEEDS if not hasattr(FSDPModule, name)]
     if lacks:
-        mend = "Update torch, or launch with recipes/accelerate/ddp_gpu.yaml."
-        raise ConfigError(message("torch", torch.__version__, f"one whose FSDP2 has {' and '.join(lacks)}", mend))
+        fix = "Update torch, or launch with recipes/accelerate/ddp_gpu.yaml."
+        raise ConfigError("torch", torch.__version__, f"one whose FSDP2 has {' and '.join(lacks)}", fix)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from apportion.distributed import collectives
 from apportion.distributed.error_relay import Alarm
 from apportion.distributed.grad_norm import total_norm
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 
 Files = dict[str, dict[str, Tensor]]  # file -> name -> tensor, as `stages.held` has them
 PARTED = ("weights", "optimizer")  # files whose names begin with a parameter's number
@@ -31,7 +31,7 @@ PARTED = ("weights", "optimizer")  # files whose names begin with a parameter's 
 
 def asked() -> bool:
     """Whether the launcher asks for sharded weights, in a run of several processes."""
-    return collectives.world() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return collectives.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def again() -> bool:
@@ -189,11 +189,11 @@ class Sharded(Weights):
 
     def agreed(self) -> AbstractContextManager[None]:
         """See `Weights.agreed`."""
-        return collectives.together()
+        return collectives.error_barrier()
 
     def even(self, parts: list[Tensor], spare: Tensor) -> list[tuple[Tensor, bool]]:
         """See `Weights.even`: as many as the process that has most."""
-        most = int(collectives.largest({"micro-batches": len(parts)})["micro-batches"])
+        most = int(collectives.all_reduce_max({"micro-batches": len(parts)})["micro-batches"])
         return [(part, True) for part in parts] + [(spare, False)] * (most - len(parts))
 
     def summed(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
@@ -210,7 +210,7 @@ class Sharded(Weights):
         parts = set(self.pieces.values())
         whole = total_norm([p for p in learning if p not in parts])
         part = total_norm([p for p in learning if p in parts]).to(learning[0].device)
-        return (collectives.reduce_sum(part.square()) + whole.square().to(part.device)).sqrt()
+        return (collectives.all_reduce_tensor(part.square()) + whole.square().to(part.device)).sqrt()
 
     def join(self, files: Files) -> Files:
         """See `Weights.join`; the other processes get empty tensors."""
@@ -252,7 +252,7 @@ class Sharded(Weights):
 
 def chunk(whole: Tensor) -> Tensor:
     """Return this process's rows of `whole`, as `fully_shard` cuts them: the last processes may have none."""
-    parts = whole.chunk(collectives.world())
+    parts = whole.chunk(collectives.world_size())
     return parts[collectives.rank()] if collectives.rank() < len(parts) else whole[:0]
 
 
@@ -273,7 +273,7 @@ def shard(model: nn.Module, again: bool) -> list[Any]:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (collectives.world(),))
+    mesh = init_device_mesh(device, (collectives.world_size(),))
     check_groups(model)
     modules: list[Any] = [*layers_of(model), model]
     for module in modules:
@@ -296,10 +296,10 @@ def check_groups(model: nn.Module) -> None:
     rest = [p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)]
     found = Counter(p for group in ([*layer.parameters()] for layer in layers) for p in group) + Counter(set(rest))
     if max(found.values(), default=1) > 1:
-        mend = "Launch with recipes/accelerate/ddp_gpu.yaml."
-        raise ModelError(message("policy", "weights that several layers share", "layers to be sharded apart", mend))
+        fix = "Launch with recipes/accelerate/ddp_gpu.yaml."
+        raise ModelError("policy", "weights that several layers share", "layers to be sharded apart", fix)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
-        mend = "Launch with recipes/accelerate/ddp_gpu.yaml."
-        came = f"weights that learn in {' and '.join(sorted(dtypes))}"
-        raise ModelError(message("policy", came, "one dtype, to be sharded", mend))
+        fix = "Launch with recipes/accelerate/ddp_gpu.yaml."
+        got = f"weights that learn in {' and '.join(sorted(dtypes))}"
+        raise ModelError("policy", got, "one dtype, to be sharded", fix)

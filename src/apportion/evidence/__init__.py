@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.config import SamplingConfig, ScoreConfig
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 from apportion.evidence.producers import PRODUCERS, Producer
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
@@ -65,16 +65,16 @@ def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
         producer.ready(names)
     for name in sorted(n for n in needs if base[n] not in known):
         if ":" not in name:
-            raise ConfigError(unknown_name("evidence", name, known))
+            raise unknown_name("evidence", name, known)
         passes.append((_users(name), frozenset({name})))
     return passes
 
 
 def _check_settings(producer: Producer, name: str) -> None:
     given = registry.asked(name)[1]
-    for key, mend in producer.requires.items():
+    for key, fix in producer.requires.items():
         if given.get(key) is None:
-            raise ConfigError(message(f"evidence {name!r}", f"no {key}", f"the setting {key!r} of its method", mend))
+            raise ConfigError(f"evidence {name!r}", f"no {key}", f"the setting {key!r} of its method", fix)
 
 
 def _users(name: str) -> Producer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -45,7 +43,9 @@ def score_kept(reward: RewardModel, rollouts: Rollouts, owners: Tensor, keep: Te
         try:
             out[rows] = reward.score(*_as_read(reward, some))[0]
         except ScoreError as error:  # it counts the rows of this forward
-            raise ScoreError(renamed(str(error), owners[rows].tolist())) from error
+            if error.row is not None:
+                error.row = int(owners[rows][error.row])
+            raise
     return out
 
 
@@ -56,8 +56,3 @@ def _as_read(reward: RewardModel, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         return translated.response_ids, translated.mask
     ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     return compact(ids, torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1))
-
-
-def renamed(text: str, owners: Sequence[int]) -> str:
-    """Return an error's text with the row of a forward that it names replaced by the rollout that owns the row."""
-    return re.sub(r"rollout (\d+)", lambda found: f"rollout {owners[int(found[1])]}", text, count=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.errors import ScoreError, message
+from apportion.errors import ScoreError
 from apportion.evidence.prefix import every_position
 from apportion.evidence.text_reward import to_policy, translate
 from apportion.models.reward import RewardModel, is_decoder
@@ -58,6 +58,6 @@ def _attribute(reward: RewardModel, rollouts: Rollouts) -> dict[str, Tensor]:
     bad = ~torch.isfinite(found).all(dim=1)
     if bad.any():
         row = int(bad.nonzero()[0])
-        mend = "Load the reward model in float32 (reward_dtype)."
-        raise ScoreError(message(f"attribution of rollout {row}", found[row].tolist(), "finite numbers", mend))
+        fix = "Load the reward model in float32 (reward_dtype)."
+        raise ScoreError("attribution", found[row].tolist(), "finite numbers", fix, row=row)
     return {"reward_attribution": found}

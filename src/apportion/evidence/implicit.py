@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 from apportion.models.loading import load_causal, load_tokenizer, locate
 from apportion.models.policy import Policy
 from apportion.types import Rollouts
@@ -44,9 +44,9 @@ def further_policy(policy: Policy, others: dict[str, Any], field: str, path: str
         folder = locate(field, path)
         tokenizer = load_tokenizer(field, folder, policy.tokenizer.pad_token)
         if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-            came = f"{path}, whose vocabulary of {len(tokenizer.get_vocab())} entries is another"
-            mend = "Train it with DPO from the policy's own start."
-            raise ModelError(message(field, came, "a model with the policy's tokenizer", mend))
+            got = f"{path}, whose vocabulary of {len(tokenizer.get_vocab())} entries is another"
+            fix = "Train it with DPO from the policy's own start."
+            raise ModelError(field, got, "a model with the policy's tokenizer", fix)
         weights = next(policy.model.parameters())
         model = load_causal(field, folder, weights.dtype, weights.device).requires_grad_(False)
         others[path] = Policy(model, policy.tokenizer, policy.banned, temperature=policy.temperature)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.errors import ModelError, ScoreError, message
+from apportion.errors import ModelError, ScoreError
 from apportion.evidence.ablated import score_kept
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Rollouts
@@ -33,9 +33,9 @@ def head_outputs(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
         return
     head = next((module for name, module in model.named_children() if name in HEADS), None)
     if head is None:
-        came = [name for name, _ in model.named_children()]
-        mend = "Use a reward model that transformers' AutoModelForSequenceClassification loads."
-        raise ModelError(message(f"head of {type(model).__name__}", came, " or ".join(HEADS), mend))
+        got = [name for name, _ in model.named_children()]
+        fix = "Use a reward model that transformers' AutoModelForSequenceClassification loads."
+        raise ModelError(f"head of {type(model).__name__}", got, " or ".join(HEADS), fix)
     handle = head.register_forward_hook(lambda module, args, output: caught.append(output))
     try:
         yield caught
@@ -72,8 +72,8 @@ def prefix_evidence(
         bad = ~torch.isfinite(value.reshape(len(value), -1)).all(dim=1)
         if bad.any():
             row = int(bad.nonzero()[0])
-            mend = "A failure never becomes a reward: check the reward model's weights and dtype."
-            raise ScoreError(message(f"{name} of rollout {row}", value[row].tolist(), "finite numbers", mend))
+            fix = "A failure never becomes a reward: check the reward model's weights and dtype."
+            raise ScoreError(name, value[row].tolist(), "finite numbers", fix, row=row)
     return found
 
 
@@ -90,8 +90,8 @@ def check_prompts(rollouts: Rollouts) -> None:
     empty = ~rollouts.prompt_mask.any(dim=1)
     if empty.any():
         row = int(empty.nonzero()[0])
-        mend = "Give a prompt (--prompt, or a BOS token at the start of prompts): the method reads its score alone."
-        raise ScoreError(message(f"prompt of rollout {row}", "no tokens", "at least one token to score", mend))
+        fix = "Give a prompt (--prompt, or a BOS token at the start of prompts): the method reads its score alone."
+        raise ScoreError("prompt", "no tokens", "at least one token to score", fix, row=row)
 
 
 def prefix_rows(rollouts: Rollouts, prompt: bool) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.errors import ConfigError, DataError, ScoreError, message
+from apportion.errors import ConfigError, DataError, ScoreError
 from apportion.segments import check
 from apportion.types import Rollouts
 
@@ -28,7 +28,7 @@ def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> 
         ConfigError: rewards of steps in a run whose segments are not known here.
         DataError: another number of rows than rollouts. ScoreError: a row of the wrong length, or with something that
             is not a finite number; it names the rollout.
-        UserCodeError: the function raised, or took longer than `guards.timeout`.
+        UserCodeError: the function raised, or took longer than `monitors.timeout`.
     """
     decode = models.policy.tokenizer.decode
     pairs = zip(rollouts.response_ids, rollouts.mask, strict=True)
@@ -41,8 +41,8 @@ def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> 
         segments = None
         if settings.get("unit") == "step":
             if models.segment is None:
-                mend = "Use unit: token, or give Models the segmenter of the run."
-                raise ConfigError(message("process.unit", "step", "a run with segments", mend))
+                fix = "Use unit: token, or give Models the segmenter of the run."
+                raise ConfigError("process.unit", "step", "a run with segments", fix)
             segments = check(models.segment(rollouts), rollouts.mask)
         made = models.users.ask(settings["function"], function, texts, rollouts, prompts)
         found[name] = laid_out(made, rollouts.mask, segments, settings["function"])
@@ -62,13 +62,13 @@ def laid_out(made: Any, mask: Tensor, segments: Tensor | None, source: str) -> T
     """
     made = made.tolist() if isinstance(made, Tensor) else made
     if not _is_list(made) or len(made) != len(mask):
-        came = f"{len(made)} rows" if _is_list(made) else type(made).__name__
-        raise DataError(message(f"what {source} returned", came, f"a list of {len(mask)} rows", "One a rollout."))
+        got = f"{len(made)} rows" if _is_list(made) else type(made).__name__
+        raise DataError(f"what {source} returned", got, f"a list of {len(mask)} rows", "One a rollout.")
     out = torch.zeros(mask.shape, device=mask.device)
     for row, given in enumerate(made):
-        field = f"process rewards of rollout {row} from {source}"
+        field = f"process rewards from {source}"
         if not _is_list(given):
-            raise ScoreError(message(field, given, "a list of numbers", "Return one list a rollout."))
+            raise ScoreError(field, given, "a list of numbers", "Return one list a rollout.", row=row)
         places = mask[row].nonzero()[:, 0]
         if segments is not None:
             places = _last_of_each(segments[row], places)
@@ -77,7 +77,7 @@ def laid_out(made: Any, mask: Tensor, segments: Tensor | None, source: str) -> T
         if len(numbers) != len(spots):
             what = "token" if segments is None else "step"
             expected = f"{len(spots)} numbers, one a {what}"
-            raise ScoreError(message(field, f"{len(numbers)} numbers", expected, "Count what was sampled, EOS too."))
+            raise ScoreError(field, f"{len(numbers)} numbers", expected, "Count what was sampled, EOS too.", row=row)
         out[row, spots] = torch.tensor([_number(field, i, value) for i, value in enumerate(numbers)], device=out.device)
     return out
 
@@ -89,8 +89,8 @@ def _is_list(value: object) -> bool:
 def _number(field: str, place: int, value: object) -> float:
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if not isinstance(value, Real) or not math.isfinite(value):
-        mend = "A failure never becomes a reward: return a number for it, or raise an error."
-        raise ScoreError(message(f"{field}, number {place}", value, "a finite number", mend))
+        fix = "A failure never becomes a reward: return a number for it, or raise an error."
+        raise ScoreError(f"{field}, number {place}", value, "a finite number", fix)
     return float(value)
 
 
@@ -109,6 +109,6 @@ def _pairs(given: Sequence[Any], places: Tensor, field: str) -> tuple[Tensor, li
     for place, token in enumerate(tokens):
         if not isinstance(token, int) or isinstance(token, bool) or not least < token < len(places):
             expected = f"pairs (token, number), tokens rising and below {len(places)}"
-            raise ScoreError(message(f"{field}, pair {place}", given[place], expected, "Count from 0 in each row."))
+            raise ScoreError(f"{field}, pair {place}", given[place], expected, "Count from 0 in each row.")
         least = token
     return places[torch.tensor(tokens, device=places.device)], [item[1] for item in given]

@@ -27,7 +27,7 @@ class Producer(NamedTuple):
 
     `produce(models, rollouts, wanted)` returns {name: tensor} for the wanted names, which carry their settings
     (`registry.asked`). The rollouts hold what earlier producers gave. `requires` are settings that a need must carry,
-    each with the mend where it is absent. `ready(wanted)` is called before any model is loaded and raises ConfigError
+    each with the fix where it is absent. `ready(wanted)` is called before any model is loaded and raises ConfigError
     where a package that they need is not installed.
     """
 

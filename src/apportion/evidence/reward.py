@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.credit._evidence import EVIDENCE, Reading, asked_reading
-from apportion.errors import ScoreError, message
+from apportion.errors import ScoreError
 from apportion.evidence.prefix import GIVES, head_outputs, prefix_evidence
 from apportion.evidence.text_reward import to_policy, translate
 from apportion.masking import first_index, last_index
@@ -57,8 +57,8 @@ def _read(reward: RewardModel, rollouts: Rollouts, wanted: frozenset[str]) -> di
     if elsewhere.any():
         at = int(elsewhere.nonzero()[0])
         expected = f"{int(reads[at])}, the last token of the response"
-        mend = "The reward model's pad id stands in the response: give it a pad token that is never sampled."
-        raise ScoreError(message(f"pooled position of rollout {at}", int(positions[at]), expected, mend))
+        fix = "The reward model's pad id stands in the response: give it a pad token that is never sampled."
+        raise ScoreError("pooled position", int(positions[at]), expected, fix, row=at)
     found = {"scores": scores, **prefix_evidence(reward, rollouts, caught, wanted)}
     for name, row in zip(asked, rows, strict=True):
         found[name] = torch.where(rollouts.valid, row[:, rollouts.prompt_ids.shape[1] :], 0.0)

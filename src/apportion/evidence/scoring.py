@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -61,8 +60,9 @@ def renumbered(rows: Tensor) -> Iterator[None]:
     try:
         yield
     except (DataError, ScoreError) as error:
-        text = re.sub(r"rollout (\d+)", lambda found: f"rollout {int(rows[int(found[1])])}", str(error), count=1)
-        raise type(error)(text) from error
+        if error.row is not None:
+            error.row = int(rows[error.row])
+        raise
 
 
 def in_score_units(found: Mapping[str, Tensor], reward: RewardModel, config: ScoreConfig) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.errors import ConfigError, DataError, message
+from apportion.errors import ConfigError, DataError
 from apportion.evidence.ablated import score_kept
 from apportion.evidence.prefix import check_prompts
 from apportion.evidence.shapley_values import most_players, shapley_values
@@ -83,12 +83,13 @@ def cut(models: Models, rollouts: Rollouts, row: int, spans: str | int) -> Tenso
         return torch.where(mask, order // spans, -1)
     if spans == "segments":
         if models.segment is None:
-            mend = "Use spans: sentences, or give Models the segmenter of the run."
-            raise ConfigError(message("shapley.spans", spans, "a run with segments", mend))
+            fix = "Use spans: sentences, or give Models the segmenter of the run."
+            raise ConfigError("shapley.spans", spans, "a run with segments", fix)
         try:
             return check(models.segment(rollouts.select(torch.tensor([row], device=mask.device))), mask[None])[0]
         except DataError as error:
-            raise DataError(str(error).replace("rollout 0", f"rollout {row}", 1)) from error
+            error.row = row
+            raise
     decode = models.policy.tokenizer.decode
     texts = [decode([i]) for i in rollouts.response_ids[row][mask].tolist()]
     ends = torch.tensor([text.rstrip().endswith(ENDINGS) or "\n" in text for text in texts], device=mask.device)

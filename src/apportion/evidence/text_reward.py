@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.errors import ConfigError, ScoreError, message
+from apportion.errors import ConfigError, ScoreError
 from apportion.models.reward import RewardModel
 from apportion.models.text.render import Encoded, context_limit, encode, read_as_text
 from apportion.models.text.transfer import carry
@@ -64,9 +64,9 @@ def to_policy(found: Mapping[str, Tensor], translation: Translation) -> dict[str
     carried = {}
     for name, value in found.items():
         if value.dim() > 1 and (registry.asked(name)[0] not in CARRIED or value.dim() > 2):
-            mend = "Use a reward model with the policy's own tokenizer for this method."
+            fix = "Use a reward model with the policy's own tokenizer for this method."
             expected = "one of " + ", ".join(sorted(CARRIED)) + " under a reward model with its own tokenizer"
-            raise ConfigError(message("evidence", name, expected, mend))
+            raise ConfigError("evidence", name, expected, fix)
         carried[name] = value if value.dim() == 1 else carry(value, translation.source, translation.target)
     return carried
 
@@ -78,12 +78,12 @@ def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 def _check_length(row: int, length: int, limit: int) -> None:
     if length == 0:
-        mend = "The policy wrote special tokens alone after such a prompt: give prompts with text."
-        raise ScoreError(message(f"text of rollout {row}", "no tokens", "at least one for the reward model", mend))
+        fix = "The policy wrote special tokens alone after such a prompt: give prompts with text."
+        raise ScoreError("text", "no tokens", "at least one for the reward model", fix, row=row)
     if length > limit:
-        mend = "Nothing is cut off: shorten the prompts, or lower sampling.max_new_tokens."
+        fix = "Nothing is cut off: shorten the prompts, or lower sampling.max_new_tokens."
         expected = f"at most {limit}, the reward model's context"
-        raise ScoreError(message(f"text of rollout {row}", f"{length} tokens", expected, mend))
+        raise ScoreError("text", f"{length} tokens", expected, fix, row=row)
 
 
 def _padded(encoded: list[Encoded]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.evidence.reward import reward_pass
 from apportion.generation import sample
 from apportion.masking import last_index
@@ -37,8 +37,8 @@ def vine_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> Map
         DataError: the actions are not what a segmenter must give. ScoreError: a score is not finite.
     """
     if models.segment is None or models.sampling is None or models.generator is None:
-        mend = "Give Models the run's segment, sampling and generator."
-        raise ConfigError(message("evidence 'vine_values'", "models without them", "a run's segments", mend))
+        fix = "Give Models the run's segment, sampling and generator."
+        raise ConfigError("evidence 'vine_values'", "models without them", "a run's segments", fix)
     segments = check(models.segment(rollouts), rollouts.mask)
     starts = (segments >= 0) & (
         segments > torch.nn.functional.pad(segments.cummax(dim=1).values, (1, 0), value=-1)[:, :-1]

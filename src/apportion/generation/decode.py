@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apportion.generation.draw import allowed_, draw, refuse_unlike_numbers
-from apportion.generation.step_model import Writer, spare
+from apportion.generation.step_model import StepModel, spare
 
 LEAVE = 8  # rows leave, and others enter, when one in this many has ended
 CHECK = 8  # steps between looks at which rows have ended where a look stops the device
@@ -82,7 +82,7 @@ class Decoder:
     batch with, nor on when it entered.
     """
 
-    writer: Writer
+    writer: StepModel
     prompts: Sequence[Sequence[int]]
     copies: int
     rows: int

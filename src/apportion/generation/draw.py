@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 
 BELOW_ONE = 1.0 - 2.0**-53  # the largest float64 below 1: times any sum it is below that sum
 
@@ -68,6 +68,6 @@ def refuse_unlike_numbers(logprobs: Tensor, rollouts: Tensor) -> None:
     bad = ~torch.isfinite(logprobs)
     if bad.any():
         row = int(bad.nonzero()[0])
-        mend = "Check its weights; if it was trained here, it diverged: lower optim.lr."
+        fix = "Check its weights; if it was trained here, it diverged: lower optim.lr."
         field = f"policy's log-probabilities in rollout {int(rollouts[row])}"
-        raise ModelError(message(field, float(logprobs[row]), "finite numbers", mend))
+        raise ModelError(field, float(logprobs[row]), "finite numbers", fix)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from apportion.distributed.sharding import plain_class
 from apportion.generation.key_values import Buffers, Pair
-from apportion.generation.step_model import Writer
+from apportion.generation.step_model import StepModel
 from apportion.models.fast.linear import parts_of
 from apportion.models.fast.packed_weights import can_pack, pack, packed_product
 from apportion.models.policy import Policy
@@ -31,15 +31,15 @@ class Layer(NamedTuple):
     activation: Callable[[Tensor], Tensor]
 
 
-class LlamaWriter(Writer):
-    """Writes as `Writer` does, with the steps of a Llama written out.
+class LlamaStepModel(StepModel):
+    """Writes as `StepModel` does, with the steps of a Llama written out.
 
     The same operations on the same numbers as the model's eager attention, in about a third of the calls: query, key
     and value are one product, gate and up another; 16-bit weights are packed for the processor's products; attention of
     one query a row is two batched products over the buffers, without copies of shared key heads. Layers that are
     neither plain nor plainly adapted are called as they are.
 
-    Args: as `Writer`'s.
+    Args: as `StepModel`'s.
     """
 
     def __init__(self, policy: Policy, model: Any, rows: int, longest: int) -> None:
@@ -66,7 +66,7 @@ class LlamaWriter(Writer):
         )
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """See `Writer.step`."""
+        """See `StepModel.step`."""
         past = self.past
         assert isinstance(past, Buffers)
         past.next_column()

@@ -9,7 +9,7 @@ import torch
 
 from apportion.config import RLConfig, SamplingConfig
 from apportion.data import BadRows
-from apportion.errors import ConfigError, DataError, message
+from apportion.errors import ConfigError, DataError
 
 
 def load_prompts(source: str, part: str, bad: BadRows | None = None) -> list[Any]:
@@ -34,13 +34,13 @@ def tokenize(
     limit = min(sampling.max_prompt_tokens, context - sampling.max_new_tokens)
     if limit < 1:
         expected = f"less than the policy's context of {context} tokens"
-        raise ConfigError(message("sampling.max_new_tokens", sampling.max_new_tokens, expected, "Lower it."))
+        raise ConfigError("sampling.max_new_tokens", sampling.max_new_tokens, expected, "Lower it.")
     for number, row in enumerate(rows):
         if not row or len(row) > limit:
-            came = f"{len(row)} tokens: {str(texts[number])[:40]}…"
+            got = f"{len(row)} tokens: {str(texts[number])[:40]}…"
             expected = f"1 to {limit} tokens (max_prompt_tokens {sampling.max_prompt_tokens}, context {context})"
-            mend = "Shorten it, or set sampling.prompt_tokens to keep only its beginning."
-            raise DataError(message(f"prompt {number + 1}", came, expected, mend))
+            fix = "Shorten it, or set sampling.prompt_tokens to keep only its beginning."
+            raise DataError(f"prompt {number + 1}", got, expected, fix)
     return rows
 
 
@@ -80,8 +80,8 @@ def _conversation(turns: Any, tokenizer: Any) -> list[int]:
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # a template is a program of the model's: whatever it raises is said
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        mend = "Give prompts as text, or use a policy whose tokenizer has a chat template for such turns."
-        raise DataError(message("prompts", f"a conversation ({reason})", "one that the policy reads", mend)) from error
+        fix = "Give prompts as text, or use a policy whose tokenizer has a chat template for such turns."
+        raise DataError("prompts", f"a conversation ({reason})", "one that the policy reads", fix) from error
 
 
 class PromptStream:

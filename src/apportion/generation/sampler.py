@@ -10,8 +10,8 @@ from torch import Tensor
 
 from apportion.config import SamplingConfig
 from apportion.generation.decode import Decoder, Rules, left_pad
-from apportion.generation.llama import LlamaWriter, is_llama
-from apportion.generation.step_model import Writer
+from apportion.generation.llama import LlamaStepModel, is_llama
+from apportion.generation.step_model import StepModel
 from apportion.models.policy import Policy
 from apportion.types import Rollouts
 
@@ -76,7 +76,7 @@ def draw_uniforms(rollouts: int, tokens: int, generator: torch.Generator) -> Ten
     return torch.rand(rollouts, tokens, dtype=torch.float64, generator=generator, device=generator.device)
 
 
-def pick_writer(policy: Policy, model: Any, rows: int, prompts: Sequence[Sequence[int]], new: int) -> Writer:
+def pick_writer(policy: Policy, model: Any, rows: int, prompts: Sequence[Sequence[int]], new: int) -> StepModel:
     """Return how `model` writes: a Llama by steps written out, every other by its own forward."""
-    kind = LlamaWriter if is_llama(model) else Writer
+    kind = LlamaStepModel if is_llama(model) else StepModel
     return kind(policy, model, rows, max(len(p) for p in prompts) + new)

@@ -11,7 +11,7 @@ from apportion.generation.key_values import Buffers
 from apportion.models.policy import Policy, contiguous_head
 
 
-class Writer:
+class StepModel:
     """A model that writes by its own forward, with the past of the rows in the batch.
 
     Args:

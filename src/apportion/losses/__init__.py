@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from apportion import registry
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.losses._ratios import Sums
 from apportion.losses.cispo import cispo
 from apportion.losses.dapo import dapo, overlong_penalty
@@ -61,6 +61,6 @@ def build(specs: list[tuple[str, dict[str, Any]]]) -> PolicyLoss:
     name, kwargs = registry.single("loss", specs)
     made = registry.call("loss", name, find(name), kwargs)
     if not isinstance(made, PolicyLoss):
-        mend = "Return apportion.types.PolicyLoss(terms, denominator, ratio, needs)."
-        raise ConfigError(message("loss", f"{name}, which returned a {type(made).__name__}", "a PolicyLoss", mend))
+        fix = "Return apportion.types.PolicyLoss(terms, denominator, ratio, needs)."
+        raise ConfigError("loss", f"{name}, which returned a {type(made).__name__}", "a PolicyLoss", fix)
     return made

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, DataError, message
+from apportion.errors import ConfigError, DataError
 from apportion.masking import segment_sum
 from apportion.types import Rollouts
 
@@ -70,9 +70,9 @@ def reference_kl(logprobs: Tensor, rollouts: Rollouts, mask: Tensor) -> Tensor:
         DataError: evidence "reference_logprobs" absent.
     """
     if "reference_logprobs" not in rollouts.evidence:
-        came = sorted(rollouts.evidence) or "no evidence"
-        mend = "Score the rollouts with the reference model, or use kl_coef: 0."
-        raise DataError(message("evidence['reference_logprobs']", came, "a (B,T) tensor of log-probabilities", mend))
+        got = sorted(rollouts.evidence) or "no evidence"
+        fix = "Score the rollouts with the reference model, or use kl_coef: 0."
+        raise DataError("evidence['reference_logprobs']", got, "a (B,T) tensor of log-probabilities", fix)
     gap = log_ratios(rollouts.evidence["reference_logprobs"], logprobs, mask)
     return torch.where(mask, limited_exp(gap) - 1.0 - gap, 0.0)
 
@@ -112,5 +112,5 @@ def check_clip(field: str, value: float, most: float = math.inf) -> float:
     """Return `value` if it is a number in [0, most]; raise ConfigError that names `field` otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= most:
         expected = "a number >= 0" if most == math.inf else f"a number in [0, {most:g}]"
-        raise ConfigError(message(field, value, expected, "0.2 is usual for token ratios."))
+        raise ConfigError(field, value, expected, "0.2 is usual for token ratios.")
     return float(value)

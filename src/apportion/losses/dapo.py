@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.losses._ratios import Sums, check_clip, tokens
 from apportion.losses.ppo import clipped_tokens
 from apportion.types import PolicyLoss, Rollouts
@@ -47,6 +47,6 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
         ConfigError: not 1 <= buffer <= limit.
     """
     if not 1 <= buffer <= limit:
-        came = f"limit {limit}, buffer {buffer}"
-        raise ConfigError(message("overlong_penalty", came, "1 <= buffer <= limit", "DAPO used 20480 and 4096."))
+        got = f"limit {limit}, buffer {buffer}"
+        raise ConfigError("overlong_penalty", got, "1 <= buffer <= limit", "DAPO used 20480 and 4096.")
     return ((limit - buffer - lengths.float()) / buffer).clamp(-1.0, 0.0)

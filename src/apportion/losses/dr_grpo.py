@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.losses._ratios import Sums, check_clip, sequences
 from apportion.losses.grpo import reference_needs, token_terms
 from apportion.types import PolicyLoss, Rollouts
@@ -34,8 +34,8 @@ def dr_grpo(clip: float = 0.2, kl_coef: float = 0.0, length: int | None = None) 
     check_clip("dr_grpo.clip", clip, 1.0)
     check_clip("dr_grpo.kl_coef", kl_coef)
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        mend = "Use the largest number of new tokens, sampling.max_new_tokens."
-        raise ConfigError(message("dr_grpo.length", length, "a whole number >= 1, or null", mend))
+        fix = "Use the largest number of new tokens, sampling.max_new_tokens."
+        raise ConfigError("dr_grpo.length", length, "a whole number >= 1, or null", fix)
     constant = 1.0 if length is None else float(length)
 
     def terms(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, unknown_name
+from apportion.errors import unknown_name
 from apportion.losses._ratios import (
     Sums,
     action_mean,
@@ -48,7 +48,7 @@ def ppo(clip: float = 0.2, ratio: str = "token") -> PolicyLoss:
     """
     check_clip("ppo.clip", clip, 1.0)
     if ratio not in RATIOS:
-        raise ConfigError(unknown_name("ppo.ratio", str(ratio), RATIOS))
+        raise unknown_name("ppo.ratio", str(ratio), RATIOS)
 
     def token_terms(
         logprobs: Tensor, rollouts: Rollouts, advantages: Tensor, mask: Tensor, segments: Tensor

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 from apportion.models.fast.linear import quicken
 from apportion.models.fast.norms import lean
 from apportion.system import cpu
@@ -51,26 +51,26 @@ def locate(field: str, name: str) -> str:
     # owner/name is a hub id unless `owner` is a folder here, which makes it a mistyped path
     local = os.path.exists(path) or name.startswith(".") or ("/" in name and Path(name.split("/")[0]).exists())
     if local or not HUB_ID.fullmatch(name):
-        raise ModelError(message(field, name, expected, "There is no such folder: check the path."))
+        raise ModelError(field, name, expected, "There is no such folder: check the path.")
     return name
 
 
 def _check_folder(field: str, path: Path) -> None:
     adapter = (path / "adapter_config.json").is_file()
     if not adapter and not (path / "config.json").is_file():
-        mend = "Point to the folder that `save_pretrained` wrote, such as RUN/final."
-        raise ModelError(message(field, str(path), "a folder with config.json and weights", mend))
+        fix = "Point to the folder that `save_pretrained` wrote, such as RUN/final."
+        raise ModelError(field, str(path), "a folder with config.json and weights", fix)
     # an adapter's weights have one name; beside other safetensors, peft would unpickle adapter_model.bin
     patterns = (ADAPTER,) if adapter and not any(path.glob("model*.safetensors")) else SAFE_WEIGHTS
     if not any(next(path.glob(pattern), None) for pattern in patterns):
-        mend = "Save it again with `model.save_pretrained(folder)`; pickled weights (.bin) are not loaded."
-        raise ModelError(message(field, str(path), "weights in safetensors beside config.json", mend))
+        fix = "Save it again with `model.save_pretrained(folder)`; pickled weights (.bin) are not loaded."
+        raise ModelError(field, str(path), "weights in safetensors beside config.json", fix)
 
 
 def pick_device(name: str) -> torch.device:
     """Return the device: `auto` is the GPU if there is one. Raises ModelError when cuda is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError(message("device", name, "cpu or auto", "This PyTorch sees no GPU."))
+        raise ModelError("device", name, "cpu or auto", "This PyTorch sees no GPU.")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
@@ -121,7 +121,7 @@ def read_tokenizer(field: str, folder: str) -> Any:
         _check_templates(tokenizer.chat_template)
         return tokenizer
     except Exception as error:  # the tokenizers library raises bare ones; each ends as one ModelError
-        raise ModelError(message(field, _said(folder, error), "a folder or hub id with a tokenizer", MEND)) from error
+        raise ModelError(field, _said(folder, error), "a folder or hub id with a tokenizer", MEND) from error
 
 
 def _check_templates(templates: Any) -> None:
@@ -138,13 +138,13 @@ def with_pad(field: str, tokenizer: Any, pad_token: str | None) -> Any:
         if pad_token not in tokenizer.get_vocab():
             ends = (tokenizer.eos_token, tokenizer.bos_token)
             reserved = [str(t) for t in tokenizer.added_tokens_decoder.values() if str(t) not in ends][:8]
-            mend = f"Choose a reserved token that never stands in text, such as one of {reserved}."
-            raise ModelError(message("pad_token", pad_token, "a token of the tokenizer's vocabulary", mend))
+            fix = f"Choose a reserved token that never stands in text, such as one of {reserved}."
+            raise ModelError("pad_token", pad_token, "a token of the tokenizer's vocabulary", fix)
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        came = f"pad {tokenizer.pad_token!r}, eos {tokenizer.eos_token!r}"
-        mend = "Pass --pad_token with a reserved token of the vocabulary that never stands in text."
-        raise ModelError(message(f"{field}'s tokenizer", came, "a pad token distinct from EOS", mend))
+        got = f"pad {tokenizer.pad_token!r}, eos {tokenizer.eos_token!r}"
+        fix = "Pass --pad_token with a reserved token of the vocabulary that never stands in text."
+        raise ModelError(f"{field}'s tokenizer", got, "a pad token distinct from EOS", fix)
     return tokenizer
 
 
@@ -160,7 +160,7 @@ def load_settings(field: str, folder: str) -> Any:
         return AutoConfig.from_pretrained(base_of(folder), **NO_CODE)
     except UNFIT as error:
         expected = "a config.json that transformers can read"
-        raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
+        raise ModelError(field, _said(folder, error), expected, MEND) from error
 
 
 def _is_adapter(folder: str) -> bool:
@@ -222,7 +222,7 @@ def _adapted(field: str, folder: str, auto: Any, **kwargs: Any) -> tuple[Any, di
         with _said_once():
             adapted = PeftModel.from_pretrained(model, folder)
     except UNFIT as error:
-        raise ModelError(message(field, _said(folder, error), "an adapter that fits its base model", MEND)) from error
+        raise ModelError(field, _said(folder, error), "an adapter that fits its base model", MEND) from error
     missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
     return _merged(field, folder, adapted), {"missing_keys": missing}
 
@@ -253,9 +253,9 @@ def _merged(field: str, folder: str, adapted: Any) -> nn.Module:
             are, with a warning at most), or it is of a kind that cannot be merged.
     """
     if not callable(getattr(adapted, "merge_and_unload", None)):
-        came = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
-        mend = "Merge it into its base model where it was made, and give that."
-        raise ModelError(message(field, came, "an adapter that can be merged, such as LoRA", mend))
+        got = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
+        fix = "Merge it into its base model where it was made, and give that."
+        raise ModelError(field, got, "an adapter that can be merged, such as LoRA", fix)
     try:
         found = adapted.load_adapter(folder, "default", torch_device="cpu")  # again: only this says what did not fit
         astray = sorted({*found.missing_keys, *found.unexpected_keys})
@@ -263,10 +263,10 @@ def _merged(field: str, folder: str, adapted: Any) -> nn.Module:
             model: nn.Module = adapted.merge_and_unload()
             return model
     except UNFIT as error:
-        raise ModelError(message(field, _said(folder, error), "an adapter that fits its base model", MEND)) from error
-    came = f"{folder}, whose {ADAPTER} and layers differ in {len(astray)} weights: {', '.join(astray[:3])}"
-    mend = "It was saved under other names or for another model: save it again with `save_pretrained`."
-    raise ModelError(message(field, came, "an adapter that fits its base model", mend))
+        raise ModelError(field, _said(folder, error), "an adapter that fits its base model", MEND) from error
+    got = f"{folder}, whose {ADAPTER} and layers differ in {len(astray)} weights: {', '.join(astray[:3])}"
+    fix = "It was saved under other names or for another model: save it again with `save_pretrained`."
+    raise ModelError(field, got, "an adapter that fits its base model", fix)
 
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
@@ -285,14 +285,14 @@ def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **k
                 raise
             return auto.from_pretrained(base, attn_implementation="eager", **loading)  # such as DeBERTa
     except UNFIT as error:
-        raise ModelError(message(field, _said(folder, error), expected, MEND)) from error
+        raise ModelError(field, _said(folder, error), expected, MEND) from error
 
 
 def _refuse_missing(field: str, folder: str, info: Any) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
-        mend = "These weights would be random. Train or save the model with them first."
-        raise ModelError(message(field, f"{folder} without {missing[:3]}", "weights for every layer", mend))
+        fix = "These weights would be random. Train or save the model with them first."
+        raise ModelError(field, f"{folder} without {missing[:3]}", "weights for every layer", fix)
 
 
 def own_memory(model: nn.Module) -> nn.Module:
@@ -322,8 +322,8 @@ def load_classifier(
 
     kwargs = {} if new_head is None else {"num_labels": new_head}
     if new_head is None and (labels := load_settings(field, folder).num_labels) not in (1, 2):
-        mend = "Use a reward model (1 label) or a binary classifier (2 labels)."
-        raise ModelError(message(field, f"{folder} with {labels} labels", "1 or 2 labels", mend))
+        fix = "Use a reward model (1 label) or a binary classifier (2 labels)."
+        raise ModelError(field, f"{folder} with {labels} labels", "1 or 2 labels", fix)
     if _is_adapter(folder):
         model, info = _adapted(field, folder, AutoModelForSequenceClassification, **kwargs)
         model = model.to(dtype)

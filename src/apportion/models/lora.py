@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from apportion.config import LoraConfig
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.models.fast.linear import quicken
 
 
@@ -37,8 +37,8 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
             chosen = []
     if not chosen:
         known = sorted({name.split(".")[-1] for name in linear})
-        mend = "Use attention, all, or a list of layer names."
-        raise ConfigError(message("lora.targets", targets, f"layers of this model: {', '.join(known)}", mend))
+        fix = "Use attention, all, or a list of layer names."
+        raise ConfigError("lora.targets", targets, f"layers of this model: {', '.join(known)}", fix)
     return chosen
 
 

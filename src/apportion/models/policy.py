@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apportion.config import RLConfig
 from apportion.distributed.sharding import Sharded, Weights
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 from apportion.losses import entropy_of
 from apportion.masking import last_index
 from apportion.models.loading import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
@@ -157,7 +157,7 @@ class Policy:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Have every row read whole inside, in one forward, for those who watch it (attention rows)."""
+        """Have every row read whole inside, in one forward, for those who monitor it (attention rows)."""
         before, self.shares = self.shares, False
         try:
             yield
@@ -297,7 +297,7 @@ def banned_ids(tokenizer: Any, stop: str) -> list[int]:
     """
     if tokenizer.eos_token_id is None:
         if stop == "eos":
-            mend = "Set eos_token in its tokenizer_config.json, or use --sampling.stop length."
-            raise ModelError(message("policy's tokenizer", "no EOS token", "one, as sampling.stop is eos", mend))
+            fix = "Set eos_token in its tokenizer_config.json, or use --sampling.stop length."
+            raise ModelError("policy's tokenizer", "no EOS token", "one, as sampling.stop is eos", fix)
         return [tokenizer.pad_token_id]
     return [tokenizer.pad_token_id] + ([tokenizer.eos_token_id] if stop == "length" else [])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apportion.config import ScoreConfig
 from apportion.credit._evidence import Reading
-from apportion.errors import ConfigError, ModelError, ScoreError, message
+from apportion.errors import ConfigError, ModelError, ScoreError
 from apportion.models.attention.row import attention_row, union
 from apportion.models.loading import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
 from apportion.models.shared_prompt import Shared, inputs_behind, read_prompts
@@ -105,8 +105,8 @@ class RewardModel:
         bad = ~torch.isfinite(scores)
         if bad.any():
             row = int(bad.nonzero()[0])
-            mend = "A failure never becomes a reward: check the reward model's weights and dtype."
-            raise ScoreError(message(f"score of rollout {row}", float(scores[row]), "a finite number", mend))
+            fix = "A failure never becomes a reward: check the reward model's weights and dtype."
+            raise ScoreError("score", float(scores[row]), "a finite number", fix, row=row)
         return scores
 
     def positions(self, ids: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ def read_statistics(folder: Path) -> dict[str, float]:
             raise ValueError(f"not finite: {found}")
         return found
     except (ValueError, KeyError, TypeError) as error:
-        mend = "Delete the file, or evaluate the reward model again."
-        raise ModelError(message(str(path), str(error), '{"mean": number, "sd": number}', mend)) from error
+        fix = "Delete the file, or evaluate the reward model again."
+        raise ModelError(str(path), str(error), '{"mean": number, "sd": number}', fix) from error
 
 
 def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
@@ -193,9 +193,9 @@ def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
     """
     if config.center or config.scale:
         if reward.mean is None or reward.sd is None:
-            came = "a reward model without reward.json beside its weights"
-            mend = 'Write {"mean": m, "sd": s} of its scores there, or set scores.center and scores.scale to false.'
-            raise ConfigError(message("scores.center/scale", came, "its mean and sd", mend))
+            got = "a reward model without reward.json beside its weights"
+            fix = 'Write {"mean": m, "sd": s} of its scores there, or set scores.center and scores.scale to false.'
+            raise ConfigError("scores.center/scale", got, "its mean and sd", fix)
         scores = scores - reward.mean if config.center else scores
         scores = scores / max(reward.sd, 1e-6) if config.scale else scores
     return scores if config.clip is None else scores.clamp(-config.clip, config.clip)

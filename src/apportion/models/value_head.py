@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.config import RLConfig
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.models.loading import quick_attention
 from apportion.models.lora import add_adapter
 from apportion.models.reward import RewardModel, adjust
@@ -78,14 +78,14 @@ def score_layer(reward: RewardModel) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigError: there is no such function, or the model reads text instead of the policy's ids.
     """
-    mend = "Use ppo.value_model separate or shared."
+    fix = "Use ppo.value_model separate or shared."
     if reward.text is not None:
-        came = "a reward model with a tokenizer of its own"
-        raise ConfigError(message("ppo.value_model", f"reward, with {came}", "one that reads the policy's ids", mend))
+        got = "a reward model with a tokenizer of its own"
+        raise ConfigError("ppo.value_model", f"reward, with {got}", "one that reads the policy's ids", fix)
     layer = next((m for name, m in reward.model.named_children() if name in HEADS), None)
     if not isinstance(layer, nn.Linear):
-        came = f"reward, with the head {type(layer).__name__}"
-        raise ConfigError(message("ppo.value_model", came, "a reward model whose head is one linear layer", mend))
+        got = f"reward, with the head {type(layer).__name__}"
+        raise ConfigError("ppo.value_model", got, "a reward model whose head is one linear layer", fix)
     weight = layer.weight.detach().float()
     bias = torch.zeros(len(weight), device=weight.device) if layer.bias is None else layer.bias.detach().float()
     if len(weight) == 1:

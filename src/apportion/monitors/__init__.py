@@ -1,10 +1,10 @@
-"""The watches: one rule a file, over the metrics that a run logs anyway, judged against the run's own start."""
+"""The monitors: one rule a file, over the metrics that a run logs anyway, judged against the run's own start."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from apportion.monitors._monitor import Finding, Track, Watch, init, observe
+from apportion.monitors._monitor import Alert, MetricHistory, Monitor, init, observe
 from apportion.monitors.entropy import entropy
 from apportion.monitors.kl import kl
 from apportion.monitors.length import length
@@ -15,5 +15,5 @@ from apportion.monitors.sampler_gap import sampler_gap
 from apportion.monitors.value_loss import value_loss
 
 FACTORIES = (negative_kl, sampler_gap, ratio, entropy, length, reward, value_loss, kl)
-WATCHES: Mapping[str, Callable[..., Watch]] = {f.__name__: f for f in FACTORIES}
-__all__ = ["WATCHES", "Finding", "Track", "Watch", "init", "observe"]
+MONITORS: Mapping[str, Callable[..., Monitor]] = {f.__name__: f for f in FACTORIES}
+__all__ = ["MONITORS", "Alert", "MetricHistory", "Monitor", "init", "observe"]

@@ -1,4 +1,4 @@
-"""What a watch is: a rule over a batch's metrics, judged against the run's own start. Pure: state goes in and out."""
+"""What a monitor is: a rule over a batch's metrics, judged against the run's own start. Pure: state goes in and out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHT = 1 / 3  # of the newest batch in the running mean: five batches' worth o
 CALM = 5  # quiet batches in a row that end an episode
 
 
-class Track(NamedTuple):
+class MetricHistory(NamedTuple):
     """One metric so far: this batch's value, the running mean with it and before it, and the mean of the run's start.
 
     `before` is None in the first batch, `start` until the first `START` batches are over.
@@ -31,66 +31,66 @@ class Track(NamedTuple):
         return self.start is not None and self.recent > max(least, times * self.start)
 
 
-class Watch(NamedTuple):
-    """One watch.
+class Monitor(NamedTuple):
+    """One monitor.
 
     Attributes:
-        name: its setting (`guards.NAME`) and metric (`guards/NAME`).
+        name: its setting (`monitors.NAME`) and metric (`monitors/NAME`).
         reads: metrics, the first of which must be there for it to judge; those that a run does not log are left out.
         judge: {metric: Track} -> what is wrong, in words and numbers, or None.
-        expected: what a healthy run shows. causes, mend: what it is likely to be, and what to do about it.
-        tightens: whether a larger KL coefficient holds what it watches.
+        expected: what a healthy run shows. causes, fix: what it is likely to be, and what to do about it.
+        tightens: whether a larger KL coefficient holds what it monitors.
     """
 
     name: str
     reads: tuple[str, ...]
-    judge: Callable[[Mapping[str, Track]], str | None]
+    judge: Callable[[Mapping[str, MetricHistory]], str | None]
     expected: str
     causes: str
-    mend: str
+    fix: str
     tightens: bool = False
 
 
-class Finding(NamedTuple):
-    """A watch that fires in this batch: what it says, and whether an episode begins with it."""
+class Alert(NamedTuple):
+    """A monitor that fires in this batch: what it says, and whether an episode begins with it."""
 
-    watch: Watch
+    monitor: Monitor
     said: str
     begins: bool
 
 
-def init(watches: Iterable[Watch]) -> State:
+def init(monitors: Iterable[Monitor]) -> State:
     """Return the state of a run that has seen nothing: float64 tensors (3,).
 
     "NAME METRIC" holds (batches seen, mean of the first `START` of them, running mean); "NAME episode" holds
     (1 during an episode, quiet batches since it last fired, episodes).
     """
-    names = [f"{w.name} {key}" for w in watches for key in (*w.reads, "episode")]
+    names = [f"{w.name} {key}" for w in monitors for key in (*w.reads, "episode")]
     return {name: torch.zeros(3, dtype=torch.float64) for name in names}
 
 
 def observe(
-    watches: Iterable[Watch], metrics: Mapping[str, float], state: State
-) -> tuple[dict[str, Finding | None], State]:
-    """Return ({watch: what it found, or None}, the state after this batch).
+    monitors: Iterable[Monitor], metrics: Mapping[str, float], state: State
+) -> tuple[dict[str, Alert | None], State]:
+    """Return ({monitor: what it found, or None}, the state after this batch).
 
-    A watch whose first metric is absent says nothing at all and is not in the answer.
+    A monitor whose first metric is absent says nothing at all and is not in the answer.
     """
-    found: dict[str, Finding | None] = {}
+    found: dict[str, Alert | None] = {}
     state = dict(state)
-    for watch in watches:
-        if watch.reads[0] not in metrics:
+    for monitor in monitors:
+        if monitor.reads[0] not in metrics:
             continue
         tracks = {}
-        for key in (key for key in watch.reads if key in metrics):
-            tracks[key], state[f"{watch.name} {key}"] = follow(state[f"{watch.name} {key}"], metrics[key])
-        said = watch.judge(tracks)
-        began, state[f"{watch.name} episode"] = _episode(state[f"{watch.name} episode"], said is not None)
-        found[watch.name] = None if said is None else Finding(watch, said, began)
+        for key in (key for key in monitor.reads if key in metrics):
+            tracks[key], state[f"{monitor.name} {key}"] = follow(state[f"{monitor.name} {key}"], metrics[key])
+        said = monitor.judge(tracks)
+        began, state[f"{monitor.name} episode"] = _episode(state[f"{monitor.name} episode"], said is not None)
+        found[monitor.name] = None if said is None else Alert(monitor, said, began)
     return found, state
 
 
-def follow(stored: Tensor, value: float) -> tuple[Track, Tensor]:
+def follow(stored: Tensor, value: float) -> tuple[MetricHistory, Tensor]:
     """Return (the metric with its new value, what to store of it): (seen, start, running mean), (3,) float64."""
     seen, start, recent = stored.tolist()
     before = recent if seen else None
@@ -98,7 +98,7 @@ def follow(stored: Tensor, value: float) -> tuple[Track, Tensor]:
     known = start if seen >= START else None
     if known is None:
         start = (start * seen + value) / (seen + 1)
-    return Track(value, mean, before, known), torch.tensor([seen + 1, start, mean], dtype=torch.float64)
+    return MetricHistory(value, mean, before, known), torch.tensor([seen + 1, start, mean], dtype=torch.float64)
 
 
 def _episode(stored: Tensor, fires: bool) -> tuple[bool, Tensor]:

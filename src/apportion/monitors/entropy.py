@@ -1,26 +1,26 @@
-"""Watches for an entropy that collapses: the policy writes the same thing whatever it is asked."""
+"""Monitors for an entropy that collapses: the policy writes the same thing whatever it is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apportion.monitors._monitor import Track, Watch, share
+from apportion.monitors._monitor import MetricHistory, Monitor, share
 
 
-def entropy(*, fall: float = 0.3, floor: float = 0.005) -> Watch:
-    """Return a watch on objective/entropy (nats a token): its running mean below `fall` of the start, or below `floor`.
+def entropy(*, fall: float = 0.3, floor: float = 0.005) -> Monitor:
+    """Return a monitor of objective/entropy (nats a token): running mean below `fall` of the start, or below `floor`.
 
     A run that learns loses entropy: the demo's keeps 0.77 of its start, one pushed further 0.68.
     """
     key = "objective/entropy"
 
-    def judge(tracks: Mapping[str, Track]) -> str | None:
+    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
         found = tracks[key]
         if found.start is not None and found.recent < fall * found.start:
             return f"{key} {found.recent:.3g} nats a token, {share(found.recent, found.start)}"
         return f"{key} {found.recent:.3g} nats a token" if found.recent < floor else None
 
-    return Watch(
+    return Monitor(
         "entropy",
         (key,),
         judge,

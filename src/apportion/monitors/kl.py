@@ -1,14 +1,14 @@
-"""Watches for a policy that runs away from its reference."""
+"""Monitors for a policy that runs away from its reference."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apportion.monitors._monitor import Track, Watch
+from apportion.monitors._monitor import MetricHistory, Monitor
 
 
-def kl(*, most: float = 2.0, jump: float = 4.0, step: float = 0.5) -> Watch:
-    """Return a watch on objective/kl over objective/length, nats a token: the running means' ratio above `most`, or
+def kl(*, most: float = 2.0, jump: float = 4.0, step: float = 0.5) -> Monitor:
+    """Return a monitor on objective/kl over objective/length, nats a token: the running means' ratio above `most`, or
     one batch above `jump` times the running mean before it plus `step`.
 
     A run's own start is no measure here: it is 0. The demo ends near 0.3 nats a token, one pushed further near 0.7;
@@ -16,8 +16,8 @@ def kl(*, most: float = 2.0, jump: float = 4.0, step: float = 0.5) -> Watch:
     """
     key, size = "objective/kl", "objective/length"
 
-    def judge(tracks: Mapping[str, Track]) -> str | None:
-        found, sizes = tracks[key], tracks.get(size, Track(1.0, 1.0))
+    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
+        found, sizes = tracks[key], tracks.get(size, MetricHistory(1.0, 1.0))
         rate = found.recent / max(sizes.recent, 1.0)
         if rate > most:
             return f"{key} {rate:.3g} nats a token ({found.recent:.3g} a response)"
@@ -26,7 +26,7 @@ def kl(*, most: float = 2.0, jump: float = 4.0, step: float = 0.5) -> Watch:
             return f"{key} {found.value:.3g} nats a response in one batch, after {before:.3g} in the running mean"
         return None
 
-    return Watch(
+    return Monitor(
         "kl",
         (key, size),
         judge,

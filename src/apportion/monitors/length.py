@@ -1,24 +1,24 @@
-"""Watches for responses that grow or shrink out of proportion: a reward that length alone can move."""
+"""Monitors for responses that grow or shrink out of proportion: a reward that length alone can move."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apportion.monitors._monitor import Track, Watch, share
+from apportion.monitors._monitor import MetricHistory, Monitor, share
 
 
-def length(*, rise: float = 3.0, fall: float = 1 / 3) -> Watch:
-    """Return a watch on objective/length (tokens a response): its running mean above `rise` or below `fall` times the
+def length(*, rise: float = 3.0, fall: float = 1 / 3) -> Monitor:
+    """Return a monitor on objective/length (tokens a response): its running mean above `rise` or below `fall` times the
     start. With `sampling.stop: length` it is constant and never fires."""
     key = "objective/length"
 
-    def judge(tracks: Mapping[str, Track]) -> str | None:
+    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
         found = tracks[key]
         if found.start is None or fall * found.start <= found.recent <= rise * found.start:
             return None
         return f"{key} {found.recent:.3g} tokens a response, {share(found.recent, found.start)}"
 
-    return Watch(
+    return Monitor(
         "length",
         (key,),
         judge,

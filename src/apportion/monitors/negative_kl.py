@@ -1,14 +1,14 @@
-"""Watches for a KL that falls below zero: the sampler and the trainer do not agree on what was sampled."""
+"""Monitors for a KL that falls below zero: the sampler and the trainer do not agree on what was sampled."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apportion.monitors._monitor import Track, Watch
+from apportion.monitors._monitor import MetricHistory, Monitor
 
 
-def negative_kl(*, mean: float = -1.0, once: float = -5.0) -> Watch:
-    """Return a watch that fires when objective/kl (nats a response) is below `once`, or its running mean below `mean`.
+def negative_kl(*, mean: float = -1.0, once: float = -5.0) -> Monitor:
+    """Return a monitor firing when objective/kl (nats a response) is below `once`, or its running mean below `mean`.
 
     An expected log-ratio under the policy that sampled cannot be negative. A batch's estimate can, by chance: of n
     rollouts with KL k it has standard deviation √(2k/n) (log-ratios near 0), so it is below −4.5/n once in a thousand
@@ -16,13 +16,13 @@ def negative_kl(*, mean: float = -1.0, once: float = -5.0) -> Watch:
     """
     key = "objective/kl"
 
-    def judge(tracks: Mapping[str, Track]) -> str | None:
+    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
         kl = tracks[key]
         if kl.value >= once and kl.recent >= mean:
             return None
         return f"{key} {kl.value:.3g} nats a response, {kl.recent:.3g} in the running mean"
 
-    return Watch(
+    return Monitor(
         "negative_kl",
         (key,),
         judge,

@@ -1,14 +1,14 @@
-"""Watches for probability ratios that blow up within one batch's update."""
+"""Monitors for probability ratios that blow up within one batch's update."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apportion.monitors._monitor import Track, Watch, share
+from apportion.monitors._monitor import MetricHistory, Monitor, share
 
 
-def ratio(*, most: float = 0.5, least: float = 0.1, rise: float = 10.0, limited: float = 0.01) -> Watch:
-    """Return a watch on policy/approxkl, the k3 of the ratios in nats a token: above `most` in one batch, or in the
+def ratio(*, most: float = 0.5, least: float = 0.1, rise: float = 10.0, limited: float = 0.01) -> Monitor:
+    """Return a monitor on policy/approxkl, the k3 of the ratios in nats a token: above `most` in one batch, or in the
     running mean above `least` and `rise` times the start; and on policy/ratio_limited above `limited`.
 
     k3 = ρ − 1 − log ρ grows with the ratio itself, so one token in a thousand with ρ = 500 is enough. Healthy updates
@@ -16,7 +16,7 @@ def ratio(*, most: float = 0.5, least: float = 0.1, rise: float = 10.0, limited:
     """
     key, cut = "policy/approxkl", "policy/ratio_limited"
 
-    def judge(tracks: Mapping[str, Track]) -> str | None:
+    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
         kl = tracks[key]
         if cut in tracks and tracks[cut].value > limited:
             return f"{cut} {tracks[cut].value:.3g}: the share of tokens whose ratio is beyond e^±20"
@@ -26,7 +26,7 @@ def ratio(*, most: float = 0.5, least: float = 0.1, rise: float = 10.0, limited:
             return f"{key} {kl.recent:.3g} nats a token, {share(kl.recent, kl.start)}"
         return None
 
-    return Watch(
+    return Monitor(
         "ratio",
         (key, cut),
         judge,

@@ -1,18 +1,18 @@
-"""Watches for a reward that saturates: every response gets the same score, and there is nothing left to learn from."""
+"""Monitors for a reward that saturates: every response gets the same score, and there is nothing left to learn from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apportion.monitors._monitor import Track, Watch, share
+from apportion.monitors._monitor import MetricHistory, Monitor, share
 
 
-def reward(*, fall: float = 0.1, clipped: float = 0.9) -> Watch:
-    """Return a watch on objective/scores_std: its running mean at or below `fall` of the start; and, where scores are
+def reward(*, fall: float = 0.1, clipped: float = 0.9) -> Monitor:
+    """Return a monitor on objective/scores_std: its running mean at or below `fall` of the start; and, where scores are
     clipped, on objective/scores_clipped, the share of a batch at the clip, above `clipped` in the running mean."""
     key, held = "objective/scores_std", "objective/scores_clipped"
 
-    def judge(tracks: Mapping[str, Track]) -> str | None:
+    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
         spread = tracks[key]
         if spread.start is not None and spread.recent <= fall * spread.start:
             return f"{key} {spread.recent:.3g}, {share(spread.recent, spread.start)}"
@@ -20,7 +20,7 @@ def reward(*, fall: float = 0.1, clipped: float = 0.9) -> Watch:
             return f"{held} {tracks[held].recent:.3g}: the share of scores at the clip (scores.clip)"
         return None
 
-    return Watch(
+    return Monitor(
         "reward",
         (key, held),
         judge,

@@ -1,14 +1,14 @@
-"""Watches the difference between the sampler's and the trainer's log-probabilities of the same tokens."""
+"""Monitors the difference between the sampler's and the trainer's log-probabilities of the same tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apportion.monitors._monitor import Track, Watch, share
+from apportion.monitors._monitor import MetricHistory, Monitor, share
 
 
-def sampler_gap(*, least: float = 0.1, rise: float = 5.0, most: float = 0.3) -> Watch:
-    """Return a watch on sampling/logprob_gap (mean absolute nats a token): above `most`, or above `least` and `rise`
+def sampler_gap(*, least: float = 0.1, rise: float = 5.0, most: float = 0.3) -> Monitor:
+    """Return a monitor on sampling/logprob_gap (mean absolute nats a token): above `most`, or above `least` and `rise`
     times the start.
 
     Two ways to compute the same model differ by 1e-6 in float32 and by 0.004 to 0.046 in bfloat16 (measured on runs of
@@ -16,7 +16,7 @@ def sampler_gap(*, least: float = 0.1, rise: float = 5.0, most: float = 0.3) -> 
     """
     key = "sampling/logprob_gap"
 
-    def judge(tracks: Mapping[str, Track]) -> str | None:
+    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
         gap = tracks[key]
         if gap.recent > most:
             return f"{key} {gap.recent:.3g} nats a token"
@@ -24,7 +24,7 @@ def sampler_gap(*, least: float = 0.1, rise: float = 5.0, most: float = 0.3) -> 
             return f"{key} {gap.recent:.3g} nats a token, {share(gap.recent, gap.start)}"
         return None
 
-    return Watch(
+    return Monitor(
         "sampler_gap",
         (key,),
         judge,

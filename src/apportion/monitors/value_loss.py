@@ -1,14 +1,14 @@
-"""Watches for a critic that diverges."""
+"""Monitors for a critic that diverges."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from apportion.monitors._monitor import Track, Watch, share
+from apportion.monitors._monitor import MetricHistory, Monitor, share
 
 
-def value_loss(*, rise: float = 10.0, least: float = 0.01) -> Watch:
-    """Return a watch on loss/value (½ squared error): its running mean above `least`, `rise` times the start, and
+def value_loss(*, rise: float = 10.0, least: float = 0.01) -> Monitor:
+    """Return a monitor on loss/value (½ squared error): its running mean above `least`, `rise` times the start, and
     `rise` times what a critic that knows the mean alone would lose, ½ objective/scores_std².
 
     The last is for scores that were all alike at the start: the first success of a sparse reward is no divergence. It
@@ -16,7 +16,7 @@ def value_loss(*, rise: float = 10.0, least: float = 0.01) -> Watch:
     """
     key, spread = "loss/value", "objective/scores_std"
 
-    def judge(tracks: Mapping[str, Track]) -> str | None:
+    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
         found = tracks[key]
         if not found.risen(least, rise):
             return None
@@ -25,7 +25,7 @@ def value_loss(*, rise: float = 10.0, least: float = 0.01) -> Watch:
             return None
         return f"{key} {found.recent:.3g}, {share(found.recent, found.start)}"
 
-    return Watch(
+    return Monitor(
         "value_loss",
         (key, spread),
         judge,

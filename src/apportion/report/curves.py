@@ -30,13 +30,13 @@ MAIN = (
     Measure("objective/length", "Length", "tokens"),
     Measure("objective/entropy", "Entropy", "nats"),
     Measure("loss/value", "Value loss"),
-    Measure("policy/clipfrac", "Clip fraction", "share of clipped ratios"),
+    Measure("policy/clipfrac", "Excerpt fraction", "share of clipped ratios"),
     Measure("kl/coef", "KL coefficient"),
     Measure("credit/kept_mass", "Kept mass", "share of attention on the response"),
 )
 REWARD = (
-    Measure("loss/reward", "Loss", "nats a clip"),
-    Measure("accuracy", "Accuracy", "share of training clips judged right"),
+    Measure("loss/reward", "Loss", "nats an excerpt"),
+    Measure("accuracy", "Accuracy", "share of training excerpts judged right"),
 )
 
 
@@ -53,10 +53,10 @@ def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 
 def other_charts(runs: Sequence[RunData]) -> list[Chart]:
-    """Return a curve for every further number in metrics.jsonl, in alphabetical order; guards have a section."""
+    """Return a curve for every further number in metrics.jsonl, in alphabetical order; monitors have a section."""
     known = {measure.key for measure in (*MAIN, *REWARD)} | {"step"}
     keys = {key for run in runs for row in run.metrics for key, value in row.items() if finite(value) is not None}
-    return _charts(runs, range(len(runs)), [Measure(k, k) for k in sorted(keys - known) if k[:7] != "guards/"])
+    return _charts(runs, range(len(runs)), [Measure(k, k) for k in sorted(keys - known) if k[:7] != "monitors/"])
 
 
 def charts_html(charts: Sequence[Chart], names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from apportion.errors import DiskError, message
+from apportion.errors import DiskError
 
 # ensure_ascii already writes U+2028/9 and every other non-ASCII character as \uXXXX.
 _JSON_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
@@ -87,8 +87,8 @@ def write_page(html: str, output: Path) -> Path:
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        mend = "Choose another --output, or make room and check the permissions."
-        raise DiskError(message("output", f"{output} ({error})", "a place that can be written to", mend)) from error
+        fix = "Choose another --output, or make room and check the permissions."
+        raise DiskError("output", f"{output} ({error})", "a place that can be written to", fix) from error
     return output
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apportion.errors import DataError, DiskError, message
+from apportion.errors import DataError, DiskError
 from apportion.report.colours import run_colour
 from apportion.report.curves import Chart, main_charts, reward_charts
 from apportion.report.read import read_run
@@ -29,8 +29,8 @@ def learning_curve_png(runs: Sequence[Path], output: Path) -> Path:
     found = [read_run(Path(run)) for run in runs]
     charts = [c for c in (main_charts(found) or reward_charts(found)) if c["kind"] == "curve"][:PANELS]
     if not charts:
-        came = [str(run) for run in runs]
-        raise DataError(message("runs", came, "runs with metrics.jsonl", "Train first, or name other runs."))
+        got = [str(run) for run in runs]
+        raise DataError("runs", got, "runs with metrics.jsonl", "Train first, or name other runs.")
     columns = min(2, len(charts))
     rows = -(-len(charts) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.0 * rows), layout="constrained")
@@ -75,6 +75,6 @@ def _write(raw: bytes, output: Path) -> Path:
         temporary.write_bytes(raw)
         os.replace(temporary, output)
     except OSError as error:
-        mend = "Choose another output, or make room and check the permissions."
-        raise DiskError(message("output", f"{output} ({error})", "a place that can be written to", mend)) from error
+        fix = "Choose another output, or make room and check the permissions."
+        raise DiskError("output", f"{output} ({error})", "a place that can be written to", fix) from error
     return output

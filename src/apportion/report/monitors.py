@@ -1,4 +1,4 @@
-"""The section on guards: which watches fired and when, updates that were skipped, what a stopped run left behind."""
+"""The section on monitors: which monitors fired and when, updates that were skipped, what a stopped run left behind."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from apportion.monitors import WATCHES
+from apportion.monitors import MONITORS
 from apportion.report.numbers import finite
 from apportion.report.read import RunData
 
-PREFIX = "guards/"
-SPANS = 8  # spans of steps told of one watch
+PREFIX = "monitors/"
+SPANS = 8  # spans of steps told of one monitor
 
 
 def guards_html(runs: Sequence[RunData]) -> str:
-    """Return what the guards of each run found; empty where they found nothing."""
+    """Return what the monitors of each run found; empty where they found nothing."""
     said = [(run, html) for run in runs if (html := _stopped(run) + _skipped(run) + _watches(run))]
     named = len(runs) > 1
     return "".join((f"<h3>{escape(run.name)}</h3>" if named else "") + html for run, html in said)
@@ -41,17 +41,17 @@ def spans(steps: Sequence[int]) -> str:
 
 def _watches(run: RunData) -> str:
     rows = []
-    for name, make in WATCHES.items():
+    for name, make in MONITORS.items():
         steps = [step for step, _ in fired(run.metrics, PREFIX + name)]
         if steps:
-            watch = make()
+            monitor = make()
             where = f"{spans(steps)} <span class='unit'>({len(steps)} of {len(run.metrics)})</span>"
-            texts = (f"Expected: {watch.expected}.", f"Likely causes: {watch.causes}.", f"{watch.mend}.")
+            texts = (f"Expected: {monitor.expected}.", f"Likely causes: {monitor.causes}.", f"{monitor.fix}.")
             told = "".join(f"<p>{escape(text)}</p>" for text in texts)
             rows.append(f'<tr><th scope="row">{escape(name)}</th><td>{where}</td><td class="prose">{told}</td></tr>')
     if not rows:
         return ""
-    head = "<tr><th scope='col'>Watch</th><th scope='col'>Steps</th><th scope='col'>What it means</th></tr>"
+    head = "<tr><th scope='col'>Monitor</th><th scope='col'>Steps</th><th scope='col'>What it means</th></tr>"
     return f'<div class="scroll"><table class="words">{head}{"".join(rows)}</table></div>'
 
 

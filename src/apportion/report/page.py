@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.report import summary
 from apportion.report.colours import run_colour
 from apportion.report.curves import charts_html, main_charts, other_charts, reward_charts
@@ -34,7 +34,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         DiskError: `output` cannot be written.
     """
     if not runs:
-        raise ConfigError(message("runs", list(runs), "at least one run folder", "Name one, for example runs/rl."))
+        raise ConfigError("runs", list(runs), "at least one run folder", "Name one, for example runs/rl.")
     return write_page(report_html(_distinct([read_run(Path(run)) for run in runs])), output)
 
 
@@ -45,7 +45,7 @@ def report_html(runs: Sequence[RunData]) -> str:
     viewer, rollouts = _heat_maps(runs)
     sections: list[Section] = [
         ("summary", "Before and after", _summary(runs)),
-        ("guards", "Guards", guards_html(runs)),
+        ("monitors", "Monitors", guards_html(runs)),
         ("reward-model", "Reward model", _reward_model(runs, reward)),
         ("curves", "Learning curves", _curves(runs, curves, other)),
         ("diagnosis", "Which credit points the true way", diagnosis_html(runs)),
@@ -198,7 +198,8 @@ METHOD = {
     "an even share, so that an even spread stays pale. " + CAUTION,
 }
 REWARD_METHOD = {
-    "Reward model": "Accuracy is the share of held-out clips whose label the sign of the score says. Confidence is the "
+    "Reward model": "Accuracy is the share of held-out excerpts whose label the sign of the score gives. "
+    "Confidence is the "
     "sigmoid of the score, the probability of a positive label; the calibration error is the mean gap between it and "
     "the share of positive labels over bins, weighted by their counts, which the marker areas show.",
 }

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from apportion.data.formats import DEEPEST, depth
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 from apportion.report.numbers import finite
 from apportion.system import safe_yaml
 from apportion.system.paths import link_outside, local_path
@@ -70,17 +70,17 @@ def read_run(path: Path) -> RunData:
     try:
         return _read(path)
     except OSError as error:
-        came, mend = f"{error.filename or path} ({error.strerror})", "Check the disk and the permissions."
-        raise DataError(message("run", came, "a run folder that can be read", mend)) from error
+        got, fix = f"{error.filename or path} ({error.strerror})", "Check the disk and the permissions."
+        raise DataError("run", got, "a run folder that can be read", fix) from error
 
 
 def _read(path: Path) -> RunData:
     if not path.is_dir():
-        came = f"{path} ({'a file' if path.exists() else 'nothing there'})"
-        raise DataError(message("run", came, HOLDS, "Give the folder that a stage wrote, for example runs/rl."))
+        got = f"{path} ({'a file' if path.exists() else 'nothing there'})"
+        raise DataError("run", got, HOLDS, "Give the folder that a stage wrote, for example runs/rl.")
     if link := link_outside(path):
-        mend = "Remove it; the run folder itself may be a link."
-        raise DataError(message("run", f"{link}, a link to {os.readlink(link)}", "a run folder without", mend))
+        fix = "Remove it; the run folder itself may be a link."
+        raise DataError("run", f"{link}, a link to {os.readlink(link)}", "a run folder without", fix)
     notes: list[str] = []
     metrics = _lines(path / "metrics.jsonl", notes)
     evaluation = _mapping(path / "evaluation.json", notes)
@@ -89,7 +89,7 @@ def _read(path: Path) -> RunData:
     stopped, left = _stopped(path / "stopped", {finite(row.get("step")) for row in rollouts}, notes)
     if not metrics and not evaluation and not diagnosis and not stopped:
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
-        raise DataError(message("run", f"{path} ({found})", HOLDS, _mend(notes)))
+        raise DataError("run", f"{path} ({found})", HOLDS, _fix(notes))
     status = _mapping(path / "status.json", notes)
     config, config_text = _config(path / "config.yaml", notes)
     return RunData(
@@ -123,7 +123,7 @@ def _stopped(
     return tuple(found), left
 
 
-def _mend(notes: list[str]) -> str:
+def _fix(notes: list[str]) -> str:
     return " ".join([*notes, "Train or evaluate into this folder first, or name another one."])
 
 

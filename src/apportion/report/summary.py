@@ -27,7 +27,7 @@ POLICY = (
     Card("Perplexity", "of the continuations", "perplexity_before", "perplexity_after"),
 )
 REWARD = (
-    Card("Accuracy", "held-out clips whose label the sign of the score says", None, "accuracy"),
+    Card("Accuracy", "held-out excerpts whose label the sign of the score says", None, "accuracy"),
     Card("Calibration error", "expected calibration error; 0 is perfect", None, "ece"),
     Card("Score", "mean on held-out texts", None, "score_mean"),
     Card("Spread of the score", "standard deviation", None, "score_sd"),

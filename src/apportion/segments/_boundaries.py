@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, DataError, message
+from apportion.errors import ConfigError, DataError
 from apportion.types import Rollouts
 
 AROUND = 3  # ids shown on each side of the one that is wrong
@@ -67,7 +67,7 @@ def order_in_turn(mask: Tensor, turn: Tensor | None) -> Tensor:
 def positive_int(field: str, value: Any) -> int:
     """Return `value` if it is a whole number of at least 1; raise ConfigError that names `field` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(message(field, value, "a whole number of at least 1", "Count tokens."))
+        raise ConfigError(field, value, "a whole number of at least 1", "Count tokens.")
     return value
 
 
@@ -82,8 +82,8 @@ def numbers(rollouts: Rollouts, name: str) -> Tensor:
     bad = ~torch.isfinite(values)
     if bad.any():
         row, at = bad.nonzero()[0].tolist()
-        where = f"evidence[{name!r}] of rollout {row}, token {at}"
-        raise DataError(message(where, values[row, at].item(), "a finite number", "Check the model."))
+        got = values[row, at].item()
+        raise DataError(f"evidence[{name!r}]", got, "a finite number", "Check the model.", row=row, token=at)
     return values
 
 
@@ -98,8 +98,8 @@ def flags(rollouts: Rollouts, name: str) -> Tensor:
     bad = (found != 0) & (found != 1)
     if bad.any():
         row, at = bad.nonzero()[0].tolist()
-        where = f"evidence[{held!r}] of rollout {row}, token {at}"
-        raise DataError(message(where, found[row, at].item(), "True or False (1 or 0)", "Mark each first token True."))
+        got, expected = found[row, at].item(), "True or False (1 or 0)"
+        raise DataError(f"evidence[{held!r}]", got, expected, "Mark each first token True.", row=row, token=at)
     return found.bool()
 
 
@@ -107,12 +107,12 @@ def _shaped(rollouts: Rollouts, name: str, wanted: str) -> Tensor:
     """Return evidence `name`, checked to be there and of the mask's shape."""
     shape = tuple(rollouts.mask.shape)
     if name not in rollouts.evidence:
-        came = sorted(rollouts.evidence) or "no evidence"
-        raise DataError(message(f"evidence[{name!r}]", came, f"{wanted}, (B,T) = {shape}", "Produce it in scoring."))
+        got = sorted(rollouts.evidence) or "no evidence"
+        raise DataError(f"evidence[{name!r}]", got, f"{wanted}, (B,T) = {shape}", "Produce it in scoring.")
     found = rollouts.evidence[name]
     if tuple(found.shape) != shape:
-        mend = "Give one value a response token."
-        raise DataError(message(f"evidence[{name!r}]", tuple(found.shape), f"(B,T) = {shape}", mend))
+        fix = "Give one value a response token."
+        raise DataError(f"evidence[{name!r}]", tuple(found.shape), f"(B,T) = {shape}", fix)
     return found
 
 
@@ -124,8 +124,8 @@ def check(ids: Tensor, mask: Tensor, turn: Tensor | None = None) -> Tensor:
         DataError: they are not; it names the first row and token that is wrong, and shows the ids around it.
     """
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != mask.shape:
-        came = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise DataError(message("segments", came, f"int64 (B,T) = {tuple(mask.shape)}", "Return one id a token."))
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise DataError("segments", got, f"int64 (B,T) = {tuple(mask.shape)}", "Return one id a token.")
     before = previous(mask)
     last = torch.where(before < 0, -1, ids.gather(1, before.clamp_min(0))) if ids.shape[1] else ids
     first = mask & (before < 0)
@@ -142,7 +142,7 @@ def check(ids: Tensor, mask: Tensor, turn: Tensor | None = None) -> Tensor:
     if not worst.any():
         return ids
     row, at = worst.nonzero()[0].tolist()
-    expected, mend = next(text for wrong, *text in clauses if wrong[row, at])
+    expected, fix = next(text for wrong, *text in clauses if wrong[row, at])
     low, high = max(0, at - AROUND), at + AROUND + 1
     shown = {"ids": ids[row, low:high].tolist(), "mask": mask[row, low:high].int().tolist(), "from token": low}
-    raise DataError(message(f"segments of rollout {row}, token {at}", shown, expected, mend))
+    raise DataError("segments", shown, expected, fix, row=row, token=at)

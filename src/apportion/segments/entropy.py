@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.segments._boundaries import Cut, numbers
 from apportion.types import Rollouts, Segmenter
 
@@ -35,8 +35,8 @@ def entropy(threshold: float = 1.75) -> Segmenter:
     """
     number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if not number or not math.isfinite(threshold) or threshold < 0:
-        mend = "0 makes almost every token an action; a threshold above log(vocabulary) makes the response one."
-        raise ConfigError(message("entropy.threshold", threshold, "a finite number of nats, at least 0", mend))
+        fix = "0 makes almost every token an action; a threshold above log(vocabulary) makes the response one."
+        raise ConfigError("entropy.threshold", threshold, "a finite number of nats, at least 0", fix)
 
     def starts(rollouts: Rollouts) -> Tensor:
         return numbers(rollouts, "entropy") > threshold

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, unknown_name
+from apportion.errors import unknown_name
 from apportion.masking import last_index
 from apportion.segments._boundaries import Cut, order_in_turn, positive_int
 from apportion.types import Rollouts, Segmenter
@@ -38,7 +38,7 @@ def ngrams(n: int = 5, *, reproduce: str | None = None) -> Segmenter:
     """
     positive_int("ngrams.n", n)
     if reproduce not in (None, REPRODUCE):
-        raise ConfigError(unknown_name("ngrams.reproduce", str(reproduce), (REPRODUCE,)))
+        raise unknown_name("ngrams.reproduce", str(reproduce), (REPRODUCE,))
 
     def starts(rollouts: Rollouts) -> Tensor:
         mask = rollouts.mask

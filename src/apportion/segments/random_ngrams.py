@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.segments._boundaries import Cut, order, positive_int
 from apportion.types import Rollouts, Segmenter
 
@@ -36,10 +36,10 @@ def random_ngrams(lengths: Sequence[int] = (2, 3, 5, 10), seed: int = 0) -> Segm
     Use it when a fixed n might line up with the text; lengths are mixed instead.
     """
     if isinstance(lengths, (str, int)) or not list(lengths):
-        raise ConfigError(message("random_ngrams.lengths", lengths, "a list of lengths", "Example: [2, 3, 5, 10]."))
+        raise ConfigError("random_ngrams.lengths", lengths, "a list of lengths", "Example: [2, 3, 5, 10].")
     sizes = [positive_int("random_ngrams.lengths", n) for n in lengths]
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ConfigError(message("random_ngrams.seed", seed, "a whole number of 64 bits", "Example: 0."))
+        raise ConfigError("random_ngrams.seed", seed, "a whole number of 64 bits", "Example: 0.")
 
     def starts(rollouts: Rollouts) -> Tensor:
         mask = rollouts.mask

@@ -10,7 +10,7 @@ from torch import Tensor
 from apportion import credit, registry
 from apportion.config import ScoreConfig
 from apportion.credit._evidence import EVIDENCE, asked_reading
-from apportion.errors import ConfigError, DataError, message
+from apportion.errors import ConfigError, DataError
 from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
@@ -41,9 +41,9 @@ def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
         method = registry.call("method", name, credit.find(name), kwargs)
         lacking = ", ".join(sorted(n for n in method.needs if not _told(n)))
         if lacking:
-            mend = f"It needs {lacking}, which only a run has: use it in `apportion rl`."
+            fix = f"It needs {lacking}, which only a run has: use it in `apportion rl`."
             known = ", ".join(n for n, f in credit.METHODS.items() if all(_told(need) for need in f().needs))
-            raise ConfigError(message("--method", name, f"one of {known}", mend))
+            raise ConfigError("--method", name, f"one of {known}", fix)
         methods[name] = method
     return methods
 
@@ -71,9 +71,9 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
     scores, rows, at = reward.read(ids, torch.ones_like(ids, dtype=torch.bool), readings)
     found = dict(zip(names, rows, strict=True))
     if is_decoder(reward.model) and int(at) != ids.shape[1] - 1:
-        came = f"{text[-20:]!r}, which ends with the model's pad token"
-        mend = "Remove it: the model reads its score before it; or choose another --pad_token."
-        raise DataError(message("--text", came, "a text that is scored at its last token", mend))
+        got = f"{text[-20:]!r}, which ends with the model's pad token"
+        fix = "Remove it: the model reads its score before it; or choose another --pad_token."
+        raise DataError("--text", got, "a text that is scored at its last token", fix)
     rollouts = _as_rollout(ids, response, scores, found)
     if further:
         rollouts = _with_further(reward, rollouts, further)
@@ -86,8 +86,8 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
 def _with_further(reward: RewardModel, rollouts: Rollouts, needs: frozenset[str]) -> Rollouts:
     """Return the rollout with evidence of further passes beside what it has."""
     if not is_decoder(reward.model):
-        mend = "Use a decoder, or attention, uniform or sparse."
-        raise ConfigError(message("--method", ", ".join(sorted(needs)), "evidence that an encoder can give", mend))
+        fix = "Use a decoder, or attention, uniform or sparse."
+        raise ConfigError("--method", ", ".join(sorted(needs)), "evidence that an encoder can give", fix)
     reader = Policy(None, reward.tokenizer, [])  # nothing is written: it lends its tokenizer
     return score(Models(reader, reward), rollouts, needs, ScoreConfig(), frozenset({"scores"}))
 
@@ -95,17 +95,17 @@ def _with_further(reward: RewardModel, rollouts: Rollouts, needs: frozenset[str]
 def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor]:
     """Return (ids (1,K), positions (n,) of the text's own tokens); prompt and text are tokenised as in a rollout."""
     if not text.strip():
-        raise DataError(message("--text", text, "a text", "Write the response to apportion."))
+        raise DataError("--text", text, "a text", "Write the response to apportion.")
     tokenizer, device = reward.tokenizer, next(reward.model.parameters()).device
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     after = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not after:
-        mend = "This tokenizer drops every character of it: write another text."
-        raise DataError(message("--text", text, "a text of at least one token", mend))
+        fix = "This tokenizer drops every character of it: write another text."
+        raise DataError("--text", text, "a text of at least one token", fix)
     built, start = _with_special(tokenizer, [*before, *after])
     limit = context_limit(reward.model, tokenizer)
     if len(built) > limit:
-        raise DataError(message("--text", f"{len(built)} tokens", f"at most {limit} tokens", "Shorten it."))
+        raise DataError("--text", f"{len(built)} tokens", f"at most {limit} tokens", "Shorten it.")
     first = start + len(before)
     positions = torch.arange(first, first + len(after), device=device)
     return torch.tensor([built], device=device), positions

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 
 # threads that sleep at once when they wait. libgomp otherwise looks 300,000 times first: quicker on cores of one's own
 # (a training step by 10%, decoding by 30%), and on a core that something else uses the thread that is waited for cannot
@@ -241,7 +241,7 @@ def settle(threads: int | None = None, *, root: Path = Path("/")) -> Settled:
         ConfigError: fewer than 1.
     """
     if threads is not None and (type(threads) is not int or threads < 1):
-        raise ConfigError(message("threads", threads, "a whole number >= 1, or null", "Leave it out to detect them."))
+        raise ConfigError("threads", threads, "a whole number >= 1, or null", "Leave it out to detect them.")
     cores, told = available(root), _told()
     waiting = before_torch(root)
     count, source = cores.threads, "detected"
@@ -288,8 +288,8 @@ def _warnings(cores: Cores, count: int, source: str, waiting: str, root: Path) -
     busy = others_running(root) if source == "detected" else 0  # who chose a number need not be told
     if busy >= 1 and busy + count * cores.processes > cores.logical:
         said = f"{busy:g} other tasks run on {cores.logical} processors that {count * cores.processes} threads want"
-        mend = "" if waiting != "default" else "; start with OMP_WAIT_POLICY=PASSIVE in the environment if they stay"
-        found.append(f"{said}: expect slower steps and no reliable times{mend}")
+        fix = "" if waiting != "default" else "; start with OMP_WAIT_POLICY=PASSIVE in the environment if they stay"
+        found.append(f"{said}: expect slower steps and no reliable times{fix}")
     return found
 
 

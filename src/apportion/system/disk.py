@@ -1,4 +1,4 @@
-"""Writing where a disk may fill up or a process may die: durable folders, patience, and errors that name the mend."""
+"""Writing where a disk may fill up or a process may die: durable folders, patience, and errors that name the fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from apportion.errors import DiskError, message
+from apportion.errors import DiskError
 
 T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -22,7 +22,7 @@ AGAIN = 10.0  # seconds after which a write is tried although there seems to be 
 
 
 class explained:  # a context manager
-    """Turn a failed write into a DiskError that names the folder and the mend."""
+    """Turn a failed write into a DiskError that names the folder and the fix."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,22 +38,22 @@ class explained:  # a context manager
         if not isinstance(error, OSError) or isinstance(error, DiskError):
             return
         more = "Free some space, then run the same command again: it goes on from the last checkpoint."
-        mends = {
+        fixes = {
             **dict.fromkeys(FULL, more),
             errno.EACCES: "Choose a folder you may write to.",
             errno.EROFS: "Choose a folder that is not read-only.",
         }
-        mend = mends.get(error.errno or 0, "Choose another --output.")
-        raise DiskError(message("output", f"{self.path} ({reason})", "a folder to write to", mend)) from error
+        fix = fixes.get(error.errno or 0, "Choose another --output.")
+        raise DiskError("output", f"{self.path} ({reason})", "a folder to write to", fix) from error
 
 
 def need_space(path: Path, wanted: int) -> None:
     """Raise DiskError unless `wanted` bytes are free where `path` is or will be."""
     free = shutil.disk_usage(existing(path)).free
     if free < wanted:
-        came = f"{path} with {free / 1e6:.0f} MB free"
-        mend = "Free some space or choose another --output."
-        raise DiskError(message("output", came, f"at least {wanted / 1e6:.0f} MB for models and checkpoints", mend))
+        got = f"{path} with {free / 1e6:.0f} MB free"
+        fix = "Free some space or choose another --output."
+        raise DiskError("output", got, f"at least {wanted / 1e6:.0f} MB for models and checkpoints", fix)
 
 
 def existing(path: Path) -> Path:

@@ -7,7 +7,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 
 try:
     import fcntl
@@ -63,8 +63,8 @@ def _taken(folder: Path, real: Path) -> Lock:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        mend = "Wait for it, or stop it."
-        raise ConfigError(message("output", str(folder), "a run that no other process is writing", mend)) from None
+        fix = "Wait for it, or stop it."
+        raise ConfigError("output", str(folder), "a run that no other process is writing", fix) from None
     except OSError as error:
         os.close(handle)
         return Lock(None, f"{folder} cannot be locked ({error.strerror}): do not start the same run twice at a time")

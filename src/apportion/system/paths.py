@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from apportion.errors import ApportionError, message
+from apportion.errors import ApportionError
 
 
 def local_path(name: str, field: str, error: type[ApportionError]) -> Path:
@@ -21,8 +21,8 @@ def local_path(name: str, field: str, error: type[ApportionError]) -> Path:
         return path
     except (OSError, ValueError, RuntimeError) as reason:
         said = getattr(reason, "strerror", None) or str(reason)
-        came = name if len(name) <= 80 else f"{name[:60]}… ({len(name)} characters)"
-        raise error(message(field, f"{came} ({said})", "a path of this system", "Check the name.")) from reason
+        got = name if len(name) <= 80 else f"{name[:60]}… ({len(name)} characters)"
+        raise error(field, f"{got} ({said})", "a path of this system", "Check the name.") from reason
     return path
 
 

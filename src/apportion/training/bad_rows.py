@@ -44,7 +44,7 @@ def leaving_out(folder: Path, wanted: bool, name: str = NAME) -> Iterator[BadRow
         yield bad
     finally:
         bad.flush()
-        if bad.count and collectives.speaks():
+        if bad.count and collectives.is_log_rank():
             _say(f"warning: {bad.count} bad row{'s' * (bad.count > 1)} left out; {path} says which and why.")
 
 

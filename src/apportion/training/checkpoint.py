@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apportion.errors import DiskError, message
+from apportion.errors import DiskError
 from apportion.system import disk
 from apportion.training import rng
-from apportion.training.reproducibility import changed, check_devices, surroundings
+from apportion.training.reproducibility import changed, check_devices, run_environment
 from apportion.training.run_folder import Run
 from apportion.training.state import Held, Tensors
 
@@ -47,7 +47,7 @@ def save_checkpoint(run: Run, held: Held, step: int, *, keep: int) -> Path:
     def work() -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         # the logs are made durable here, with the names in the run folder, and the disk may be full for them too
-        progress = {"step": step, "logs": run.marks(), "surroundings": surroundings(held.readers())}
+        progress = {"step": step, "logs": run.marks(), "run_environment": run_environment(held.readers())}
         _write(final, files, progress)
 
     run.patiently(work, wanted + (1 << 16))
@@ -149,10 +149,10 @@ def load_latest(run: Run, held: Held, say: Say | None = None) -> int:
             bad.append(f"{folder.name}: {problem}")
             say(f"apportion: checkpoint {folder} cannot be used: {problem}.\n")
             continue
-        now = surroundings(held.readers())
-        check_devices(progress["surroundings"], now)
+        now = run_environment(held.readers())
+        check_devices(progress["run_environment"], now)
         _restore(held, folder, files)
-        warning = changed(progress["surroundings"], now)
+        warning = changed(progress["run_environment"], now)
         if warning is not None:
             say(f"apportion: warning: {warning}\n")
         run.cut(progress["logs"])
@@ -160,9 +160,9 @@ def load_latest(run: Run, held: Held, say: Say | None = None) -> int:
         return step
     known = run.facts.get("checkpoint", 0)
     if bad or known:
-        came = f"{run.path / 'checkpoints'} ({'; '.join(bad) or f'nothing, and step-{known} was there'})"
-        mend = "Put it back from a copy, or pass --fresh to start over from step 1."
-        raise DiskError(message("checkpoints", came, "a whole checkpoint to go on from", mend))
+        got = f"{run.path / 'checkpoints'} ({'; '.join(bad) or f'nothing, and step-{known} was there'})"
+        fix = "Put it back from a copy, or pass --fresh to start over from step 1."
+        raise DiskError("checkpoints", got, "a whole checkpoint to go on from", fix)
     if any((run.path / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl")):
         say(f"apportion: {run.path} has no checkpoint yet: starting over from step 1.\n")
     run.cut({})

@@ -1,4 +1,4 @@
-"""The guards of a run: watches over its metrics, updates that are not finite, functions of the user's that fail; and
+"""The monitors of a run: monitors over its metrics, updates that are not finite, functions of the user's that fail; and
 what is left behind when one of them stops it."""
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from apportion import monitors
-from apportion.config.monitors import GuardsConfig
+from apportion.config.monitors import MonitorsConfig
 from apportion.distributed import collectives
-from apportion.errors import ApportionError, DiskError, GuardError, ScoreError, message
-from apportion.monitors import Finding
+from apportion.errors import ApportionError, DiskError, MonitorError, ScoreError, format_problem
+from apportion.monitors import Alert
 from apportion.system import stderr
 from apportion.training import crash_dump
-from apportion.training.nonfinite import Skips
+from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.run_folder import Run
 from apportion.types import Rollouts, State
 from apportion.user_code import Users, raised
 
-STEP, MOST = 1.1, 10.0  # κ grows by this factor a batch while a watch tightens, up to this many times its start
+STEP, MOST = 1.1, 10.0  # κ grows by this factor a batch while a monitor tightens, up to this many times its start
 USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
-FAILURE = "A failure never becomes a reward: mend what gave it."
+FAILURE = "A failure never becomes a reward: fix what gave it."
 
 
 @dataclass
@@ -49,70 +49,70 @@ class Scene:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class Guards:
-    """The guards of one run; `learner.guards`.
+class Monitors:
+    """The monitors of one run; `learner.monitors`.
 
     Attributes:
-        config: what each does. skips: counts updates that are not finite. watched: the state of the watches.
+        config: what each does. skips: counts updates that are not finite. watched: the state of the monitors.
         users: calls functions of the user's. run: where things are left behind; None (a loop of your own): nowhere.
     """
 
-    def __init__(self, config: GuardsConfig, users: Users, tokenizer: Any, specs: Mapping[str, Any]) -> None:
+    def __init__(self, config: MonitorsConfig, users: Users, tokenizer: Any, specs: Mapping[str, Any]) -> None:
         self.config, self.users, self.tokenizer, self.specs = config, users, tokenizer, specs
-        self.watches = [make() for name, make in monitors.WATCHES.items() if getattr(config, name) != "off"]
-        self.skips, self.watched = Skips(config.max_skipped), monitors.init(self.watches)
+        self.monitors = [make() for name, make in monitors.MONITORS.items() if getattr(config, name) != "off"]
+        self.skips, self.watched = SkippedUpdates(config.max_skipped), monitors.init(self.monitors)
         self.modules = {name.split(":")[0]: name for name in users_names(specs)}
         self.run: Run | None = None
 
     @property
     def state(self) -> State:
-        """Return what a checkpoint holds of the guards."""
+        """Return what a checkpoint holds of the monitors."""
         return self.watched | self.skips.state
 
     def restore(self, state: State) -> None:
-        """Go on from a checkpoint's `state`; a watch that was off when it was written begins anew."""
-        if "skipped_total" in state:  # else it was written before there were guards
+        """Go on from a checkpoint's `state`; a monitor that was off when it was written begins anew."""
+        if "skipped_total" in state:  # else it was written before there were monitors
             self.skips.restore(state)
             self.watched |= {name: state[name] for name in self.watched if name in state}
 
     def look(
-        self, step: int, metrics: Mapping[str, float], rows: int, tighten: Callable[[float, float], bool]
+        self, step: int, metrics: Mapping[str, float], rows: int, raise_kl_coef: Callable[[float, float], bool]
     ) -> dict[str, float]:
-        """Judge batch `step` of `rows` rollouts by its metrics and return metrics of the guards.
+        """Judge batch `step` of `rows` rollouts by its metrics and return metrics of the monitors.
 
-        A watch that begins to fire is named on stderr and in status.json. One that tightens calls `tighten(factor,
-        most)`, which says whether κ rose.
+        A monitor that begins to fire is named on stderr and in status.json. One that raises κ calls
+        `raise_kl_coef(factor, most)`, which returns whether κ rose.
 
         Raises:
-            GuardError: a watch that was told to stop fires.
+            MonitorError: a monitor that was told to stop fires.
         """
         seen = {k: v for k, v in metrics.items() if rows > 1 or k != "objective/scores_std"}  # one rollout has none
-        found, self.watched = monitors.observe(self.watches, seen, self.watched)
+        found, self.watched = monitors.observe(self.monitors, seen, self.watched)
         fires = [finding for finding in found.values() if finding is not None]
-        said = {f"guards/{name}": float(finding is not None) for name, finding in found.items()}
-        said["guards/skipped_updates"] = float(self.skips.batch)
+        said = {f"monitors/{name}": float(finding is not None) for name, finding in found.items()}
+        said["monitors/skipped_updates"] = float(self.skips.batch)
         if self.skips.batch:
-            announce(f"guard max_skipped at step {step}: updates skipped as not finite: {self.skips.batch}")
+            announce(f"monitor max_skipped at step {step}: updates skipped as not finite: {self.skips.batch}")
         for finding in (finding for finding in fires if finding.begins):
-            raises = " κ is raised while it fires." if self._does(finding) == "tighten" else ""
+            raises = " κ is raised while it fires." if self._does(finding) == "raise_kl_coef" else ""
             announce(describe(finding, step) + raises)
             self._note(finding, step)
-        if any(self._does(finding) == "tighten" for finding in fires):
-            said["guards/tightened"] = float(tighten(STEP, MOST))
+        if any(self._does(finding) == "raise_kl_coef" for finding in fires):
+            said["monitors/raised_kl_coef"] = float(raise_kl_coef(STEP, MOST))
         for finding in fires:
             if self._does(finding) == "stop":
-                raise GuardError(describe(finding, step))
+                raise MonitorError(describe(finding, step))
         return said
 
-    def _does(self, finding: Finding) -> str:
-        return str(getattr(self.config, finding.watch.name))
+    def _does(self, finding: Alert) -> str:
+        return str(getattr(self.config, finding.monitor.name))
 
-    def _note(self, finding: Finding, step: int) -> None:
-        """Name the watch in status.json."""
+    def _note(self, finding: Alert, step: int) -> None:
+        """Name the monitor in status.json."""
         if self.run is not None:
-            name, before = finding.watch.name, self.run.facts.get("guards", {})
+            name, before = finding.monitor.name, self.run.facts.get("monitors", {})
             count = int(self.watched[f"{name} episode"][2])
-            self.run.know(guards=before | {name: {"step": step, "episodes": count, "said": finding.said}})
+            self.run.know(monitors=before | {name: {"step": step, "episodes": count, "said": finding.said}})
 
     def prepare(self, step: int, rollouts: Rollouts) -> None:
         """Have this process's rollouts left behind if a function of the user's must be ended together with it."""
@@ -133,7 +133,7 @@ class Guards:
 
     @contextmanager
     def keeping(self, step: int, rollouts: Rollouts, *, alone: bool = False) -> Iterator[Scene]:
-        """Save what is known of the batch when a part of the work on it fails with an error that a person can mend,
+        """Save what is known of the batch when a part of the work on it fails with an error that a person can fix,
         or in code of the user's, and say in the error where it lies.
 
         Raises:
@@ -162,7 +162,7 @@ class Guards:
 
     def _leave(self, scene: Scene, error: ApportionError, cause: BaseException | None = None) -> ApportionError:
         """Save the scene and return the error with where it lies."""
-        if self.run is None or hasattr(error, "saved") or not (scene.alone or collectives.is_main()):
+        if self.run is None or error.saved or not (scene.alone or collectives.is_main()):
             return error
         columns, lacks = all_columns(scene)
         try:
@@ -178,8 +178,7 @@ class Guards:
             told = f"The rollouts could not be saved: {full}"
         except Exception as second:  # the first error is the one to tell
             told = f"The rollouts could not be saved ({type(second).__name__}: {' '.join(str(second).split())[:200]})."
-        error.args = (f"{error} {told}",)  # in place: a class of the user's may be made in another way
-        error.saved = True  # type: ignore[attr-defined]
+        error.saved = told
         return error
 
 
@@ -204,16 +203,16 @@ def users_names(specs: Any) -> list[str]:
     return [specs] if given else []
 
 
-def describe(finding: Finding, step: int) -> str:
-    """Return what a watch found in our one shape of messages."""
-    watch = finding.watch
-    mend = f"Likely causes: {watch.causes}. {watch.mend} (guards.{watch.name}, docs/guards.md)."
-    return message(f"guard {watch.name} at step {step}", finding.said, watch.expected, mend)
+def describe(finding: Alert, step: int) -> str:
+    """Return what a monitor found in our one shape of messages."""
+    monitor = finding.monitor
+    fix = f"Likely causes: {monitor.causes}. {monitor.fix} (monitors.{monitor.name}, docs/monitors.md)."
+    return format_problem(f"monitor {monitor.name} at step {step}", finding.said, monitor.expected, fix)
 
 
 def announce(text: str) -> None:
     """Write a warning to stderr, in one of several processes alone."""
-    if collectives.speaks():
+    if collectives.is_log_rank():
         stderr.write(f"warning: {text}\n")
 
 
@@ -222,16 +221,16 @@ def check_rows(what: str, values: Tensor, mask: Tensor) -> None:
     bad = (mask & ~torch.isfinite(values)).any(dim=1)
     if bad.any():
         row = int(bad.nonzero()[0])
-        came = float(values[row][mask[row] & ~torch.isfinite(values[row])][0])
-        raise ScoreError(message(f"{what} of rollout {row}", came, "finite numbers", FAILURE))
+        got = float(values[row][mask[row] & ~torch.isfinite(values[row])][0])
+        raise ScoreError(what, got, "finite numbers", FAILURE, row=row)
 
 
 def check_metrics(step: int, metrics: Mapping[str, float]) -> None:
     """Raise ScoreError for a metric that is not finite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            mend = "The training diverged: lower optim.lr, or train in float32 (--dtype float32)."
-            raise ScoreError(message(f"{name} at step {step}", float(value), "a finite number", mend))
+            fix = "The training diverged: lower optim.lr, or train in float32 (--dtype float32)."
+            raise ScoreError(f"{name} at step {step}", float(value), "a finite number", fix)
 
 
 def drop_unknown(metrics: Mapping[str, float], skipped: int) -> dict[str, float]:
@@ -242,4 +241,4 @@ def drop_unknown(metrics: Mapping[str, float], skipped: int) -> dict[str, float]
     if not skipped:
         return dict(metrics)
     kept = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return kept | {"guards/dropped_metrics": float(len(metrics) - len(kept))}
+    return kept | {"monitors/dropped_metrics": float(len(metrics) - len(kept))}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion.distributed import collectives
-from apportion.errors import GuardError, message
+from apportion.errors import MonitorError
 from apportion.types import State
 
 CAUSES = (
@@ -19,7 +19,7 @@ CAUSES = (
 
 
 @dataclass
-class Skips:
+class SkippedUpdates:
     """Decides for each optimizer step whether it may be taken, and counts those that were not.
 
     Attributes:
@@ -29,7 +29,7 @@ class Skips:
     """
 
     most: int = 3
-    setting: str = "guards.max_skipped"
+    setting: str = "monitors.max_skipped"
     in_a_row: int = 0
     total: int = 0
     batch: int = 0
@@ -44,9 +44,9 @@ class Skips:
         taken; `rows` (n,) are the rollouts of its mini-batch. Every process gets the same answer.
 
         Raises:
-            GuardError: it is the last of `most` skipped steps in a row.
+            MonitorError: it is the last of `most` skipped steps in a row.
         """
-        bad = collectives.reduce_sum(
+        bad = collectives.all_reduce_tensor(
             torch.stack([~torch.isfinite(loss), ~torch.isfinite(norm)]).float().to(norm.device)
         )
         if not bad.any():
@@ -57,9 +57,9 @@ class Skips:
         if self.in_a_row >= self.most:
             what, value = ("loss", float(loss)) if bad[0] else ("norm of the gradient", float(norm))
             # the part of the loss that is not finite may be another process's
-            came = value if not math.isfinite(value) else math.nan
+            got = value if not math.isfinite(value) else math.nan
             field = f"{what} of {self.in_a_row} updates in a row ({self.setting})"
-            raise GuardError(message(field, came, "finite numbers", CAUSES))
+            raise MonitorError(field, got, "finite numbers", CAUSES)
         return False
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from apportion.distributed import collectives, sharding
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.system import cpu
 from apportion.training.run_folder import Run
 
@@ -42,13 +42,13 @@ def use_threads(run: Run, wanted: int | None) -> int:
 
     A run that began with more threads than this machine has processors for does not get them.
     """
-    begun = collectives.from_main(run.facts.get("threads") if run.started else None)
+    begun = collectives.broadcast_object(run.facts.get("threads") if run.started else None)
     if wanted is None and begun is not None and begun <= len(cpu.affinity()):
         wanted = int(begun)
     return cpu.use(wanted)
 
 
-def surroundings(models: Mapping[str, Any]) -> dict[str, Any]:
+def run_environment(models: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint keeps of them, as JSON; `models` by name."""
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(),
@@ -58,7 +58,7 @@ def surroundings(models: Mapping[str, Any]) -> dict[str, Any]:
         "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,  # type: ignore[attr-defined]
         "matmul precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "processes": collectives.world(),
+        "processes": collectives.world_size(),
     }
     if sharding.asked():
         found["weights"] = "in parts"
@@ -77,8 +77,8 @@ def check_devices(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name in (name for name in before if name.startswith("device of ") and name in now):
         was, is_ = _kind(before[name]), _kind(now[name])
         if was != is_:
-            mend = f"Pass --device {was}, where there is one, or --fresh to start over."
-            raise ConfigError(message(f"device ({name})", is_, f"{was}, on which this run began", mend))
+            fix = f"Pass --device {was}, where there is one, or --fresh to start over."
+            raise ConfigError(f"device ({name})", is_, f"{was}, on which this run began", fix)
 
 
 def _kind(place: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from apportion.distributed import collectives
-from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError, message
+from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError
 from apportion.system import disk, lock, safe_yaml, stderr
 from apportion.system.disk import explained as explained
 from apportion.system.disk import need_space as need_space
@@ -34,14 +34,14 @@ README = """# {name}: a run of `apportion {stage}`
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
 | diagnosis.json | what `apportion diagnose` found of each method |
 | checkpoints/ | the newest states to go on from |
-| stopped/ | the rollouts at hand when a guard or an error stopped the run |
+| stopped/ | the rollouts at hand when a monitor or an error stopped the run |
 | final/ | the trained model in Hugging Face format |
 
 `apportion report {path}` draws it.
 """
-# settings that say where, whether and how safely, not what; a run that a guard stopped may go on under another one
+# settings that say where, whether and how safely, not what; a run that a monitor stopped may go on under another one
 PLACES = {"output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait"}
-PLACES |= {"guards", "max_skipped"}
+PLACES |= {"monitors", "max_skipped"}
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 NEWBORN = {".status.json.tmp", "status.json", ".config.yaml.tmp"}  # what a run killed while it was opened may leave
 TAIL = 1 << 16  # bytes before a log's end whose sum a checkpoint holds
@@ -105,7 +105,7 @@ class Run:
         if begins:
             self._write("README.md", README.format(name=self.path.name, stage=self.stage, path=output))
         before = self.read("status.json")
-        self.facts = {name: before[name] for name in ("threads", "checkpoint", "guards") if name in before}
+        self.facts = {name: before[name] for name in ("threads", "checkpoint", "monitors") if name in before}
         self.status("running")
         if self.lock is not None and self.lock.note is not None:
             self.say(f"apportion: warning: {self.lock.note}.\n")
@@ -156,7 +156,7 @@ class Run:
 
     @property
     def started(self) -> bool:
-        """Whether anything was learned in it; until then a mended configuration may take its place."""
+        """Whether anything was learned in it; until then a fixed configuration may take its place."""
         # a diagnosis learns nothing: it is its end that must not pass for that of other settings
         return self.finished or any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
 
@@ -180,17 +180,17 @@ class Run:
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(message("output", str(self.path), "a folder", "It is a file: choose another name."))
+            raise ConfigError("output", str(self.path), "a folder", "It is a file: choose another name.")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run and not self._newborn:
-            mend = "Choose another --output, or empty it."
-            raise ConfigError(message("output", str(self.path), "a new folder or one of this run", mend))
+            fix = "Choose another --output, or empty it."
+            raise ConfigError("output", str(self.path), "a new folder or one of this run", fix)
 
     def refuse_links(self) -> None:
         """Raise ConfigError for a link in the folder that leads out of it: what is written there goes elsewhere."""
         link = link_outside(self.path)
         if link is not None:
-            mend = "Remove it; to use another disk, make the run folder itself a link."
-            raise ConfigError(message("output", f"{link}, a link to {os.readlink(link)}", "a folder without", mend))
+            fix = "Remove it; to use another disk, make the run folder itself a link."
+            raise ConfigError("output", f"{link}, a link to {os.readlink(link)}", "a folder without", fix)
 
     @property
     def _newborn(self) -> bool:
@@ -203,18 +203,18 @@ class Run:
         again = "Choose another --output, or pass --fresh to start over in this one."
         stage = self.read("status.json").get("stage")
         if stage != self.stage:
-            came = f"{self.path} of `apportion {stage}`"
-            raise ConfigError(message("output", came, f"a folder of `apportion {self.stage}`", again))
+            got = f"{self.path} of `apportion {stage}`"
+            raise ConfigError("output", got, f"a folder of `apportion {self.stage}`", again)
         try:
             before = flat(safe_yaml.load((self.path / "config.yaml").read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-            came = f"{self.path}/config.yaml ({' '.join(str(error).split())})"
-            raise ConfigError(message("output", came, "the settings of the run in it", again)) from error
+            got = f"{self.path}/config.yaml ({' '.join(str(error).split())})"
+            raise ConfigError("output", got, "the settings of the run in it", again) from error
         now = flat(config)
         for key in sorted(set(before) | set(now)):
             if key.split(".")[0] not in PLACES and before.get(key) != now.get(key):
                 expected = f"the settings of the run in it ({key} was {before.get(key)!r})"
-                raise ConfigError(message("output", f"{self.path} with {key} {now.get(key)!r}", expected, again))
+                raise ConfigError("output", f"{self.path} with {key} {now.get(key)!r}", expected, again)
 
     @property
     def finished(self) -> bool:
@@ -229,8 +229,8 @@ class Run:
             if not isinstance(found, dict):
                 raise ValueError(f"a {type(found).__name__}")
         except (ValueError, RecursionError) as error:
-            mend = "Choose another folder, or pass --fresh to start over in this one."
-            raise ConfigError(message(str(path), str(error), "a JSON object", mend)) from error
+            fix = "Choose another folder, or pass --fresh to start over in this one."
+            raise ConfigError(str(path), str(error), "a JSON object", fix) from error
         return found
 
     def status(self, status: str, **more: Any) -> None:
@@ -255,8 +255,8 @@ class Run:
         """
         for name, value in metrics.items():
             if not math.isfinite(value):
-                mend = "The training diverged: lower optim.lr, or train in float32 (--dtype float32)."
-                raise ScoreError(message(f"{name} at step {step}", float(value), "a finite number", mend))
+                fix = "The training diverged: lower optim.lr, or train in float32 (--dtype float32)."
+                raise ScoreError(f"{name} at step {step}", float(value), "a finite number", fix)
         rows = list(rollouts)
         if rows:
             self.append("rollouts.jsonl", rows)
@@ -288,9 +288,9 @@ class Run:
         try:
             os.truncate(path, size)
         except OSError as error:
-            came = f"{path} ({error.strerror})"
-            mend = "Run the same command again: it goes on from the last checkpoint."
-            raise DiskError(message("output", came, "a log that can be cut back to its last row", mend)) from None
+            got = f"{path} ({error.strerror})"
+            fix = "Run the same command again: it goes on from the last checkpoint."
+            raise DiskError("output", got, "a log that can be cut back to its last row", fix) from None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object to file `name`, at once or not at all."""
@@ -303,7 +303,7 @@ class Run:
 
     def say(self, line: str) -> None:
         """Write a line about this run to stderr; one of several processes alone does."""
-        if collectives.speaks():
+        if collectives.is_log_rank():
             stderr.write(line)
 
     def _write(self, name: str, text: str) -> None:

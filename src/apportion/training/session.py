@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from apportion.distributed import collectives
-from apportion.errors import ConfigError, DiskError, Interrupted, ModelError, message
+from apportion.errors import ConfigError, DiskError, Interrupted, ModelError
 from apportion.models.loading import pick_device
 from apportion.models.saving import unfinished
 from apportion.system import disk, stderr
@@ -33,7 +33,7 @@ from apportion.training.signals import Signals
 from apportion.training.state import Held
 
 
-class Keeper:
+class TrainingSession:
     """Keeps one run; every method is called by all processes alike, and the main one writes."""
 
     def __init__(self, run: Run, every: int, keep: int, signals: Signals) -> None:
@@ -48,14 +48,14 @@ class Keeper:
             DiskError: there are checkpoints and none is good. ConfigError: another process found another one.
         """
         self.held = held
-        with collectives.together():
+        with collectives.error_barrier():
             start = load_latest(self.run, held)
         check_start(start)
-        with collectives.together():
+        with collectives.error_barrier():
             if collectives.is_main():
                 set_aside(self.run, start)
-            if fired := self.run.facts.pop("guards", {}):
-                self.run.facts["guards"] = {name: said for name, said in fired.items() if said["step"] <= start}
+            if fired := self.run.facts.pop("monitors", {}):
+                self.run.facts["monitors"] = {name: said for name, said in fired.items() if said["step"] <= start}
             if start:
                 self.run.know(resumed_from=start)
         self.step = self.steps = start
@@ -64,7 +64,7 @@ class Keeper:
 
     def log(self, step: int, metrics: Mapping[str, float], records: Iterable[Mapping[str, Any]] = ()) -> None:
         """Write down a batch."""
-        with collectives.together():
+        with collectives.error_barrier():
             self.run.log(step, metrics, records)
 
     def kept(self, step: int, steps: int) -> None:
@@ -77,7 +77,7 @@ class Keeper:
         caught = self._caught()
         due = bool(self.every) and step % self.every == 0 and step < steps
         if due or caught:
-            with collectives.together():
+            with collectives.error_barrier():
                 assert self.held is not None
                 if collectives.is_main():
                     save_checkpoint(self.run, self.held, step, keep=self.keep)
@@ -88,7 +88,7 @@ class Keeper:
 
     def _caught(self) -> int:
         """Return the number of a signal that any process got, 0 for none."""
-        return int(collectives.largest({"signal": self.signals.caught})["signal"])
+        return int(collectives.all_reduce_max({"signal": self.signals.caught})["signal"])
 
     def end(self, error: str) -> None:
         """End this process at once, from any thread, with what an error of another process says."""
@@ -132,7 +132,7 @@ class Keeper:
                 clear()  # on a full disk its room is wanted
                 raise
 
-        with collectives.together():
+        with collectives.error_barrier():
             if collectives.is_main():
                 self.run.patiently(work, wanted)
                 judge(part)
@@ -152,25 +152,25 @@ def enough_memory(ppo: bool) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         fewer = "ppo.micro_batch or ppo.micro_tokens" if ppo else "micro_batch"
         expected = "enough memory for the models and a micro-batch"
-        came = str(error).partition(". ")[0]
-        mend = f"Lower {fewer}, in another --output or with --fresh."
-        raise ModelError(message("device", came, expected, mend)) from error
+        got = str(error).partition(". ")[0]
+        fix = f"Lower {fewer}, in another --output or with --fresh."
+        raise ModelError("device", got, expected, fix) from error
 
 
 @contextmanager
-def keeping(run: Run, config: Any) -> Iterator[Keeper]:
+def keeping(run: Run, config: Any) -> Iterator[TrainingSession]:
     """Give the keeper of a run with these settings: threads as it began with, deterministic kernels, signals noted,
     a full disk waited for; how the run ends is in status.json."""
     device = pick_device(config.device)
     with run.failing(), Signals(run.say) as signals, repeatable(device), enough_memory(hasattr(config, "ppo")):
         run.disk_wait, run.hurried = config.disk_wait, lambda: bool(signals)
         run.know(threads=use_threads(run, config.threads))
-        yield Keeper(run, config.checkpoint_every, config.keep_checkpoints, signals)
+        yield TrainingSession(run, config.checkpoint_every, config.keep_checkpoints, signals)
 
 
 def open_run(output: str, stage: str, config: dict[str, Any], *, fresh: bool) -> Run:
     """Return the run folder, opened by the main process; the others' writes go nowhere. Raises as `Run.open`."""
-    with collectives.together():
+    with collectives.error_barrier():
         if collectives.is_main():
             return Run.open(output, stage, config, fresh=fresh)
     return Follower(Path(output).expanduser(), stage)
@@ -178,10 +178,10 @@ def open_run(output: str, stage: str, config: dict[str, Any], *, fresh: bool) ->
 
 def check_start(step: int) -> int:
     """Return `step`, from which a run goes on. Raises ConfigError where the main process goes on from another."""
-    with collectives.together():
-        main = collectives.from_main(step)
+    with collectives.error_barrier():
+        main = collectives.broadcast_object(step)
         if main != step:
             expected = f"the checkpoint of the main process, step {main}"
-            mend = "Put --output on a disk that every machine sees."
-            raise ConfigError(message("output", f"step {step} in process {collectives.rank()}", expected, mend))
+            fix = "Put --output on a disk that every machine sees."
+            raise ConfigError("output", f"step {step} in process {collectives.rank()}", expected, fix)
     return step

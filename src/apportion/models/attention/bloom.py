@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 from apportion.models.attention.softmax import Call
 
 Record = Callable[[Call], None]
@@ -19,7 +19,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if any(k.__name__ == "BloomAttention" for k in type(m).__mro__)]
 
 
-def watch(attention: nn.Module, record: Record) -> list[RemovableHandle]:
+def monitor(attention: nn.Module, record: Record) -> list[RemovableHandle]:
     """Call `record` with what this attention module computed, each time it runs, until the handles are removed.
 
     Its fused projection gives query, key and value; its arguments the mask and ALiBi's bias (Press et al. 2022,
@@ -55,8 +55,8 @@ def _call(module: Any, given: dict[str, Any]) -> Call:
     query, key, value = given["qkv"]
     batch, heads, length, size = query.shape
     if given["alibi"].shape[-1] != length:
-        came = f"{length} tokens after {given['alibi'].shape[-1] - length} cached ones"
-        raise ModelError(message("attention_row(Bloom)", came, "one forward without a cache", "Feed the whole text."))
+        got = f"{length} tokens after {given['alibi'].shape[-1] - length} cached ones"
+        raise ModelError("attention_row(Bloom)", got, "one forward without a cache", "Feed the whole text.")
     settings = {"scaling": module.inv_norm_factor, "is_causal": True, "dropout": _dropout(module)}
     output = given.get("output")  # absent where the output projection is applied in slices
     output = None if output is None else output.view(batch, length, heads, size)

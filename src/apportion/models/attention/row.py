@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from apportion.credit._evidence import Layers, Reading, check_layers
 from apportion.distributed.sharding import plain_class
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 from apportion.models.attention import bloom
 from apportion.models.attention.softmax import Call, is_causal, output_gap, softmax_rows
 
@@ -97,12 +97,12 @@ class AttentionTap:
         Source: Abnar & Zuidema 2020 (arXiv 2005.00928), section 3.
         """
         if len(self.layers) != self._depth:
-            mend = 'Open the block with attention_row(model, layers="all").'
-            raise ModelError(message(f"rollout({self._name})", f"layers {list(self.layers)}", "all layers", mend))
+            fix = 'Open the block with attention_row(model, layers="all").'
+            raise ModelError(f"rollout({self._name})", f"layers {list(self.layers)}", "all layers", fix)
         queries, keys = self._call(0).query.shape[2], self._call(0).key.shape[2]
         if queries != keys:
-            came = f"{queries} queries over {keys} keys"
-            raise ModelError(message(f"rollout({self._name})", came, "as many", "Run the model without a cache."))
+            got = f"{queries} queries over {keys} keys"
+            raise ModelError(f"rollout({self._name})", got, "as many", "Run the model without a cache.")
         row = nn.functional.one_hot(rows, keys).float()
         for layer in reversed(self.layers):
             row = 0.5 * (self._through(layer, row) + row)
@@ -129,19 +129,19 @@ class AttentionTap:
         """Return the call of that layer. Raises ModelError unless every layer was seen, once."""
         field = f"attention_row({self._name})"
         if self._forwards == 0:
-            mend = "Call the model inside the `with` block."
-            raise ModelError(message(field, "no forward pass", "one forward of the model", mend))
+            fix = "Call the model inside the `with` block."
+            raise ModelError(field, "no forward pass", "one forward of the model", fix)
         if self._seen != self._depth:
-            came = f"a forward in which {self._seen} attention layers used transformers' registry"
+            got = f"a forward in which {self._seen} attention layers used transformers' registry"
             expected = f"one call of each of its {self._depth} layers"
-            raise ModelError(message(field, came, expected, f"Its attention code cannot be read. {MEND}"))
+            raise ModelError(field, got, expected, f"Its attention code cannot be read. {MEND}")
         if layer not in self._calls:
-            mend = "Open the block with these layers."
-            raise ModelError(message(field, f"layer {layer}", f"one of the chosen layers {list(self.layers)}", mend))
+            fix = "Open the block with these layers."
+            raise ModelError(field, f"layer {layer}", f"one of the chosen layers {list(self.layers)}", fix)
         call = self._calls[layer]
         unread = [name for name in UNREAD if call.settings.get(name) is not None]
         if unread:
-            raise ModelError(message(field, f"attention with {unread[0]}", "plain softmax attention", MEND))
+            raise ModelError(field, f"attention with {unread[0]}", "plain softmax attention", MEND)
         return call
 
     def _weights(self, layer: int, rows: Tensor) -> Tensor:
@@ -159,9 +159,9 @@ class AttentionTap:
         if layer not in self._checked:  # once a layer: do these weights give what the layer gave?
             gap = output_gap(call, rows, weights)
             if gap > 1.0:
-                came = f"weights whose values differ from layer {layer}'s own output ({gap:.1f} times the rounding)"
-                mend = f"Its attention does more than q·k, mask, bias and softmax. {MEND}"
-                raise ModelError(message(f"attention_row({self._name})", came, "the layer's own weights", mend))
+                got = f"weights whose values differ from layer {layer}'s own output ({gap:.1f} times the rounding)"
+                fix = f"Its attention does more than q·k, mask, bias and softmax. {MEND}"
+                raise ModelError(f"attention_row({self._name})", got, "the layer's own weights", fix)
             self._checked.add(layer)
         return weights
 
@@ -207,7 +207,7 @@ class attention_row:  # a context manager, named like a function as torch.no_gra
             self._model.register_forward_hook(self._tap._end, always_call=True),
         ]
         for layer in bloom.layers(self._model):
-            self._handles += bloom.watch(layer, self._tap._record)
+            self._handles += bloom.monitor(layer, self._tap._record)
         return self._tap
 
     def __exit__(
@@ -230,7 +230,7 @@ def resolve_layers(layers: Layers, depth: int, name: str) -> tuple[int, ...]:
     for number in numbers:
         if not -depth <= number < depth:
             expected = f"a layer of {name}, which has {depth}: 0 to {depth - 1}, or −1 to −{depth} from the end"
-            raise ModelError(message("layers", number, expected, "Choose another layer."))
+            raise ModelError("layers", number, expected, "Choose another layer.")
     return tuple(sorted({number % depth for number in numbers}))
 
 
@@ -252,8 +252,8 @@ def _depth(model: nn.Module, name: str) -> int:
     config = _text_config(model)
     depth = getattr(config, "num_hidden_layers", None)
     if depth is None or getattr(config, "is_encoder_decoder", False):
-        came = "a configuration without num_hidden_layers" if depth is None else "an encoder with a decoder"
-        raise ModelError(message(f"attention_row({name})", came, "one stack of self-attention layers", MEND))
+        got = "a configuration without num_hidden_layers" if depth is None else "an encoder with a decoder"
+        raise ModelError(f"attention_row({name})", got, "one stack of self-attention layers", MEND)
     return int(depth)
 
 
@@ -288,5 +288,5 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
         found: Callable[..., Any] | None = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
         if found is not None:
             return found
-    mend = "Load the model with attn_implementation='sdpa'."
-    raise ModelError(message("attention_row", type(module).__name__, "a file with eager_attention_forward", mend))
+    fix = "Load the model with attn_implementation='sdpa'."
+    raise ModelError("attention_row", type(module).__name__, "a file with eager_attention_forward", fix)

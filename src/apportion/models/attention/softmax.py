@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apportion.errors import ModelError, message
+from apportion.errors import ModelError
 
 # largest part of the values by which a layer's own output may differ from rows·values: rounding, never a bias unread
 ROUNDING = 0.01  # a GPU may multiply float32 with 10 bits
@@ -86,9 +86,9 @@ def _mask_rows(call: Call, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return chosen > torch.finfo(torch.float16).min, chosen
     if hasattr(mask, "mask_mod"):
         return _block_rows(call, rows), None
-    came = f"a mask {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-    mend = "Load the model with attn_implementation='sdpa'."
-    raise ModelError(message("attention_row", came, "a mask (B,1,Q,K), (B,K), a BlockMask or none", mend))
+    got = f"a mask {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    fix = "Load the model with attn_implementation='sdpa'."
+    raise ModelError("attention_row", got, "a mask (B,1,Q,K), (B,K), a BlockMask or none", fix)
 
 
 def _implied_rows(call: Call, rows: Tensor) -> Tensor:

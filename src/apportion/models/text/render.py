@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from apportion.errors import ModelError, ScoreError, message
+from apportion.errors import ModelError, ScoreError
 from apportion.models.text.token_spans import PolicyText, Span
 
 # stands for the response while a chat template is asked where it puts it; no end of it is also a beginning of it, so
@@ -62,9 +62,9 @@ def _templated(
     mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(turn) for turn in turns))
     marked = _rendered(tokenizer, turns, mark)
     if marked.count(mark) != 1:
-        came = f"one that shows a response {marked.count(mark)} times"
-        mend = "Give prompts as text, or mend the template: nothing else says where the response stands."
-        raise ModelError(message("reward_model's chat template", came, "one that shows it once", mend))
+        got = f"one that shows a response {marked.count(mark)} times"
+        fix = "Give prompts as text, or fix the template: nothing else says where the response stands."
+        raise ModelError("reward_model's chat template", got, "one that shows it once", fix)
     before, after = marked.split(mark)
     text = _rendered(tokenizer, turns, response)
     length = len(text) - len(before) - len(after)
@@ -72,8 +72,8 @@ def _templated(
     skipped = _skipped(response, shown)
     if before + shown + after != text or skipped is None:
         expected = "a response that the reward model's chat template shows as it is, or trimmed"
-        mend = "The template changes it (text in thinking tags, say), and credit would land in the wrong place."
-        raise ScoreError(message(f"response of rollout {row}", response[:60], expected, mend))
+        fix = "The template changes it (text in thinking tags, say), and credit would land in the wrong place."
+        raise ScoreError("response", response[:60], expected, fix, row=row)
     return text, len(before), skipped, length
 
 
@@ -92,9 +92,9 @@ def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str)
     try:
         return tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
     except Exception as error:  # a template is a program of the model's: whatever it raises is said
-        came = f"a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        mend = "Give prompts as text, or turns that this reward model's template knows."
-        raise ModelError(message("reward_model's chat template", came, "turns that it can render", mend)) from error
+        got = f"a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        fix = "Give prompts as text, or turns that this reward model's template knows."
+        raise ModelError("reward_model's chat template", got, "turns that it can render", fix) from error
 
 
 def encode(tokenizer: Any, reading: Reading, embeddings: int | None = None) -> Encoded:
@@ -126,18 +126,18 @@ def encode(tokenizer: Any, reading: Reading, embeddings: int | None = None) -> E
 def check_tokenizer(field: str, tokenizer: Any) -> None:
     """Raise ModelError for a tokenizer that does not say which characters its tokens cover. Needs no weights."""
     if not tokenizer.is_fast:
-        mend = "Save it as a fast one (with a tokenizer.json): only those say which characters a token covers."
+        fix = "Save it as a fast one (with a tokenizer.json): only those say which characters a token covers."
         expected = "the policy's tokenizer and a decoder, or a fast one"
-        raise ModelError(message(f"{field}'s tokenizer", type(tokenizer).__name__, expected, mend))
+        raise ModelError(f"{field}'s tokenizer", type(tokenizer).__name__, expected, fix)
 
 
 def check_model(field: str, model: Any, tokenizer: Any) -> None:
     """Raise ModelError for a model without embeddings for its special tokens, or that reads no single position."""
     check_embeddings(field, model, tokenizer)
     if getattr(model.config, "classifier_pooling", "cls") != "cls":
-        came = f"classifier_pooling {model.config.classifier_pooling!r}"
-        mend = "Use an encoder that scores its first token: the attention of that one position is what is read."
-        raise ModelError(message(field, came, "'cls'", mend))
+        got = f"classifier_pooling {model.config.classifier_pooling!r}"
+        fix = "Use an encoder that scores its first token: the attention of that one position is what is read."
+        raise ModelError(field, got, "'cls'", fix)
 
 
 def check_embeddings(field: str, model: Any, tokenizer: Any, rows: Iterable[Sequence[int]] = ()) -> None:
@@ -159,9 +159,9 @@ def beyond(tokenizer: Any, count: int, rows: Iterable[Sequence[int]] = ()) -> li
 
 
 def _without_embedding(field: str, tokenizer: Any, token: int, count: int) -> ModelError:
-    came = f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
-    mend = "Use the tokenizer that it was trained with, or call `model.resize_token_embeddings` and train it."
-    return ModelError(message(f"{field}'s tokenizer", came, f"ids below the model's {count} embeddings", mend))
+    got = f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+    fix = "Use the tokenizer that it was trained with, or call `model.resize_token_embeddings` and train it."
+    return ModelError(f"{field}'s tokenizer", got, f"ids below the model's {count} embeddings", fix)
 
 
 def context_limit(model: Any, tokenizer: Any) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 
 
 class _Characters(NamedTuple):
@@ -68,17 +68,17 @@ def _characters(spans: Tensor, size: int) -> _Characters:
 
 def _check(weights: Tensor, source: Tensor, target: Tensor) -> None:
     if weights.dim() != 2 or not weights.is_floating_point():
-        came = f"{weights.dtype} {tuple(weights.shape)}"
-        raise DataError(message("weights", came, "a float tensor (B,K)", "Pass one weight a source token."))
+        got = f"{weights.dtype} {tuple(weights.shape)}"
+        raise DataError("weights", got, "a float tensor (B,K)", "Pass one weight a source token.")
     rows, tokens = weights.shape
     for name, spans, shape in (("source", source, (rows, tokens, 2)), ("target", target, (rows, "T", 2))):
         found = tuple(spans.shape)
         fits = len(found) == 3 and all(want in ("T", have) for have, want in zip(found, shape, strict=True))
         if not fits or spans.dtype != torch.int64:
             expected = f"int64 of shape ({', '.join(map(str, shape))})"
-            raise DataError(message(name, f"{spans.dtype} {found}", expected, "Spans follow the weights (B,K)."))
+            raise DataError(name, f"{spans.dtype} {found}", expected, "Spans follow the weights (B,K).")
         wrong = (spans[..., 0] < 0) | (spans[..., 1] < spans[..., 0])
         if wrong.any():
             row, token = (int(i) for i in wrong.nonzero()[0])
-            mend = "A span is [first, end) in characters; (0, 0) is a token without any."
-            raise DataError(message(f"{name}[{row},{token}]", spans[row, token].tolist(), "0 <= first <= end", mend))
+            fix = "A span is [first, end) in characters; (0, 0) is a token without any."
+            raise DataError(f"{name}[{row},{token}]", spans[row, token].tolist(), "0 <= first <= end", fix)

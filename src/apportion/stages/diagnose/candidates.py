@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from apportion import advantages, algorithms, credit, registry, segments
-from apportion.errors import ConfigError, message, unknown_name
+from apportion.errors import ConfigError, unknown_name
 from apportion.evidence import plan
 from apportion.stages.diagnose.gradients import leave_one_out_baseline, reward_to_go
 from apportion.types import Credit, Estimator, PolicyLoss, Rollouts, Segmenter
 from apportion.user_code import checked
 
 
-class Contender(NamedTuple):
+class Candidate(NamedTuple):
     """One method of a comparison: its credit without a KL penalty, its actions, its estimator and a named one's loss.
 
     Without a loss a token's advantage is its weight.
@@ -70,7 +70,7 @@ def step_weights(loss: PolicyLoss, advantages: Tensor, segments: Tensor, rollout
     return weights * (advantages.abs().sum() / weights.abs().sum().clamp_min(1e-30))
 
 
-def contenders(specs: Sequence[Any], lam: float) -> dict[str, Contender]:
+def candidates(specs: Sequence[Any], lam: float) -> dict[str, Candidate]:
     """Return the methods to compare by name: credits with token-level GAE(1, λ), or named algorithms as they are.
 
     Raises:
@@ -78,26 +78,26 @@ def contenders(specs: Sequence[Any], lam: float) -> dict[str, Contender]:
             or a need that no producer gives.
     """
     if not specs:
-        raise ConfigError(message("methods", specs, "at least one credit or named algorithm", "Example: [sparse]."))
-    found: dict[str, Contender] = {}
+        raise ConfigError("methods", specs, "at least one credit or named algorithm", "Example: [sparse].")
+    found: dict[str, Candidate] = {}
     for spec in specs:
         for name, kwargs in registry.parse("methods", spec):
             label = name if not kwargs else f"{name}({', '.join(f'{k}={v}' for k, v in kwargs.items())})"
-            found[label] = _contender(name, kwargs, lam)
+            found[label] = _candidate(name, kwargs, lam)
     plan(frozenset[str]().union(*(c.needs for c in found.values())))
     return found
 
 
-def _contender(name: str, kwargs: dict[str, Any], lam: float) -> Contender:
+def _candidate(name: str, kwargs: dict[str, Any], lam: float) -> Candidate:
     if name in credit.METHODS or ":" in name:
-        return Contender(checked(name, credit.make(name, kwargs)), segments.tokens(), advantages.gae(lam=lam))
+        return Candidate(checked(name, credit.make(name, kwargs)), segments.tokens(), advantages.gae(lam=lam))
     if name not in algorithms.ALGORITHMS:
-        raise ConfigError(unknown_name("methods", name, [*credit.METHODS, *algorithms.ALGORITHMS]))
+        raise unknown_name("methods", name, [*credit.METHODS, *algorithms.ALGORITHMS])
     if kwargs:
-        mend = f"A named algorithm is compared as it is: write {name} alone, or a credit with its settings."
-        raise ConfigError(message(f"methods.{name}", next(iter(kwargs)), "no settings", mend))
+        fix = f"A named algorithm is compared as it is: write {name} alone, or a credit with its settings."
+        raise ConfigError(f"methods.{name}", next(iter(kwargs)), "no settings", fix)
     method = algorithms.build(name, credit_spec=_without_penalty(name))
-    return Contender(method.credit, method.segment, method.estimate, method.loss)
+    return Candidate(method.credit, method.segment, method.estimate, method.loss)
 
 
 def _without_penalty(name: str) -> list[Any]:

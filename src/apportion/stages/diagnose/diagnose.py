@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apportion import credit
 from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.evidence import Models, plan
 from apportion.evidence.scoring import score
 from apportion.generation import sample
@@ -27,7 +27,7 @@ from apportion.models.policy import Policy, banned_ids, response_logits
 from apportion.models.reward import load_reward
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.diagnose import gradients
-from apportion.stages.diagnose.candidates import Contender, contenders
+from apportion.stages.diagnose.candidates import Candidate, candidates
 from apportion.stages.diagnose.gradients import Gradients, Interval
 from apportion.training.bad_rows import leaving_out
 from apportion.training.run_folder import Run
@@ -58,9 +58,9 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
     """Compare the methods, write gradients.json into the run folder, and return it.
 
     Raises:
-        ConfigError, ModelError, DataError, ScoreError: each names what to mend.
+        ConfigError, ModelError, DataError, ScoreError: each names what to fix.
     """
-    methods = contenders(config.methods, config.lam)
+    methods = candidates(config.methods, config.lam)
     run = Run.open(config.output, "diagnose", to_dict(config), fresh=fresh)
     if run.finished:
         return run.read("diagnosis.json")
@@ -86,14 +86,14 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
     return found
 
 
-def open_models(config: DiagnoseConfig, methods: Mapping[str, Contender]) -> tuple[Models, list[list[int]]]:
+def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tuple[Models, list[list[int]]]:
     """Return the models, to be sampled and read only, and the prompts' ids."""
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
         texts = load_prompts(config.prompts, "rl", bad)[: config.count]
     if len(texts) < 2:
         expected = "at least 2 prompts: intervals are taken over prompts"
-        raise ConfigError(message("prompts", f"{len(texts)} prompts", expected, "Give more of them."))
+        raise ConfigError("prompts", f"{len(texts)} prompts", expected, "Give more of them.")
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     prompts = tokenize(texts, tokenizer, config.sampling, config.seed, context_of(folder))
     device = pick_device(config.device)
@@ -122,7 +122,7 @@ def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) 
 
 
 @torch.no_grad()
-def block(policy: Policy, rollouts: Rollouts, methods: Mapping[str, Contender], width: int) -> Block:
+def block(policy: Policy, rollouts: Rollouts, methods: Mapping[str, Candidate], width: int) -> Block:
     """Return what scored `rollouts` tell of every method; see `Block`."""
     left, right, stop = score_functions(policy, rollouts, width)
     assert rollouts.scores is not None
@@ -205,7 +205,7 @@ def _means(values: Tensor, unit: Tensor) -> Tensor:
 
 
 def _add_stats(
-    sums: dict[str, dict[str, tuple[float, float]]], methods: Mapping[str, Contender], rollouts: Rollouts
+    sums: dict[str, dict[str, tuple[float, float]]], methods: Mapping[str, Candidate], rollouts: Rollouts
 ) -> None:
     """Add a block's credit statistics (kept mass, entropy, …) to `sums`."""
     for name, method in methods.items():

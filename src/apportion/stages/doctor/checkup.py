@@ -13,7 +13,7 @@ import yaml
 from apportion.config import LoraConfig, OptimConfig, RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, labelled
 from apportion.data.bad_rows import BadRows
-from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError, message
+from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
 from apportion.generation.prompts import conversations, encoded, load_prompts
 from apportion.models.loading import NO_CODE, context_of, load_settings, locate, read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, examine
@@ -55,18 +55,18 @@ def generation_stops(case: Case) -> frozenset[int]:
     from transformers import GenerationConfig
 
     file, expected = "generation_config.json", "settings that transformers can read"
-    mend = "Mend it, or delete it where the model's config.json says how a text ends."
+    fix = "Fix it, or delete it where the model's config.json says how a text ends."
     try:
         given = GenerationConfig.from_pretrained(case.policy_folder, **NO_CODE).eos_token_id
     except OSError:  # a folder without one
         file, given = "config.json", getattr(case.policy_settings.get_text_config(), "eos_token_id", None)
     except Exception as error:  # it checks each setting in its own way
-        came = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(message(f"{case.policy_folder}/{file}", came, expected, mend)) from error
+        got = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{case.policy_folder}/{file}", got, expected, fix) from error
     ids = [] if given is None else given if isinstance(given, list | tuple) else [given]
     if not all(type(one) is int for one in ids):
         expected = "an id as eos_token_id, or a list of ids"
-        raise ModelError(message(f"{case.policy_folder}/{file}", given, expected, "Mend it there."))
+        raise ModelError(f"{case.policy_folder}/{file}", given, expected, "Fix it there.")
     return frozenset(ids)
 
 
@@ -77,8 +77,8 @@ def open_reward(case: Case) -> Said:
     case.reward_tokenizer = read_tokenizer("reward_model", case.reward_folder)
     count = case.reward_settings.num_labels
     if count not in (1, 2):
-        mend = "Use a reward model (1 label) or a binary classifier (2 labels)."
-        return FAIL, f"{case.config.reward_model} with {count} labels", mend
+        fix = "Use a reward model (1 label) or a binary classifier (2 labels)."
+        return FAIL, f"{case.config.reward_model} with {count} labels", fix
     read_learned(case)
     return ok(f"{case.config.reward_model}: {case.reward_settings.model_type}, {count} labels")
 
@@ -93,7 +93,7 @@ def read_learned(case: Case) -> None:
         return
     try:
         stored = safe_yaml.load(file.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict) or "clips" not in stored:  # of another stage, or no run of ours
+        if not isinstance(stored, dict) or "excerpts" not in stored:  # of another stage, or no run of ours
             return
         case.training, case.held_out = read_data(learned_from(stored))
     except (ApportionError, yaml.YAMLError, OSError, ValueError, TypeError) as error:  # its data may have moved since
@@ -114,7 +114,7 @@ def learned_from(stored: dict[str, Any]) -> RewardConfig:
         source = stored.get(name)
         here = isinstance(source, str) and (source in BUILTIN_DATA or is_here(source))
         if source is not None and not here:
-            raise DataError(message(name, source, "a file that is here, or a built-in name", "Nothing else is read."))
+            raise DataError(name, source, "a file that is here, or a built-in name", "Nothing else is read.")
     sections: dict[str, Any] = {"lora": LoraConfig, "optim": OptimConfig}
     known = RewardConfig.__dataclass_fields__
     return RewardConfig(**{k: sections[k](**v) if k in sections else v for k, v in stored.items() if k in known})
@@ -138,11 +138,11 @@ def unwritten(config: Any) -> BadRows | None:
 
 def left_out(said: Said, bad: BadRows | None) -> Said:
     """Return what a check of data said, or a warning where it said ok of data with rows left out."""
-    level, found, mend = said
+    level, found, fix = said
     if bad is None or not bad.count:
         return said
     found = f"{found}; {bad.count} rows left out (skip_bad_rows)"
-    return (level, found, mend) if level != OK else warn(found, "Look at the run's bad_rows.jsonl, or mend the rows.")
+    return (level, found, fix) if level != OK else warn(found, "Look at the run's bad_rows.jsonl, or fix the rows.")
 
 
 def check(name: str, ask: Callable[[Case], Said], *after: str, **more: Any) -> Check:

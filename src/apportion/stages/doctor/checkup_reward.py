@@ -42,7 +42,7 @@ CHECKS: tuple[Check, ...] = (
     check("vocabulary", labels.vocabulary, "model", "labels"),
     check("repeated texts", labels.repeated, "labels", error=DataError),
     check("held-out texts", prompts.reward_data, "labels", error=DataError),
-    check("clips", labels.clips, "labels", "model", error=ConfigError),
+    check("excerpts", labels.excerpts, "labels", "model", error=ConfigError),
     check("memory", labels.memory, "model", "processor", error=ConfigError, estimate=True),
 )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from apportion.errors import ApportionError, ModelError, message
+from apportion.errors import ApportionError, ModelError
 
 if TYPE_CHECKING:
     from apportion.stages.doctor.case import Case
@@ -19,14 +18,14 @@ class Finding(NamedTuple):
     """What one check found.
 
     `level` is "ok", "warn" (it may be meant; look at it), "fail" (the run would stop, or learn something else than
-    meant) or "skip" (the question does not arise, or what it depends on failed). `found` says it in numbers, `mend`
-    how to put it right; it is empty where there is nothing to mend.
+    meant) or "skip" (the question does not arise, or what it depends on failed). `found` says it in numbers, `fix`
+    how to put it right; it is empty where there is nothing to fix.
     """
 
     name: str
     level: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 class Check(NamedTuple):
@@ -35,7 +34,7 @@ class Check(NamedTuple):
     Attributes:
         name: of the line in the table.
         promise: what holds when it is answered with ok.
-        ask: reads the case (the first checks also fill it) and returns (level, found, mend).
+        ask: reads the case (the first checks also fill it) and returns (level, found, fix).
         after: names of checks without whose success it cannot be asked.
         error: what `apportion rl` raises when it fails.
         loads: whether it needs weights; `--fast` leaves it out.
@@ -54,13 +53,13 @@ class Check(NamedTuple):
 
     def refusal(self, finding: Finding) -> ApportionError:
         """Return the error that says what `finding` says, in the one shape of every error."""
-        return self.error(message(self.name, finding.found, self.promise, finding.mend))
+        return self.error(self.name, finding.found, self.promise, finding.fix)
 
 
 def examine(case: Case, checks: Iterable[Check], tell: Callable[[str], None] = lambda name: None) -> list[Finding]:
     """Return what every check found, in order; `tell` is called with the name of each before it is asked.
 
-    An error that a user can mend becomes a failure of the check that met it. So does any other exception, with its
+    An error that a user can fix becomes a failure of the check that met it. So does any other exception, with its
     type, where models run and where files are opened: training would meet it as well. Elsewhere it is a warning.
     """
     found: dict[str, Finding] = {}
@@ -71,37 +70,38 @@ def examine(case: Case, checks: Iterable[Check], tell: Callable[[str], None] = l
             continue
         tell(check.name)
         try:
-            level, said, mend = check.ask(case)
+            level, said, fix = check.ask(case)
         except ApportionError as error:
-            level, (said, mend) = FAIL, parts(str(error))
+            level, (said, fix) = FAIL, parts(error)
         except Exception as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            level, mend = FAIL, "Training would meet the same error: try another model, or other settings."
+            level, fix = FAIL, "Training would meet the same error: try another model, or other settings."
             if not (check.loads or check.opens):  # the check may be at fault, and the run may work
-                level, mend = WARN, "This could not be asked: report it, with these settings, if the run works."
-        found[check.name] = Finding(check.name, level, said, mend)
+                level, fix = WARN, "This could not be asked: report it, with these settings, if the run works."
+        found[check.name] = Finding(check.name, level, said, fix)
     return list(found.values())
 
 
-def parts(text: str) -> tuple[str, str]:
-    """Return (what came and was expected, the mend) of an error's text."""
-    cut = re.fullmatch(r"(.*?: got .*?; expected .*?[^.])\. ([A-Z].*)", text, flags=re.DOTALL)
-    return (cut[1], cut[2]) if cut else (text, "Put right what it names.")
+def parts(error: ApportionError) -> tuple[str, str]:
+    """Return (what is wrong, the fix) of an error."""
+    if not error.has_parts:
+        return str(error), "Put right what it names."
+    return str(error).removesuffix(error.saved).rstrip().removesuffix(error.fix).rstrip().removesuffix("."), error.fix
 
 
 def ok(found: str) -> tuple[str, str, str]:
-    """Return what a check says that found nothing to mend."""
+    """Return what a check says that found nothing to fix."""
     return OK, found, ""
 
 
-def warn(found: str, mend: str) -> tuple[str, str, str]:
+def warn(found: str, fix: str) -> tuple[str, str, str]:
     """Return what a check says that found something to look at."""
-    return WARN, found, mend
+    return WARN, found, fix
 
 
-def fail(found: str, mend: str) -> tuple[str, str, str]:
-    """Return what a check says that found something to mend."""
-    return FAIL, found, mend
+def fail(found: str, fix: str) -> tuple[str, str, str]:
+    """Return what a check says that found something to fix."""
+    return FAIL, found, fix
 
 
 def skip(found: str) -> tuple[str, str, str]:
@@ -110,13 +110,13 @@ def skip(found: str) -> tuple[str, str, str]:
 
 
 def together(*answers: tuple[str, str, str]) -> tuple[str, str, str]:
-    """Return several answers as one: the worst level, all that was found, and each mend."""
+    """Return several answers as one: the worst level, all that was found, and each fix."""
     level = max((answer[0] for answer in answers), key=lambda level: (OK, WARN, FAIL).index(level))
-    return level, "; ".join(said for _, said, _ in answers if said), " ".join(mend for *_, mend in answers if mend)
+    return level, "; ".join(said for _, said, _ in answers if said), " ".join(fix for *_, fix in answers if fix)
 
 
-def graded(value: float, limits: tuple[float, float], found: str, mend: str) -> tuple[str, str, str]:
+def graded(value: float, limits: tuple[float, float], found: str, fix: str) -> tuple[str, str, str]:
     """Return ok up to the first of `limits`, warn up to the second, else fail; a value that is no number fails."""
     if not value <= limits[1]:
-        return fail(found, mend)
-    return ok(found) if value <= limits[0] else warn(found, mend)
+        return fail(found, fix)
+    return ok(found) if value <= limits[0] else warn(found, fix)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from apportion.config import EvaluateConfig, SamplingConfig
-from apportion.errors import DataError, message
+from apportion.errors import DataError
 from apportion.evidence.reward import reward_pass
 from apportion.generation import sample
 from apportion.generation.prompts import conversations, load_prompts, tokenize
@@ -81,8 +81,8 @@ def _open(config: EvaluateConfig) -> tuple[Run, dict[str, Any]]:
     stored = run.path / "config.yaml"
     ours = run.read("status.json").get("stage") == "rl"
     if not ours or not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
-        mend = "Train one with `apportion rl`, or point to its folder."
-        raise DataError(message("run", config.run, "the folder of a finished `apportion rl` run", mend))
+        fix = "Train one with `apportion rl`, or point to its folder."
+        raise DataError("run", config.run, "the folder of a finished `apportion rl` run", fix)
     run.refuse_links()
     return run, _settings(stored)
 
@@ -95,8 +95,8 @@ def _settings(stored: Path) -> dict[str, Any]:
         if not all(isinstance(found[name], str) for name in ("policy", "reward_model")) or "pad_token" not in found:
             raise ValueError("no policy, reward_model or pad_token")
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        came = f"{stored} ({' '.join(str(error).split())[:200]})"
-        raise DataError(message("run", came, "the settings of an `apportion rl` run", "Use another run.")) from error
+        got = f"{stored} ({' '.join(str(error).split())[:200]})"
+        raise DataError("run", got, "the settings of an `apportion rl` run", "Use another run.") from error
     return found
 
 

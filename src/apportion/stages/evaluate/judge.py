@@ -13,21 +13,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from apportion.data import labelled
-from apportion.errors import DataError, ModelError, message
+from apportion.errors import DataError, ModelError
 from apportion.intervals import proportion
 
-# Chosen on a tenth of the part "judge", held out: log loss on clips of 20, 30 and 60 words, averaged. 0.500 for these;
-# 0.507 with C=1; 0.502 without ! and ?, and then 0.505 with 16 clips; 0.511 with C=1 and words of two letters or more.
+# Chosen on a tenth of the part "judge", held out: mean log loss on excerpts of 20, 30 and 60 words. 0.500 for these;
+# 0.507 with C=1; 0.502 without ! and ?, then 0.505 with 16 excerpts; 0.511 with C=1 and words of two letters or more.
 # Clips of one review are no independent draws, so such differences hardly count: none of these settings is critical.
 _TOKENS = r"(?u)\w[\w']*|[!?]"
-_CLIPS_PER_TEXT = 8
-_CLIP_WORDS = (10, 60)
+_EXCERPTS_PER_TEXT = 8
+_EXCERPT_WORDS = (10, 60)
 _MIN_TEXTS = 3
 _C = 3.0
 
 
 class Judge:
-    """Tf-idf of words and word pairs, and a logistic regression; learns from whole texts and from clips of them."""
+    """Tf-idf of words and word pairs, and a logistic regression; learns from whole texts and from excerpts of them."""
 
     def __init__(self) -> None:
         self._features = None
@@ -35,7 +35,7 @@ class Judge:
         self.prior = math.nan
 
     def fit(self, texts: Sequence[str], labels: Sequence[int], seed: int = 0) -> Judge:
-        """Learn from N texts with labels 0 or 1, and from 8 random clips of 10 to 60 words of each; return itself.
+        """Learn from N texts with labels 0 or 1, and from 8 random excerpts of 10 to 60 words of each; return itself.
 
         `prior` becomes the share of positive texts.
 
@@ -45,21 +45,21 @@ class Judge:
         """
         _check(texts, labels)
         if len(set(labels)) < 2:
-            came = f"{len(labels)} labels, all {labels[0] if len(labels) else None}"
-            raise DataError(message("Judge.fit labels", came, "both 0 and 1", "Give texts of both kinds."))
+            got = f"{len(labels)} labels, all {labels[0] if len(labels) else None}"
+            raise DataError("Judge.fit labels", got, "both 0 and 1", "Give texts of both kinds.")
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
-        clips = word_clips(list(texts) * _CLIPS_PER_TEXT, *_CLIP_WORDS, seed=seed)
-        every_label = np.tile(np.asarray(labels), 1 + _CLIPS_PER_TEXT)
+        excerpts = word_excerpts(list(texts) * _EXCERPTS_PER_TEXT, *_EXCERPT_WORDS, seed=seed)
+        every_label = np.tile(np.asarray(labels), 1 + _EXCERPTS_PER_TEXT)
         features = TfidfVectorizer(
             token_pattern=_TOKENS, ngram_range=(1, 2), sublinear_tf=True, min_df=_MIN_TEXTS, dtype=np.float32
         )
         try:
-            matrix = features.fit_transform([*texts, *clips])
+            matrix = features.fit_transform([*texts, *excerpts])
         except ValueError as error:  # "empty vocabulary", "no terms remain"
-            came, expected = f"{len(texts)} texts: {error}", f"words that stand in {_MIN_TEXTS} texts or more"
-            raise DataError(message("Judge.fit texts", came, expected, "Give more texts.")) from error
+            got, expected = f"{len(texts)} texts: {error}", f"words that stand in {_MIN_TEXTS} texts or more"
+            raise DataError("Judge.fit texts", got, expected, "Give more texts.") from error
         self._classifier = LogisticRegression(C=_C, max_iter=500, random_state=seed).fit(matrix, every_label)
         self._features = features
         self.prior = float(np.mean(labels))
@@ -72,7 +72,7 @@ class Judge:
             ModelError: the judge has not been fitted.
         """
         if self._features is None or self._classifier is None:
-            raise ModelError(message("Judge", "not fitted", "a fitted judge", "Call `fit` or use `fit_judge()`."))
+            raise ModelError("Judge", "not fitted", "a fitted judge", "Call `fit` or use `fit_judge()`.")
         if len(texts) == 0:
             return np.zeros(0)
         matrix = self._features.transform(texts)
@@ -100,22 +100,22 @@ def fit_judge(source: str = "imdb", *, seed: int = 0, field: str = "judge") -> J
     return Judge().fit([row.text for row in rows], [row.label for row in rows], seed)
 
 
-def word_clips(texts: Sequence[str], shortest: int, longest: int, *, seed: int) -> list[str]:
+def word_excerpts(texts: Sequence[str], shortest: int, longest: int, *, seed: int) -> list[str]:
     """Return one random run of `shortest` to `longest` words of each text; a shorter text is returned whole."""
     chance = random.Random(seed)
-    clips = []
+    excerpts = []
     for text in texts:
         words = text.split()
         length = min(len(words), chance.randint(shortest, longest))
         start = chance.randint(0, len(words) - length)
-        clips.append(" ".join(words[start : start + length]))
-    return clips
+        excerpts.append(" ".join(words[start : start + length]))
+    return excerpts
 
 
 def _check(texts: Sequence[str], labels: Sequence[int]) -> None:
     if len(texts) != len(labels) or len(texts) == 0:
-        came = f"{len(texts)} texts and {len(labels)} labels"
-        raise DataError(message("Judge", came, "one label for each of at least one text", "Pass lists that match."))
+        got = f"{len(texts)} texts and {len(labels)} labels"
+        raise DataError("Judge", got, "one label for each of at least one text", "Pass lists that match.")
     strange = next((label for label in labels if label not in (0, 1)), None)
     if strange is not None:
-        raise DataError(message("Judge labels", strange, "0 or 1", "Give 1 for positive, 0 for negative."))
+        raise DataError("Judge labels", strange, "0 or 1", "Give 1 for positive, 0 for negative.")

@@ -11,13 +11,13 @@ from apportion.config import OptimConfig
 from apportion.distributed import sharding
 from apportion.distributed.sharding import Sharded, Weights
 from apportion.models.master_weights import to_float32
-from apportion.training.nonfinite import Skips
+from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.optimizer import make_optimizer
 from apportion.training.state import Tensors, learned, relearn
 
 
-class Trainee:
-    """A model and its optimizer; the clips are dealt by the seed, and nothing is drawn while it trains.
+class RewardLearner:
+    """A model and its optimizer; the excerpts are dealt by the seed, and nothing is drawn while it trains.
 
     Attributes:
         model: with parameters that learn, in `trainable`.
@@ -33,7 +33,7 @@ class Trainee:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.weights = Weights()
         self.optimizer = make_optimizer(self.trainable, remainders, optim)
-        self.skips = Skips(max_skipped, "max_skipped")
+        self.skips = SkippedUpdates(max_skipped, "max_skipped")
 
     @property
     def parted(self) -> bool:

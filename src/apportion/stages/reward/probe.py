@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apportion.stages.reward.clips import Clip, right_pad
+from apportion.stages.reward.excerpts import Excerpt, right_pad
 
-PENALTY = 1e-3  # scikit-learn's C on standardised features: strong, features outnumber what short clips can tell
+PENALTY = 1e-3  # scikit-learn's C on standardised features: strong, features outnumber what short excerpts can tell
 BATCH = 32
 
 
-def probe_head(model: Any, head: Any, clips: Sequence[Clip], pad: int) -> float:
-    """Set the 2-row `head` of classifier `model` to ±w/2 of a logistic regression on the features of `clips`.
+def probe_head(model: Any, head: Any, excerpts: Sequence[Excerpt], pad: int) -> float:
+    """Set the 2-row `head` of classifier `model` to ±w/2 of a logistic regression on the features of `excerpts`.
 
     Returns:
-        The share of `clips` that the probe itself judges right.
+        The share of `excerpts` that the probe itself judges right.
     """
     from sklearn.linear_model import LogisticRegression
 
-    features = pooled_features(model, head, clips, pad).numpy()
-    labels = np.array([clip.label for clip in clips])
+    features = pooled_features(model, head, excerpts, pad).numpy()
+    labels = np.array([excerpt.label for excerpt in excerpts])
     if len(set(labels.tolist())) < 2:
         return 0.0
     scale = features.std(axis=0) + 1e-6
@@ -43,16 +43,16 @@ def probe_head(model: Any, head: Any, clips: Sequence[Clip], pad: int) -> float:
 
 
 @torch.no_grad()
-def pooled_features(model: Any, head: Any, clips: Sequence[Clip], pad: int) -> Tensor:
+def pooled_features(model: Any, head: Any, excerpts: Sequence[Excerpt], pad: int) -> Tensor:
     """Return what the head reads of each clip, (N,d) float32, in batches of like length."""
     caught: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    order = sorted(range(len(clips)), key=lambda i: len(clips[i].ids))
-    out = torch.zeros(len(clips), head.weight.shape[1])
+    order = sorted(range(len(excerpts)), key=lambda i: len(excerpts[i].ids))
+    out = torch.zeros(len(excerpts), head.weight.shape[1])
     try:
         for first in range(0, len(order), BATCH):
             chosen = order[first : first + BATCH]
-            ids, mask, _ = (t.to(head.weight.device) for t in right_pad([clips[i] for i in chosen], pad))
+            ids, mask, _ = (t.to(head.weight.device) for t in right_pad([excerpts[i] for i in chosen], pad))
             model(input_ids=ids, attention_mask=mask.long())
             states = caught.pop()
             if states.dim() == 3:  # decoders apply the head at every position and pool afterwards

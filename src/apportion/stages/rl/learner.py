@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from apportion.config import OptimConfig
-from apportion.config.monitors import GuardsConfig
+from apportion.config.monitors import MonitorsConfig
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.generation.prompts import PromptStream
 from apportion.stages.doctor import Finding
-from apportion.training.monitoring import Guards
+from apportion.training.monitoring import Monitors
 from apportion.training.optimizer import make_optimizer
 from apportion.training.state import Tensors, learned, relearn
 from apportion.types import Credit, Method, Rollouts, State
@@ -30,7 +30,7 @@ class Learner:
         compare: credits whose rewards are logged beside the one that is trained.
         once: each rollout is learned from once, in one step: the update says what the policy said before it.
         optim: the optimizer's settings. clock: seconds of the current batch by phase.
-        guards: what watches over the run. findings: what the check-up before the models were loaded warned of.
+        monitors: what monitors over the run. findings: what the check-up before the models were loaded warned of.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Learner:
         optim: OptimConfig,
         compare: Mapping[str, Credit],
         once: bool = False,
-        guards: GuardsConfig | None = None,
+        monitors: MonitorsConfig | None = None,
         findings: Sequence[Finding] = (),
     ) -> None:
         self.models, self.method, self.prompts = models, method, prompts
@@ -53,7 +53,7 @@ class Learner:
         self.credit_state: State = method.credit.init()
         self.clock: dict[str, float] = {}
         specs = {**method.specs, "compare": list(compare), "needs": needs}
-        self.guards = Guards(guards or GuardsConfig(), models.users, models.policy.tokenizer, specs)
+        self.monitors = Monitors(monitors or MonitorsConfig(), models.users, models.policy.tokenizer, specs)
 
     def share_weights(self, end: Callable[[str], None]) -> None:
         """Have each process keep a part of the weights where the launcher asks for it; before anything is learned.
@@ -78,7 +78,7 @@ class Learner:
         policy = self.models.policy
         return policy.weights.join(learned(policy.learning(), self.optimizer)) | {
             "state": self.credit_state | {"generator": self.generator.get_state()},
-            "guards": self.guards.state,
+            "monitors": self.monitors.state,
         }
 
     def restore(self, stored: Tensors) -> None:
@@ -88,7 +88,7 @@ class Learner:
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
         self.credit_state = state
-        self.guards.restore(stored["guards"])
+        self.monitors.restore(stored["monitors"])
 
     def readers(self) -> dict[str, Any]:
         """Return the models whose numbers the run's depend on."""
@@ -112,7 +112,7 @@ class Learner:
         """Return κ of every KL penalty in the chain (one at most, as the refusal table says)."""
         return [self.credit_state[key] for key in self._kl_keys()]
 
-    def tighten(self, factor: float, most: float) -> bool:
+    def raise_kl_coef(self, factor: float, most: float) -> bool:
         """Multiply κ by `factor`, to at most `most` times what it began with; return whether it rose."""
         rose = False
         for key in self._kl_keys():

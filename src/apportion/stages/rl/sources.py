@@ -11,7 +11,7 @@ from torch import Tensor
 from apportion.config import RLConfig
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
-from apportion.errors import ConfigError, message
+from apportion.errors import ConfigError
 from apportion.generation.sampler import draw_uniforms
 from apportion.types import Rollouts
 
@@ -23,10 +23,10 @@ def check_shares(config: RLConfig) -> None:
     prompts = sampling.batch_size // (sampling.samples_per_prompt or 1)
     if prompts < processes:
         expected = f"at least {processes} prompts a batch, one a process: it has {prompts}"
-        raise ConfigError(message("sampling.batch_size", sampling.batch_size, expected, "Raise it, or launch fewer."))
+        raise ConfigError("sampling.batch_size", sampling.batch_size, expected, "Raise it, or launch fewer.")
     if config.ppo.mini_batch < processes:
         expected = f"at least {processes}, a rollout a process"
-        raise ConfigError(message("ppo.mini_batch", config.ppo.mini_batch, expected, "Raise it, or launch fewer."))
+        raise ConfigError("ppo.mini_batch", config.ppo.mini_batch, expected, "Raise it, or launch fewer.")
 
 
 def uniforms(config: RLConfig, generator: torch.Generator) -> Tensor:
@@ -38,7 +38,7 @@ def uniforms(config: RLConfig, generator: torch.Generator) -> Tensor:
     sampling = config.sampling
     copies = sampling.samples_per_prompt or 1
     drawn = draw_uniforms(sampling.batch_size, sampling.max_new_tokens, generator)
-    mine = collectives.span(sampling.batch_size // copies)
+    mine = collectives.shard_slice(sampling.batch_size // copies)
     return drawn[mine.start * copies : mine.stop * copies]
 
 
@@ -48,7 +48,7 @@ def reseed(generator: torch.Generator | None, seed: int, step: int) -> None:
     It serves producers that draw while they score (vine), as much as their rollouts ask for. In one process it is the
     run's generator, and goes on as it is.
     """
-    if generator is not None and collectives.world() > 1:
+    if generator is not None and collectives.world_size() > 1:
         generator.manual_seed(((seed * 1_000_003 + step) * 65_537 + collectives.rank()) % 2**62)
 
 
@@ -58,7 +58,7 @@ def whole_batch(rollouts: Rollouts, pad: int) -> Rollouts:
     So whitening, group statistics, controllers, metrics and denominators are those of one process, whatever method
     computes them.
     """
-    if collectives.world() == 1:
+    if collectives.world_size() == 1:
         return rollouts
     changes: dict[str, Any] = {}
     for name in (f.name for f in fields(rollouts)):

@@ -66,19 +66,19 @@ def train(
         warn: called with a line for each thing that may not be meant (`stages.checkup.quick`).
 
     Raises:
-        ConfigError, ModelError, DataError, ScoreError, DiskError: each names what to mend.
+        ConfigError, ModelError, DataError, ScoreError, DiskError: each names what to fix.
     """
     method = build_method(config)
     check_shares(config)
     collectives.start(pick_device(config.device))
     config_dict = to_dict(config) | method.specs
     run = open_run(config.output, "rl", config_dict, fresh=fresh)
-    if collectives.from_main(run.finished):
+    if collectives.broadcast_object(run.finished):
         return run
     with keeping(run, config) as keeper:
-        with collectives.together():
+        with collectives.error_barrier():
             learner = make_learner(config, method)
-            learner.guards.run = run
+            learner.monitors.run = run
             note_findings(run, learner, warn)
         learner.share_weights(keeper.end)
         start = keeper.resume(learner)
@@ -88,7 +88,7 @@ def train(
             began = time.perf_counter()
             metrics, records = learn(learner, rollouts, config, step)
             clock = {"time/update": time.perf_counter() - began, **learner.clock, "memory/rss_mb": memory_mb()}
-            metrics |= collectives.largest(clock)
+            metrics |= collectives.all_reduce_max(clock)
             metrics["time/total"] = sum(metrics[k] for k in ("time/generate", "time/score", "time/update"))
             keeper.log(step, metrics, records)
             keeper.kept(step, config.steps)
@@ -110,16 +110,16 @@ def experience(learner: Learner, config: RLConfig, start: int) -> Iterator[tuple
     for step in range(start + 1, config.steps + 1):
         began = time.perf_counter()
         prompts = learner.prompts.take(step, config.sampling.batch_size // per_prompt)
-        mine, chance = collectives.span(len(prompts)), uniforms(config, learner.generator)
+        mine, chance = collectives.shard_slice(len(prompts)), uniforms(config, learner.generator)
         reseed(learner.models.generator, config.seed, step)
         # a process that writes and reads waits for no other: weights that are kept in parts are whole here
-        with learner.models.policy.weights.gathered(), collectives.together():
+        with learner.models.policy.weights.gathered(), collectives.error_barrier():
             rollouts = sample(learner.models.policy, prompts[mine], config.sampling, learner.generator, uniforms=chance)
             rollouts = replace(rollouts, group=rollouts.group + mine.start)
             sampled = time.perf_counter()
             asked = ALWAYS - POLICY if learner.once else ALWAYS
-            learner.guards.prepare(step, rollouts)
-            with learner.guards.keeping(step, rollouts, alone=True):
+            learner.monitors.prepare(step, rollouts)
+            with learner.monitors.keeping(step, rollouts, alone=True):
                 rollouts = score(learner.models, rollouts, learner.needs, config.scores, asked)
         learner.clock = {"time/generate": sampled - began, "time/score": time.perf_counter() - sampled}
         yield step, rollouts
@@ -129,9 +129,9 @@ def learn(
     learner: Learner, rollouts: Rollouts, config: RLConfig, step: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Apportion the scores of one batch, learn from it, and return (metrics, what to log of the rollouts)."""
-    method, guards = learner.method, learner.guards
-    settled = settle_truncated(rollouts, config.ppo)
-    with collectives.together(), guards.keeping(step, rollouts, alone=True):
+    method, monitors = learner.method, learner.monitors
+    settled = apply_truncation(rollouts, config.ppo)
+    with collectives.error_barrier(), monitors.keeping(step, rollouts, alone=True):
         rewards, learner.credit_state = credit.apply(method.credit, settled, learner.credit_state)  # (B,T)
         segments = method.segment(settled)  # (B,T) ids from 0, -1 off the mask
         check_segments(segments, rollouts.mask)
@@ -144,7 +144,7 @@ def learn(
     rewards, segments = collectives.gather_rows(rewards), collectives.gather_rows(segments, fill=-1)
     if config.ppo.whiten_rewards:
         rewards = whiten(rewards, rollouts.mask, keep_mean=True)
-    with guards.keeping(step, replace(rollouts, ended=ended)) as scene:
+    with monitors.keeping(step, replace(rollouts, ended=ended)) as scene:
         return learn_from(learner, Apportioned(rollouts, ended, rewards, segments), config, scene)
 
 
@@ -152,7 +152,7 @@ class Apportioned(NamedTuple):
     """A whole batch with its scores apportioned.
 
     Attributes:
-        rollouts: settled by `settle_truncated`. ended: (B,) bool, which ended before that; None where it is not known.
+        rollouts: settled by `apply_truncation`. ended: (B,) bool, which ended before that; None where it is not known.
         rewards: (B,T) float32. segments: (B,T) ids from 0, -1 off the mask.
     """
 
@@ -171,10 +171,10 @@ def learn_from(
         scene: told what becomes known of the batch, should the run stop in it.
     """
     rollouts, ended, rewards, segments = batch
-    method, ppo, guards, step = learner.method, config.ppo, learner.guards, scene.step
+    method, ppo, monitors, step = learner.method, config.ppo, learner.monitors, scene.step
     scene.columns |= {"reward": rewards}
     scene.later["credit"] = lambda sampled: before_penalty(learner, sampled)
-    with collectives.together():  # a method of the user's may fail in one process alone
+    with collectives.error_barrier():  # a method of the user's may fail in one process alone
         estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
         estimated = check_estimated(method.specs, estimated, rollouts.mask)
         scene.columns |= {"advantage": estimated.advantages, "return": estimated.returns}
@@ -187,21 +187,21 @@ def learn_from(
     first = FirstPass(*torch.zeros((2, *rollouts.mask.shape), device=policy.device)) if learner.once else None
     if not policy.weights.sharded:  # a process alone can read nothing with its part
         scene.later["ratio"] = lambda sampled: ratios(policy, sampled, ppo.micro_batch, ppo.micro_tokens)
-    guards.skips.begin()
+    monitors.skips.begin()
     metrics = update(
-        policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance, first, guards.skips
+        policy, learner.optimizer, method.loss, rollouts, targets, ppo, config.optim, chance, first, monitors.skips
     )
     scene.metrics = metrics
     rollouts = replace(rollouts, ended=ended)  # what is written down is what was sampled, however it was settled
     if first is not None:
         rollouts = replace(rollouts, old_logprobs=first.old_logprobs).with_evidence(entropy=first.entropy)
     scene.rollouts = rollouts
-    with collectives.together():
+    with collectives.error_barrier():
         records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
         metrics |= all_metrics(learner, batch._replace(rollouts=rollouts), config)
-        metrics = drop_unknown(metrics, guards.skips.batch)
+        metrics = drop_unknown(metrics, monitors.skips.batch)
         check_metrics(step, metrics)
-        return metrics | guards.look(step, metrics, len(rollouts), learner.tighten), records
+        return metrics | monitors.look(step, metrics, len(rollouts), learner.raise_kl_coef), records
 
 
 def all_metrics(learner: Learner, batch: Apportioned, config: RLConfig) -> dict[str, float]:
@@ -218,7 +218,7 @@ def all_metrics(learner: Learner, batch: Apportioned, config: RLConfig) -> dict[
     return metrics | ({} if ended is None else {"objective/ended": float(ended.float().mean())})
 
 
-def settle_truncated(rollouts: Rollouts, config: PPOConfig) -> Rollouts:
+def apply_truncation(rollouts: Rollouts, config: PPOConfig) -> Rollouts:
     """Return the rollouts with responses that were cut off treated as `config.truncated` names.
 
     "terminal" says that they ended; "penalty" replaces their score; "bootstrap" takes their score away, which the
@@ -274,7 +274,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, stream.rows)
-    users = Users(config.guards.timeout)
+    users = Users(config.monitors.timeout)
     method = in_time(method, users)
     compared = comparisons(config.compare) if config.log_rollouts else {}
     compare = {name: credit_in_time([name], one, users) for name, one in compared.items()}
@@ -283,24 +283,24 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
     generator = torch.Generator(device=policy.device).manual_seed(config.seed)
     # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
-    own = generator if collectives.world() == 1 else torch.Generator(device=policy.device)
+    own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores, users=users)
-    once = learned_once(config, needs)
-    return Learner(models, method, stream, needs, generator, config.optim, compare, once, config.guards, findings)
+    once = single_step_on_policy(config, needs)
+    return Learner(models, method, stream, needs, generator, config.optim, compare, once, config.monitors, findings)
 
 
 def note_findings(run: Run, learner: Learner, warn: Callable[[str], None]) -> None:
     """Write what the run's own check-up warned of into status.json, and say it."""
     if learner.findings:
-        run.know(doctor=[{"name": one.name, "found": one.found, "mend": one.mend} for one in learner.findings])
+        run.know(doctor=[{"name": one.name, "found": one.found, "fix": one.fix} for one in learner.findings])
     for one in learner.findings:
-        warn(f"warning: {one.name}: {one.found}. {one.mend}")
+        warn(f"warning: {one.name}: {one.found}. {one.fix}")
 
 
-def learned_once(config: RLConfig, needs: frozenset[str]) -> bool:
+def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:
     """Whether one optimizer step learns from the whole batch and nothing else asks what the policy says before it.
 
     The update's own forward then gives the old log-probabilities, and one forward of the policy a batch is saved.
     """
     one_step = (config.ppo.epochs or 1) == 1 and config.ppo.mini_batch >= config.sampling.batch_size
-    return one_step and collectives.world() == 1 and not {registry.asked(name)[0] for name in needs} & POLICY
+    return one_step and collectives.world_size() == 1 and not {registry.asked(name)[0] for name in needs} & POLICY

@@ -14,7 +14,7 @@ from apportion.distributed import collectives
 from apportion.losses import clipped_value
 from apportion.masking import whiten
 from apportion.models.policy import Outputs, Policy
-from apportion.training.nonfinite import Skips
+from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.optimizer import nothing
 from apportion.types import Advantages, PolicyLoss, Rollouts
 
@@ -76,7 +76,7 @@ def update(
     optim: OptimConfig,
     generator: torch.Generator,
     first: FirstPass | None = None,
-    skips: Skips | None = None,
+    skips: SkippedUpdates | None = None,
 ) -> dict[str, float]:
     """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
 
@@ -91,26 +91,28 @@ def update(
             (where there is none, they are left out).
 
     Raises:
-        GuardError: as many steps in a row were skipped as `skips` allows.
+        MonitorError: as many steps in a row were skipped as `skips` allows.
     """
-    skips = Skips() if skips is None else skips
+    skips = SkippedUpdates() if skips is None else skips
     totals: dict[str, Tensor] = {}
     steps, weights = 0, policy.weights
     for _ in range(config.epochs or 1):
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
-            with collectives.together(), weights.waiting():
+            with collectives.error_barrier(), weights.waiting():
                 sums = _mini_batch(policy, loss, rollouts, targets, config, rows, first)
             learning = weights.summed(policy.trainable())
             norm = weights.norm(learning)
             if skips.allow(sum_of_losses(sums, norm), norm, rows):
                 torch.nn.utils.clip_grads_with_norm_(learning, optim.max_grad_norm, norm)
                 optimizer.step()
-                sums["policy/grad_norm"] = norm / collectives.world()  # the same in each, and summed over them below
+                sums["policy/grad_norm"] = (
+                    norm / collectives.world_size()
+                )  # the same in each, and summed over them below
                 totals |= {k: totals.get(k, 0) + v.detach() for k, v in sums.items()}
                 steps += 1
             optimizer.zero_grad(set_to_none=True)
-    return {k: float(v) / steps for k, v in collectives.sum_over(totals).items()}
+    return {k: float(v) / steps for k, v in collectives.all_reduce_sum(totals).items()}
 
 
 def sum_of_losses(sums: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ def _mini_batch(
         tokens = targets.policy_mask[rows].sum().clamp_min(1)
         actions = targets.value_mask[rows].sum().clamp_min(1)
         denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
-        mine = collectives.share(rows)
+        mine = collectives.shard(rows)
         parts = micro_batches(rollouts, mine, config.micro_batch, config.micro_tokens) if len(mine) else []
     sums: dict[str, Tensor] = {}
     for part, counts in weights.even(parts, rows[:1]):

@@ -1,4 +1,4 @@
-"""Checks of what a reward model is to learn from: its labels, and the length of its clips."""
+"""Checks of what a reward model is to learn from: its labels, and the length of its excerpts."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ def vocabulary(case: Case) -> Said:
 def rows_of(case: Case) -> Sequence[Sequence[int]]:
     """Return the ids of the first `MANY` training texts, cut where no clip can reach."""
     if not case.rows:
-        texts = [row.text[: 400 * case.config.clip_tokens[1]] for row in (case.training or ())[:MANY]]
+        texts = [row.text[: 400 * case.config.excerpt_tokens[1]] for row in (case.training or ())[:MANY]]
         case.rows = case.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return case.rows
 
 
-def clips(case: Case) -> Said:
+def excerpts(case: Case) -> Said:
     """Clips fit into the model's context, and texts are long enough to cut them from."""
-    low, high = case.config.clip_tokens
+    low, high = case.config.excerpt_tokens
     lengths = [len(ids) for ids in rows_of(case)]
     short = sum(length < low for length in lengths)
-    said = f"clips of {low} to {high} tokens, context {case.context}; {short} of {len(lengths)} texts are shorter"
+    said = f"excerpts of {low} to {high} tokens, context {case.context}; {short} of {len(lengths)} texts are shorter"
     if high > case.context:
-        return fail(said, "Lower the second number of clip_tokens.")
+        return fail(said, "Lower the second number of excerpt_tokens.")
     if short > 0.1 * len(lengths):
-        return warn(said, "Lower the first number of clip_tokens, or give longer texts.")
+        return warn(said, "Lower the first number of excerpt_tokens, or give longer texts.")
     return ok(said)
 
 

@@ -80,8 +80,8 @@ def disk(case: Case) -> Said:
     free = shutil.disk_usage(place).free
     need = footprint.disk(policy_shape(case), case.config)
     said = f"about {need / GB:.2g} GB of {free / GB:.3g} GB free at {case.config.output}"
-    mend = "Free some space, keep fewer checkpoints (--keep_checkpoints 1), or choose another --output."
-    return fail(said, mend) if need + 0.2 * GB > free else graded(need / free, (0.8, 1.0), said, mend)
+    fix = "Free some space, keep fewer checkpoints (--keep_checkpoints 1), or choose another --output."
+    return fail(said, fix) if need + 0.2 * GB > free else graded(need / free, (0.8, 1.0), said, fix)
 
 
 def policy_shape(case: Case) -> footprint.Shape:

@@ -28,8 +28,8 @@ def unusual(case: Case) -> Said:
         return warn(said, "Raise sampling.batch_size, or lower sampling.samples_per_prompt.")
     steps = (config.ppo.epochs or 1) * -(-config.sampling.batch_size // config.ppo.mini_batch)
     if names["loss"][0] == "reinforce" and steps > 1:
-        mend = "Set ppo.epochs to 1 and ppo.mini_batch to sampling.batch_size, or use the loss ppo."
-        return warn(f"{said}; {steps} optimizer steps a batch, and nothing corrects the later ones", mend)
+        fix = "Set ppo.epochs to 1 and ppo.mini_batch to sampling.batch_size, or use the loss ppo."
+        return warn(f"{said}; {steps} optimizer steps a batch, and nothing corrects the later ones", fix)
     return ok(f"{said}; {prompts} prompts and {steps} optimizer steps a batch")
 
 

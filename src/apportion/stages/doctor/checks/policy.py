@@ -82,8 +82,8 @@ def ends(case: Case) -> Said:
     if bool((rollouts.ended & ~holds).any()):
         return fail(f"{said}, some without it on their mask", "Report it: such a policy cannot learn to end.")
     if not ended:
-        mend = "Raise sampling.max_new_tokens, check the EOS token, or use sampling.stop length."
-        return warn(said, mend)
+        fix = "Raise sampling.max_new_tokens, check the EOS token, or use sampling.stop length."
+        return warn(said, fix)
     return ok(said)
 
 
@@ -104,8 +104,8 @@ def begins(case: Case) -> Said:
         return ok(f"{len(rows)} of {len(rows)} prompts begin with it")
     without, begun = (surprise(case, rows, before) for before in ([], [bos]))
     said = f"{without:.3g} nats a token as they are, {begun:.3g} after BOS"
-    mend = "The policy learned its texts after BOS: let its tokenizer write one (add_bos_token), or the template."
-    return warn(said, mend) if without - begun > BEGUN else ok(said)
+    fix = "The policy learned its texts after BOS: let its tokenizer write one (add_bos_token), or the template."
+    return warn(said, fix) if without - begun > BEGUN else ok(said)
 
 
 def surprise(case: Case, rows: list[list[int]], before: list[int]) -> float:
@@ -125,8 +125,8 @@ def sampler_gap(case: Case) -> Said:
     gap = difference(rollouts.logprobs, trained, rollouts.mask)
     most = float((rollouts.logprobs - trained).abs()[rollouts.mask].max())
     said = f"{gap:.2g} nats a token on average, {most:.2g} at most"
-    mend = "Ratios would start away from 1: use --dtype float32, or a policy whose cache keeps what it reads."
-    return graded(gap, LOGPROB[dtype_of(case)], said, mend)
+    fix = "Ratios would start away from 1: use --dtype float32, or a policy whose cache keeps what it reads."
+    return graded(gap, LOGPROB[dtype_of(case)], said, fix)
 
 
 @torch.no_grad()
@@ -143,8 +143,8 @@ def padding(case: Case) -> Said:
     found["alone"] = max(alone_gap(case, rollouts, together, row) for row in range(len(rollouts)))
     worst = max(found.values(), key=lambda gap: (gap != gap, gap))
     said = ", ".join(f"{side} {gap:.2g}" for side, gap in found.items())
-    mend = "Its results depend on the batch: check the pad token's embedding, or use a policy that reads its mask."
-    return graded(worst, LOGPROB[dtype_of(case)], f"differences in nats a token: {said}", mend)
+    fix = "Its results depend on the batch: check the pad token's embedding, or use a policy that reads its mask."
+    return graded(worst, LOGPROB[dtype_of(case)], f"differences in nats a token: {said}", fix)
 
 
 def alone_gap(case: Case, rollouts: Rollouts, together: Tensor, row: int) -> float:
@@ -161,8 +161,8 @@ def reference(case: Case) -> Said:
     gap = difference(read(case, rollouts), case.policy.reference_logprobs(rollouts), rollouts.mask)
     how = "a frozen copy" if case.policy.reference is not None else "the policy without its adapters"
     said = f"{gap:.2g} nats a token from {how}"
-    mend = "Start from merged weights whose adapters do nothing yet: the KL would count from elsewhere."
-    return graded(gap, (LOGPROB[dtype_of(case)][0] / 10, LOGPROB[dtype_of(case)][1]), said, mend)
+    fix = "Start from merged weights whose adapters do nothing yet: the KL would count from elsewhere."
+    return graded(gap, (LOGPROB[dtype_of(case)][0] / 10, LOGPROB[dtype_of(case)][1]), said, fix)
 
 
 def read(case: Case, rollouts: Rollouts) -> Tensor:

@@ -30,8 +30,8 @@ def lengths(case: Case) -> Said:
         return fail(said, f"Lower sampling.max_new_tokens: the context is {case.context} tokens.")
     if empty or long:
         first = next(i for i, count in enumerate(counts) if not 0 < count <= limit) + 1
-        mend = f"Row {first} is the first: shorten or drop such rows, or set sampling.prompt_tokens to cut them."
-        return fail(said, mend)
+        fix = f"Row {first} is the first: shorten or drop such rows, or set sampling.prompt_tokens to cut them."
+        return fail(said, fix)
     return ok(said)
 
 
@@ -48,8 +48,8 @@ def duplicates(case: Case) -> Said:
         what = f"{alike} of {len(case.rows)} are alike in "
         if cut is None:
             return warn(f"{said}; {what}their tokens", "Drop those rows: the policy cannot tell them from one another.")
-        mend = "They have a common beginning: set sampling.prompt_tokens to null, or to longer openings."
-        return warn(f"{said}; {what}the {cut[0]} to {cut[1]} tokens that are sampled on", mend)
+        fix = "They have a common beginning: set sampling.prompt_tokens to null, or to longer openings."
+        return warn(f"{said}; {what}the {cut[0]} to {cut[1]} tokens that are sampled on", fix)
     if repeated > 0.01 * len(case.texts):
         return warn(said, "Drop the repeated rows: they weigh more, and fall on both sides of a split.")
     return ok(said)
@@ -78,8 +78,8 @@ def reward_data(case: Case) -> Said:
     said = f"{said} and {again} of {len(case.texts)} prompts" if case.texts else said
     said = f"{said} are among the {len(case.training)} that the reward model learned from"
     if both:
-        mend = "Its held-out accuracy says nothing: give `apportion reward` a --test_data without them."
-        return fail(said, mend)
+        fix = "Its held-out accuracy says nothing: give `apportion reward` a --test_data without them."
+        return fail(said, fix)
     if again:
         return warn(said, "It is surest where it learned: take prompts that it has not seen.")
     return ok(said)
@@ -102,8 +102,8 @@ def chat_template(case: Case) -> Said:
     if not turns:
         return skip("prompts are plain text")
     if not tokenizer.chat_template:
-        mend = "Use a policy with a chat template, or give prompts as text."
-        return fail(f"{len(case.conversations)} conversations and no chat template", mend)
+        fix = "Use a policy with a chat template, or give prompts as text."
+        return fail(f"{len(case.conversations)} conversations and no chat template", fix)
     asking = rendered(tokenizer, turns, True)
     return together(asked(tokenizer, turns, asking), markers(tokenizer, turns), round_trip(tokenizer, turns, asking))
 
@@ -118,8 +118,8 @@ def asked(tokenizer: Any, turns: Sequence[Any], asking: Sequence[str]) -> Said:
     silent = [one for one, a, p in zip(turns, asking, plain, strict=True) if a == p or not a.startswith(p)]
     if all(followed(tokenizer, one) for one in silent if one[-1].get("role") != "assistant"):
         return ok("")
-    mend = "Let it write the head of the assistant's turn where add_generation_prompt is true."
-    return warn("the chat template writes no generation prompt", mend)
+    fix = "Let it write the head of the assistant's turn where add_generation_prompt is true."
+    return warn("the chat template writes no generation prompt", fix)
 
 
 def followed(tokenizer: Any, turns: Sequence[Any]) -> bool:
@@ -140,8 +140,8 @@ def markers(tokenizer: Any, turns: Sequence[Any]) -> Said:
     marks = {mark for text in rendered(tokenizer, blank, True) for mark in MARKER.findall(text)}
     torn = sorted(mark for mark in marks if not is_token(tokenizer, mark))
     if torn:
-        mend = "Add them to the tokenizer as special tokens, or use the template that the policy was trained with."
-        return warn(f"markers of the chat template that are no tokens: {', '.join(torn)}", mend)
+        fix = "Add them to the tokenizer as special tokens, or use the template that the policy was trained with."
+        return warn(f"markers of the chat template that are no tokens: {', '.join(torn)}", fix)
     return ok("")
 
 
@@ -153,18 +153,18 @@ def round_trip(tokenizer: Any, turns: Sequence[Any], asking: Sequence[str]) -> S
     said = f"{len(turns)} conversations of {min(map(len, every))} to {max(map(len, every))} tokens"
     if changed:
         at = next((i for i, (a, b) in enumerate(zip(asking[changed[0]], back[changed[0]], strict=False)) if a != b), 0)
-        came = f"{asking[changed[0]][at : at + 20]!r} comes back as {back[changed[0]][at : at + 20]!r}"
-        mend = "The tokenizer does not keep the template's text: check its normaliser and its special tokens."
-        return warn(f"{said}; {len(changed)} change when decoded: {came}", mend)
+        got = f"{asking[changed[0]][at : at + 20]!r} comes back as {back[changed[0]][at : at + 20]!r}"
+        fix = "The tokenizer does not keep the template's text: check its normaliser and its special tokens."
+        return warn(f"{said}; {len(changed)} change when decoded: {got}", fix)
     special = [token for token in tokenizer.all_special_tokens if token.strip()]
     inside = sum(any(s in str(turn.get("content")) for s in special for turn in one) for one in turns)
     if inside:
-        mend = "Take special tokens out of the messages: the policy takes them for turns of their own."
-        return warn(f"{said}; {inside} have special tokens inside a message", mend)
+        fix = "Take special tokens out of the messages: the policy takes them for turns of their own."
+        return warn(f"{said}; {inside} have special tokens inside a message", fix)
     last = sum(one[-1].get("role") == "assistant" for one in turns)
     if last:
-        mend = "End each with a user's turn: the answer would follow an answer."
-        return warn(f"{said}; {last} end with an assistant's turn", mend)
+        fix = "End each with a user's turn: the answer would follow an answer."
+        return warn(f"{said}; {last} end with an assistant's turn", fix)
     return ok(f"{said}, unchanged when decoded; they end with {asking[0][-24:]!r}")
 
 

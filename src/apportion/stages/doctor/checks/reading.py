@@ -34,13 +34,13 @@ def as_ids(case: Case, pad_token: str | None) -> Said:
     pad = own.pad_token_id if pad_token is not None or text.pad_token_id is None else text.pad_token_id
     if pad not in banned_ids(case.tokenizer, case.config.sampling.stop):
         said = f"it pads with {own.convert_ids_to_tokens(pad)!r} ({pad}), which the policy can write"
-        mend = "Set its pad_token_id to the policy's: a score is read at the last token that is no pad."
-        return fail(said, mend)
+        fix = "Set its pad_token_id to the policy's: a score is read at the last token that is no pad."
+        return fail(said, fix)
     written = int(case.policy_settings.get_text_config().vocab_size)  # what has no logit is never sampled
     known = [[i for i in own.get_vocab().values() if i < written]]
-    level, said, mend = embedded(own, int(text.vocab_size), [*known, *case.rows], "reward model")
+    level, said, fix = embedded(own, int(text.vocab_size), [*known, *case.rows], "reward model")
     if level == FAIL:
-        return fail(said, mend)
+        return fail(said, fix)
     limit = int(getattr(text, "max_position_embeddings", None) or ENDLESS)
     said = f"the policy's vocabulary ({len(own)} tokens): it reads ids, up to {case.longest} of its {limit}"
     if case.longest > limit:
@@ -56,9 +56,9 @@ def as_text(case: Case) -> Said:
     if not own.is_fast:
         return fail(said, "Save it as a fast one, with a tokenizer.json.")
     count = int(text.vocab_size)
-    level, lacking, mend = embedded(own, count, (), "reward model")
+    level, lacking, fix = embedded(own, count, (), "reward model")
     if level == FAIL:
-        return fail(lacking, mend)
+        return fail(lacking, fix)
     policy = PolicyText(case.tokenizer, case.notes.get("conversations", {}))
     answer = case.tokenizer("a", add_special_tokens=False)["input_ids"]
     rows = sorted(case.rows, key=len)[-SOME:]
@@ -70,7 +70,7 @@ def as_text(case: Case) -> Said:
     if longest > positions:
         return fail(said, full)
     room = warn("", full) if most > limit else ok("")
-    return together(ok(said), room, warn(lacking, mend) if mend else ok(""))
+    return together(ok(said), room, warn(lacking, fix) if fix else ok(""))
 
 
 def template(case: Case, foreign: bool) -> Said:
@@ -81,11 +81,11 @@ def template(case: Case, foreign: bool) -> Said:
     if all(isinstance(text, str) for text in case.texts):
         if (Path(case.reward_folder) / STATISTICS).is_file():  # of `apportion reward`, which trains on plain text
             return ok("")
-        mend = "Give prompts as conversations (lists of role and content) if it was trained on such."
-        return warn("it has a chat template, and prompts are plain text", mend)
+        fix = "Give prompts as conversations (lists of role and content) if it was trained on such."
+        return warn("it has a chat template, and prompts are plain text", fix)
     if not foreign and case.conversations and differs(case):
-        mend = "It is shown the policy's turns: use the template that it was trained with for both."
-        return warn("it reads the policy's chat template, and its own renders otherwise", mend)
+        fix = "It is shown the policy's turns: use the template that it was trained with for both."
+        return warn("it reads the policy's chat template, and its own renders otherwise", fix)
     return ok("")
 
 

@@ -95,8 +95,8 @@ def padding(case: Case) -> Said:
     gaps = {side: float((value - together).abs().max()) for side, value in found.items()}
     said = ", ".join(f"{side} {gap:.2g}" for side, gap in gaps.items())
     worst = max(gaps.values(), key=lambda gap: (gap != gap, gap))
-    mend = "Scores depend on the batch: check the pad token's embedding and pad_token_id of the reward model."
-    return graded(worst / spread, SCORE[next(reward.model.parameters()).dtype], f"differences in score: {said}", mend)
+    fix = "Scores depend on the batch: check the pad token's embedding and pad_token_id of the reward model."
+    return graded(worst / spread, SCORE[next(reward.model.parameters()).dtype], f"differences in score: {said}", fix)
 
 
 def attention(case: Case) -> Said:
@@ -114,8 +114,8 @@ def attention(case: Case) -> Said:
     expected = whole[torch.arange(len(ids)), :, positions].float().mean(dim=1)
     gap = float((row - expected).abs().max())
     said = f"{gap:.2g} from eager attention at most, over {len(ids)} texts"
-    mend = "Use a credit that needs no attention (uniform, sparse) with this reward model."
-    return graded(gap, ATTENTION[next(reward.model.parameters()).dtype], said, mend)
+    fix = "Use a credit that needs no attention (uniform, sparse) with this reward model."
+    return graded(gap, ATTENTION[next(reward.model.parameters()).dtype], said, fix)
 
 
 @torch.no_grad()
@@ -178,8 +178,8 @@ def order(case: Case) -> Said:
     above = float(((good[:, None] > bad).float() + 0.5 * (good[:, None] == bad).float()).mean())
     said = f"a positive text scores above a negative one in {above:.0%} of {good.numel() * bad.numel()} pairs"
     if above < 0.4:
-        mend = "Its labels are the other way round: name the positive one in id2label of its config.json."
-        return fail(said, mend)
+        fix = "Its labels are the other way round: name the positive one in id2label of its config.json."
+        return fail(said, fix)
     if above < 0.6:
         return warn(said, "It hardly tells them apart: train it longer, or take another.")
     return ok(said)

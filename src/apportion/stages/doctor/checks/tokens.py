@@ -32,16 +32,16 @@ def stop_tokens(case: Case) -> Said:
     eos = tokenizer.eos_token_id
     ends = turn_end(case)
     said = f"EOS {tokenizer.eos_token!r} ({eos}), generation stops at {sorted(case.stops)}"
-    mend = "Set eos_token in the policy's tokenizer_config.json to the token that ends its texts."
+    fix = "Set eos_token in the policy's tokenizer_config.json to the token that ends its texts."
     if ends is not None and ends != eos:
         said = f"{said}; the chat template ends a turn with {tokenizer.convert_ids_to_tokens(ends)!r} ({ends})"
     if case.stops and eos not in case.stops:
-        return (fail if stop == "eos" else warn)(said, mend)
+        return (fail if stop == "eos" else warn)(said, fix)
     # a base model may well end with its EOS what the template would end otherwise
     if ends in (None, eos):
         return ok(said)
     # where the model itself stops at the turn's end, it writes that, and not the tokenizer's EOS
-    return (fail if stop == "eos" and ends in case.stops else warn)(said, mend)
+    return (fail if stop == "eos" and ends in case.stops else warn)(said, fix)
 
 
 def turn_end(case: Case) -> int | None:
@@ -74,14 +74,14 @@ def beginning(case: Case) -> Said:
     if doubled:
         return fail(said, "Take it out of the texts, or out of the chat template: the tokenizer writes one already.")
     if writes and begun < len(rows):
-        mend = "Let the chat template begin with {{ bos_token }}: the tokenizer begins every plain text with it."
-        return warn(said, mend)
+        fix = "Let the chat template begin with {{ bos_token }}: the tokenizer begins every plain text with it."
+        return warn(said, fix)
     if begun not in (0, len(rows)):
         return warn(said, "Begin every prompt with it, or none.")
     asked = tokenizer.init_kwargs.get("add_bos_token")
     if asked and not writes and not begun:
-        mend = "Its tokenizer_config.json says add_bos_token, but its tokenizer.json writes none: save it again."
-        return fail(said, mend)
+        fix = "Its tokenizer_config.json says add_bos_token, but its tokenizer.json writes none: save it again."
+        return fail(said, fix)
     return ok(said)
 
 
@@ -125,13 +125,13 @@ def embedded(tokenizer: Any, count: int, rows: Iterable[Sequence[int]], named: s
     """Say which ids lie beyond `count` embeddings: in `rows` or special ones, or tokens that nothing uses."""
     words = tokenizer.get_vocab()
     said = f"{len(words)} tokens with ids up to {max(words.values())}, {count} embeddings"
-    mend = f"Use the tokenizer that the {named} was trained with, or `model.resize_token_embeddings` and train it."
+    fix = f"Use the tokenizer that the {named} was trained with, or `model.resize_token_embeddings` and train it."
     used = beyond(tokenizer, count, rows)
     if used:
-        return fail(f"{said}; {len(used)} ids in use have none: {', '.join(map(str, used[:3]))}", mend)
+        return fail(f"{said}; {len(used)} ids in use have none: {', '.join(map(str, used[:3]))}", fix)
     spare = [i for i in words.values() if i >= count]
     if not spare:
         return ok(said)
     said = f"{said}; {len(spare)} tokens have none, and none of them is used"
     # an added token may stand for an image or be reserved; words of its own the model should know
-    return ok(said) if set(spare) <= set(tokenizer.added_tokens_decoder) else warn(said, mend)
+    return ok(said) if set(spare) <= set(tokenizer.added_tokens_decoder) else warn(said, fix)

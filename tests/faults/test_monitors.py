@@ -15,11 +15,11 @@ import tiny_runs
 import torch
 from faulty import METHODS, REWARDS
 
-from apportion.config.monitors import GuardsConfig
+from apportion.config.monitors import MonitorsConfig
 from apportion.errors import ScoreError
 from apportion.evidence import Users
 from apportion.report.page import write_report
-from apportion.training.monitoring import Guards
+from apportion.training.monitoring import Monitors
 from apportion.training.run_folder import Run
 
 Command = Callable[..., Any]
@@ -110,16 +110,16 @@ def test_a_reward_model_that_says_nan_at_batch_seven(rl: Command, tmp_path: Path
 
 
 def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
-    """A run that failed at its seventh batch and goes on has the guards' state of one that never did, bit for bit."""
+    """A run that failed at its seventh batch and goes on has the monitors' state of one that never did, bit for bit."""
     more = {"steps": 9, "checkpoint_every": 1, "optim.lr": 0.03}
     assert rl(credit=by("nan_at_seven"), **more).code == 2
     rl(credit=by("nan_at_seven"), **more).assert_done()  # the function counts from one again
     rl(credit=by("plain"), **more, output="whole").assert_done()
     parts, whole = (tmp_path / name for name in ("run", "whole"))
-    state = "checkpoints/step-8/guards.safetensors"
+    state = "checkpoints/step-8/monitors.safetensors"
     assert (parts / state).read_bytes() == (whole / state).read_bytes()
     logs = [rows(run / "metrics.jsonl") for run in (parts, whole)]
-    names = [name for name in logs[0][0] if name.startswith("guards/")]
+    names = [name for name in logs[0][0] if name.startswith("monitors/")]
     assert len(names) == 9 and len(logs[0]) == 9
     assert [[row[name] for name in names] for row in logs[0]] == [[row[name] for name in names] for row in logs[1]]
     assert (parts / "stopped" / "step-7" / "rollouts.jsonl").exists()
@@ -175,23 +175,23 @@ def test_infinite_gradients_are_skipped_and_counted(rl: Command, tmp_path: Path)
     done = rl(**{"loss": chosen, "steps": 4, "ppo.epochs": 2})
     done.assert_done()
     logged = rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["guards/skipped_updates"] for row in logged] == [0, 2, 0, 1]
+    assert [row["monitors/skipped_updates"] for row in logged] == [0, 2, 0, 1]
     # none of the second batch's two updates was taken: there is no loss to tell of
     assert ["loss/policy" in row for row in logged] == [True, False, True, True]
-    assert "warning: guard max_skipped at step 2: updates skipped as not finite: 2" in done.err
-    assert done.err.count("warning: guard max_skipped") == 2
+    assert "warning: monitor max_skipped at step 2: updates skipped as not finite: 2" in done.err
+    assert done.err.count("warning: monitor max_skipped") == 2
     assert not (tmp_path / "run" / "stopped").exists()
 
 
 @pytest.mark.parametrize("loss", [True, False])
 def test_too_many_in_a_row_stop_the_run(rl: Command, tmp_path: Path, loss: bool) -> None:
     chosen = json.dumps({"methods:infinite": {"updates": list(range(2, 99)), "loss": loss}})
-    done = rl(**{"loss": chosen, "steps": 9, "guards.max_skipped": 4})
+    done = rl(**{"loss": chosen, "steps": 9, "monitors.max_skipped": 4})
     what = "loss" if loss else "norm of the gradient"
-    warned = [f"warning: guard max_skipped at step {n}: updates skipped as not finite: 1\n" for n in (2, 3, 4)]
+    warned = [f"warning: monitor max_skipped at step {n}: updates skipped as not finite: 1\n" for n in (2, 3, 4)]
     assert_stopped(
         done,
-        f"{what} of 4 updates in a row (guards.max_skipped): got",
+        f"{what} of 4 updates in a row (monitors.max_skipped): got",
         "expected finite numbers. Likely causes: a learning rate too large",
         "The rollouts are in run/stopped/step-5.",
     )
@@ -210,19 +210,21 @@ WILD = {"steps": 4, "optim.lr": 30.0, "optim.warmup": 0.0, "ppo.epochs": 4}
 
 
 def test_an_exploding_ratio_is_named_once_and_stops_a_run_that_says_so(rl: Command, tmp_path: Path) -> None:
-    others = {f"guards.{name}": "off" for name in ("kl", "entropy", "value_loss", "negative_kl", "reward")}
+    others = {f"monitors.{name}": "off" for name in ("kl", "entropy", "value_loss", "negative_kl", "reward")}
     done = rl(**WILD, **others)
     done.assert_done()
     logged = rows(tmp_path / "run" / "metrics.jsonl")
-    assert logged[0]["policy/approxkl"] > 0.5 and logged[0]["guards/ratio"] == 1
-    assert done.err.count("warning: guard ratio at step 1: got 'policy/") == 1 and done.err.count("guard ratio") == 1
-    assert "Likely causes: steps too large" in done.err and "guards/kl" not in logged[0]
-    told = json.loads((tmp_path / "run" / "status.json").read_text())["guards"]
+    assert logged[0]["policy/approxkl"] > 0.5 and logged[0]["monitors/ratio"] == 1
+    assert (
+        done.err.count("warning: monitor ratio at step 1: got 'policy/") == 1 and done.err.count("monitor ratio") == 1
+    )
+    assert "Likely causes: steps too large" in done.err and "monitors/kl" not in logged[0]
+    told = json.loads((tmp_path / "run" / "status.json").read_text())["monitors"]
     assert told["ratio"]["step"] == 1 and told["ratio"]["episodes"] == 1
-    done = rl("--fresh", **WILD, **others, **{"guards.ratio": "stop"})
+    done = rl("--fresh", **WILD, **others, **{"monitors.ratio": "stop"})
     assert done.code == 2 and "Traceback" not in done.err and done.out == ""
     assert re.search(
-        r"\napportion: guard ratio at step 1: got .* The rollouts are in run/stopped/step-1\.\n$", done.err
+        r"\napportion: monitor ratio at step 1: got .* The rollouts are in run/stopped/step-1\.\n$", done.err
     )
     saved = assert_saved(tmp_path / "run", 1, columns=("ratio", "advantage", "credit", "reward"))
     assert max(abs(math.log(r)) for row in saved for r in row["ratio"]) > 2
@@ -230,30 +232,32 @@ def test_an_exploding_ratio_is_named_once_and_stops_a_run_that_says_so(rl: Comma
 
 
 def test_a_stopped_run_goes_on_under_another_guard(rl: Command, tmp_path: Path) -> None:
-    settings = WILD | {"guards.kl": "off", "guards.entropy": "off", "guards.negative_kl": "off"}
-    assert rl(**settings, **{"guards.ratio": "stop"}).code == 2
-    rl(**settings, **{"guards.ratio": "warn"}).assert_done()
+    settings = WILD | {"monitors.kl": "off", "monitors.entropy": "off", "monitors.negative_kl": "off"}
+    assert rl(**settings, **{"monitors.ratio": "stop"}).code == 2
+    rl(**settings, **{"monitors.ratio": "warn"}).assert_done()
 
 
 def test_a_kl_that_explodes_tightens(rl: Command, tmp_path: Path) -> None:
-    done = rl(**WILD | {"steps": 6}, **{"guards.kl": "tighten", "credit": "[attention, kl_penalty: {coef: 0.1}]"})
+    done = rl(
+        **WILD | {"steps": 6}, **{"monitors.kl": "raise_kl_coef", "credit": "[attention, kl_penalty: {coef: 0.1}]"}
+    )
     done.assert_done()
     logged = rows(tmp_path / "run" / "metrics.jsonl")
-    fired = [row["guards/kl"] for row in logged]
+    fired = [row["monitors/kl"] for row in logged]
     assert 1.0 in fired and "κ is raised while it fires" in done.err
     first = fired.index(1.0)
-    assert logged[first]["guards/tightened"] == 1
+    assert logged[first]["monitors/raised_kl_coef"] == 1
     assert logged[first + 1]["kl/coef"] == pytest.approx(1.1 * logged[first]["kl/coef"], rel=1e-5)
 
 
 def test_a_healthy_run_says_nothing(rl: Command, tmp_path: Path) -> None:
     done = rl(**{"steps": 8, "optim.lr": 0.001, "ppo.epochs": 2})
     done.assert_done()
-    assert "guard" not in done.err
+    assert "monitor" not in done.err
     names = {"negative_kl", "sampler_gap", "ratio", "entropy", "length", "reward", "value_loss", "kl"}
     for row in rows(tmp_path / "run" / "metrics.jsonl"):
-        told = {name: value for name, value in row.items() if name.startswith("guards/")}
-        assert told == {f"guards/{name}": 0.0 for name in names | {"skipped_updates"}}
+        told = {name: value for name, value in row.items() if name.startswith("monitors/")}
+        assert told == {f"monitors/{name}": 0.0 for name in names | {"skipped_updates"}}
 
 
 def test_a_reward_function_that_raises(rl: Command, tmp_path: Path) -> None:
@@ -274,14 +278,14 @@ def test_a_reward_function_that_ends_the_process(rl: Command, tmp_path: Path) ->
 
 
 def test_a_reward_function_that_retries_for_ever(rl: Command, tmp_path: Path) -> None:
-    done = rl(credit=by("retries"), **{"guards.timeout": 0.5})
-    assert_stopped(done, "rewards:retries: got 'no answer after 0.5 s'", "(guards.timeout)", "run/stopped/step-2")
+    done = rl(credit=by("retries"), **{"monitors.timeout": 0.5})
+    assert_stopped(done, "rewards:retries: got 'no answer after 0.5 s'", "(monitors.timeout)", "run/stopped/step-2")
     assert_saved(tmp_path / "run", 2)
     assert "time.sleep(30)" in (tmp_path / "run" / "stopped" / "step-2" / "traceback.txt").read_text()
 
 
 def test_a_reward_function_that_hangs_in_c(rl: Command, tmp_path: Path) -> None:
-    done = rl(credit=by("hangs_in_c"), **{"guards.timeout": 0.5})
+    done = rl(credit=by("hangs_in_c"), **{"monitors.timeout": 0.5})
     assert done.code in (-9, 137) and done.out == "" and "Traceback" not in done.err
     named = (
         r"apportion: rewards:hangs_in_c: got 'no answer after 0.5 s'; expected [^\n]+ It hung in code that cannot be "
@@ -319,7 +323,7 @@ STEPS = {"process": {"function": "rewards:plain", "keep": True, "unit": "step"}}
     ],
 )
 def test_every_call_has_its_time(rl: Command, tmp_path: Path, flags: dict[str, Any], name: str) -> None:
-    done = rl(**{"guards.timeout": 0.5, "compare": "[]"} | flags)
+    done = rl(**{"monitors.timeout": 0.5, "compare": "[]"} | flags)
     assert_stopped(done, f"{name}: got 'no answer after 0.5 s'", "run/stopped/step-1")
     assert_saved(tmp_path / "run", 1)
     assert "time.sleep(30)" in (tmp_path / "run" / "stopped" / "step-1" / "traceback.txt").read_text()
@@ -341,11 +345,11 @@ def test_ids_that_the_evidence_reads_are_checked(
 
 def test_the_first_error_is_told_when_the_rollouts_cannot_be_saved(tmp_path: Path) -> None:
     rollouts = tiny_runs.rollouts_of([[2, 3], [4]], [[5, 6, 7], [8, 9]])
-    guards = Guards(GuardsConfig(), Users(), tiny_runs.tiny.tokenizer(), {})
-    guards.run = Run.open(str(tmp_path / "run"), "rl", {})
+    monitors = Monitors(MonitorsConfig(), Users(), tiny_runs.tiny.tokenizer(), {})
+    monitors.run = Run.open(str(tmp_path / "run"), "rl", {})
 
     def fails() -> None:
-        with guards.keeping(1, rollouts) as scene:
+        with monitors.keeping(1, rollouts) as scene:
             scene.columns["reward"] = torch.zeros(1, 1)
             raise ScoreError("the first error.")
 
@@ -357,15 +361,21 @@ def test_the_first_error_is_told_when_the_rollouts_cannot_be_saved(tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "pieces"),
     [
-        ({"guards.kl": "loud"}, ["guards.kl: got 'loud'", "off, warn, stop, tighten"]),
-        ({"guards.ratio": "tighten"}, ["guards.ratio: got 'tighten'; expected one of off, warn, stop."]),
-        ({"guards.max_skipped": 0}, ["guards.max_skipped: got 0", "a whole number >= 1"]),
-        ({"guards.timeout": -1}, ["guards.timeout: got -1", "seconds > 0, or null"]),
-        ({"guards.klaxon": "warn"}, ["Did you mean", "--guards.kl"]),
-        ({"guards.kl": "tighten", "credit": "[sparse]"}, ["guards.kl: got 'tighten'", "add kl_penalty to --credit"]),
+        ({"monitors.kl": "loud"}, ["monitors.kl: got 'loud'", "off, warn, stop, raise_kl_coef"]),
         (
-            {"guards.length": "tighten", "credit": "[sparse, kl_penalty: {coef: 0}]"},
-            ["guards.length: got 'tighten'", "no kl_penalty with a coefficient above 0"],
+            {"monitors.ratio": "raise_kl_coef"},
+            ["monitors.ratio: got 'raise_kl_coef'; expected one of off, warn, stop."],
+        ),
+        ({"monitors.max_skipped": 0}, ["monitors.max_skipped: got 0", "a whole number >= 1"]),
+        ({"monitors.timeout": -1}, ["monitors.timeout: got -1", "seconds > 0, or null"]),
+        ({"monitors.klaxon": "warn"}, ["Did you mean", "--monitors.kl"]),
+        (
+            {"monitors.kl": "raise_kl_coef", "credit": "[sparse]"},
+            ["monitors.kl: got 'raise_kl_coef'", "add kl_penalty to --credit"],
+        ),
+        (
+            {"monitors.length": "raise_kl_coef", "credit": "[sparse, kl_penalty: {coef: 0}]"},
+            ["monitors.length: got 'raise_kl_coef'", "no kl_penalty with a coefficient above 0"],
         ),
     ],
 )
@@ -375,8 +385,8 @@ def test_settings_are_checked_before_models(command: Command, flags: dict[str, A
 
 
 def test_off_in_yaml_is_a_word(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("guards: {entropy: off, kl: stop}\nreward_model: x\n")
-    done = command("rl", "--config", "a.yaml", "--guards.reward", "off", "--dry_run")
+    (tmp_path / "a.yaml").write_text("monitors: {entropy: off, kl: stop}\nreward_model: x\n")
+    done = command("rl", "--config", "a.yaml", "--monitors.reward", "off", "--dry_run")
     done.assert_done()
     assert "entropy: 'off'" in done.out and "kl: stop" in done.out and "reward: 'off'" in done.out
 
@@ -385,5 +395,5 @@ def test_help_explains_them(command: Command) -> None:
     done = command("rl", "--help")
     assert done.code == 0 and done.loads_nothing
     text = " ".join(done.out.split())
-    assert "--guards.entropy" in text and "the policy's entropy collapses" in text
-    assert "Each watch is off, warn, stop, or tighten (kl, entropy, length, reward)" in text
+    assert "--monitors.entropy" in text and "the policy's entropy collapses" in text
+    assert "Each monitor is off, warn, stop, or raise_kl_coef (kl, entropy, length, reward)" in text

@@ -1,4 +1,4 @@
-"""The report's section on guards: what fired and when, what was skipped, and what a stopped run left behind."""
+"""The report's section on monitors: what fired and when, what was skipped, and what a stopped run left behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def metrics(steps: int, **fired: set[int]) -> list[dict[str, Any]]:
     names = ("ratio", "entropy", "skipped_updates")
     return [
         {"step": step, "objective/scores": 1.0, "loss/x": 2.0}
-        | {f"guards/{name}": float(step in fired.get(name, ())) for name in names}
+        | {f"monitors/{name}": float(step in fired.get(name, ())) for name in names}
         for step in range(1, steps + 1)
     ]
 
@@ -41,13 +41,13 @@ def page(*runs: Path) -> str:
 
 def test_a_healthy_run_has_no_section_and_no_curves_of_zeros(tmp_path: Path) -> None:
     html = page(make_run(tmp_path / "run", metrics(9)))
-    assert 'id="guards"' not in html and "guards/" not in html and 'data-chart="loss/x"' in html
+    assert 'id="monitors"' not in html and "monitors/" not in html and 'data-chart="loss/x"' in html
 
 
 def test_what_fired_is_named_with_its_steps_its_causes_and_what_to_do(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", metrics(20, entropy={3, 4, 5, 9}, skipped_updates={7, 8}))
     html = page(run)
-    section = html[html.index('<section id="guards">') :]
+    section = html[html.index('<section id="monitors">') :]
     section = section[: section.index("</section>")]
     assert "entropy" in section and "3\u20135, 9" in section and "(4 of 20)" in section
     assert "Likely causes: a learning rate or clip too large" in section and "ratio" not in section

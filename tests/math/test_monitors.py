@@ -1,4 +1,4 @@
-"""The watches on series made by hand: what fires, at which batch, and what healthy runs show."""
+"""The monitors on series made by hand: what fires, at which batch, and what healthy runs show."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ DEMO = {
 
 
 def fired(name: str, **series: Sequence[float]) -> list[int]:
-    """Return the batches, from 1, at which watch `name` fires; keyword a__b is metric a/b."""
-    watch = monitors.WATCHES[name]()
-    return [step for step, found in steps(watch, series) if found is not None]
+    """Return the batches, from 1, at which monitor `name` fires; keyword a__b is metric a/b."""
+    monitor = monitors.MONITORS[name]()
+    return [step for step, found in steps(monitor, series) if found is not None]
 
 
-def steps(watch: monitors.Watch, series: dict[str, Sequence[float]]) -> list[tuple[int, monitors.Finding | None]]:
-    state, found = monitors.init([watch]), []
+def steps(monitor: monitors.Monitor, series: dict[str, Sequence[float]]) -> list[tuple[int, monitors.Alert | None]]:
+    state, found = monitors.init([monitor]), []
     named = {key.replace("__", "/"): values for key, values in series.items()}
     for step in range(len(next(iter(named.values())))):
-        said, state = monitors.observe([watch], {key: values[step] for key, values in named.items()}, state)
-        found.append((step + 1, said[watch.name]))
+        said, state = monitors.observe([monitor], {key: values[step] for key, values in named.items()}, state)
+        found.append((step + 1, said[monitor.name]))
     return found
 
 
 def test_a_healthy_run_fires_nothing() -> None:
-    watches = [make() for make in monitors.WATCHES.values()]
-    state = monitors.init(watches)
+    every = [make() for make in monitors.MONITORS.values()]
+    state = monitors.init(every)
     for step in range(10):
-        found, state = monitors.observe(watches, {key: values[step] for key, values in DEMO.items()}, state)
-        assert found == dict.fromkeys(monitors.WATCHES)
+        found, state = monitors.observe(every, {key: values[step] for key, values in DEMO.items()}, state)
+        assert found == dict.fromkeys(monitors.MONITORS)
 
 
 def test_the_running_mean_and_the_start_by_hand() -> None:
@@ -131,18 +131,18 @@ def test_what_fires_when(name: str, series: dict[str, list[float]], expected: li
 
 
 def test_an_episode_is_announced_once_and_ends_after_quiet_batches() -> None:
-    watch = monitors.WATCHES["negative_kl"]()
+    monitor = monitors.MONITORS["negative_kl"]()
     bad, fine = -20.0, 20.0
     series = [bad, fine, fine, bad, *[fine] * CALM, bad]
-    begins = [step for step, found in steps(watch, {"objective/kl": series}) if found is not None and found.begins]
-    fires = [step for step, found in steps(watch, {"objective/kl": series}) if found is not None]
+    begins = [step for step, found in steps(monitor, {"objective/kl": series}) if found is not None and found.begins]
+    fires = [step for step, found in steps(monitor, {"objective/kl": series}) if found is not None]
     assert begins == [1, len(series)] and {1, 4, len(series)} <= set(fires)
 
 
 def test_a_watch_without_its_metric_says_nothing_at_all() -> None:
-    watches = [make() for make in monitors.WATCHES.values()]
-    state = monitors.init(watches)
-    found, after = monitors.observe(watches, {"objective/entropy": 3.0, "policy/ratio_limited": 1.0}, state)
+    every = [make() for make in monitors.MONITORS.values()]
+    state = monitors.init(every)
+    found, after = monitors.observe(every, {"objective/entropy": 3.0, "policy/ratio_limited": 1.0}, state)
     assert found == {"entropy": None}
     assert [name for name in state if not torch.equal(state[name], after[name])] == [
         "entropy objective/entropy",
@@ -151,14 +151,14 @@ def test_a_watch_without_its_metric_says_nothing_at_all() -> None:
 
 
 def test_a_state_put_away_and_taken_back_goes_on_alike() -> None:
-    watch = monitors.WATCHES["entropy"]()
+    monitor = monitors.MONITORS["entropy"]()
     series = [3.0, 2.9, 3.1, 3.0, 3.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2]
-    whole = [found.said if found else None for _, found in steps(watch, {"objective/entropy": series})]
-    state, parts = monitors.init([watch]), []
+    whole = [found.said if found else None for _, found in steps(monitor, {"objective/entropy": series})]
+    state, parts = monitors.init([monitor]), []
     for value in series:
         state = {name: tensor.clone() for name, tensor in state.items()}
         before = {name: tensor.clone() for name, tensor in state.items()}
-        found, after = monitors.observe([watch], {"objective/entropy": value}, state)
+        found, after = monitors.observe([monitor], {"objective/entropy": value}, state)
         assert all(torch.equal(before[name], state[name]) for name in before)  # the old one is not written to
         parts.append(found["entropy"].said if found["entropy"] else None)
         state = after
@@ -166,7 +166,7 @@ def test_a_state_put_away_and_taken_back_goes_on_alike() -> None:
 
 
 def test_thresholds_are_settings_of_the_factory() -> None:
-    strict = monitors.WATCHES["length"](rise=1.1)
+    strict = monitors.MONITORS["length"](rise=1.1)
     assert [s for s, found in steps(strict, {"objective/length": [10.0] * 5 + [12.0] * 4}) if found] == [7, 8, 9]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Clip(NamedTuple):
+class Excerpt(NamedTuple):
     """Token ids and the label of the text they were cut from."""
 
     ids: list[int]
@@ -23,12 +23,12 @@ def tokenized(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[i
     return [list(ids) for ids in encoded]
 
 
-def random_clips(
+def random_excerpts(
     rows: Sequence[Sequence[int]], labels: Sequence[int], count: int, tokens: Sequence[int], seed: int
-) -> list[Clip]:
-    """Return `count` clips, going round the texts in a seeded order.
+) -> list[Excerpt]:
+    """Return `count` excerpts, going round the texts in a seeded order.
 
-    A clip's length is drawn evenly from [low, high] tokens. Every second one starts where its text starts (as a
+    An excerpt's length is drawn evenly from [low, high] tokens. Every second one starts where its text starts (as a
     response to a prompt does), the others anywhere.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -38,28 +38,28 @@ def random_clips(
         order += torch.randperm(len(rows), generator=generator).tolist()
     lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
     places = torch.rand(count, generator=generator).tolist()
-    clips = []
+    excerpts = []
     for number, (text, length, place) in enumerate(zip(order[:count], lengths, places, strict=True)):
         ids = rows[text]
         start = 0 if number % 2 == 0 else int(place * max(1, len(ids) - length + 1))
-        clips.append(Clip(list(ids[start : start + length]), labels[text]))
-    return clips
+        excerpts.append(Excerpt(list(ids[start : start + length]), labels[text]))
+    return excerpts
 
 
-def batches(clips: Sequence[Clip], size: int, seed: int, pool: int = 16) -> list[list[Clip]]:
-    """Return the clips in shuffled batches of like lengths: sorted inside pools of `pool` batches, to pad little."""
+def batches(excerpts: Sequence[Excerpt], size: int, seed: int, pool: int = 16) -> list[list[Excerpt]]:
+    """Return the excerpts in shuffled batches of like lengths: sorted inside pools of `pool` batches, to pad little."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(clips), generator=generator).tolist()
-    grouped: list[list[Clip]] = []
+    order = torch.randperm(len(excerpts), generator=generator).tolist()
+    grouped: list[list[Excerpt]] = []
     for first in range(0, len(order), size * pool):
-        chosen = sorted((clips[i] for i in order[first : first + size * pool]), key=lambda c: len(c.ids))
+        chosen = sorted((excerpts[i] for i in order[first : first + size * pool]), key=lambda c: len(c.ids))
         grouped += [chosen[i : i + size] for i in range(0, len(chosen), size)]
     return [grouped[i] for i in torch.randperm(len(grouped), generator=generator).tolist()]
 
 
-def right_pad(clips: Sequence[Clip], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def right_pad(excerpts: Sequence[Excerpt], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (ids (B,K) int64, mask (B,K) bool, labels (B,) int64), padded on the right."""
-    width = max(len(c.ids) for c in clips)
-    ids = torch.tensor([c.ids + [pad] * (width - len(c.ids)) for c in clips], dtype=torch.int64)
-    lengths = torch.tensor([len(c.ids) for c in clips])
-    return ids, torch.arange(width)[None, :] < lengths[:, None], torch.tensor([c.label for c in clips])
+    width = max(len(c.ids) for c in excerpts)
+    ids = torch.tensor([c.ids + [pad] * (width - len(c.ids)) for c in excerpts], dtype=torch.int64)
+    lengths = torch.tensor([len(c.ids) for c in excerpts])
+    return ids, torch.arange(width)[None, :] < lengths[:, None], torch.tensor([c.label for c in excerpts])
