@@ -23,8 +23,8 @@ from apportion.stages.reward import train as reward
 from apportion.stages.rl import train as rl
 from apportion.stages.rl.method import build_method
 from apportion.training.checkpoint import load_latest
-from apportion.training.optimizer import nothing
-from apportion.training.run_folder import Run
+from apportion.training.optimizer import zero_with_grad
+from apportion.training.run_folder import RunFolder
 
 RECIPE = REPO / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -117,7 +117,7 @@ def test_a_loss_that_fails_in_one_process_is_told_in_both(ranks: list[dict[str, 
 def test_a_checkpoint_of_parts_is_that_of_one_process(world: Path, out: Path) -> None:
     config = sharded_worker.settings(world, out / "halves", steps=2, dtype="bfloat16")
     learner = rl.make_learner(config, build_method(config))
-    assert load_latest(Run(out / "halves", "rl"), learner) == 1
+    assert load_latest(RunFolder(out / "halves", "rl"), learner) == 1
     policy, moved = learner.models.policy, learner.tensors()
     for file in ("weights", "optimizer"):
         stored = load_file(out / "halves" / "checkpoints" / "step-1" / f"{file}.safetensors")
@@ -244,6 +244,6 @@ def test_layers_that_share_weights_are_refused() -> None:
 
 def test_a_micro_batch_that_does_not_count_has_a_gradient_of_0() -> None:
     x = torch.tensor([1.0, math.nan, math.inf], requires_grad=True)
-    total = nothing(x)
+    total = zero_with_grad(x)
     total.backward()
     assert total == 0 and torch.equal(x.grad, torch.zeros(3))

@@ -20,7 +20,7 @@ from apportion.errors import ScoreError
 from apportion.evidence import Users
 from apportion.report.page import write_report
 from apportion.training.monitoring import Monitors
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 Command = Callable[..., Any]
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
@@ -346,7 +346,7 @@ def test_ids_that_the_evidence_reads_are_checked(
 def test_the_first_error_is_told_when_the_rollouts_cannot_be_saved(tmp_path: Path) -> None:
     rollouts = tiny_runs.rollouts_of([[2, 3], [4]], [[5, 6, 7], [8, 9]])
     monitors = Monitors(MonitorsConfig(), Users(), tiny_runs.tiny.tokenizer(), {})
-    monitors.run = Run.open(str(tmp_path / "run"), "rl", {})
+    monitors.run = RunFolder.open(str(tmp_path / "run"), "rl", {})
 
     def fails() -> None:
         with monitors.keeping(1, rollouts) as scene:

@@ -31,7 +31,7 @@ from apportion.system import disk
 from apportion.training import rng
 from apportion.training.checkpoint import MANIFEST, PROGRESS, Damaged, check, load_latest, manifest, save_checkpoint
 from apportion.training.reproducibility import check_devices, repeatable
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 from apportion.training.signals import Signals
 from apportion.training.state import Tensors
 
@@ -198,11 +198,11 @@ def test_a_run_that_was_killed_while_it_was_opened_begins(models: Path, tmp_path
         folder.mkdir()
         for name, text in left.items():
             (folder / name).write_text(text)
-        assert Run.open(str(folder), "rl", {"steps": 1}).is_run
+        assert RunFolder.open(str(folder), "rl", {"steps": 1}).is_run
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "status.json").write_text("{}")
     with pytest.raises(ConfigError, match="a new folder"):
-        Run.open(str(tmp_path / "mine"), "rl", {"steps": 1})
+        RunFolder.open(str(tmp_path / "mine"), "rl", {"steps": 1})
 
 
 def test_all_random_states_are_put_back() -> None:
@@ -291,7 +291,7 @@ class Two:
 
 
 def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
-    run, held = Run.open(str(tmp_path / "run"), "rl", {}), Two()
+    run, held = RunFolder.open(str(tmp_path / "run"), "rl", {}), Two()
     before = {name: tensor.detach().clone() for name, tensor in held.state.items()}
     save_checkpoint(run, held, 1, keep=1)
     assert load_latest(run, held) == 1 and held.state.keys() == before.keys()
@@ -301,7 +301,7 @@ def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_when_the_logs_are_synced_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, sync, failures = Run.open(str(tmp_path / "run"), "rl", {}), disk.sync, [errno.EDQUOT, errno.ENOSPC]
+    run, sync, failures = RunFolder.open(str(tmp_path / "run"), "rl", {}), disk.sync, [errno.EDQUOT, errno.ENOSPC]
     run.log(1, {"a": 1.0})
     run.disk_wait = 5.0
     synced: list[Path] = []
@@ -324,7 +324,7 @@ def test_a_disk_that_is_full_when_the_logs_are_synced_is_waited_for(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_states_go_back_to_their_device(tmp_path: Path) -> None:
-    run, held = Run.open(str(tmp_path / "run"), "rl", {}), Two()
+    run, held = RunFolder.open(str(tmp_path / "run"), "rl", {}), Two()
     held.state["there"] = torch.ones(2, device="cuda")
     save_checkpoint(run, held, 1, keep=1)
     load_latest(run, held)
@@ -394,7 +394,7 @@ def test_a_reward_model_has_its_name_when_all_of_it_is_there(
     monkeypatch.setattr(reward, "evaluate", killed)
     with pytest.raises(Stopped):
         reward.train(reward_config(models, run))
-    assert not (run / "final").exists() and not Run(run, "reward").finished
+    assert not (run / "final").exists() and not RunFolder(run, "reward").finished
     monkeypatch.setattr(reward, "evaluate", evaluate)
     steps: list[int] = []
     reward.train(reward_config(models, run), tell=lambda step, *rest: steps.append(step))

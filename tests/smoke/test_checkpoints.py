@@ -15,7 +15,7 @@ from apportion.cli.main import main
 from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import make_learner, train
 from apportion.training.checkpoint import load_latest, save_checkpoint
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
@@ -187,11 +187,11 @@ def test_loading_restores_exactly_what_was_saved(world: Path, tmp_path: Path) ->
         train(config, tell=stop_after(3))
     learner = make_learner(config, build_method(config))
     start = learner.generator.get_state()
-    run = Run(tmp_path / "run", "rl")
+    run = RunFolder(tmp_path / "run", "rl")
     assert load_latest(run, learner) == 2
     assert not torch.equal(learner.generator.get_state(), start)
     stored = tensors(run.path / "checkpoints" / "step-2")
-    again = save_checkpoint(Run(tmp_path / "copy", "rl"), learner, 2, keep=1)
+    again = save_checkpoint(RunFolder(tmp_path / "copy", "rl"), learner, 2, keep=1)
     assert_equal(stored, tensors(again))
     assert len(metrics(run.path)) == 2
 
