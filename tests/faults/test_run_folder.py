@@ -20,7 +20,7 @@ from apportion.errors import ApportionError, ConfigError, DiskError, ModelError
 from apportion.system import disk, lock
 from apportion.training import crash_dump, run_folder
 from apportion.training.run_folder import FollowerFolder, RunFolder
-from apportion.training.session import enough_memory
+from apportion.training.session import explain_out_of_memory
 
 SETTINGS = {"steps": 1, "checkpoint_every": 2, "monitors": {"kl": "warn"}}
 
@@ -218,9 +218,12 @@ def test_any_error_is_in_the_status(tmp_path: Path, error: Exception) -> None:
     assert status["status"] == "failed" and status["error"] == f"{type(error).__name__}: {error}"
 
 
-@pytest.mark.parametrize(("ppo", "setting"), [(True, "ppo.micro_tokens"), (False, "Lower micro_batch")])
-def test_a_gpu_without_enough_memory_names_the_settings(ppo: bool, setting: str) -> None:
-    with pytest.raises(ModelError, match=f"device: got 'CUDA out of memory'.*{setting}"), enough_memory(ppo):
+@pytest.mark.parametrize("setting", ["ppo.micro_batch or ppo.micro_tokens", "micro_batch"])
+def test_a_gpu_without_enough_memory_names_the_settings(setting: str) -> None:
+    with (
+        pytest.raises(ModelError, match=f"device: got 'CUDA out of memory'.*Lower {setting},"),
+        explain_out_of_memory(setting),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
 
@@ -232,7 +235,8 @@ def test_a_name_that_is_no_utf8_ends_up_in_status_and_settings(tmp_path: Path) -
     run.log(1, {"a": 1.0}, [{"text": "\ud83d"}])
     assert json.loads((run.path / "rollouts.jsonl").read_text()) == {"text": "\ud83d"}
     opened(tmp_path / "caf\udce9", data="caf\udce9.jsonl")  # the same settings
-    place = crash_dump.save(tmp_path / "stopped", "caf\udce9\n", ConfigError("caf\udce9"), None, {})
+    place = tmp_path / "stopped"
+    crash_dump.write(place, "caf\udce9\n", ConfigError("caf\udce9"), None, {})
     assert (place / "error.txt").read_text() == "caf\\udce9\n"
 
 
@@ -294,18 +298,18 @@ def test_a_log_that_cannot_be_cut_back_is_not_written_again(tmp_path: Path, monk
 
 PIPE = """
 import os, signal, sys
-from apportion import stderr
-from apportion.commands.terminal import note
-from apportion.runs import RunFolder
-from apportion.stages.monitors import announce
-from apportion.stages.signals import Signals
+from apportion.cli.terminal import note
+from apportion.system import stderr
+from apportion.training.monitoring import warn
+from apportion.training.run_folder import RunFolder
+from apportion.training.signals import Signals
 from pathlib import Path
 run = RunFolder(Path("run"), "rl")
 with Signals(run.warn) as signals:
     signals.batches = True
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.caught == signal.SIGTERM
-for say in (run.warn, announce, note, stderr.write):
+for say in (run.warn, warn, note, stderr.write):
     say("a line")
 sys.stdout.write("whole")
 """

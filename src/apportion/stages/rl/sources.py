@@ -24,7 +24,7 @@ class Source(Protocol):
     """Where rollouts come from: this process's policy, or a queue that other workers fill."""
 
     def take(self, step: int) -> Rollouts:
-        """Return this process's rollouts of batch `step` (from 1), without scores."""
+        """Return this process's rollouts of batch `step` (from 1), with or without scores."""
 
 
 class PolicySource:
@@ -70,6 +70,17 @@ class PolicySource:
         drawn = draw_uniforms(sampling.batch_size, sampling.max_new_tokens, self.generator)
         mine = collectives.shard_slice(sampling.batch_size // copies)
         return drawn[mine.start * copies : mine.stop * copies]
+
+
+class FixedSource:
+    """Rollouts given in advance, the same for every batch; those with scores are not scored again."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self.rollouts = rollouts
+
+    def take(self, step: int) -> Rollouts:
+        """Return the rollouts."""
+        return self.rollouts
 
 
 def reseed(generator: torch.Generator | None, seed: int, step: int) -> None:

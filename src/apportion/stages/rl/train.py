@@ -76,7 +76,8 @@ def train_batch(
         with session.phase("generate"):
             rollouts = learner.source.take(step)  # ids, mask, logprobs (B,T)
         with session.phase("score", local=rollouts):
-            rollouts = score(learner.models, rollouts, learner.needs, config.scores, learner.always)  # scores (B,)
+            if rollouts.scores is None:  # a source may deliver scored rollouts
+                rollouts = score(learner.models, rollouts, learner.needs, config.scores, learner.always)  # scores (B,)
     with session.phase("credit", local=rollouts):
         rollouts = apply_truncation(rollouts, config.ppo)
         rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
