@@ -447,7 +447,7 @@ def test_a_signal_after_the_last_batch_has_its_checkpoint_too(models: Path, tmp_
 def test_a_signal_that_is_ignored_stays_so() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Signals(lambda line: None) as signals:
-        signals.batches = True
+        signals.in_training = True
         os.kill(os.getpid(), signal.SIGINT)
         assert not signals
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -487,7 +487,7 @@ with Signals(lambda line: print(line, end="", flush=True)) as signals:
     except KeyboardInterrupt:  # there is no batch to finish
         assert not signals
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
-    signals.batches = True
+    signals.in_training = True
     os.kill(os.getpid(), signal.SIGINT)
     assert signals and signals.caught == signal.SIGINT
     time.sleep(1.1)

@@ -306,7 +306,7 @@ from apportion.training.signals import Signals
 from pathlib import Path
 run = RunFolder(Path("run"), "rl")
 with Signals(run.warn) as signals:
-    signals.batches = True
+    signals.in_training = True
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.caught == signal.SIGTERM
 for say in (run.warn, warn, note, stderr.write):

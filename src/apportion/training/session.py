@@ -106,7 +106,7 @@ class TrainingSession:
             if self.start:
                 run.update_status(resumed_from=self.start)
         self.step = self.total = self.start
-        self._signals.batches = True
+        self._signals.in_training = True
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the steps from the one after the checkpoint to `total`."""
@@ -210,7 +210,7 @@ class TrainingSession:
         """
         assert self.run is not None
         run, part = self.run, self.run.path / "final.tmp"
-        self._signals.batches = False
+        self._signals.in_training = False
         if collectives.all_reduce_max({"signal": self._signals.caught})["signal"]:
             self.maybe_checkpoint()
         learner.gather_weights()
