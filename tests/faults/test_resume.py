@@ -144,7 +144,7 @@ def test_where_none_is_good_nothing_is_started_over(models: Path, run: Path) -> 
         rl.train(settings(models, run))
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
     steps: list[int] = []
-    rl.train(settings(models, run), fresh=True, on_step=lambda step, steps, found: steps.append(step))
+    rl.train(settings(models, run), fresh=True, on_step=lambda step, total, found: steps.append(step))
     assert steps == [1, 2, 3, 4]
 
 
