@@ -37,14 +37,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--policy", default="smollm2", help="model to train, and the reference: smollm2, a folder or a hub id [policy]")
     add("--reward_model", required=True, help="sequence classifier that scores prompt and response [reward_model]")
-    add("--prompts", default="imdb", help="imdb, or a file with a column prompt or text [prompts]")
     add(
-        "--prompt_tokens",
-        type=int,
-        nargs=2,
-        default=[4, 8],
-        help="keep this many first tokens [sampling.prompt_tokens]",
+        "--prompts",
+        default="imdb",
+        help="imdb, or a file with a column prompt or text; only its first tokens are kept [prompts]",
     )
+    add("--prompt_tokens", type=int, nargs=2, default=[4, 8], help="fewest and most kept [sampling.prompt_tokens]")
     add("--steps", type=int, default=40, help="batches to learn from [steps]")
     add("--seed", type=int, default=0, help="seed of prompts, sampling, adapters and mini-batches [seed]")
     add("--batch_size", type=int, default=32, help="B, the rollouts of one batch [sampling.batch_size]")

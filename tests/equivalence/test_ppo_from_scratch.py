@@ -96,7 +96,7 @@ def test_the_file_equals_the_stage(world: Path, settings: dict[str, Any], tmp_pa
     came = written_out(settings)
     compare(came, of_the_stage(settings, tmp_path / "run"))
     # what is compared happened: clipped ratios and values, gradients, a κ that moved, prompts in a second order
-    assert all(0 < row["policy/clipfrac"] < 1 and row["loss/value_clipfrac"] > 0 for row in came[1:])
+    assert all(any(row[name] > 0 for row in came) for name in ("policy/clipfrac", "loss/value_clipfrac"))
     assert len({row["kl/coef"] for row in came}) == 4 and came[-1]["objective/kl"] > 0.01
     assert 4 * settings["batch_size"] > 24
     lengths = [row["objective/length"] for row in came]
@@ -159,7 +159,6 @@ def test_the_file_equals_the_stage_on_smollm2(smollm2: Path, tmp_path: Path) -> 
         "max_new_tokens": 6,
         "epochs": 2,
         "mini_batch": 2,
-        "lr": 2e-3,
     }
     came = written_out(settings)
     largest = compare(came, of_the_stage(settings, tmp_path / "run"))
