@@ -48,6 +48,7 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=32, help="B, the rollouts of one batch [sampling.batch_size]")
     add("--max_new_tokens", type=int, default=24, help="longest response [sampling.max_new_tokens]")
     add("--stop", choices=["length", "eos"], default="length", help="where a response ends [sampling.stop]")
+    add("--temperature", type=float, default=1.0, help="divides the logits everywhere [sampling.temperature]")
     add("--beta", type=float, default=0.8, help="share of the score that attention spreads [attention's mix]")
     add("--kl_coef", type=float, default=0.12, help="initial κ of the KL penalty [kl_penalty's coef]")
     add("--kl_target", type=float, default=8.0, help="KL that κ aims at, nats a response [kl_penalty's target]")
@@ -74,15 +75,21 @@ def join(prompt_ids, prompt_mask, response_ids, mask):
     return {"input_ids": ids, "attention_mask": seen, "position_ids": (seen.cumsum(dim=1) - 1).clamp_min(0)}
 
 
-def evaluate(model, value_head, banned, inputs, response_ids, mask):
+def distribution(logits, banned, temperature):
+    """Return the logits that tokens are sampled from: over the temperature, −inf for banned tokens."""
+    return (logits / temperature).index_fill(-1, banned, -torch.inf)
+
+
+def evaluate(model, value_head, rule, inputs, response_ids, mask):
     """Return log π(token), values and entropies of the responses, (B,T) each, 0 off the mask, from one forward."""
     T = response_ids.shape[1]
     out = model(**inputs, output_hidden_states=True, logits_to_keep=T + 1, use_cache=False)
-    logits = out.logits[:, :-1].index_fill(-1, banned, -torch.inf)  # the logits before each token (B,T,V)
-    logprobs = logits.log_softmax(dim=-1).gather(-1, response_ids[..., None]).squeeze(-1)
+    logits = distribution(out.logits[:, :-1], *rule)  # (B,T,V), before each token
+    total = logits.logsumexp(dim=-1, keepdim=True)  # log_softmax in float32 is off by 2e-5 where V is 49,152
+    logprobs = (logits.gather(-1, response_ids[..., None]) - total).squeeze(-1)
     values = value_head(out.hidden_states[-1][:, -T - 1 : -1]).squeeze(-1)
     with torch.no_grad():
-        entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+        entropy = torch.special.entr((logits - total).exp()).sum(dim=-1)  # Σ −p·log p, where 0·log 0 is 0
     return [torch.where(mask, x, 0.0) for x in (logprobs, values, entropy)]
 
 
@@ -112,10 +119,10 @@ def train(args):
     parameters = [p for p in policy.parameters() if p.requires_grad] + list(value_head.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, eps=1e-5)
 
-    # 5. Tokens that are never sampled: padding, and EOS where every response has the full length.
+    # 5. Tokens that are never sampled: padding, and EOS if every response has the full length. And the temperature.
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     assert pad is not None and pad != eos, "the policy's tokenizer needs a pad token that is not EOS"
-    banned = torch.tensor([pad, eos] if args.stop == "length" else [pad])
+    rule = (torch.tensor([pad, eos] if args.stop == "length" else [pad]), args.temperature)
 
     # 6. The prompts, and how many tokens of each are kept.
     texts = read_prompts(args.prompts, "rl" if args.prompts == "imdb" else None)
@@ -145,11 +152,11 @@ def train(args):
             new = {name: inputs[name][:, known:] for name in ("input_ids", "position_ids")}
             with torch.no_grad():
                 out = policy(**inputs | new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logp = out.logits[:, -1].index_fill(-1, banned, -torch.inf).log_softmax(dim=-1)  # (B,V)
-            cdf = logp.exp().double().cumsum(dim=-1)
+            logp = distribution(out.logits[:, -1].double(), *rule).log_softmax(dim=-1)  # (B,V)
+            cdf = logp.exp().cumsum(dim=-1)
             uniform = uniforms[:, [response_ids.shape[1]]] * cdf[:, [-1]]
             token = torch.where(alive, torch.searchsorted(cdf, uniform, right=True), pad)  # (B,1)
-            logprobs = torch.cat([logprobs, torch.where(alive, logp.gather(1, token), 0.0)], dim=1)
+            logprobs = torch.cat([logprobs, torch.where(alive, logp.gather(1, token).float(), 0.0)], dim=1)
             response_ids, mask = torch.cat([response_ids, token], dim=1), torch.cat([mask, alive], dim=1)
             alive = alive & (token != eos)  # EOS itself is part of the response
 
@@ -157,11 +164,11 @@ def train(args):
         inputs = join(prompt_ids, prompt_mask, response_ids, mask)
         batch = (inputs, response_ids, mask)
         with torch.no_grad():
-            old_logprobs, values, entropy = evaluate(policy, value_head, banned, *batch)
+            old_logprobs, values, entropy = evaluate(policy, value_head, rule, *batch)
 
             # 10. The reference: log π_ref of the same tokens.
             with policy.disable_adapter():
-                ref_logprobs, _, _ = evaluate(policy, value_head, banned, *batch)
+                ref_logprobs, _, _ = evaluate(policy, value_head, rule, *batch)
 
             # 11. The reward model: one score R a response. With two labels R = logit(positive) − logit(negative).
             out = reward_model(**inputs, output_attentions=True)
@@ -203,7 +210,7 @@ def train(args):
             for mini in torch.randperm(B, generator=generator).split(args.mini_batch):
                 # 19. One forward of the current policy on the mini-batch; [m] picks its real tokens.
                 m, part = mask[mini], {name: x[mini] for name, x in inputs.items()}
-                new_logprobs, new_values, _ = evaluate(policy, value_head, banned, part, response_ids[mini], m)
+                new_logprobs, new_values, _ = evaluate(policy, value_head, rule, part, response_ids[mini], m)
                 A, G, V_old = advantages[mini][m], returns[mini][m], values[mini][m]
                 V, log_ratio = new_values[m], (new_logprobs - old_logprobs[mini])[m]
                 ratio = log_ratio.exp()
