@@ -8,7 +8,7 @@ imported only to find a model's folder and to read prompts. `apportion rl` adds 
 updates, bfloat16, several processes, checkpoints, guards and logs.
 
 What this file needs: prompts that are text, a policy whose attention layers have Llama's names, and a decoder as the
-reward model, with the policy's tokenizer and one or two labels.
+reward model, with the policy's tokenizer and one label, or two of which the second is the good one.
 
 Shapes: B rollouts, P prompt tokens, T response tokens, V vocabulary entries, H heads. Prompts are padded on the left,
 responses on the right. Column t of a (B,T) tensor belongs to response token t; values[:, t] is the value before it.
@@ -28,21 +28,23 @@ from apportion.data import prompts as read_prompts
 from apportion.models.load import locate
 
 
+PROMPT_TOKENS = "keep the first n tokens of each prompt, n from LOW to HIGH [sampling.prompt_tokens]"
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Train a policy with ABC-PPO: PPO whose reward is spread by the reward model's attention.",
-        epilog="In brackets: the same setting of `apportion rl`. The defaults are the same too.",
+        usage="%(prog)s --reward_model FOLDER [settings]",
+        description="Train a policy with ABC-PPO. One batch: sample a response to each prompt; score it with the reward "
+        "model; spread the score over the tokens by the reward model's attention; subtract the KL penalty; estimate "
+        "advantages with GAE; take clipped PPO steps. Each batch prints one line.",
+        epilog="The name in brackets is the same setting of `apportion rl`, with the same default.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--policy", default="smollm2", help="model to train, and the reference: smollm2, a folder or a hub id [policy]")
-    add("--reward_model", required=True, help="sequence classifier that scores prompt and response [reward_model]")
-    add(
-        "--prompts",
-        default="imdb",
-        help="imdb, or a file with a column prompt or text; only its first tokens are kept [prompts]",
-    )
-    add("--prompt_tokens", type=int, nargs=2, default=[4, 8], help="fewest and most kept [sampling.prompt_tokens]")
+    add("--reward_model", required=True, default=argparse.SUPPRESS, help="classifier that gives scores [reward_model]")
+    add("--prompts", default="imdb", help="imdb, or a file with a column prompt or text [prompts]")
+    add("--prompt_tokens", type=int, nargs=2, metavar=("LOW", "HIGH"), default=[4, 8], help=PROMPT_TOKENS)
     add("--steps", type=int, default=40, help="batches to learn from [steps]")
     add("--seed", type=int, default=0, help="seed of prompts, sampling, adapters and mini-batches [seed]")
     add("--batch_size", type=int, default=32, help="B, the rollouts of one batch [sampling.batch_size]")
@@ -119,7 +121,7 @@ def train(args):
     parameters = [p for p in policy.parameters() if p.requires_grad] + list(value_head.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, eps=1e-5)
 
-    # 5. Tokens that are never sampled: padding, and EOS if every response has the full length. And the temperature.
+    # 5. The rule of sampling: padding is never sampled, nor is EOS if every response has the full length; temperature.
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     assert pad is not None and pad != eos, "the policy's tokenizer needs a pad token that is not EOS"
     rule = (torch.tensor([pad, eos] if args.stop == "length" else [pad]), args.temperature)
@@ -142,8 +144,8 @@ def train(args):
         prompt_ids, prompt_mask = padded["input_ids"], padded["attention_mask"].bool()  # (B,P)
         B, P = prompt_ids.shape
 
-        # 8. Sample one response a prompt, and keep log π of each token. A token is the first whose cumulative
-        #    probability exceeds a uniform number; each rollout has its own row of them.
+        # 8. Sample one response to each prompt, and keep log π of each token. The sampled token is the first whose
+        #    cumulative probability exceeds a uniform number. These are drawn for the whole batch before the first token.
         uniforms = torch.rand(B, args.max_new_tokens, dtype=torch.float64, generator=generator)
         response_ids, mask, logprobs = prompt_ids[:, :0], prompt_mask[:, :0], torch.zeros(B, 0)
         alive, cache = torch.ones(B, 1, dtype=torch.bool), DynamicCache()
@@ -160,7 +162,7 @@ def train(args):
             response_ids, mask = torch.cat([response_ids, token], dim=1), torch.cat([mask, alive], dim=1)
             alive = alive & (token != eos)  # EOS itself is part of the response
 
-        # 9. The policy again, in one forward without a cache: log π_old, the values, the entropy.
+        # 9. The policy reads the responses in one forward, as it will in training: log π_old, values, entropies.
         inputs = join(prompt_ids, prompt_mask, response_ids, mask)
         batch = (inputs, response_ids, mask)
         with torch.no_grad():
@@ -174,8 +176,8 @@ def train(args):
             out = reward_model(**inputs, output_attentions=True)
             scores = out.logits[:, 0] if out.logits.shape[1] == 1 else out.logits[:, 1] - out.logits[:, 0]  # (B,)
 
-        # 12. α: the attention of the last layer, averaged over heads, from the position where the score is read (the
-        #     last token of the response) to each response token, normalised over the response.
+        # 12. α: the reward model's attention in its last layer, averaged over heads, from the position where it reads
+        #     the score (the last token of the response) to each response token, divided by its sum over the response.
         last = mask.sum(dim=1) - 1  # (B,)
         row = out.attentions[-1][torch.arange(B), :, P + last].mean(dim=1)  # (B,H,P+T) -> (B,P+T)
         attention = torch.where(mask, row[:, P:], 0.0)

@@ -19,7 +19,7 @@ from apportion.data import builtin_model
 from apportion.errors import ModelError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ppo_from_scratch.py"
-NEAR = 1e-5  # relative where a metric is above 1, else absolute
+NEAR = 1e-5  # relative where a metric is above 1, else absolute; of the KL, a token
 # what `apportion rl` logs beside the algorithm: costs, guards, and counts of fallbacks, which are 0 where none happened
 BESIDE = ("time/", "memory/", "guards/")
 FALLBACKS = {"credit/fallback_rate", "credit/empty_rate", "policy/ratio_limited"}
@@ -70,7 +70,8 @@ def compare(came: list[dict[str, float]], expected: list[dict[str, float]]) -> d
         assert all(two[name] == 0.0 for name in FALLBACKS)
         assert set(one) == {k for k in two if not k.startswith(BESIDE) and k not in {"step", *FALLBACKS}}
         for name, value in one.items():
-            off = abs(value - two[name]) / max(1.0, abs(two[name]))
+            tokens = two["objective/length"] if name == "objective/kl" else 1.0  # a sum over a response's tokens
+            off = abs(value - two[name]) / max(tokens, abs(two[name]))
             largest[name] = max(largest.get(name, 0.0), off if math.isfinite(off) else math.inf)
     far = {name: off for name, off in largest.items() if off > NEAR}
     assert not far, f"off > NEAR: {far}"
@@ -172,11 +173,9 @@ def test_the_file_equals_the_stage_on_smollm2(smollm2: Path, tmp_path: Path) -> 
     paths = {"policy": "smollm2", "reward_model": save_judge(tmp_path / "judge", smollm2)}
     prompts = {"prompts": tiny.save_prompts(tmp_path / "prompts.jsonl")}
     sizes = {"steps": 3, "batch_size": 4, "max_new_tokens": 6, "epochs": 2, "mini_batch": 2}
-    # at temperature 1 there are so many unlikely tokens that some uniform number lies on an edge: see `settings`; here
-    # none lies nearer than 3e-4
-    settings = paths | prompts | sizes | {"temperature": 0.5, "seed": 5}
+    # at temperature 1 so many tokens are unlikely that a uniform number often lies on an edge (see `settings`); here none
+    # lies nearer than 9e-4
+    settings = paths | prompts | sizes | {"temperature": 0.5, "lr": 2e-4, "seed": 5}
     came = written_out(settings)
-    largest = compare(came, of_the_stage(settings, tmp_path / "run"))
+    compare(came, of_the_stage(settings, tmp_path / "run"))
     assert all(row["policy/clipfrac"] > 0 for row in came) and abs(came[-1]["objective/kl"]) > 0.01
-    for name, off in sorted(largest.items()):
-        print(f"{name:24} {off:.1e}")  # shown by pytest -s
