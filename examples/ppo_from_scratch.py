@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from apportion.data import prompts as read_prompts
 from apportion.models.load import locate
 
-
 PROMPT_TOKENS = "keep the first n tokens of each prompt, n from LOW to HIGH [sampling.prompt_tokens]"
 
 
