@@ -5,7 +5,7 @@
 This file computes what `apportion rl --dtype float32` computes with the same settings and seed: every metric of the
 algorithm is equal to 1e-5 (tests/equivalence/test_ppo_from_scratch.py). The whole algorithm is here; apportion is
 imported only to find a model's folder and to read prompts. `apportion rl` adds the other methods, faster sampling and
-updates, bfloat16, several processes, checkpoints, guards and logs.
+updates, bfloat16, several processes, checkpoints, monitors and logs.
 
 What this file needs: prompts that are text, a policy whose attention layers have Llama's names, and a decoder as the
 reward model, with the policy's tokenizer and one label, or two of which the second is the good one.
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 from apportion.data import prompts as read_prompts
-from apportion.models.load import locate
+from apportion.models.loading import locate
 
 PROMPT_TOKENS = "keep the first n tokens of each prompt, n from LOW to HIGH [sampling.prompt_tokens]"
 
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--reward_model", required=True, default=argparse.SUPPRESS, help="classifier that gives scores [reward_model]")
     add("--prompts", default="imdb", help="imdb, or a file with a column prompt or text [prompts]")
     add("--prompt_tokens", type=int, nargs=2, metavar=("LOW", "HIGH"), default=[4, 8], help=PROMPT_TOKENS)
-    add("--steps", type=int, default=40, help="batches to learn from [steps]")
+    add("--steps", type=int, default=40, help="batches to train on [steps]")
     add("--seed", type=int, default=0, help="seed of prompts, sampling, adapters and mini-batches [seed]")
     add("--batch_size", type=int, default=32, help="B, the rollouts of one batch [sampling.batch_size]")
     add("--max_new_tokens", type=int, default=24, help="longest response [sampling.max_new_tokens]")

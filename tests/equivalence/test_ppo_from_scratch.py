@@ -14,14 +14,14 @@ import tiny_runs
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from apportion.cli import main
+from apportion.cli.main import main
 from apportion.data import builtin_model
 from apportion.errors import ModelError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ppo_from_scratch.py"
 NEAR = 1e-5  # relative where a metric is above 1, else absolute; of the KL, a token
-# what `apportion rl` logs beside the algorithm: costs, guards, and counts of fallbacks, which are 0 where none happened
-BESIDE = ("time/", "memory/", "guards/")
+# what `apportion rl` logs beside the algorithm: costs, monitors, and counts of fallbacks, which are 0 where none happened
+BESIDE = ("time/", "memory/", "monitors/")
 FALLBACKS = {"credit/fallback_rate", "credit/empty_rate", "policy/ratio_limited"}
 FLAGS = {  # of the example: of `apportion rl`
     "policy": "policy",
