@@ -34,8 +34,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="%(prog)s --reward_model FOLDER [settings]",
         description="Train a policy with ABC-PPO. One batch: sample a response to each prompt; score it with the "
-        "reward model; spread the score over the tokens by the reward model's attention; subtract the KL penalty; estimate "
-        "advantages with GAE; take clipped PPO steps. Each batch prints one line.",
+        "reward model; spread the score over the tokens by the reward model's attention; subtract the KL penalty; "
+        "estimate advantages with GAE; take clipped PPO steps. Each batch prints one line.",
         epilog="The name in brackets is the same setting of `apportion rl`, with the same default.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
