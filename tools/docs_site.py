@@ -118,3 +118,10 @@ def target(link: str, source: str, uri: str) -> str:
         return link  # left to the strict build, which names it
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return f"{project['urls']['Repository']}/blob/HEAD/{path}"
+
+
+def on_post_build(*, config: MkDocsConfig) -> None:
+    """Write the search index as a script too, which the theme looks for where a page is opened as a file."""
+    index = Path(config.site_dir) / "search" / "search_index.json"
+    script = f"var __index = {index.read_text(encoding='utf-8')}"
+    index.with_suffix(".js").write_text(script, encoding="utf-8")

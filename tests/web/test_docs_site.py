@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -139,3 +142,32 @@ def test_a_reader_is_shown_the_page_and_the_browser_asks_nobody(
     narrow = open_page(site / f"{name}.html", viewport={"width": 380, "height": 800})
     width = narrow.evaluate("document.documentElement.scrollWidth")
     assert width <= 380, f"{name} is {width} px wide on a screen of 380"
+
+
+@pytest.fixture
+def address(site: Path) -> Iterator[str]:
+    """Serve the site on this machine."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_word_of_the_glossary_is_found_by_the_search_and_only_the_site_is_asked(address: str, browser: Any) -> None:
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    page = context.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{address}/index.html")
+    page.locator(".md-search__input").fill("whitening")
+    hit = page.locator(".md-search-result__link[href*='glossary']").first
+    hit.wait_for(timeout=20_000)
+    hit.click()
+    page.wait_for_url("**/glossary.html*")
+    context.close()
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
