@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from filelock import FileLock
 
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError
-from apportion.system import disk, lock, safe_yaml, stderr
+from apportion.system import disk, safe_yaml, stderr
 from apportion.system.disk import explained as explained
 from apportion.system.disk import need_space as need_space
+from apportion.system.lock import lock_folder
 from apportion.system.paths import link_outside
 
 T = TypeVar("T")
@@ -62,7 +64,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         self.disk_wait = 0.0
         self.hurried: Callable[[], bool] = lambda: False
-        self.lock: lock.Lock | None = None
+        self.lock: FileLock | None = None
 
     @classmethod
     def open(cls, output: str, stage: str, config: Mapping[str, Any], *, fresh: bool = False) -> Run:
@@ -76,16 +78,16 @@ class Run:
         run = cls(Path(output).expanduser(), stage)
         with explained(run.path):
             run._refuse_foreign()  # nor is a lock put beside what is no run
-        run.lock = lock.take(run.path)
+        run.lock, warning = lock_folder(run.path)
         try:
             with explained(run.path):
-                run._begin(output, config, fresh)
+                run._begin(output, config, fresh, warning)
         except BaseException:
             run.lock = None
             raise
         return run
 
-    def _begin(self, output: str, config: Mapping[str, Any], fresh: bool) -> None:
+    def _begin(self, output: str, config: Mapping[str, Any], fresh: bool, warning: str | None) -> None:
         if fresh and self.is_run:
             self._discard()
         self._refuse_foreign()
@@ -107,8 +109,8 @@ class Run:
         before = self.read("status.json")
         self.facts = {name: before[name] for name in ("threads", "checkpoint", "monitors") if name in before}
         self.status("running")
-        if self.lock is not None and self.lock.note is not None:
-            self.say(f"apportion: warning: {self.lock.note}.\n")
+        if warning is not None:
+            self.say(f"apportion: warning: {warning}.\n")
 
     def _make(self) -> None:
         """Make the folder, or the one that a link leads to, durably."""
