@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from apportion.distributed import collectives
-from apportion.errors import ConfigError, DiskError, Interrupted, ModelError
+from apportion.errors import ApportionError, ConfigError, Interrupted, ModelError
 from apportion.models.loading import pick_device
 from apportion.models.saving import unfinished
 from apportion.system import disk, stderr
@@ -91,10 +91,11 @@ class TrainingSession:
         return int(collectives.all_reduce_max({"signal": self.signals.caught})["signal"])
 
     def end(self, error: str) -> None:
-        """End this process at once, from any thread, with what an error of another process says."""
-        self.run.disk_wait = 0.0
-        with suppress(DiskError):  # the disk may be what failed
-            self.run.status("failed", error=error)
+        """End this process at once with an error that the others, blocked in a collective, do not get."""
+        run = Run(self.run.path, self.run.stage)  # a follower's own writes nothing
+        with suppress(ApportionError):  # the disk may be what failed
+            run.facts = run.read("status.json")
+            run.status("failed", error=error)
         stderr.write(f"apportion: {error}\n")
         os._exit(2)
 
