@@ -7,7 +7,7 @@ from typing import Any
 
 from apportion.cli.terminal import note
 from apportion.system import cpu
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 
 def configure_threads(config: Any = None, stage: str = "") -> cpu.Threads:
@@ -21,7 +21,7 @@ def configure_threads(config: Any = None, stage: str = "") -> cpu.Threads:
     for warning in threads.warnings:
         note(f"warning: {warning}")
     if stage:
-        run = Run(Path(config.output).expanduser(), stage)
+        run = RunFolder(Path(config.output).expanduser(), stage)
         before = run.read("status.json").get("threads")
         if before not in (None, threads.count) and run.started and not run.finished:
             if requested is None and before <= cpu.allowed_processors():
