@@ -187,7 +187,8 @@ class TrainingSession:
         if self.run is not None:
             run = RunFolder(self.run.path, self.run.stage)  # a follower's own writes nothing
             with suppress(ApportionError):  # the disk may be what failed
-                run.status_fields = run.read("status.json")
+                before = run.read("status.json")
+                run.status_fields = {name: value for name, value in before.items() if name != "status"}
                 run.write_status("failed", error=error)
         stderr.write(f"apportion: {error}\n")
         os._exit(2)
