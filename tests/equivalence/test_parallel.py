@@ -145,7 +145,7 @@ def test_an_estimator_that_leaves_one_process_ends_all(world: Path, tmp_path: Pa
     words = [*TORCHRUN, "-m", "apportion", "rl", *tiny_runs.flags(world, tmp_path / "two", **settings)]
     done = launch(words, PYTHONPATH=os.pathsep.join([str(REPO / "src"), str(tmp_path)]))
     assert done.returncode != 0 and done.stderr.count("apportion: ") == 1, done.stderr
-    assert "apportion: process 1: methods:estimate: got 'SystemExit: 0'" in done.stderr
+    assert "apportion: process 1: methods:estimate: got 'SystemExit: 0 (methods.py, line " in done.stderr
     left = tmp_path / "two" / "stopped" / "step-1"
     saved = tiny_runs.read_lines(left / "rollouts.jsonl")  # the whole batch, by the main process
     assert len(saved) == 6 and f"The rollouts are in {left}." in done.stderr
