@@ -17,7 +17,7 @@ from apportion.stages.diagnose.candidates import Candidate
 from apportion.stages.diagnose.gradients import Gradients
 
 PROBLEMS = {"fixed length": (3, 3, False), "free end": (3, 4, True)}
-UNITS, SAMPLES = 3000, 8
+UNITS, SAMPLES = 1500, 8
 CREDITS = {
     "sparse": credit.sparse,
     "uniform": credit.uniform,
