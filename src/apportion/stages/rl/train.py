@@ -30,7 +30,7 @@ from apportion.models.saving import save_policy
 from apportion.models.text.render import check_embeddings
 from apportion.models.text.token_spans import PolicyText
 from apportion.segments import check as check_segments
-from apportion.stages.doctor.checkup import quick
+from apportion.stages.doctor.rl import preflight
 from apportion.stages.rl.learner import Learner
 from apportion.stages.rl.method import build_method
 from apportion.stages.rl.rollout_log import before_penalty, comparisons, rollout_records
@@ -63,7 +63,7 @@ def train(
 
     Args:
         tell: called with the step and its metrics, for a progress bar.
-        warn: called with a line for each thing that may not be meant (`stages.checkup.quick`).
+        warn: called with a line for each thing that may not be meant (`stages.doctor.rl.preflight`).
 
     Raises:
         ConfigError, ModelError, DataError, ScoreError, DiskError: each names what to fix.
@@ -267,7 +267,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     stream = PromptStream(texts, tokenizer, config, context_of(folder))
-    findings = quick(config, folder, tokenizer, texts, stream.rows)
+    findings = preflight(config, folder, tokenizer, texts, stream.rows)
     reads = PolicyText(tokenizer, stream.conversations)
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
@@ -292,9 +292,9 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
 def note_findings(run: Run, learner: Learner, warn: Callable[[str], None]) -> None:
     """Write what the run's own check-up warned of into status.json, and say it."""
     if learner.findings:
-        run.know(doctor=[{"name": one.name, "found": one.found, "fix": one.fix} for one in learner.findings])
+        run.know(doctor=[{"name": one.name, "message": one.message, "fix": one.fix} for one in learner.findings])
     for one in learner.findings:
-        warn(f"warning: {one.name}: {one.found}. {one.fix}")
+        warn(f"warning: {one.name}: {one.message}. {one.fix}")
 
 
 def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:
