@@ -129,7 +129,7 @@ def test_the_table_and_the_page_name_every_method(
     out = capsys.readouterr().out
     assert "sparse" in out and "uniform" in out and "95% intervals" in out
     page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
-    assert "Which credit points the true way" in page and "its expected gradient" in page
+    assert "Direction of each credit method's gradient" in page and "its expected gradient" in page
     assert "No evaluation yet" not in page
 
 

@@ -78,8 +78,8 @@ def _check(options: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
 
 def show(found: Any) -> None:
     """Print the score and each method's heat map."""
-    from apportion.report.colours import credit_limit
     from apportion.report.heatmap import tokens_rich
+    from apportion.report.style import credit_limit
 
     console = Console(highlight=False, markup=False)
     kept = f"{found.kept_mass:.0%} of the attention kept"
