@@ -164,4 +164,4 @@ def test_the_verdict_says_what_a_stop_bias_pays_for() -> None:
     bias = {"mean": 0.2, "low": 0.1, "high": 0.3}
     assert "rewards stopping early" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
     bias = {"mean": 0.0, "low": -0.1, "high": 0.1}
-    assert "pays" not in verdict("sparse", {"cosine": wide, "stop_bias": bias})
+    assert "rewards" not in verdict("sparse", {"cosine": wide, "stop_bias": bias})
