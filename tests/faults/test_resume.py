@@ -22,7 +22,7 @@ import torch
 from benchmarks.faults.compare import difference, traces
 
 from apportion.cli.arguments import parse
-from apportion.cli.main import resume_command, main
+from apportion.cli.main import main, resume_command
 from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DiskError, Interrupted
 from apportion.stages.reward import train as reward
@@ -472,13 +472,14 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
     assert process.returncode == 143 and "Traceback" not in said
     assert "SIGTERM: finishing this batch and writing a checkpoint" in said
     printed = said.strip().splitlines()[-1].strip()
-    assert printed == resume_command(["rl", *flags]) and printed.startswith("apportion rl ") and "--fresh" not in printed
+    assert printed == resume_command(["rl", *flags])
+    assert printed.startswith("apportion rl ") and "--fresh" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 
 TWICE = """
 import os, signal, sys, time
-from apportion.stages.signals import Signals
+from apportion.training.signals import Signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
     try:

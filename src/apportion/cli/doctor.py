@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ examples:
   apportion doctor --config run.yaml --json | jq '.findings[] | select(.level == "fail")'
   apportion doctor --credit my_credits:words --credit.mix 0.5
 """
-WAITING = {  # `cpu.Settled.waiting` -> what it means
+WAITING = {  # `cpu.configure_waiting` -> what it means
     "passive": "threads sleep while they wait: other tasks use these cores",
     "user": "as the environment says",
     "default": "OpenMP's default: threads spin for a while before they sleep",
@@ -87,8 +88,7 @@ def check_run(arguments: Sequence[str]) -> int:
     if stage == "reward":
         refuse_unused(options)
     config = parse(RewardConfig if stage == "reward" else RLConfig, "doctor", rest).config
-    cpu.keep_memory()
-    threads = cpu.settle(config.threads)
+    threads = cpu.configure_threads(config.threads)
 
     from apportion.stages.doctor.findings import FAIL
     from apportion.stages.doctor.reward import check_reward
@@ -175,18 +175,15 @@ def print_findings(findings: Sequence[Any]) -> None:
 
 
 def print_cores() -> int:
-    """Print the processor cores and the threads that a run would use; return 0."""
-    threads = cpu.settle()
-    cores, unknown = threads.cores, "unknown"
-    seen = f"{cores.physical} in {cores.allowed} of {cores.logical} processors"
+    """Print the cores of this machine and how a run would use them; return 0."""
+    threads = cpu.configure_threads()
     table = Table("", "", title="cores")
     for name, value in {
-        "cores seen": seen,
-        "quota": "none" if cores.quota is None else f"{cores.quota:.3g} processors",
-        "load": unknown if cores.load is None else f"{cores.load:.2f} tasks over the last minute",
-        "threads": f"{threads.threads} ({threads.source}: {cores.why})",
+        "cores": threads.cores.reason,
+        "load": f"{os.getloadavg()[0]:.2f} tasks over the last minute",
+        "threads": f"{threads.count} ({threads.source})",
         "waiting": WAITING[threads.waiting],
-        "memory": "freed memory is kept" if cpu.keep_memory() else "default of the C library or the environment",
+        "memory": "freed memory is kept" if cpu.keep_freed_memory() else "default of the C library or the environment",
     }.items():
         table.add_row(name, value)
     console = Console(markup=False, highlight=False, soft_wrap=True)

@@ -14,7 +14,7 @@ class Case:
     """One run to check. What was not opened yet is None; a check that uses it comes after the one that opens it.
 
     Attributes:
-        config: its settings. method: its choices (`types.Method`). threads: what `cpu.settle` returned.
+        config: its settings. method: its choices (`types.Method`). threads: what `cpu.configure_threads` returned.
         policy_folder, reward_folder: where the two models are. policy_settings, reward_settings: their `config.json`.
         tokenizer, reward_tokenizer: their tokenizers, as stored.
         stops: ids at which the policy's generation settings end a text.

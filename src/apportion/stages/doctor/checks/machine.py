@@ -28,7 +28,7 @@ def processor(case: Case) -> Result:
     requested = {name: getattr(config, name, None) for name in ("dtype", "reward_dtype")}
     slow = [name for name, wanted in requested.items() if wanted == "bfloat16" and not has_bfloat16(device)]
     if threads is not None:
-        message = f"{message}; {threads.threads} threads ({threads.source})"
+        message = f"{message}; {threads.count} threads ({threads.source})"
         if threads.warnings:
             return warn(f"{message}: {threads.warnings[0]}", "Leave --threads and OMP_NUM_THREADS out, or lower them.")
     if slow:
