@@ -197,7 +197,8 @@ def check_rl(
     """Return the findings of all checks for a run with these settings; loads its models once, unless `fast`.
 
     Args:
-        threads: what `cpu.configure_threads` returned. eval_prompts: prompts of the later evaluation, in the form of `prompts`.
+        threads: what `cpu.configure_threads` returned.
+        eval_prompts: prompts of the later evaluation, in the form of `prompts`.
         labels: labelled texts to test the order of scores on, in the form of `apportion reward --data`.
         on_check: called with the name of each check before it runs.
 
