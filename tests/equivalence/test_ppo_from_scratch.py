@@ -89,7 +89,7 @@ def settings(world: Path) -> dict[str, Any]:
     """Settings under which much happens: several epochs and mini-batches, ratios and values that are clipped.
 
     Rounding differs between the two, so that a token is drawn otherwise where its uniform number lies on the edge of a
-    token's interval. With these seeds none lies nearer than 8e-6, ten times what rounding moves the edges.
+    token's interval. With seed 17 none lies nearer than 1e-5 in the three settings tested here.
     """
     paths = {"policy": world / "policy", "reward_model": world / "reward", "prompts": world / "prompts.jsonl"}
     sizes = {"steps": 4, "batch_size": 10, "max_new_tokens": 7, "epochs": 3, "mini_batch": 4, "lora_rank": 4}
