@@ -1,7 +1,7 @@
 """What ABC adds to a whole PPO batch over sparse credit: operations, time, and memory as responses grow.
 
-    python benchmarks/abc_batch.py                 # SmolLM2-135M and a reward model made from it, a few minutes
-    python benchmarks/abc_batch.py --json
+    python -m benchmarks.abc_batch                 # SmolLM2-135M and a reward model made from it, a few minutes
+    python -m benchmarks.abc_batch --json
 
 Both credits train the same policy in turns, through the code of `apportion rl`: the batches differ in the credit alone.
 "added" is everything that only ABC's batch does, timed by itself on that batch: wrapping the registry and recording in
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import difference, fitted, peak_bytes, reward_model, rounds, seconds, spread, write_prompts
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +40,16 @@ from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import experience, learn, make_learner
 from apportion.system import cpu
 from apportion.types import Method, Rollouts
+from benchmarks.harness.measuring import (
+    difference,
+    fitted,
+    peak_bytes,
+    reward_model,
+    rounds,
+    seconds,
+    spread,
+    write_prompts,
+)
 
 CREDITS = {"sparse": "sparse", "abc": "attention"}
 PROMPT = 8  # tokens of every prompt: batches of one size

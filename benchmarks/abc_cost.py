@@ -1,8 +1,8 @@
 """What ABC adds to scoring: its operations timed alone and in pairs, and the memory that it takes.
 
-    python benchmarks/abc_cost.py                        # SmolLM2-135M, 256 and 1,024 tokens, a good minute
-    python benchmarks/abc_cost.py --random llama-135m    # the same shapes with random weights, nothing to download
-    python benchmarks/abc_cost.py --json
+    python -m benchmarks.abc_cost                        # SmolLM2-135M, 256 and 1,024 tokens, a good minute
+    python -m benchmarks.abc_cost --random llama-135m    # the same shapes with random weights, nothing to download
+    python -m benchmarks.abc_cost --json
 
 "alone" is everything that the attention row costs beside the scoring forward: wrapping the registry, recording q and k
 in every layer, one softmax row of the last layer, its head mean and its normalisation; timed without the forward,
@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import SHAPES, difference, median_interval, rounds  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +30,7 @@ from apportion.cli.main import quiet_libraries
 from apportion.masking import normalise
 from apportion.models.attention.row import AttentionTap, attention_row
 from apportion.models.loading import load_classifier, locate
+from benchmarks.harness.measuring import SHAPES, difference, median_interval, rounds  # noqa: F401
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Milliseconds of every pure-tensor method on a batch of 64 responses of 512 tokens, on one core.
 
-    python benchmarks/core_speed.py [--json]
+    python -m benchmarks.core_speed [--json]
 
 Also prints what the methods that call models cost: tokens a second of the parser, model calls of `shapley` and `vine`.
 """

@@ -1,6 +1,6 @@
 """Throws drawn inputs at the data readers, the configuration parser and the offset mapping for some CPU-minutes.
 
-    python benchmarks/fuzz.py --target readers --minutes 10 --seed 0
+    python -m benchmarks.fuzz --target readers --minutes 10 --seed 0
 
 Only an ApportionError may come out of any of them, and what `tests/fuzzing.py` says of each must hold. Prints one JSON
 object; the exit code is 1 when something was found, with the smallest input that shows it and the seed that draws it

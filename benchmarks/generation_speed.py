@@ -1,8 +1,8 @@
 """How fast responses are written: our sampler beside transformers' generate, and both beside what the machine can do.
 
-    python benchmarks/generation_speed.py                        # SmolLM2-135M, 64 rows, a minute
-    python benchmarks/generation_speed.py --random llama-135m    # the same shapes with random weights
-    python benchmarks/generation_speed.py --json --continuous    # transformers' continuous batching as well
+    python -m benchmarks.generation_speed                        # SmolLM2-135M, 64 rows, a minute
+    python -m benchmarks.generation_speed --random llama-135m    # the same shapes with random weights
+    python -m benchmarks.generation_speed --json --continuous    # transformers' continuous batching as well
 
 A step is one new token of every row: (time of --new tokens − time of 1 token) / (new − 1), so that reading the prompts
 is left out; tokens/s count everything. Its bound is the larger of two times, both from rates measured in the same run:
@@ -23,7 +23,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measuring import SHAPES
 
 from apportion.cli.main import quiet_libraries
 from apportion.config import SamplingConfig
@@ -32,6 +31,7 @@ from apportion.models.loading import load_causal, locate, pick_device, pick_dtyp
 from apportion.models.policy import Policy
 from apportion.system import cpu
 from benchmarks.harness.machine import matmul_rate, read_bandwidth
+from benchmarks.harness.measuring import SHAPES
 
 PAD, EOS = 0, 1
 

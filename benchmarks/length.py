@@ -1,8 +1,8 @@
 """Time per token of each phase of a PPO batch as responses grow, with attention's own part measured and taken off.
 
-    python benchmarks/length.py                                # SmolLM2-135M, 4 rows of 128, 512 and 2,048 tokens
-    python benchmarks/length.py --shapes 16x128 4x512 1x2048   # as many tokens a batch, fewer rows
-    python benchmarks/length.py --json
+    python -m benchmarks.length                                # SmolLM2-135M, 4 rows of 128, 512 and 2,048 tokens
+    python -m benchmarks.length --shapes 16x128 4x512 1x2048   # as many tokens a batch, fewer rows
+    python -m benchmarks.length --json
 
 Rows are kept equal by default: decoding one token reads all weights once, for however many rows, so that one long row
 costs more a token than sixteen short ones whatever the code does.
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import reward_model, write_prompts
 
 from apportion.cli.main import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig, ScoreConfig
@@ -41,6 +40,7 @@ from apportion.stages.rl.learner import Learner
 from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import experience, learn, make_learner
 from apportion.system import cpu
+from benchmarks.harness.measuring import reward_model, write_prompts
 
 SHAPES = [(4, 128), (4, 512), (4, 2048)]  # rows, tokens
 PROMPT = 8  # tokens of every prompt

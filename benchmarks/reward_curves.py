@@ -1,7 +1,7 @@
 """What the speed costs in learning: reward a batch of our runs beside TRL's PPO, on the same prompts and reward model.
 
-    python benchmarks/reward_curves.py --reward_model runs/demo/reward/final            # 3 seeds, 20 batches, an hour
-    python benchmarks/reward_curves.py --reward_model ... --sides default peer --batches 15
+    python -m benchmarks.reward_curves --reward_model runs/demo/reward/final            # 3 seeds, 20 batches, an hour
+    python -m benchmarks.reward_curves --reward_model ... --sides default peer --batches 15
 
 Sides: `default` (our defaults: adapters, a value head on the shared trunk), `adapters` (the same at --adapters_lr),
 `prefix` (as that, with the credit prefix_difference: GAE then is that of a critic that starts as the reward model),

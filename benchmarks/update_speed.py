@@ -1,6 +1,6 @@
 """How near the update comes to the machine's matmul rate, and what its speed costs in numbers.
 
-    python benchmarks/update_speed.py [--rows 64] [--prompt 16] [--response 112] [--repeats 3] [--json]
+    python -m benchmarks.update_speed [--rows 64] [--prompt 16] [--response 112] [--repeats 3] [--json]
 
 One optimizer step over rows of random tokens: all weights with a critic's head, and adapters with a critic's head.
 Operations are those that must be executed: for every linear weight of n numbers 2n a token forward, 2n for the input's
