@@ -104,15 +104,15 @@ def output_of(config: SpeedConfig) -> Path:
 
 
 def make_works(config: SpeedConfig, peer: Peer, folder: Path) -> dict[str, Work]:
-    """Return the work of each side, over all timed batches. Raises ConfigError for settings of ours that cannot work."""
+    """Return the work of each side, over all timed batches. Raises ConfigError for invalid settings of ours."""
     names = ("batch", "samples", "prompt_tokens", "new_tokens", "epochs", "mini_batch", "threads", "seed", "pad_token")
-    given = {name: getattr(config, name) for name in (*names, "device", "batches")}
-    given |= {"model": locate("model", config.model), "folder": str(folder), "reward": str(folder / "reward")}
-    given |= {"prompts": str(folder / "prompts.jsonl"), "algorithm": peer.algorithm, "lr": peer.lr}
-    given["micro_batch"] = config.peer_micro_batch
-    ours = Work(role="ours", **given, ours=config.ours, overrides=config.ours_settings)
+    shared = {name: getattr(config, name) for name in (*names, "device", "batches")}
+    shared |= {"model": locate("model", config.model), "folder": str(folder), "reward": str(folder / "reward")}
+    shared |= {"prompts": str(folder / "prompts.jsonl"), "algorithm": peer.algorithm, "lr": peer.lr}
+    shared["micro_batch"] = config.peer_micro_batch
+    ours = Work(role="ours", **shared, ours=config.ours, overrides=config.ours_settings)
     build_method(rl_config(ours))
-    return {"ours": ours, "peer": Work(role="peer", **given, checkpointing=config.peer_checkpointing)}
+    return {"ours": ours, "peer": Work(role="peer", **shared, checkpointing=config.peer_checkpointing)}
 
 
 def prepare(config: SpeedConfig, work: Work) -> None:

@@ -96,7 +96,7 @@ def kill_once(plan: Plan, undisturbed: Reference) -> dict[str, Any]:
     while True:
         attempts += 1
         attempt = _kill(plan, length, delay, rng)
-        if attempt.killed and attempt.half >= plan.aimed:
+        if attempt.killed and attempt.partial >= plan.aimed:
             break
         if attempts == ATTEMPTS:
             raise UnexpectedEnd(f"no run of kind {plan.kind} could be killed as planned in {ATTEMPTS} attempts")
@@ -119,19 +119,19 @@ def kill_once(plan: Plan, undisturbed: Reference) -> dict[str, Any]:
         "attempts": attempts,
         "seconds": round(attempt.seconds, 3),
         "batches_logged": logged,
-        "in_checkpoint": attempt.half,
+        "in_checkpoint": attempt.partial,
         "resumed_from": status.get("resumed_from", 0),
         **compared,
     }
 
 
 class Attempt(NamedTuple):
-    """An attempted kill: the run's folder, its seconds, whether it was killed, and whether half a checkpoint is left."""
+    """An attempted kill: run folder, seconds, whether it was killed, and whether a partial checkpoint is left."""
 
     run: Path
     seconds: float
     killed: bool
-    half: bool
+    partial: bool
 
 
 def _kill(plan: Plan, length: float, delay: float, rng: random.Random) -> Attempt:

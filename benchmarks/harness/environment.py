@@ -55,7 +55,7 @@ def _pip(peer: Peer, target: Path) -> None:
 
 
 def environment(threads: int, first: Path | None = None) -> dict[str, str]:
-    """Return the environment variables of a measured process: `first` leads its path, then this checkout; its threads."""
+    """Return the environment of a measured process: its threads, and a path of `first`, then this checkout."""
     paths = [str(path) for path in (first, ROOT / "src", ROOT) if path is not None]
     inherited = os.environ.get("PYTHONPATH")
     return os.environ | {

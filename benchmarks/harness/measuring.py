@@ -47,7 +47,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def reward_model(model: str, folder: Path) -> Path:
-    """Write a 2-label classifier made from `model` to `folder`, its head initialised with seed 0, and return the folder."""
+    """Write a 2-label classifier made from `model`, its head initialised with seed 0, to `folder` and return it."""
     source = locate("--model", model)
     torch.manual_seed(0)
     classifier = load_classifier("--model", source, torch.float32, torch.device("cpu"), new_head=2)
