@@ -7,8 +7,8 @@ Sides: `default` (our defaults: adapters, a value head on the shared trunk), `ad
 `prefix` (as that, with the credit prefix_difference: GAE then is that of a critic that starts as the reward model),
 `full` (all weights, a separate value model, float32 masters and moments), `full16` (the same with optim.moments:
 bfloat16), `peer` (TRL 1.12.0's PPO, all weights in float32, its value model initialised from the reward model),
-`peer16` (the same with weights in bfloat16), `peer_as_is` (as `peer`, at its own default rate). Each run is a process of
-its own, as in `benchmarks.speed`. The other sides' learning rate is --lr, chosen with seeds that are not reported
+`peer16` (the same with weights in bfloat16), `peer_as_is` (as `peer`, at its own default rate). Each run is a process
+of its own, as in `benchmarks.speed`. The other sides' learning rate is --lr, chosen with seeds that are not reported
 (--first_seed 100), as is --adapters_lr.
 
 A batch's reward is the mean raw score of its rollouts. A seed gives all sides the same prompts. Intervals are over
@@ -96,8 +96,8 @@ def load_output(options: argparse.Namespace) -> dict[str, Any]:
         result = json.loads(Path(options.output).read_text(encoding="utf-8"))
         other = {k: v for k, v in rates.items() if result["lr"].get(k, v) != v}
         if result["settings"] != settings or other:
-            other = f"{result['settings']} at rates {result['lr']}"
-            sys.exit(f"--output: {options.output} holds curves of {other}. Name another.")
+            stored = f"{result['settings']} at rates {result['lr']}"
+            sys.exit(f"--output: {options.output} holds curves of {stored}. Name another.")
     result["lr"] |= rates
     return result
 
