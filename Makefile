@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2# processes of `make test`, one core each
 STAMP := .venv/.installed
 
-.PHONY: demo test test-long check licences audit clean
+.PHONY: demo test test-long check shape licences audit clean
 
 demo: $(STAMP)
 	$(BIN)/apportion demo
@@ -20,8 +20,12 @@ check: $(STAMP)-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tools/size_budget.py
+	$(BIN)/python -m tools.shape
 	$(BIN)/python tools/licences.py --check
+
+# The figures of the package's shape, each with its limit.
+shape: $(STAMP)-dev
+	$(BIN)/python -m tools.shape
 
 licences: $(STAMP)-dev
 	$(BIN)/python tools/licences.py

@@ -13,7 +13,6 @@ from statistics import median
 from typing import NamedTuple
 
 import grimp
-
 from tools import words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,9 +151,7 @@ def loops() -> Iterator[Figure]:
 def imported_names(path: Path) -> list[str]:
     """Return the names that a file imports, `__future__` aside."""
     imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return [
-        alias.name for node in imports if getattr(node, "module", "") != "__future__" for alias in node.names
-    ]
+    return [alias.name for node in imports if getattr(node, "module", "") != "__future__" for alias in node.names]
 
 
 def ppo_files() -> frozenset[str]:
@@ -195,13 +192,13 @@ def used_files(path: Path) -> list[Path]:
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("apportion"):
             continue
         for alias in node.names:
-            module = file_of(f"{node.module}.{alias.name}")
-            if module is None:
-                files.append(definer(node.module or "", alias.name))
+            defined_in, module = definer(node.module or "", alias.name), f"{node.module}.{alias.name}"
+            if defined_in != file_of(node.module or "") or file_of(module) is None:
+                files.append(defined_in)
             else:  # a module: its names are read as attributes
                 local = alias.asname or alias.name
                 read = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and named(n.value, local)]
-                files += [definer(f"{node.module}.{alias.name}", attribute) for attribute in read]
+                files += [definer(module, attribute) for attribute in read]
     return [file for file in files if relative(file).split("/")[0].removesuffix(".py") in MATHEMATICS]
 
 
