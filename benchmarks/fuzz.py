@@ -2,8 +2,8 @@
 
     python -m benchmarks.fuzz --target readers --minutes 10 --seed 0
 
-Only an ApportionError may be raised by any of them, and the properties in `tests/fuzzing.py` must hold. Prints one JSON
-object; exit code 1 after a failure, with the smallest failing input and the seed that reproduces it. Failing inputs
+Only an ApportionError may be raised by any of them, and the properties in `tests/support/fuzzing.py` must hold. Prints one
+JSON object; exit code 1 after a failure, with the smallest failing input and the seed that reproduces it. Failing inputs
 become tests in tests/faults/test_fuzz.py.
 """
 
@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
 from fuzzing import TARGETS
 from hypothesis import HealthCheck, Phase, given, seed, settings

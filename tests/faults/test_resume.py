@@ -144,7 +144,7 @@ def test_where_none_is_good_nothing_is_started_over(models: Path, run: Path) -> 
         rl.train(settings(models, run))
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
     steps: list[int] = []
-    rl.train(settings(models, run), fresh=True, on_step=lambda step, steps, found: steps.append(step))
+    rl.train(settings(models, run), fresh=True, on_step=lambda step, total, found: steps.append(step))
     assert steps == [1, 2, 3, 4]
 
 
@@ -447,7 +447,7 @@ def test_a_signal_after_the_last_batch_has_its_checkpoint_too(models: Path, tmp_
 def test_a_signal_that_is_ignored_stays_so() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Signals(lambda line: None) as signals:
-        signals.batches = True
+        signals.in_training = True
         os.kill(os.getpid(), signal.SIGINT)
         assert not signals
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -478,7 +478,7 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
 
 TWICE = """
 import os, signal, sys, time
-from apportion.stages.signals import Signals
+from apportion.training.signals import Signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
     try:
@@ -487,7 +487,7 @@ with Signals(lambda line: print(line, end="", flush=True)) as signals:
     except KeyboardInterrupt:  # there is no batch to finish
         assert not signals
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
-    signals.batches = True
+    signals.in_training = True
     os.kill(os.getpid(), signal.SIGINT)
     assert signals and signals.caught == signal.SIGINT
     time.sleep(1.1)

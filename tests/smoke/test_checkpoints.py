@@ -171,7 +171,7 @@ def test_old_checkpoints_are_pruned_and_half_written_ones_ignored(world: Path, t
     (folder / "step-8").mkdir()
     (folder / "step-8" / "weights.safetensors").write_bytes(b"half")
     steps: list[int] = []
-    train(settings(world, tmp_path / "run", **changes), on_step=lambda step, steps, found: steps.append(step))
+    train(settings(world, tmp_path / "run", **changes), on_step=lambda step, total, found: steps.append(step))
     assert steps == [5, 6]
     assert {"step-4", "step-5"} <= {p.name for p in folder.iterdir()}, "the last step leaves final/, no checkpoint"
 
@@ -202,6 +202,6 @@ def test_without_a_checkpoint_a_run_starts_over(world: Path, tmp_path: Path) -> 
     with pytest.raises(Interrupted):
         train(config, on_step=stop_after(3))
     steps: list[int] = []
-    run = train(config, on_step=lambda step, steps, found: steps.append(step))
+    run = train(config, on_step=lambda step, total, found: steps.append(step))
     assert steps == [1, 2, 3, 4, 5] and [m["step"] for m in metrics(run.path)] == steps
     assert not (run.path / "checkpoints").exists()

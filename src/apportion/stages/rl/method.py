@@ -95,10 +95,10 @@ def _refuse_raising_kl_coef(config: RLConfig, method: Method) -> None:
 
 
 def _refuse_timeout(config: RLConfig, method: Method) -> None:
-    """Raise ConfigError for a time limit on functions of the user's where no signal could end one (Windows)."""
+    """Raise ConfigError for a time limit on user-supplied functions where no signal could end one (Windows)."""
     timed = [method.specs[kind] for kind in ("credit", "segments", "advantages")]
     names = user_defined_names([*timed, list(config.compare), method.needs])
     if names and time_limit.SIGNAL is None and config.monitors.timeout is not None:
         expected = f"null: this system has no signal that could end {names[0]}"
-        fix = "Set it to null: then nothing keeps the time."
+        fix = "Set it to null: then there is no time limit."
         raise ConfigError("monitors.timeout", config.monitors.timeout, expected, fix)
