@@ -2,9 +2,9 @@
 
     python -m benchmarks.fuzz --target readers --minutes 10 --seed 0
 
-Only an ApportionError may be raised by any of them, and the properties in `tests/support/fuzzing.py` must hold. Prints one
-JSON object; exit code 1 after a failure, with the smallest failing input and the seed that reproduces it. Failing inputs
-become tests in tests/faults/test_fuzz.py.
+Only an ApportionError may be raised by any of them, and the properties in `tests/support/fuzzing.py` must hold. Prints
+one JSON object; exit code 1 after a failure, with the smallest failing input and the seed that reproduces it. Failing
+inputs become tests in tests/faults/test_fuzz.py.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def test_any_damage_leaves_a_page_or_one_error(data: st.DataObject) -> None:
 DAMAGE: dict[str, tuple[str, Any, str]] = {
     "a step that is a list": ("rollouts.jsonl", [{"step": [1], "tokens": ["a"]}], 'id="credit"'),
     "a reward that is a list": ("samples.jsonl", [{"prompt": "p", "reward_before": [1]}], 'id="samples"'),
-    "methods in a list": ("diagnosis.json", {"methods": ["a"]}, "methods that are no objects; left out"),
-    "methods that say nothing": ("diagnosis.json", {"methods": {"a": 1}}, "methods that are no objects; left out"),
+    "methods in a list": ("diagnosis.json", {"methods": ["a"]}, "methods that are not objects; left out"),
+    "methods that say nothing": ("diagnosis.json", {"methods": {"a": 1}}, "methods that are not objects; left out"),
     "an end that is none": ("rollouts.jsonl", [{"tokens": ["a"], "ended": {"a": float("nan")}}], 'id="credit"'),
     "an end of updates": ("metrics.jsonl", [{"monitors/skipped_updates": 1e308}] * 2, "updates were skipped"),
     "a sum beyond all": ("metrics.jsonl", [{"step": i, "mine": 1.7e308} for i in range(40)], "further metrics"),

@@ -22,7 +22,7 @@ import torch
 from benchmarks.faults.compare import difference, traces
 
 from apportion.cli.arguments import parse
-from apportion.cli.main import again, main
+from apportion.cli.main import main, resume_command
 from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DiskError, Interrupted
 from apportion.stages.reward import train as reward
@@ -472,7 +472,8 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
     assert process.returncode == 143 and "Traceback" not in said
     assert "SIGTERM: finishing this batch and writing a checkpoint" in said
     printed = said.strip().splitlines()[-1].strip()
-    assert printed == again(["rl", *flags]) and printed.startswith("apportion rl ") and "--fresh" not in printed
+    assert printed == resume_command(["rl", *flags])
+    assert printed.startswith("apportion rl ") and "--fresh" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 

@@ -129,7 +129,7 @@ def test_the_table_and_the_page_name_every_method(
     out = capsys.readouterr().out
     assert "sparse" in out and "uniform" in out and "95% intervals" in out
     page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
-    assert "Which credit points the true way" in page and "its expected gradient" in page
+    assert "Direction of each credit method's gradient" in page and "its expected gradient" in page
     assert "No evaluation yet" not in page
 
 
@@ -160,8 +160,8 @@ def test_mistakes_are_named(
 def test_the_verdict_says_what_a_stop_bias_pays_for() -> None:
     wide = {"mean": 0.9, "low": 0.8, "high": 0.97}
     bias = {"mean": -0.2, "low": -0.3, "high": -0.1}
-    assert "pays for going on" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
+    assert "rewards longer responses" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
     bias = {"mean": 0.2, "low": 0.1, "high": 0.3}
-    assert "pays for stopping early" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
+    assert "rewards stopping early" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
     bias = {"mean": 0.0, "low": -0.1, "high": 0.1}
-    assert "pays" not in verdict("sparse", {"cosine": wide, "stop_bias": bias})
+    assert "rewards" not in verdict("sparse", {"cosine": wide, "stop_bias": bias})
