@@ -10,7 +10,8 @@ from tools.coverage_floors import floors
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "apportion"
-PLAN = [{name for name in floor if name != "__main__"} for floor in floors()]
+PYPROJECT = ROOT / "pyproject.toml"
+PLAN = [{name for name in floor if name != "__main__"} for floor in floors(PYPROJECT)]
 
 
 def documented() -> dict[int, set[str]]:
@@ -34,9 +35,7 @@ def test_every_module_of_the_package_is_on_one_floor() -> None:
 
 
 def test_stages_of_the_contract_are_the_folders_of_stages() -> None:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
-        "contracts"
-    ]
+    contracts = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["id"] == "stages")
     named = {name.strip() for layer in layers for name in layer.split("|")}
     stages = PACKAGE / "stages"
