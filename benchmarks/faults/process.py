@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.harness.environment import environment
 
 LIBRARIES = (
-    "jsonargparse",
+    "pydantic",
     "rich.progress",
     "peft",
     "transformers.models.llama.modeling_llama",
