@@ -22,7 +22,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
     "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),
     "doctor": ("doctor", "check a run before it starts, or a credit method of your own; show the cores"),
-    "bench": ("bench", "measure speed and memory beside a released package, at the same work"),
     "report": ("report", "draw run folders on one page that works offline"),
     "algorithms": ("algorithms", "list algorithms, credit methods, segments, estimators and losses"),
 }
@@ -83,6 +82,9 @@ def write_error(text: str) -> None:
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run command `name`. Raises ConfigError where it is unknown, or cannot run in several processes."""
+    if name == "bench":
+        fix = "In a checkout: `python -m benchmarks.speed`, `benchmarks.faults` or `benchmarks.soak`."
+        raise ConfigError("command", name, "a command; the benchmarks are no part of the package", fix)
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
     if collectives.launched() > 1 and name not in PARALLEL:
