@@ -98,9 +98,9 @@ def test_a_run_waits_for_space_and_goes_on_by_itself(tmp_path: Path, disk: Path,
     """Whether a log or a checkpoint came first: no half a line stays and no checkpoint is lost."""
     flags = [*rl_flags, "--steps", "60", "--checkpoint_every", "2", "--log_rollouts", "4"]
     in_namespace(PAUSED, [*flags, "--output", "disk/run"], tmp_path)
-    said = (tmp_path / "run.err").read_text()
-    assert (tmp_path / "run.code").read_text() == "0\n" and "Traceback" not in said, said
-    assert "apportion: paused: " in said and "there is space in disk/run again: the run goes on.\n" in said
+    message = (tmp_path / "run.err").read_text()
+    assert (tmp_path / "run.code").read_text() == "0\n" and "Traceback" not in message, message
+    assert "apportion: paused: " in message and "there is space in disk/run again: the run goes on.\n" in message
     left = (tmp_path / "left").read_text().split()
     assert left and all(name.startswith("step-") for name in left)
     rows = [json.loads(line) for line in (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()]
