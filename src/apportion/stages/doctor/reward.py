@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DataError
 from apportion.models.loading import context_of, load_settings, locate, read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import labels, machine, prompts, tokens
 from apportion.stages.doctor.findings import Result, ok
 from apportion.stages.doctor.rl import bad_row_counter, check, with_bad_rows
-from apportion.stages.reward.train import read_data
 
 
 def open_model(case: Case) -> Result:
@@ -28,7 +25,8 @@ def open_model(case: Case) -> Result:
 def open_data(case: Case) -> Result:
     """The labelled texts can be read, and both labels are common in training and held-out texts."""
     bad = bad_row_counter(case.config)
-    case.training, case.held_out = read_data(case.config, bad)
+    assert case.read_data is not None
+    case.training, case.held_out = case.read_data(case.config, bad)
     return with_bad_rows(labels.balance(case), bad)
 
 
@@ -45,8 +43,6 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def check_reward(
-    config: RewardConfig, *, threads: Any = None, on_check: Callable[[str], None] = lambda name: None
-) -> list[Finding]:
-    """Return the findings of all checks for `apportion reward` with these settings; see `rl.check_rl`."""
-    return run_checks(Case(config, threads=threads), CHECKS, on_check)
+def check_reward(case: Case, on_check: Callable[[str], None] = lambda name: None) -> list[Finding]:
+    """Return the findings of all checks of `apportion reward`; see `rl.check_rl`."""
+    return run_checks(case, CHECKS, on_check)

@@ -18,17 +18,13 @@ from apportion.models.loading import NO_CODE, context_of, load_settings, locate,
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
 from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, fail, ok, warn
-from apportion.stages.reward.train import read_data
-from apportion.stages.rl.method import build_method
-from apportion.stages.rl.rollout_log import comparisons
 from apportion.system import safe_yaml
 
 
 def open_method(case: Case) -> Result:
     """The method can be built, and its parts are compatible."""
-    case.method = build_method(case.config)
-    needs = (compared.needs for compared in comparisons(case.config.compare).values())
-    case.notes["needs"] = frozenset(case.method.needs).union(*needs)
+    assert case.build_method is not None
+    case.method, case.notes["needs"] = case.build_method(case.config)
     return method.unusual(case)
 
 
@@ -88,11 +84,12 @@ def load_reward_data(case: Case) -> None:
     file = Path(case.reward_folder).parent / "config.yaml"
     if not (Path(case.reward_folder).is_dir() and file.is_file()):
         return
+    assert case.read_data is not None
     try:
         stored = safe_yaml.load(file.read_text(encoding="utf-8"))
         if not isinstance(stored, dict) or "excerpts" not in stored:  # another stage, or no run folder
             return
-        case.training, case.held_out = read_data(stored_reward_config(stored))
+        case.training, case.held_out = case.read_data(stored_reward_config(stored))
     except (ApportionError, yaml.YAMLError, OSError, ValueError, TypeError) as error:  # the data may have moved
         case.notes["reward_data"] = (str(error).splitlines() or [type(error).__name__])[0]
     case.labelled = case.labelled or case.held_out
@@ -186,18 +183,17 @@ PREFLIGHT = ("prompt tokens", "beginning of text", "chat template", "end of text
 
 
 def check_rl(
-    config: RLConfig,
+    case: Case,
     *,
     fast: bool = False,
-    threads: Any = None,
     eval_prompts: str | None = None,
     labels: str | None = None,
     on_check: Callable[[str], None] = lambda name: None,
 ) -> list[Finding]:
-    """Return the findings of all checks for a run with these settings; loads its models once, unless `fast`.
+    """Return the findings of all checks of a run; loads its models once, unless `fast`.
 
     Args:
-        threads: what `cpu.configure_threads` returned.
+        case: the settings, and the functions of the stages that read them.
         eval_prompts: prompts of the later evaluation, in the form of `prompts`.
         labels: labelled texts to test the order of scores on, in the form of `apportion reward --data`.
         on_check: called with the name of each check before it runs.
@@ -205,7 +201,6 @@ def check_rl(
     Raises:
         DataError: `eval_prompts` or `labels` cannot be read.
     """
-    case = Case(config, threads=threads)
     if eval_prompts is not None:
         case.evaluation = load_prompts(eval_prompts, "evaluate_test")
     if labels is not None:
