@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +106,10 @@ def build(options: argparse.Namespace, folder: Path) -> Bench:
         ),
         ppo=PPOConfig(epochs=options.epochs),
     )
-    methods = {name: build_method(replace(config, credit=[which, "kl_penalty"])) for name, which in CREDITS.items()}
+    methods = {
+        name: build_method(config.model_copy(update={"credit": [which, "kl_penalty"]}))
+        for name, which in CREDITS.items()
+    }
     build_method(config)  # settles what was left to the algorithm
     return Bench(make_learner(config, methods["abc"]), config, methods)
 

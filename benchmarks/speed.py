@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from apportion.config import to_dict
 from apportion.errors import ApportionError, ConfigError
 from apportion.models.loading import load_tokenizer, locate, pick_device
 from apportion.stages.rl.method import build_method
@@ -39,7 +40,8 @@ def speed(config: SpeedConfig, tell: Tell = lambda line: None) -> Result:
             result file then holds what each did, and no ratio.
     """
     peer, output = PEERS[config.peer], output_of(config)
-    config = replace(shaped(config), threads=config.threads or cpu.available().threads)
+    config = shaped(config)
+    config.threads = config.threads or cpu.available().threads
     config.device = str(pick_device(config.device))
     with tempfile.TemporaryDirectory(prefix="apportion-bench-") as name:
         works = make_works(config, peer, Path(name))
@@ -165,7 +167,7 @@ def summary(
     cuda = config.device == "cuda"
     return {
         "benchmark": "speed",
-        "settings": asdict(config),
+        "settings": to_dict(config),
         "machine": machine.describe() | {"threads": config.threads},
         "rates": dict(rates),
         "peer": figures.summarise(runs["peer"], rates, cuda) | {"precision": precision, "trials": trials},

@@ -28,7 +28,8 @@ from apportion import Rollouts, losses
 from apportion.config import LoraConfig, OptimConfig, PPOConfig, RLConfig, SamplingConfig
 from apportion.models.fast.linear import FlatLinear
 from apportion.models.fast.norms import LEAN
-from apportion.models.policy import Policy, load_policy
+from apportion.models.policy import Policy
+from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.update import Targets, update
 from apportion.system import cpu
 from apportion.training.optimizer import make_optimizer
@@ -60,7 +61,7 @@ def load(options: argparse.Namespace, rank: int, dtype: str) -> Policy:
     """Return the policy as a run would load it."""
     longest = SamplingConfig(max_new_tokens=options.response, prompt_tokens=[options.prompt, options.prompt])
     settings = RLConfig(policy=options.model, dtype=dtype, lora=LoraConfig(rank=rank), sampling=longest)
-    policy = load_policy(settings)
+    policy = make_policy(settings)
     assert policy.value_head is not None
     nn.init.normal_(policy.value_head.weight, std=0.01, generator=torch.Generator().manual_seed(1))
     return policy

@@ -17,8 +17,9 @@ from apportion.cli.arguments import parse
 from apportion.config import RLConfig, SamplingConfig
 from apportion.evidence import Models
 from apportion.generation import sample
-from apportion.models.policy import Policy, load_policy
+from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel, load_reward
+from apportion.stages.rl.policy import make_policy
 
 EOS, PAD = 1, 0
 SETTINGS: dict[str, Any] = {
@@ -42,7 +43,7 @@ def world(folder: Path) -> Path:
     tiny.save_reward(folder / "reward")
     tiny.save_prompts(folder / "prompts.jsonl")
     tiny.save_reviews(folder / "reviews.csv")
-    ending = load_policy(config(folder, **{"lora.rank": 0})).model
+    ending = make_policy(config(folder, **{"lora.rank": 0})).model
     make_likely(ending, EOS, 3.5)
     ending.save_pretrained(folder / "ending")
     tiny.tokenizer().save_pretrained(folder / "ending")
@@ -63,7 +64,7 @@ def config(folder: Path, output: Path | str = "run", **changes: Any) -> RLConfig
 
 def policy(folder: Path, *, stirred: bool = True, **changes: Any) -> Policy:
     """Return the policy of a run; `stirred` moves adapters and value head away from zero, so that they do something."""
-    made = load_policy(config(folder, **changes))
+    made = make_policy(config(folder, **changes))
     if stirred:
         stir(made)
     return made

@@ -1,11 +1,15 @@
-"""The settings of `apportion bench speed` and the peers it knows; standard library alone."""
+"""The settings of `apportion bench speed` and the peers it knows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pydantic import Field
+
+from apportion.config import Section
+from apportion.config.rules import Count, Name, Names, Seed, Switch, Word
 from apportion.errors import ConfigError, unknown_name
 
 PRECISIONS = ("float32", "autocast", "bfloat16")
@@ -40,57 +44,53 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-@dataclass
-class SpeedConfig:
-    """`apportion bench speed`: seconds and memory of a batch, ours and a peer's, at the same work.
+class SpeedConfig(Section):
+    """`apportion bench speed`: seconds and memory of a batch, ours and a peer's, at the same work."""
 
-    Attributes:
-        peer: the released trainer beside ours: trl-ppo (TRL 1.12.0), trl-grpo or trl-rloo (TRL 1.16.0).
-        ours: "full" (all weights, a separate value model with PPO: the peer's work), or "default" (our own defaults:
-            adapters, a value head on the shared trunk).
-        ours_settings: settings of `apportion rl` laid over ours, each "name=value".
-        peer_precision: float32, autocast (bfloat16 products over float32 weights), bfloat16 (weights too), or best: all
-            three for two batches each, then the quickest.
-        model: policy, reference and trunk of the reward model: `smollm2`, a folder, or a hub id.
-        prompts: where prompts come from: `imdb`, a file or folder with a column prompt or text, or a hub id.
-        batches: timed batches of each side.
-        rounds: turns of ours and the peer over which they are spread, a process a turn, one warm-up batch each.
-        batch: rollouts a batch; null is the peer's usual one (16 with PPO, else 32).
-        samples: rollouts of one prompt; null is 1 with PPO, else 8.
-        prompt_tokens: tokens of every prompt; null is 8 with PPO, else 128.
-        new_tokens: tokens of every response; null is 24 with PPO, else 64.
-        epochs: passes over a batch; null is 4 with PPO, else 1.
-        mini_batch: rollouts an optimizer step; null is the whole batch.
-        peer_micro_batch: rollouts a forward pass of the peer's update; null is the whole mini-batch.
-        peer_checkpointing: let the peer recompute activations, its own default: slower, less memory.
-        threads: of each process; null is every core that this process may use.
-        device: auto, cpu, cuda.
-        pad_token: a token of the tokenizer to pad with, when it has none of its own.
-        seed: random seed.
-        output: the result file; null is benchmarks/results/speed-PEER-OURS.json.
-    """
-
-    peer: str = "trl-ppo"
-    ours: str = "full"
-    ours_settings: list[str] = field(default_factory=list)
-    peer_precision: str = "best"
-    model: str = "smollm2"
-    prompts: str = "imdb"
-    batches: int = 6
-    rounds: int = 2
-    batch: int | None = None
-    samples: int | None = None
-    prompt_tokens: int | None = None
-    new_tokens: int | None = None
-    epochs: int | None = None
-    mini_batch: int | None = None
-    peer_micro_batch: int | None = None
-    peer_checkpointing: bool = False
-    threads: int | None = None
-    device: str = "auto"
-    pad_token: str | None = None
-    seed: int = 0
-    output: str | None = None
+    peer: Name = "trl-ppo"
+    """the released trainer beside ours: trl-ppo (TRL 1.12.0), trl-grpo or trl-rloo (TRL 1.16.0)."""
+    ours: Name = "full"
+    """"full" (all weights, a separate value model with PPO: the peer's work), or "default" (our own defaults:
+    adapters, a value head on the shared trunk)."""
+    ours_settings: Names = Field(default_factory=list)
+    """settings of `apportion rl` laid over ours, each "name=value"."""
+    peer_precision: Name = "best"
+    """float32, autocast (bfloat16 products over float32 weights), bfloat16 (weights too), or best: all
+    three for two batches each, then the quickest."""
+    model: Name = "smollm2"
+    """policy, reference and trunk of the reward model: `smollm2`, a folder, or a hub id."""
+    prompts: Name = "imdb"
+    """where prompts come from: `imdb`, a file or folder with a column prompt or text, or a hub id."""
+    batches: Count = 6
+    """timed batches of each side."""
+    rounds: Count = 2
+    """turns of ours and the peer over which they are spread, a process a turn, one warm-up batch each."""
+    batch: Count | None = None
+    """rollouts a batch; null is the peer's usual one (16 with PPO, else 32)."""
+    samples: Count | None = None
+    """rollouts of one prompt; null is 1 with PPO, else 8."""
+    prompt_tokens: Count | None = None
+    """tokens of every prompt; null is 8 with PPO, else 128."""
+    new_tokens: Count | None = None
+    """tokens of every response; null is 24 with PPO, else 64."""
+    epochs: Count | None = None
+    """passes over a batch; null is 4 with PPO, else 1."""
+    mini_batch: Count | None = None
+    """rollouts an optimizer step; null is the whole batch."""
+    peer_micro_batch: Count | None = None
+    """rollouts a forward pass of the peer's update; null is the whole mini-batch."""
+    peer_checkpointing: Switch = False
+    """let the peer recompute activations, its own default: slower, less memory."""
+    threads: Count | None = None
+    """of each process; null is every core that this process may use."""
+    device: Word = "auto"
+    """auto, cpu, cuda."""
+    pad_token: Word | None = None
+    """a token of the tokenizer to pad with, when it has none of its own."""
+    seed: Seed = 0
+    """random seed."""
+    output: Word | None = None
+    """the result file; null is benchmarks/results/speed-PEER-OURS.json."""
 
 
 @dataclass
@@ -146,10 +146,6 @@ def check(config: SpeedConfig) -> None:
         value = getattr(config, name)
         if value not in known:
             raise unknown_name(name, value, known)
-    for name in ("batches", "rounds", "threads", "prompt_tokens", "new_tokens", "peer_micro_batch"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(name, value, "a whole number >= 1", f"Set {name} to one.")
     if config.rounds > config.batches:
         expected = f"at most batches ({config.batches}): a round times one batch at least"
         raise ConfigError("rounds", config.rounds, expected, "Lower it, or raise batches.")
@@ -187,4 +183,5 @@ def shaped(config: SpeedConfig) -> SpeedConfig:
         for name, value in PEERS[config.peer].shape.items()
     }
     mini = config.mini_batch or given["batch"]
-    return replace(config, **given, mini_batch=mini, peer_micro_batch=config.peer_micro_batch or mini)
+    given |= {"mini_batch": mini, "peer_micro_batch": config.peer_micro_batch or mini}
+    return config.model_copy(update=given)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from apportion import advantages, compatibility, credit, losses, registry, segments
-from apportion.errors import format_problem, unknown_name
+from apportion.errors import unknown_name
 from apportion.types import Method
 from apportion.user_code import checked
 
@@ -152,9 +152,9 @@ def build(
         field: registry.parse(field, getattr(named, field) if spec is None else spec)
         for field, spec in zip(FIELDS, given, strict=True)
     }
-    compatibility.refuse_repeated([name for name, _ in parts["credit"]])
+    compatibility.check_distinct([name for name, _ in parts["credit"]])
     credits = {name: checked(name, credit.make(name, kwargs)) for name, kwargs in parts["credit"]}
-    compatibility.refuse_credits(credits)
+    compatibility.check_redistributors(credits)
     method = Method(
         credit.chain(*credits.values()),
         segments.build(parts["segments"]),
@@ -163,7 +163,7 @@ def build(
         {field: [{name: kwargs} for name, kwargs in pairs] for field, pairs in parts.items()},
     )
     names = {field: pairs[0][0] for field, pairs in parts.items()}
-    compatibility.refuse(compatibility.Combination(credits, method.segment, method.estimate, method.loss, names))
+    compatibility.check_methods(compatibility.Combination(credits, method.segment, method.estimate, method.loss, names))
     return method
 
 
@@ -175,14 +175,3 @@ def merge(named: Spec, given: Spec) -> Spec:
         return given
     penalties = [spec for spec in registry.parse("credit", named) if spec[0] == "kl_penalty"]
     return [given, *({name: kwargs} for name, kwargs in penalties if name not in dict(registry.parse("credit", given)))]
-
-
-def discount_warning(method: Method) -> str | None:
-    """Return a warning when γ < 1 meets a redistributing credit: the return is then no longer what was scored."""
-    gamma = getattr(method.estimate, "gamma", 1.0)
-    if gamma >= 1.0 or not (method.credit.share is not None or method.credit.redistributes):
-        return None
-    expected = "1 with a redistributing credit"
-    fix = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."
-    name = next(iter(method.specs["advantages"][0]))
-    return format_problem(f"advantages.{name}.gamma", gamma, expected, fix)

@@ -33,10 +33,11 @@ from apportion.models.master_weights import (
     to_float32,
     to_sixteen_bit,
 )
-from apportion.models.policy import Policy, load_policy, plain_head
+from apportion.models.policy import Policy, plain_head
 from apportion.models.reward import RewardModel
 from apportion.models.shared_prompt import shared_prompts
 from apportion.models.token_logprobs import token_logprobs
+from apportion.stages.rl.policy import make_policy
 from apportion.training.state import learned, relearn
 
 
@@ -441,7 +442,7 @@ def test_trimming_takes_columns_that_are_padding_everywhere() -> None:
 
 
 def test_loading_leaves_heads_and_sharing_known(world: Path) -> None:
-    policy = load_policy(tiny_runs.config(world))
+    policy = make_policy(tiny_runs.config(world))
     assert policy.plain and policy.shares
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from apportion.cli.arguments import parse
 from apportion.cli.terminal import console
-from apportion.config import RewardConfig, RLConfig
+from apportion.config import RewardConfig, RLConfig, Section
 from apportion.errors import ConfigError, unknown_name
 from apportion.system import cpu
 
 OWN = {"eval_prompts": None, "labels": None, "stage": "rl"}
 SWITCHES = ("fast", "json")
-STAGES = ("rl", "reward")
+KINDS: dict[str, type[Section]] = {"rl": RLConfig, "reward": RewardConfig}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
@@ -38,8 +38,8 @@ def own_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             if not equals and (not words or words[0].startswith("--")):
                 raise ConfigError(f"--{name}", "nothing", "a value", f"Write --{name} VALUE.")
             given[name] = value if equals else words.pop(0)
-    if given["stage"] not in STAGES:
-        raise unknown_name("--stage", given["stage"], STAGES)
+    if given["stage"] not in KINDS:
+        raise unknown_name("--stage", given["stage"], KINDS)
     return given, rest
 
 
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     given, rest = own_flags(arguments)
     if given["stage"] == "reward":
         refuse_unused(given)
-    config = parse(RewardConfig if given["stage"] == "reward" else RLConfig, "doctor", rest).config
+    config: Any = parse(KINDS[given["stage"]], "doctor", rest).config
     cpu.keep_memory()
     settled = cpu.settle(config.threads)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion import monitors
+from apportion import monitors, registry
 from apportion.config.monitors import MonitorsConfig
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, DiskError, MonitorError, ScoreError, format_problem
@@ -27,7 +26,6 @@ from apportion.types import Rollouts, State
 from apportion.user_code import Users, raised
 
 STEP, MOST = 1.1, 10.0  # κ grows by this factor a batch while a monitor tightens, up to this many times its start
-USERS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 FAILURE = "A failure never becomes a reward: fix what gave it."
 
 
@@ -61,7 +59,7 @@ class Monitors:
         self.config, self.users, self.tokenizer, self.specs = config, users, tokenizer, specs
         self.monitors = [make() for name, make in monitors.MONITORS.items() if getattr(config, name) != "off"]
         self.skips, self.watched = SkippedUpdates(config.max_skipped), monitors.init(self.monitors)
-        self.modules = {name.split(":")[0]: name for name in users_names(specs)}
+        self.modules = {name.split(":")[0]: name for name in registry.user_functions(specs)}
         self.run: Run | None = None
 
     @property
@@ -191,16 +189,6 @@ def all_columns(scene: Scene) -> tuple[dict[str, Tensor], str]:
         except Exception as error:  # the first error is the one to tell
             lacks.append(f"{name} ({type(error).__name__})")
     return columns, f", without {', '.join(lacks)}" if lacks else ""
-
-
-def users_names(specs: Any) -> list[str]:
-    """Return every "package.module:function" in nested specs, other than apportion's own."""
-    if isinstance(specs, Mapping):
-        return users_names([*specs.keys(), *specs.values()])
-    if isinstance(specs, (list, tuple, set, frozenset)):
-        return [name for item in specs for name in users_names(item)]
-    given = isinstance(specs, str) and USERS.fullmatch(specs) and not specs.startswith("apportion.")
-    return [specs] if given else []
 
 
 def describe(finding: Alert, step: int) -> str:

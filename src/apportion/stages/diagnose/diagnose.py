@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion import credit
+from apportion.compatibility import check_diagnosis
 from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.errors import ConfigError
 from apportion.evidence import Models, plan
@@ -60,6 +61,7 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
     Raises:
         ConfigError, ModelError, DataError, ScoreError: each names what to fix.
     """
+    check_diagnosis(config)
     methods = candidates(config.methods, config.lam)
     run = Run.open(config.output, "diagnose", to_dict(config), fresh=fresh)
     if run.finished:
@@ -115,7 +117,7 @@ def _prompts_a_block(config: DiagnoseConfig) -> int:
 def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) -> Iterator[Rollouts]:
     """Yield unscored rollouts, every sample of a prompt in one block."""
     assert models.generator is not None
-    sampling = type(config.sampling)(**{**vars(config.sampling), "samples_per_prompt": config.samples})
+    sampling = config.sampling.model_copy(update={"samples_per_prompt": config.samples})
     step = _prompts_a_block(config)
     for first in range(0, len(prompts), step):
         yield sample(models.policy, prompts[first : first + step], sampling, models.generator)

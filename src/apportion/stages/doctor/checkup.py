@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from apportion.config import LoraConfig, OptimConfig, RewardConfig, RLConfig
+from apportion.config import RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, labelled
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
@@ -115,9 +115,7 @@ def learned_from(stored: dict[str, Any]) -> RewardConfig:
         here = isinstance(source, str) and (source in BUILTIN_DATA or is_here(source))
         if source is not None and not here:
             raise DataError(name, source, "a file that is here, or a built-in name", "Nothing else is read.")
-    sections: dict[str, Any] = {"lora": LoraConfig, "optim": OptimConfig}
-    known = RewardConfig.__dataclass_fields__
-    return RewardConfig(**{k: sections[k](**v) if k in sections else v for k, v in stored.items() if k in known})
+    return RewardConfig(**{key: value for key, value in stored.items() if key in RewardConfig.model_fields})
 
 
 def open_prompts(case: Case) -> Said:

@@ -120,7 +120,7 @@ def _written(
 ) -> list[dict[str, Any]]:
     """Return one record a prompt: text, ids, reward, KL to the start and the start's log-likelihood."""
     generator = torch.Generator(device=writer.device).manual_seed(seed)
-    one = SamplingConfig(**{**vars(sampling), "samples_per_prompt": 1})
+    one = sampling.model_copy(update={"samples_per_prompt": 1})
     rows: list[dict[str, Any]] = []
     for first in range(0, len(prompts), BATCH):
         rollouts = sample(writer, prompts[first : first + BATCH], one, generator)

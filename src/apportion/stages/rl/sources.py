@@ -8,25 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.compatibility import check_processes
 from apportion.config import RLConfig
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
-from apportion.errors import ConfigError
 from apportion.generation.sampler import draw_uniforms
 from apportion.types import Rollouts
 
 
 def check_shares(config: RLConfig) -> None:
-    """Raise ConfigError where there are too few prompts or rollouts to go round the processes."""
+    """Raise ConfigError where there are too few prompts or rollouts for the launched processes."""
     check_launch()
-    processes, sampling = collectives.launched(), config.sampling
-    prompts = sampling.batch_size // (sampling.samples_per_prompt or 1)
-    if prompts < processes:
-        expected = f"at least {processes} prompts a batch, one a process: it has {prompts}"
-        raise ConfigError("sampling.batch_size", sampling.batch_size, expected, "Raise it, or launch fewer.")
-    if config.ppo.mini_batch < processes:
-        expected = f"at least {processes}, a rollout a process"
-        raise ConfigError("ppo.mini_batch", config.ppo.mini_batch, expected, "Raise it, or launch fewer.")
+    check_processes(config, collectives.launched())
 
 
 def uniforms(config: RLConfig, generator: torch.Generator) -> Tensor:

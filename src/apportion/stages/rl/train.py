@@ -24,7 +24,6 @@ from apportion.generation import sample
 from apportion.generation.prompts import PromptStream, load_prompts
 from apportion.masking import masked_mean, whiten
 from apportion.models.loading import context_of, load_tokenizer, locate, pick_device
-from apportion.models.policy import load_policy
 from apportion.models.reward import adjust, load_reward
 from apportion.models.saving import save_policy
 from apportion.models.text.render import check_embeddings
@@ -33,6 +32,7 @@ from apportion.segments import check as check_segments
 from apportion.stages.doctor.checkup import quick
 from apportion.stages.rl.learner import Learner
 from apportion.stages.rl.method import build_method
+from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.rollout_log import before_penalty, comparisons, rollout_records
 from apportion.stages.rl.sources import check_shares, reseed, uniforms, whole_batch
 from apportion.stages.rl.update import FirstPass, make_targets, update
@@ -272,7 +272,7 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
-    policy = load_policy(config, reward)
+    policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, stream.rows)
     users = Users(config.monitors.timeout)
     method = in_time(method, users)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from apportion.generation import sample
-from apportion.models.policy import load_policy
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.probes import (
     BEGUN,
@@ -23,6 +22,7 @@ from apportion.stages.doctor.checks.probes import (
     widened,
 )
 from apportion.stages.doctor.findings import fail, graded, ok, skip, warn
+from apportion.stages.rl.policy import make_policy
 from apportion.types import Rollouts
 
 Said = tuple[str, str, str]
@@ -31,8 +31,9 @@ Said = tuple[str, str, str]
 def weights(case: Case) -> Said:
     """The policy's weights are all stored."""
     ppo = case.config.ppo  # values are not looked at here, and the reward model is loaded after the policy
-    ppo = replace(ppo, value_model="separate") if ppo.value_model == "reward" else ppo
-    case.policy = load_policy(replace(case.config, ppo=ppo))
+    if ppo.value_model == "reward":
+        ppo = ppo.model_copy(update={"value_model": "separate"})
+    case.policy = make_policy(case.config.model_copy(update={"ppo": ppo}))
     learning = sum(p.numel() for p in case.policy.trainable())
     return ok(f"{size(case.policy.model)}; {learning / 1e6:.3g} M learn")
 
@@ -60,13 +61,9 @@ def finite_weights(model: Any, named: str) -> Said:
 
 def ends(case: Case) -> Said:
     """The policy writes, and where responses are to end at EOS some do, with it on their mask."""
-    sampling = replace(
-        case.config.sampling,
-        batch_size=SHOWN,
-        samples_per_prompt=1,
-        rows=None,
-        max_new_tokens=min(TOKENS, case.config.sampling.max_new_tokens),
-    )
+    few = {"batch_size": SHOWN, "samples_per_prompt": 1, "rows": None}
+    few["max_new_tokens"] = min(TOKENS, case.config.sampling.max_new_tokens)
+    sampling = case.config.sampling.model_copy(update=few)
     generator = torch.Generator(device=case.policy.device).manual_seed(case.config.seed)
     rollouts = sample(case.policy, shown(case), sampling, generator)
     case.rollouts = rollouts
