@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 LIBRARIES = (
-    "jsonargparse",
+    "pydantic",
     "rich.progress",
     "peft",
     "transformers.models.llama.modeling_llama",

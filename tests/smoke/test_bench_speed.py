@@ -60,7 +60,7 @@ def make_work(world: Path, folder: Path, **changes: Any) -> Work:
         (["speed", "--ours", "half"], ["ours: got 'half'", "default, full"]),
         (["speed", "--peer_precision", "float16"], ["peer_precision: got 'float16'", "autocast"]),
         (["speed", "--batchez", "3"], ["flag: got '--batchez'", "--batches"]),
-        (["speed", "--batches", "many"], ["--batches: got 'many'", "type int"]),
+        (["speed", "--batches", "many"], ["batches: got 'many'", "whole number >= 1"]),
         (["speed", "--batches", "0"], ["batches: got 0", ">= 1"]),
         (["speed", "--rounds", "7"], ["rounds: got 7", "at most batches (6)"]),
         (["speed", "--threads", "0"], ["threads: got 0", ">= 1"]),
