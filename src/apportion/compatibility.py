@@ -15,6 +15,7 @@ from apportion.config import DiagnoseConfig, RLConfig
 from apportion.errors import ConfigError, format_problem
 from apportion.system import time_limit
 from apportion.types import Credit, Estimator, Method, PolicyLoss, Segmenter
+from apportion.user_code import user_defined_names
 
 T = TypeVar("T")
 GROUP = 4  # rollouts of one prompt where an estimator compares them
@@ -229,7 +230,7 @@ class Run:
     def user_functions(self) -> list[str]:
         """The user-supplied functions among the methods and their evidence."""
         timed = [self.method.specs[field] for field in ("credit", "segments", "advantages")]
-        return registry.user_functions([*timed, list(self.config.compare), self.method.needs])
+        return user_defined_names([*timed, list(self.config.compare), self.method.needs])
 
 
 SETTINGS: tuple[Refusal[Run], ...] = (

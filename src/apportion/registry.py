@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from apportion.errors import ConfigError, unknown_name
 
 Factory = Callable[..., Any]
-USER_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 
 
 def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
@@ -112,16 +110,6 @@ def asked(name: str) -> tuple[str, dict[str, Any]]:
     base, _, tail = name.partition("@")
     pairs = [part.partition("=") for part in tail.split(";") if part]
     return base, {key: json.loads(value) for key, _, value in pairs}
-
-
-def user_functions(specs: object) -> list[str]:
-    """Return every "package.module:function" in nested specs, other than apportion's own."""
-    if isinstance(specs, Mapping):
-        return user_functions([*specs.keys(), *specs.values()])
-    if isinstance(specs, (list, tuple, set, frozenset)):
-        return [name for item in specs for name in user_functions(item)]
-    given = isinstance(specs, str) and USER_FUNCTION.fullmatch(specs) and not specs.startswith("apportion.")
-    return [str(specs)] if given else []
 
 
 def parse(field: str, spec: object) -> list[tuple[str, dict[str, Any]]]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from apportion.errors import ApportionError, ConfigError, DataError, ScoreError, UserCodeError
+from apportion.segments import check as check_segments
 from apportion.system.time_limit import Deadline, TimedOut
-from apportion.types import Advantages, Credit, Method, Rollouts, State
+from apportion.types import Advantages, Credit, Estimator, Method, Rollouts, Segmenter, State
 
+USER_DEFINED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 LONGEST = 300  # characters of a user's error in ours; the traceback has the rest
 RAISED = "A failure never becomes a reward: fix the function, or have it return a number for such a text"
 LATE = "Give the function a time limit of its own for what it waits for, or raise monitors.timeout"
@@ -251,3 +254,57 @@ def means(specs: Mapping[str, Any], kind: str, sums: Any) -> dict[str, float]:
             got = f"{names}, which returned {pair!r:.80}"
             raise ConfigError(f"{kind} (stats {name})", got, expected, "Fix its `stats`.")
     return {name: float(total / torch.clamp_min(count, 1)) for name, (total, count) in pairs}
+
+
+def user_defined_names(specs: Any) -> list[str]:
+    """Return every "package.module:function" in nested specs, other than apportion's own."""
+    if isinstance(specs, Mapping):
+        return user_defined_names([*specs.keys(), *specs.values()])
+    if isinstance(specs, (list, tuple, set, frozenset)):
+        return [name for item in specs for name in user_defined_names(item)]
+    given = isinstance(specs, str) and USER_DEFINED.fullmatch(specs) and not specs.startswith("apportion.")
+    return [specs] if given else []
+
+
+def check_rows(name: str, values: Tensor, mask: Tensor) -> Tensor:
+    """Return `values` (B,T). Raises ScoreError that names the first rollout where they are not finite on `mask`."""
+    bad = (mask & ~torch.isfinite(values)).any(dim=1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        got = float(values[row][mask[row] & ~torch.isfinite(values[row])][0])
+        raise ScoreError(name, got, "finite numbers", "A failure never becomes a reward: fix what gave it.", row=row)
+    return values
+
+
+class Validated:
+    """A segmenter or estimator whose result is validated at every call; all else is its own."""
+
+    def __init__(self, method: Any, validate: Callable[[Any, Rollouts], Any]) -> None:
+        self.method, self.validate = method, validate
+
+    def __call__(self, *given: Any) -> Any:
+        return self.validate(self.method(*given), given[-1])  # the rollouts come last
+
+    def __getattr__(self, key: str) -> Any:
+        return getattr(self.method, key)
+
+
+def validated(method: Method) -> Method:
+    """Return `method` with the results of its credit, segmenter and estimator validated where they are made."""
+    plain = method.credit.assign
+
+    def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
+        made, state = plain(rollouts, rewards, state)
+        return check_rows("rewards", made, rollouts.mask), state
+
+    def estimated(made: Any, rollouts: Rollouts) -> Advantages:
+        return check_estimated(method.specs, made, rollouts.mask)
+
+    def segmented(made: Any, rollouts: Rollouts) -> Tensor:
+        return check_segments(made, rollouts.mask)
+
+    return method._replace(
+        credit=method.credit._replace(assign=assign),
+        segment=cast(Segmenter, Validated(method.segment, segmented)),
+        estimate=cast(Estimator, Validated(method.estimate, estimated)),
+    )

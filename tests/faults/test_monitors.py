@@ -15,12 +15,12 @@ import tiny_runs
 import torch
 from faulty import METHODS, REWARDS
 
-from apportion.config.monitors import MonitorsConfig
 from apportion.errors import ScoreError
 from apportion.evidence import Users
 from apportion.report.page import write_report
-from apportion.training.monitoring import Monitors
-from apportion.training.run_folder import Run
+from apportion.training.crash_dump import BatchSnapshot, CrashDump
+from apportion.training.nonfinite import SkippedUpdates
+from apportion.training.run_folder import RunFolder
 
 Command = Callable[..., Any]
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
@@ -345,12 +345,11 @@ def test_ids_that_the_evidence_reads_are_checked(
 
 def test_the_first_error_is_told_when_the_rollouts_cannot_be_saved(tmp_path: Path) -> None:
     rollouts = tiny_runs.rollouts_of([[2, 3], [4]], [[5, 6, 7], [8, 9]])
-    monitors = Monitors(MonitorsConfig(), Users(), tiny_runs.tiny.tokenizer(), {})
-    monitors.run = Run.open(str(tmp_path / "run"), "rl", {})
+    run = RunFolder.open(str(tmp_path / "run"), "rl", {})
+    dump = CrashDump(run, tiny_runs.tiny.tokenizer(), Users(), {}, SkippedUpdates(), {})
 
     def fails() -> None:
-        with monitors.keeping(1, rollouts) as scene:
-            scene.columns["reward"] = torch.zeros(1, 1)
+        with dump.on_error(BatchSnapshot(1, rollouts, columns={"reward": torch.zeros(1, 1)})):
             raise ScoreError("the first error.")
 
     with pytest.raises(ScoreError) as caught:

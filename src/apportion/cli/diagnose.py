@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
     from apportion.stages.diagnose.diagnose import diagnose
 
     with bar("diagnose", parsed.config.count, {}) as progress:
-        found = diagnose(parsed.config, fresh=parsed.fresh, tell=lambda done, count: progress.tell(done, {}, count))
+        found = diagnose(parsed.config, fresh=parsed.fresh, tell=lambda done, count: progress.on_step(done, count, {}))
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:

@@ -44,6 +44,4 @@ def train(parsed: Parsed[RewardConfig], label: str = "reward model") -> Any:
     if not collectives.is_log_rank():  # one bar for all processes
         return train_reward(parsed.config, fresh=parsed.fresh)
     with bar(label, total, SHOWN) as progress:
-        return train_reward(
-            parsed.config, fresh=parsed.fresh, tell=lambda done, steps, metrics: progress.tell(done, metrics, steps)
-        )
+        return train_reward(parsed.config, fresh=parsed.fresh, on_step=progress.on_step)

@@ -55,4 +55,4 @@ def train(parsed: Parsed[RLConfig], label: str = "rl") -> Any:
     if not collectives.is_log_rank():  # one bar for all processes
         return train_rl(parsed.config, fresh=parsed.fresh)
     with bar(label, parsed.config.steps, SHOWN) as progress:
-        return train_rl(parsed.config, fresh=parsed.fresh, tell=progress.tell, warn=note)
+        return train_rl(parsed.config, fresh=parsed.fresh, on_step=progress.on_step, warn=note)

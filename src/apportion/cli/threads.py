@@ -7,7 +7,7 @@ from typing import Any
 
 from apportion.cli.terminal import note
 from apportion.system import cpu
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 
 def settle(config: Any = None, stage: str = "") -> cpu.Settled:
@@ -23,7 +23,7 @@ def settle(config: Any = None, stage: str = "") -> cpu.Settled:
     for warning in settled.warnings:
         note(f"warning: {warning}")
     if stage:
-        begun = Run(Path(config.output).expanduser(), stage)
+        begun = RunFolder(Path(config.output).expanduser(), stage)
         before = begun.read("status.json").get("threads")
         if before not in (None, settled.threads) and begun.started and not begun.finished:
             if asked is None and before <= len(cpu.affinity()):
