@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -261,7 +260,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
 @st.composite
 def plausible(draw: st.DrawFn, stage: str) -> dict[str, Any]:
     """Settings of a stage that are mostly right."""
-    known = {f.name for f in fields(KINDS[stage])}
+    known = KINDS[stage].model_fields
     chosen = {name: made for name, made in PLAUSIBLE.items() if name in known}
     return draw(st.fixed_dictionaries({}, optional=chosen))
 

@@ -1,4 +1,4 @@
-"""The named algorithms: few-line combinations of a credit, segments, an estimator and a policy loss."""
+"""The named algorithms: combinations of a credit, segments, an estimator and a policy loss."""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ def build(
     advantages_spec: Spec = None,
     loss_spec: Spec = None,
 ) -> Method:
-    """Return the method of that name, with any of its choices replaced.
+    """Return the method called `algorithm`, with any of its choices replaced.
 
     A single credit in place of the algorithm's is followed by the algorithm's KL penalty; a list is the whole chain.
 
     Raises:
-        ConfigError: an unknown name or setting, or a combination that means nothing (`refusals`).
+        ConfigError: an unknown name or setting, or a combination without meaning (`compatibility`).
     """
     if algorithm not in ALGORITHMS:
         raise unknown_name("algorithm", algorithm, ALGORITHMS)
@@ -168,7 +168,7 @@ def build(
 
 
 def merge(named: Spec, given: Spec) -> Spec:
-    """Return the credit chain to use: `given` alone if it is a list, else `given` followed by the named penalty."""
+    """Return the credit chain to use: only `given` if it is a list, else `given` followed by the named penalty."""
     if given is None:
         return named
     if isinstance(given, (list, tuple)):

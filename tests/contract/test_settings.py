@@ -137,8 +137,9 @@ def test_a_renamed_setting_names_its_new_key(
         assert "Write raise_kl_coef for tighten" in error.fix
         error = refused(lambda: RLConfig(monitors={"kl": "tighten"}))  # type: ignore[arg-type]
         assert error.field == "monitors.kl" and "raise_kl_coef" in error.fix
-    error = refused(lambda: check_renamed(["steps", name], "run/config.yaml"))
+    error = refused(lambda: check_renamed(["steps", name], "run/config.yaml", "Or start over."))
     assert error.field == "run/config.yaml: key" and new in error.expected
+    assert error.fix.endswith("Or start over.")
 
 
 @pytest.mark.parametrize("kind", STAGES)

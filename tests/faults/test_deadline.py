@@ -93,7 +93,7 @@ def test_without_signals_only_functions_of_the_users_are_refused(monkeypatch: py
     config = RLConfig(reward_model="x")
     build_method(config)
     config.credit = [{"process": {"function": "os:getcwd"}}]
-    with pytest.raises(ConfigError, match=r"monitors\.timeout: got 600\.0; expected null: .* could end os:getcwd"):
+    with pytest.raises(ConfigError, match=r"monitors\.timeout: got 600\.0; expected null: .* interrupt os:getcwd"):
         build_method(config)
     config.monitors.timeout = None
     build_method(config)

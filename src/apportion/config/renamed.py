@@ -34,9 +34,13 @@ def renamed_key(field: str, name: str, value: Any = None) -> ConfigError | None:
     return ConfigError(field, name, f"{new}: the setting was renamed", f"Write {new}.{also}")
 
 
-def check_renamed(names: Iterable[str], where: str) -> None:
-    """Raise ConfigError for the first of the dotted `names` that was renamed; `where` is the file they are from."""
+def check_renamed(names: Iterable[str], where: str, alternative: str) -> None:
+    """Raise ConfigError for the first of the dotted `names` that was renamed.
+
+    Args:
+        where: the file that the names are from. alternative: what else to do than rename it there.
+    """
     for name in names:
         error = renamed_key(f"{where}: key", name)
         if error is not None:
-            raise error
+            raise ConfigError(error.field, error.got, error.expected, f"{error.fix} {alternative}")

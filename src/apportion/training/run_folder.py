@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from apportion.config.renamed import check_renamed
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError
 from apportion.system import disk, lock, safe_yaml, stderr
@@ -217,6 +218,7 @@ class RunFolder:
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
             got = f"{self.path}/config.yaml ({' '.join(str(error).split())})"
             raise ConfigError("output", got, "the settings of the run in it", fix) from error
+        check_renamed(before, f"{self.path}/config.yaml", fix)
         now = flat(config)
         for key in sorted(set(before) | set(now)):
             if key.split(".")[0] not in NOT_COMPARED and before.get(key) != now.get(key):
