@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
-    threads = cpu.settle(options.threads).threads
+    threads = cpu.configure_threads(options.threads).count
     with tempfile.TemporaryDirectory() as folder:
         bench = build(options, Path(folder))
         found = {

@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
-    threads = cpu.settle(options.threads).threads
+    threads = cpu.configure_threads(options.threads).count
     with tempfile.TemporaryDirectory() as folder:
         reward = reward_model(options.model, Path(folder) / "reward")
         prompts = write_prompts(Path(folder) / "prompts.jsonl")

@@ -41,7 +41,7 @@ def speed(config: SpeedConfig, tell: Tell = lambda line: None) -> Result:
     """
     peer, output = PEERS[config.peer], output_of(config)
     config = shaped(config)
-    config.threads = config.threads or cpu.available().threads
+    config.threads = config.threads or cpu.available_cores().count
     config.device = str(pick_device(config.device))
     with tempfile.TemporaryDirectory(prefix="apportion-bench-") as name:
         works = make_works(config, peer, Path(name))

@@ -118,7 +118,7 @@ def logged(work: Work) -> dict[str, float]:
 def main() -> int:
     """Train, measure, write; return 0, or 2 with a message in error.txt."""
     work = read_work()
-    cpu.keep_memory()  # as every command of ours does
+    cpu.keep_freed_memory()  # as every command of ours does
     try:
         config = rl_config(work)
         from apportion.stages.rl.train import train

@@ -55,7 +55,7 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
     """Return `factory(**kwargs)`, its keys checked against the signature.
 
     Raises:
-        ConfigError: a key that the factory does not take (with suggestions), or one that it requires and that is absent.
+        ConfigError: a key that the factory does not take (with suggestions), or a required one that is absent.
     """
     try:
         parameters = inspect.signature(factory).parameters

@@ -200,5 +200,5 @@ def test_metrics_of_a_skipped_update_are_left_out_and_counted() -> None:
 def test_rows_that_are_not_finite_are_named() -> None:
     mask = torch.tensor([[True, False], [True, True]])
     check_rows("rewards", torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), mask)
-    with pytest.raises(ScoreError, match="rewards of rollout 1: got inf; expected finite numbers"):
+    with pytest.raises(ScoreError, match="rewards of rollout 1, token 1: got inf; expected a finite number"):
         check_rows("rewards", torch.tensor([[1.0, torch.nan], [2.0, torch.inf]]), mask)

@@ -13,7 +13,7 @@ from apportion.cli import rl as rl_command
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.evaluate import summary as evaluation_lines
 from apportion.cli.terminal import interval, note
-from apportion.cli.threads import settle
+from apportion.cli.threads import configure_threads
 from apportion.config import DemoConfig, EvaluateConfig, OptimConfig, PPOConfig, RewardConfig, RLConfig
 from apportion.system.memory import PeakMemory
 from apportion.training.run_folder import RunFolder
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config) + "---\n" + show(reward) + "---\n" + show(rl))
         return 0
-    settle(parsed.config)
+    configure_threads(parsed.config)
     began = time.perf_counter()
     with PeakMemory() as memory:
         reward_run, rl_run, found = train(parsed, reward, rl)

@@ -7,7 +7,7 @@ from typing import Any
 
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import bar, note
-from apportion.cli.threads import settle
+from apportion.cli.threads import configure_threads
 from apportion.compatibility import discount_warning
 from apportion.config import RLConfig
 from apportion.distributed import collectives
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
         if collectives.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
-    settle(parsed.config, "" if parsed.fresh else "rl")
+    configure_threads(parsed.config, "" if parsed.fresh else "rl")
     finished = train(parsed)
     if collectives.is_log_rank():
         sys.stdout.write(f"{finished.path}\n")

@@ -16,9 +16,9 @@ from apportion.evidence.producers import PRODUCERS, Producer
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts, Segmenter
-from apportion.user_code import Users, check_given
+from apportion.user_code import UserCode, validate_evidence
 
-__all__ = ["PRODUCERS", "Models", "Producer", "Users", "plan"]
+__all__ = ["PRODUCERS", "Models", "Producer", "plan"]
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Models:
         sampling, generator: how the policy writes, for producers that let it write again (vine).
         scores: what is done to a score before it is apportioned, for producers that score further texts.
         others: further models by the path in a setting, loaded when a producer first asks for one.
-        users: calls functions of the user's, in the time that they have.
+        user_code: calls user-supplied functions within their time limit.
     """
 
     policy: Policy
@@ -40,7 +40,7 @@ class Models:
     generator: torch.Generator | None = None
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     others: dict[str, Any] = field(default_factory=dict)
-    users: Users = field(default_factory=Users)
+    user_code: UserCode = field(default_factory=UserCode)
 
 
 def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
@@ -66,7 +66,7 @@ def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     for name in sorted(n for n in needs if base[n] not in known):
         if ":" not in name:
             raise unknown_name("evidence", name, known)
-        passes.append((_users(name), frozenset({name})))
+        passes.append((_user_defined(name), frozenset({name})))
     return passes
 
 
@@ -77,13 +77,13 @@ def _check_settings(producer: Producer, name: str) -> None:
             raise ConfigError(f"evidence {name!r}", f"no {key}", f"the setting {key!r} of its method", fix)
 
 
-def _users(name: str) -> Producer:
+def _user_defined(name: str) -> Producer:
     function = registry.find("evidence", name, {})
 
     def produce(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
         decode = models.policy.tokenizer.decode
         texts = [decode(ids[mask]) for ids, mask in zip(rollouts.response_ids, rollouts.mask, strict=True)]
-        made = models.users.ask(name, function, models, rollouts, texts)
-        return {name: check_given(name, made, rollouts.mask)}
+        values = models.user_code.call(name, function, models, rollouts, texts)
+        return {name: validate_evidence(name, values, rollouts.mask)}
 
     return Producer(frozenset({name}), getattr(function, "forwards", 0), getattr(function, "backwards", 0), produce)

@@ -44,7 +44,7 @@ def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> 
                 fix = "Use unit: token, or give Models the segmenter of the run."
                 raise ConfigError("process.unit", "step", "a run with segments", fix)
             segments = check(models.segment(rollouts), rollouts.mask)
-        made = models.users.ask(settings["function"], function, texts, rollouts, prompts)
+        made = models.user_code.call(settings["function"], function, texts, rollouts, prompts)
         found[name] = laid_out(made, rollouts.mask, segments, settings["function"])
     return found
 

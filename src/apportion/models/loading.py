@@ -303,7 +303,7 @@ def own_memory(model: nn.Module) -> nn.Module:
             tensor.data = tensor.data.clone()
     quicken(model)
     lean(model)
-    cpu.return_memory()  # of the file and of copies in another dtype
+    cpu.return_freed_memory()  # of the file and of copies in another dtype
     return model
 
 

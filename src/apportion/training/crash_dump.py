@@ -19,7 +19,7 @@ from apportion.system.disk import explained
 from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.run_folder import RunFolder
 from apportion.types import Rollouts
-from apportion.user_code import Users, raised
+from apportion.user_code import LastWords, UserCode, error_of
 
 DECIMALS = 8  # with 6, the rounding of a hundred tokens' credit adds up to more than 1e-5 of the score
 Column = Callable[[Rollouts], Tensor]
@@ -55,7 +55,7 @@ class CrashDump:
         self,
         run: RunFolder | None,
         tokenizer: Any,
-        user_code: Users,
+        user_code: UserCode,
         modules: Mapping[str, str],
         nonfinite: SkippedUpdates,
         lazy_columns: Mapping[str, Column],
@@ -65,19 +65,19 @@ class CrashDump:
 
     def prepare(self, step: int, rollouts: Rollouts) -> None:
         """Hand over this process's rollouts, to be saved if a user-supplied function has to be killed."""
-        if self.run is None or not self.modules or self.user_code.deadline.seconds is None:
+        if self.run is None or not self.modules or self.user_code.timeout is None:
             return
         run, target = self.run, folder_of(self.run.path, step)
+        rows = to_lines(self.tokenizer, step, rollouts, {}, split=False)
         status = {"stage": run.stage, "name": run.path.name, "status": "failed", **run.status_fields}
 
         def files(error: str) -> dict[str, str]:
             # the end of any process is the run's: the launcher ends the main one before it can write its status
             content = json.dumps(status | {"error": error}, indent=2) + "\n"
-            return {str(target / "error.txt"): f"{error}\n", str(run.path / "status.json"): content}
+            dump = {"rollouts.jsonl": rows, "error.txt": f"{error}\n"}
+            return {str(target / name): text for name, text in dump.items()} | {str(run.path / "status.json"): content}
 
-        rows = to_lines(self.tokenizer, step, rollouts, {}, split=False)
-        place = f"The rollouts are in {target}."
-        self.user_code.leave({str(target / "rollouts.jsonl"): rows}, place, str(target / "traceback.txt"), files)
+        self.user_code.last_words = LastWords(f"The rollouts are in {target}.", files, str(target / "traceback.txt"))
 
     @contextmanager
     def on_error(self, snapshot: BatchSnapshot) -> Iterator[None]:
@@ -97,7 +97,7 @@ class CrashDump:
             name = self._responsible(error)
             if name is None:
                 raise
-            failure = raised(name, error)
+            failure = error_of(name, error)
             self._save(snapshot, failure, error)
             raise failure from error
 

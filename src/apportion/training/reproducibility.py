@@ -43,9 +43,9 @@ def configure_threads(run: RunFolder, wanted: int | None) -> int:
     A run that began with more threads than this machine has processors for does not get them.
     """
     begun = collectives.broadcast_object(run.status_fields.get("threads") if run.started else None)
-    if wanted is None and begun is not None and begun <= len(cpu.affinity()):
+    if wanted is None and begun is not None and begun <= cpu.allowed_processors():
         wanted = int(begun)
-    return cpu.use(wanted)
+    return cpu.set_threads(wanted)
 
 
 def run_environment(models: Mapping[str, Any]) -> dict[str, Any]:

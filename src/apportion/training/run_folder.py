@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from filelock import FileLock
 
 from apportion.config.renamed import check_renamed
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError
-from apportion.system import disk, lock, safe_yaml, stderr
+from apportion.system import disk, safe_yaml, stderr
 from apportion.system.disk import explained as explained
 from apportion.system.disk import need_space as need_space
+from apportion.system.lock import lock_folder
 from apportion.system.paths import link_outside
 from apportion.training.logs import JsonlLogs
 
@@ -65,7 +67,7 @@ class RunFolder:
         self.status_fields: dict[str, Any] = {}
         self.disk_wait = 0.0
         self.stop_waiting: Callable[[], bool] = lambda: False
-        self.lock: lock.Lock | None = None
+        self.lock: FileLock | None = None
 
     @property
     def logs(self) -> JsonlLogs:
@@ -84,16 +86,16 @@ class RunFolder:
         run = cls(Path(output).expanduser(), stage)
         with explained(run.path):
             run._refuse_foreign()  # nor is a lock put beside what is no run
-        run.lock = lock.take(run.path)
+        run.lock, warning = lock_folder(run.path)
         try:
             with explained(run.path):
-                run._prepare(output, config, fresh)
+                run._prepare(output, config, fresh, warning)
         except BaseException:
             run.lock = None
             raise
         return run
 
-    def _prepare(self, output: str, config: Mapping[str, Any], fresh: bool) -> None:
+    def _prepare(self, output: str, config: Mapping[str, Any], fresh: bool, warning: str | None) -> None:
         if fresh and self.is_run:
             self._discard()
         self._refuse_foreign()
@@ -115,8 +117,8 @@ class RunFolder:
         before = self.read("status.json")
         self.status_fields = {name: before[name] for name in ("threads", "checkpoint", "monitors") if name in before}
         self.write_status("running")
-        if self.lock is not None and self.lock.note is not None:
-            self.warn(f"apportion: warning: {self.lock.note}.\n")
+        if warning is not None:
+            self.warn(f"apportion: warning: {warning}.\n")
 
     def _make(self) -> None:
         """Make the folder, or the one that a link leads to, durably."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.distributed import collectives
-from apportion.errors import ConfigError, DiskError, Interrupted, ModelError
+from apportion.errors import ApportionError, ConfigError, Interrupted, ModelError
 from apportion.models.loading import pick_device
 from apportion.models.saving import unfinished
 from apportion.system import disk, stderr
@@ -186,11 +186,13 @@ class TrainingSession:
             raise Interrupted(text, 128 + signal)
 
     def abort(self, error: str) -> None:
-        """End this process immediately, from any thread, with the error of another process."""
+        """End this process at once with an error that the others, blocked in a collective, do not get."""
         if self.run is not None:
-            self.run.disk_wait = 0.0
-            with suppress(DiskError):  # the disk may be what failed
-                self.run.write_status("failed", error=error)
+            run = RunFolder(self.run.path, self.run.stage)  # a follower's own writes nothing
+            with suppress(ApportionError):  # the disk may be what failed
+                before = run.read("status.json")
+                run.status_fields = {name: value for name, value in before.items() if name != "status"}
+                run.write_status("failed", error=error)
         stderr.write(f"apportion: {error}\n")
         os._exit(2)
 

@@ -37,7 +37,7 @@ from apportion.training.optimizer import learning_rate, make_optimizer
 from apportion.training.run_folder import RunFolder
 from apportion.training.state import Tensors, pack_state, unpack_state
 from apportion.types import Credit, Method, Rollouts, State
-from apportion.user_code import Users, credit_in_time, in_time, means, user_defined_names, validated
+from apportion.user_code import UserCode, guard_credit, guard_method, means, user_defined_names
 
 
 class Learner:
@@ -74,7 +74,7 @@ class Learner:
         modules = {name.split(":")[0]: name for name in names}
         columns = {"credit": lambda rollouts: rewards_before_kl(self, rollouts), "ratio": self.ratios}
         tokenizer, nonfinite = self.policy.tokenizer, self.monitoring.nonfinite
-        self.crash_dump: CrashDump | None = CrashDump(run, tokenizer, models.users, modules, nonfinite, columns)
+        self.crash_dump: CrashDump | None = CrashDump(run, tokenizer, models.user_code, modules, nonfinite, columns)
 
     @property
     def always(self) -> frozenset[str]:
@@ -235,14 +235,14 @@ def make_learner(
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
-    users = Users(config.monitors.timeout)
-    method = validated(in_time(method, users))
+    user_code = UserCode(config.monitors.timeout)
+    method = guard_method(method, user_code)
     compared = comparisons(config.compare) if config.log_rollouts else {}
-    compare = {name: credit_in_time([name], one, users) for name, one in compared.items()}
+    compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
     generator = torch.Generator(device=policy.device).manual_seed(config.seed)
     # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
     own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
-    models = Models(policy, reward, method.segment, config.sampling, own, config.scores, users=users)
+    models = Models(policy, reward, method.segment, config.sampling, own, config.scores, user_code=user_code)
     return Learner(config, models, method, prompts, generator, compare, run)
 
 

@@ -13,7 +13,7 @@ from apportion.credit._evidence import EVIDENCE
 from apportion.masking import normalise
 from apportion.training.crash_dump import DECIMALS
 from apportion.types import Advantages, Credit, Rollouts
-from apportion.user_code import checked
+from apportion.user_code import guard_credit
 
 if TYPE_CHECKING:
     from apportion.stages.rl.learner import Learner
@@ -23,7 +23,7 @@ def comparisons(names: Iterable[str]) -> dict[str, Credit]:
     """Return the credit methods to log beside the one that is trained, by name. Raises ConfigError."""
     for name in names:
         registry.find("compare", name, credit.METHODS)  # an unknown one is an error of this setting
-    return {name: checked(name, credit.make(name, {})) for name in names}
+    return {name: guard_credit(name, credit.make(name, {})) for name in names}
 
 
 def rollout_records(
