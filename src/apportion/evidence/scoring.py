@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.batching import micro_batches, trim, untrimmed
-from apportion.config import ScoreConfig
+from apportion.config.sections import ScoreConfig
 from apportion.errors import DataError, ScoreError
 from apportion.evidence import Models, plan
 from apportion.evidence.prefix import GIVES as PREFIX

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apportion.config import LoraConfig
+from apportion.config.sections import LoraConfig
 from apportion.distributed.sharding import Sharded, Weights
 from apportion.errors import ModelError
 from apportion.losses import entropy_of

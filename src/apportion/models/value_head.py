@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apportion.config import LoraConfig, ScoreConfig
+from apportion.config.sections import LoraConfig, ScoreConfig
 from apportion.errors import ConfigError
 from apportion.models.loading import quick_attention
 from apportion.models.lora import add_adapter

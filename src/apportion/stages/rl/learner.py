@@ -227,7 +227,7 @@ def make_learner(
     with leaving_out(output, config.skip_bad_rows) as bad:
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
-    prompts = PromptStream(texts, tokenizer, config, context_of(folder))
+    prompts = PromptStream(texts, tokenizer, config.sampling, config.seed, context_of(folder))
     report(quick(config, folder, tokenizer, texts, prompts.rows), run, warn)
     text = PolicyText(tokenizer, prompts.conversations)
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
