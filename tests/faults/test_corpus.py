@@ -22,7 +22,7 @@ HEAVY = [case for case in CASES if not case.early]
 SAMPLE = [next(c for c in LIGHT if c.kind == kind) for kind in ("data", "plugins", "yaml", "flags")][: 4 if ANEW else 2]
 PROBE = """
 import json, sys
-from apportion.cli import main
+from apportion.cli.main import main
 try:
     code = main(sys.argv[1:])
 finally:
