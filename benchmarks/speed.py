@@ -16,7 +16,7 @@ from apportion.errors import ApportionError, ConfigError
 from apportion.models.loading import load_tokenizer, locate, pick_device
 from apportion.stages.rl.method import build_method
 from apportion.system import cpu
-from apportion.training.run_folder import explained
+from apportion.training.run_folder import explain_disk_errors
 from benchmarks.harness import figures, machine
 from benchmarks.harness.environment import environment, installed
 from benchmarks.harness.ours import rl_config
@@ -197,6 +197,6 @@ def ratios(found: Result) -> Result:
 
 def store(path: Path, found: Result) -> None:
     """Write a result file, making its folder. Raises DiskError."""
-    with explained(path):
+    with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import bar, note
 from apportion.errors import ConfigError
-from apportion.training.run_folder import explained
+from apportion.training.run_folder import explain_disk_errors
 from benchmarks.faults.settings import FaultsConfig, SoakConfig, check_faults, check_soak
 
 FAULTS = """examples:
@@ -85,7 +85,7 @@ def _written(found: dict[str, Any], out: str | None, as_json: bool) -> None:
     text = json.dumps(found, indent=2) + "\n"
     if out is not None:
         path = Path(out).expanduser()
-        with explained(path):
+        with explain_disk_errors(path):
             path.write_text(text, encoding="utf-8")
     if as_json:
         sys.stdout.write(text)

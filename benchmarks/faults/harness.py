@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apportion.system.disk import explained
+from apportion.system.disk import explain_disk_errors
 from benchmarks.faults.kills import Plan, Reference, kill_once, reference
 from benchmarks.faults.process import warm
 from benchmarks.faults.settings import FaultsConfig
@@ -29,7 +29,7 @@ def place(folder: str | None, prefix: str) -> Iterator[Path]:
     """Give a folder for runs: the one named, kept, or a temporary one, removed at the end."""
     if folder is not None:
         path = Path(folder).expanduser().absolute()
-        with explained(path):
+        with explain_disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         yield path
         return
@@ -42,7 +42,7 @@ def place(folder: str | None, prefix: str) -> Iterator[Path]:
 
 def clear(root: Path, *patterns: str) -> None:
     """Remove what an earlier benchmark left in `root` under such names: worlds and runs, and nothing else."""
-    with explained(root):
+    with explain_disk_errors(root):
         for path in (path for pattern in patterns for path in root.glob(pattern)):
             if (path / "status.json").is_file() or (path / "policy" / "config.json").is_file():
                 shutil.rmtree(path)
