@@ -12,7 +12,7 @@ import pytest
 import tiny_runs
 import torch
 from faulty import METHODS
-from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, unlike
+from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, launch, unlike
 
 from apportion.cli.main import main
 from apportion.distributed import collectives
@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found: `parallel_worker.run`."""
     out = tmp_path_factory.mktemp("two")
-    done = launch([*TORCHRUN, REPO / "tests" / "parallel_worker.py", world, out])
+    done = launch([*TORCHRUN, SUPPORT / "parallel_worker.py", world, out])
     assert done.returncode == 0, done.stderr
     return [torch.load(out / f"rank-{i}.pt", weights_only=True) for i in (0, 1)]
 

@@ -20,7 +20,7 @@ from apportion.errors import ModelError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ppo_from_scratch.py"
 NEAR = 1e-5  # relative where a metric is above 1, else absolute; of the KL, a token
-# what `apportion rl` logs beside the algorithm: costs, monitors, and counts of fallbacks, which are 0 where none happened
+# what `apportion rl` logs beside the algorithm: costs, monitors, and counts of fallbacks, 0 where none happened
 BESIDE = ("time/", "memory/", "monitors/")
 FALLBACKS = {"credit/fallback_rate", "credit/empty_rate", "policy/ratio_limited"}
 FLAGS = {  # of the example: of `apportion rl`
@@ -173,7 +173,7 @@ def test_the_file_equals_the_stage_on_smollm2(smollm2: Path, tmp_path: Path) -> 
     paths = {"policy": "smollm2", "reward_model": save_judge(tmp_path / "judge", smollm2)}
     prompts = {"prompts": tiny.save_prompts(tmp_path / "prompts.jsonl")}
     sizes = {"steps": 3, "batch_size": 4, "max_new_tokens": 6, "epochs": 2, "mini_batch": 2}
-    # at temperature 1 so many tokens are unlikely that a uniform number often lies on an edge (see `settings`); here none
+    # at temperature 1 so many tokens are unlikely that a uniform often lies on an edge (see `settings`); here none
     # lies nearer than 9e-4
     settings = paths | prompts | sizes | {"temperature": 0.5, "lr": 2e-4, "seed": 5}
     came = written_out(settings)

@@ -14,7 +14,7 @@ import sharded_worker
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, unlike
+from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, launch, unlike
 
 from apportion.distributed.launch import check_launch
 from apportion.distributed.sharding import check_groups, layers_of
@@ -65,7 +65,7 @@ def out(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two")
     with pytest.raises(KeyboardInterrupt):
         rl.train(sharded_worker.settings(world, out / "begun"), on_step=sharded_worker.stop_after(1))
-    done = launch([*TORCHRUN, REPO / "tests" / "sharded_worker.py", world, out], **FSDP2)
+    done = launch([*TORCHRUN, SUPPORT / "sharded_worker.py", world, out], **FSDP2)
     assert done.returncode == 0, done.stderr
     return out
 

@@ -478,7 +478,7 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
 
 TWICE = """
 import os, signal, sys, time
-from apportion.stages.signals import Signals
+from apportion.training.signals import Signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
     try:
