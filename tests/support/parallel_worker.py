@@ -44,7 +44,7 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     learner = make_learner(config, build_method(config))
     learner.share_weights(failed)
     policy = learner.models.policy
-    parameters, whole = policy.learning(), set(policy.weights.alike(policy.trainable()))
+    parameters, whole = policy.learning(), set(policy.weights.replicated(policy.trainable()))
     gradients: list[torch.Tensor] = []
     step = learner.optimizer.step
 

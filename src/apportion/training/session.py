@@ -234,7 +234,7 @@ class TrainingSession:
             if collectives.is_main():
                 run.retry_when_full(work, size)
                 evaluate(part)
-                run.retry_when_full(lambda: disk.place(part, run.path / "final"), 1 << 12)
+                run.retry_when_full(lambda: disk.replace_durably(part, run.path / "final"), 1 << 12)
 
 
 def saved_bytes(model: nn.Module) -> int:
