@@ -11,6 +11,7 @@ import pytest
 
 from apportion.cli.arguments import parse
 from apportion.cli.help import format_help
+from apportion.compatibility import check_diagnosis, check_processes
 from apportion.config import (
     DemoConfig,
     DiagnoseConfig,
@@ -142,7 +143,7 @@ def test_a_renamed_setting_names_its_new_key(
     assert error.fix.endswith("Or start over.")
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", [*STAGES, OtherStage])
 def test_every_setting_has_its_help(kind: type[Section]) -> None:
     text = "".join(format_help(kind, "x").split())  # it is wrapped, at hyphens too
     for name, field in settings_of(kind).items():
@@ -150,3 +151,18 @@ def test_every_setting_has_its_help(kind: type[Section]) -> None:
         shown = f"{field.description} ({rule_of(field).expected}; default: "
         assert f"--{name}" in text and "".join(shown.split()) in text, name
     assert f"default:{PPOConfig().value_coef}" in text or kind is not RLConfig
+
+
+def test_every_process_needs_a_prompt_and_a_rollout() -> None:
+    config = RLConfig(sampling={"batch_size": 8, "samples_per_prompt": 4}, ppo={"mini_batch": 2})  # type: ignore[arg-type]
+    check_processes(config, 2)
+    assert refused(lambda: check_processes(config, 3)).field == "sampling.batch_size"
+    config.sampling.samples_per_prompt = 1
+    assert refused(lambda: check_processes(config, 3)).field == "ppo.mini_batch"
+
+
+def test_a_diagnosis_sets_its_rollouts_of_a_prompt_once() -> None:
+    config = DiagnoseConfig()
+    check_diagnosis(config)
+    config.sampling.samples_per_prompt = 4
+    assert refused(lambda: check_diagnosis(config)).got == 4

@@ -94,10 +94,7 @@ def config_error(error: ValidationError, kind: type[Section], values: Mapping[st
     """Return the first problem that pydantic reports of `values` as a ConfigError, with its dotted name."""
     problems = error.errors(include_url=False)
     first = next((problem for problem in problems if problem["type"] in UNKNOWN), problems[0])
-    inner = first.get("ctx", {}).get("error")
-    if not first["loc"]:
-        return inner if isinstance(inner, ConfigError) else ConfigError("settings", dict(values), first["msg"], "")
-    name = str(first["loc"][0])
+    name, inner = str(first["loc"][0]), first.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):  # raised by a nested section, which knows its own names only
         if inner.field == KEY:
             return unknown_setting(KEY, f"{name}.{inner.got}", list(settings_of(kind)))
