@@ -142,7 +142,7 @@ def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
         (estimator("narrow"), ["advantages (advantages): got 'methods:estimate, which returned torch.float32 (4, 3)"]),
         (estimator("flat"), ["advantages (returns): got 'methods:estimate, which returned torch.float32 (4,)"]),
         (estimator("whole"), ["advantages (advantages): got 'methods:estimate, which returned torch.int64 (4, 4)"]),
-        (estimator("nan"), ["returns of rollout 2, token 0: got nan; expected a finite number"]),
+        (estimator("nan"), ["returns of rollout 2, token 1: got nan; expected a finite number"]),
         (estimator("bare stats"), ["advantages (stats mine): got", "expected {name: (sum, count)}"]),
         (estimator("infinite stats"), ["mine at step 1: got ", "expected a finite number. The training diverged"]),
         (
