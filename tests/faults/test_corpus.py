@@ -1,4 +1,4 @@
-"""Every malformed input of the corpus through the real command: one message with its fix, and nothing left behind."""
+"""Every malformed input of the corpus through the real command: one message with its fix, and no files remain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANEW = os.environ.get("APPORTION_LONG") == "1"
 KINDS = ("data", "yaml", "flags", "models", "tokenizers", "plugins")
 LIGHT = [case for case in CASES if case.early]
 HEAVY = [case for case in CASES if not case.early]
-# anew a process takes seconds: two kinds always, all of them when there is time
+# a new process takes seconds: two kinds always, all of them when there is time
 SAMPLE = [next(c for c in LIGHT if c.kind == kind) for kind in ("data", "plugins", "yaml", "flags")][: 4 if ANEW else 2]
 PROBE = """
 import json, sys

@@ -1,4 +1,4 @@
-"""Every class of bad input once through `python -m apportion` itself, started anew as a user starts it.
+"""Every class of bad input once through `python -m apportion` itself, in a new process as for a user.
 
 The other files of this folder try many more cases of each, in processes forked from one that is warm.
 """
@@ -20,7 +20,7 @@ LONG = "film" + " film" * 130
 
 @pytest.fixture
 def apportion(python: Command) -> Command:
-    """Return the command, started anew."""
+    """Return the command as a new process."""
     return lambda *arguments: python("-m", "apportion", *arguments)
 
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.faults.compare import difference, traces
 
 from apportion.cli.arguments import parse
-from apportion.cli.main import again, main
+from apportion.cli.main import main, resume_command
 from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DiskError, Interrupted
 from apportion.stages.reward import train as reward
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_named_and_the_one_before_it_taken(
     assert resumed(models, run, whole) == 2
     said = capsys.readouterr().err
     assert f"checkpoint {newest} cannot be used: {name} " in said
-    assert f"going on from {run / 'checkpoints' / 'step-2'}." in said
+    assert f"resuming from {run / 'checkpoints' / 'step-2'}." in said
 
 
 def test_every_byte_of_a_manifest_counts(stopped: Path, tmp_path: Path) -> None:
@@ -229,7 +229,8 @@ def test_what_moved_the_last_bits_is_told(
     (newest / MANIFEST).write_text(manifest(newest))
     assert resumed(models, run, whole) == 3
     said = capsys.readouterr().err
-    assert "warning: the last bits" in said and f"torch was '1.0' and is {torch.__version__!r}." in said
+    assert "not be bitwise those of an uninterrupted run" in said
+    assert f"torch was '1.0' and is {torch.__version__!r}." in said
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with(models: Path, run: Path, whole: Path) -> None:
@@ -245,7 +246,7 @@ def test_another_model_under_a_checkpoint_is_refused(models: Path, run: Path, tm
     config = settings(models, run)
     config.lora.rank = 2
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("rank: 4", "rank: 2"))
-    with pytest.raises(ConfigError, match="checkpoint: got .*of other shapes.*the model that the run began with"):
+    with pytest.raises(ConfigError, match="checkpoint: got .*of other shapes.*the model that the run started from"):
         rl.train(config)
 
 
@@ -472,7 +473,8 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
     assert process.returncode == 143 and "Traceback" not in said
     assert "SIGTERM: finishing this batch and writing a checkpoint" in said
     printed = said.strip().splitlines()[-1].strip()
-    assert printed == again(["rl", *flags]) and printed.startswith("apportion rl ") and "--fresh" not in printed
+    assert printed == resume_command(["rl", *flags])
+    assert printed.startswith("apportion rl ") and "--fresh" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 
@@ -498,7 +500,7 @@ with Signals(lambda line: print(line, end="", flush=True)) as signals:
 
 def test_a_second_signal_stops_at_once(python: Callable[..., Any]) -> None:
     done = python("-c", TWICE)
-    assert done.code == -signal.SIGTERM and "stopped at once" in done.out and "not reached" not in done.out
+    assert done.code == -signal.SIGTERM and "apportion: stopped;" in done.out and "not reached" not in done.out
 
 
 @pytest.mark.long

@@ -30,8 +30,8 @@ def run(arguments: list[str]) -> int:
     finished = train(parsed)
     if not collectives.is_log_rank():
         return 0
-    found = finished.read("evaluation.json")
-    note(f"held-out accuracy {interval(found['accuracy'], 3)}, calibration error {found['ece']:.3f}")
+    figures = finished.read("evaluation.json")
+    note(f"held-out accuracy {interval(figures['accuracy'], 3)}, calibration error {figures['ece']:.3f}")
     sys.stdout.write(f"{finished.path}\n")
     return 0
 

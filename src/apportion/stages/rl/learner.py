@@ -25,7 +25,7 @@ from apportion.models.reward import adjust, load_reward
 from apportion.models.text.render import check_embeddings
 from apportion.models.text.token_spans import PolicyText
 from apportion.registry import asked
-from apportion.stages.doctor.checkup import quick
+from apportion.stages.doctor.rl import preflight
 from apportion.stages.rl.rollout_log import comparisons, rewards_before_kl
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import FirstPass, Targets, update
@@ -228,7 +228,7 @@ def make_learner(
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     prompts = PromptStream(texts, tokenizer, config, context_of(folder))
-    report(quick(config, folder, tokenizer, texts, prompts.rows), run, warn)
+    report(preflight(config, folder, tokenizer, texts, prompts.rows), run, warn)
     text = PolicyText(tokenizer, prompts.conversations)
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(reward_path, **loading, policy=text)  # by ids where it shares the tokenizer, else by text
@@ -247,11 +247,11 @@ def make_learner(
 
 
 def report(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) -> None:
-    """Write the warnings of the quick check into status.json and pass them to `warn`."""
+    """Write the warnings of the preflight checks into status.json and pass them to `warn`."""
     if findings and run is not None:
-        run.update_status(doctor=[{"name": one.name, "found": one.found, "fix": one.fix} for one in findings])
+        run.update_status(doctor=[{"name": one.name, "message": one.message, "fix": one.fix} for one in findings])
     for one in findings:
-        warn(f"warning: {one.name}: {one.found}. {one.fix}")
+        warn(f"warning: {one.name}: {one.message}. {one.fix}")
 
 
 def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:

@@ -41,7 +41,7 @@ def train(
 
     Args:
         on_step: called after each step with (step, steps, metrics).
-        warn: called with a line for each setting that may not be meant (`stages.doctor.checkup.quick`).
+        warn: called with a line for each setting that may not be meant (`stages.doctor.rl.preflight`).
 
     Raises:
         ConfigError, ModelError, DataError, ScoreError, DiskError: each names the fix.
