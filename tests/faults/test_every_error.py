@@ -1,7 +1,7 @@
 """Every class of bad input once through `python -m apportion` itself, in a new process as a user starts it.
 
-A start takes seconds. `make test` has one case of each class here; the others run in `make test-long`, since the rest of
-this folder has them, and many more, in processes forked from one that has the libraries imported.
+A start takes seconds. `make test` has one case of each class here; the others run in `make test-long`, since the other
+files of this folder have them, and many more, in processes forked from one that has the libraries imported.
 """
 
 from __future__ import annotations
