@@ -56,13 +56,13 @@ class UserCode:
             UserCodeError: it raised (that is the cause), tried to end the process, or took too long.
             ConfigError: its time cannot be limited, because no process can be started.
         """
-        if self._running:
+        if self._running or self.timeout is None:
             return call_named(name, function, *args)
         hung = f"{LATE}. It hung in code that cannot be interrupted. {self.last_words.place}".strip()
-        files = {} if self.timeout is None else self.last_words.files(str(self._late(name, hung)))
+        message = str(self._late(name, hung))
         self._running = True
         try:
-            with time_limit(self.timeout, str(self._late(name, hung)), files, self.last_words.trace):
+            with time_limit(self.timeout, message, self.last_words.files(message), self.last_words.trace):
                 return call_named(name, function, *args)
         except TimedOut as error:
             raise self._late(name, f"{LATE}.") from error
