@@ -33,7 +33,7 @@ from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.update import Targets, update
 from apportion.system import cpu
 from apportion.training.optimizer import make_optimizer
-from benchmarks.harness.machine import describe, matmul_rate
+from benchmarks.harness.machine import SIZES, describe, matmul_rate
 
 
 def main() -> int:
@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2", help="the policy's start: a built-in name or a folder")
     for name, value in {"rows": 64, "prompt": 16, "response": 112, "repeats": 3, "micro_tokens": 1024}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--matmul_sizes", type=int, nargs="+", default=SIZES, help="of the machine's rate")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -98,7 +99,7 @@ def rate(policy: Policy, options: argparse.Namespace) -> dict[str, float]:
     optimizer = make_optimizer(policy.trainable(), policy.remainders, OptimConfig(lr=1e-6))
     times, peaks = [], []
     for _ in range(options.repeats + 1):
-        peaks.append(matmul_rate(torch.bfloat16))
+        peaks.append(matmul_rate(torch.bfloat16, sizes=options.matmul_sizes))
         began = time.perf_counter()
         run(policy, optimizer, rollouts, targets, options.micro_tokens)
         times.append(time.perf_counter() - began)

@@ -108,6 +108,7 @@ def test_the_updates_rate_and_numbers(tmp_path: Path) -> None:
 
     folder = tiny.save_policy(tmp_path / "policy")
     words = ["--model", folder, "--rows", 4, "--prompt", 5, "--response", 7, "--repeats", 1, "--micro_tokens", 24]
+    words += ["--matmul_sizes", 128]
     done = run_benchmark("update_speed", *words, "--threads", 1, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
