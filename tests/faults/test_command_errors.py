@@ -54,7 +54,7 @@ def test_help_of_a_command_loads_no_model_library(command: Command, name: str) -
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        (["rll"], ["command: got 'rll'", "algorithms, bench, credit", "Did you mean 'rl'"]),
+        (["rll"], ["command: got 'rll'", "algorithms, credit, demo", "Did you mean 'rl'"]),
         (["--dry"], ["command: got '--dry'"]),
         (["rl", "--stepz", "3"], ["flag: got '--stepz'", "Did you mean '--steps'"]),
         (["rl", "--ppo.epoch=1"], ["flag: got '--ppo.epoch'", "Did you mean '--ppo.epochs'"]),
