@@ -6,7 +6,6 @@ can score the short responses that a policy generates.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from apportion.config import RewardConfig, to_dict
-from apportion.data import BadRows
+from apportion.data import labelled_splits
 from apportion.data.bad_rows import leaving_out
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
-from apportion.errors import ConfigError, DataError
+from apportion.errors import ConfigError
 from apportion.models.fast.packed_weights import packed
 from apportion.models.loading import (
     context_of,
@@ -130,7 +129,7 @@ def check_shares(config: RewardConfig) -> None:
 def _prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     """Return (model, inputs). Cheap checks come before the model."""
     with leaving_out(run.path, config.skip_bad_rows) as bad:
-        train_rows, test_rows = read_data(config, bad)
+        train_rows, test_rows = labelled_splits(config.data, config.test_data, config.test_texts, bad)
     need_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
     tokenizer = load_tokenizer("model", folder, config.pad_token)
@@ -160,33 +159,6 @@ def _evaluate(
     statistics = json.dumps({"mean": evaluation["score_mean"], "sd": evaluation["score_sd"]})
     run.retry_when_full(lambda: (folder / STATISTICS).write_text(statistics), len(statistics))
     return evaluation
-
-
-def read_data(config: RewardConfig, bad: BadRows | None = None) -> tuple[list[Any], list[Any]]:
-    """Return (training rows, held-out rows) of (text, label). Raises DataError.
-
-    A data set without held-out rows of its own keeps a fixed tenth by hash of the text.
-    """
-    from apportion.data import bucket, labelled
-
-    if config.data == "imdb" and config.test_data is None:
-        training, held_out = labelled("imdb", "reward_train"), labelled("imdb", "reward_test")
-    elif config.test_data is not None:
-        training = labelled(config.data, bad=bad)
-        held_out = labelled(config.test_data, field="test_data", bad=bad)
-    else:
-        rows = labelled(config.data, bad=bad)
-        training = [row for row in rows if bucket(row.text) >= 10]
-        held_out = [row for row in rows if bucket(row.text) < 10]
-        if not training or not held_out:
-            fix = "Give more rows, or held-out ones of their own with --test_data."
-            raise DataError("data", f"{len(rows)} rows", "enough to hold a tenth of them out", fix)
-    if len({row.label for row in training}) < 2:
-        got = f"{len(training)} training rows, all with label {training[0].label}"
-        raise DataError("data", got, "rows of both labels", "Give texts of both kinds.")
-    # files are often sorted by label: take the held-out texts in an order that their hash gives
-    held_out = sorted(held_out, key=lambda row: hashlib.sha256(row.text.encode()).digest())
-    return list(training), held_out[: config.test_texts]
 
 
 def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device, excerpts: list[Excerpt]) -> Any:

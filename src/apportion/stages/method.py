@@ -1,15 +1,16 @@
-"""The choices of a run, built and checked before any model library is loaded."""
+"""The method of a reinforcement-learning run, and the credits logged beside it; built before any model is loaded."""
 
 from __future__ import annotations
 
-from apportion import algorithms, registry
+from collections.abc import Iterable
+
+from apportion import algorithms, credit, registry
 from apportion.config import PPOConfig, RLConfig
 from apportion.errors import ConfigError
 from apportion.evidence import plan
-from apportion.stages.rl.rollout_log import comparisons
 from apportion.system import time_limit
-from apportion.types import Method
-from apportion.user_code import user_defined_names
+from apportion.types import Credit, Method
+from apportion.user_code import guard_credit, user_defined_names
 
 GROUP = 4  # rollouts of one prompt where an estimator compares them
 EPOCHS = {True: 4, False: 1}  # passes over a batch, with a critic and without
@@ -31,6 +32,13 @@ def build_method(config: RLConfig) -> Method:
     plan(method.needs.union(*(compared.needs for compared in comparisons(config.compare).values())))
     settle(config, method)
     return method
+
+
+def comparisons(names: Iterable[str]) -> dict[str, Credit]:
+    """Return the credit methods to log beside the trained one, by name. Raises ConfigError."""
+    for name in names:
+        registry.find("compare", name, credit.METHODS)  # an unknown one is an error of this setting
+    return {name: guard_credit(name, credit.make(name, {})) for name in names}
 
 
 def settle(config: RLConfig, method: Method) -> None:
