@@ -1,4 +1,4 @@
-"""Records docs/methods/responses.json: three responses of a policy with everything that any method can be told of them.
+"""Records docs/methods/responses.json: three responses of a policy with the evidence of every method.
 
     python tools/record_responses.py --reward_model runs/demo/reward/final
 

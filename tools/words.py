@@ -61,7 +61,6 @@ IDENTIFIERS = {  # whole names; an entry in parentheses is a regular expression
     "learned_once": "single_step_on_policy",
     "look": "check",
     "(_?mend(s|ed|ing)?)": "fix",
-    "nothing": "zero_with_grad",
     "own_methods": "user_code",
     "own_tokenizer": "render",
     "parted": "is_sharded",
@@ -116,6 +115,7 @@ PHRASES = {  # regular expressions; a space stands for any white space
     r"told what": "given",
     r"asked for anew": "requested again",
 }
+ATTRIBUTES = frozenset({"later", "look"})  # ordinary words, except as attributes
 WHAT = "a noun phrase that says what is in the module"
 
 
@@ -174,7 +174,8 @@ def identifiers(tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[int, str, st
     """Yield (line, name, replacement) of the names of the dialect; `file.tell` is Python's own."""
     before = ""
     for token in tokens:
-        if token.type == tokenize.NAME and not (before == "." and token.string == "tell"):
+        wanted = before == "." if token.string in ATTRIBUTES else token.string != "tell" or before != "."
+        if token.type == tokenize.NAME and wanted:
             to = IDENTIFIERS.get(token.string) or next((t for p, t in NAME_PATTERNS if p.fullmatch(token.string)), None)
             if to is not None:
                 yield token.start[0], token.string, to

@@ -14,7 +14,7 @@ Command = Callable[..., Any]
 LISTED = ("transformers", "peft", "trl", "accelerate", "datasets")
 PROBE = """
 import sys
-from apportion.cli import main
+from apportion.cli.main import main
 try:
     code = main(sys.argv[1:])
 except SystemExit as done:

@@ -60,7 +60,7 @@ def places(value: Any, here: Path_ = ()) -> list[Path_]:
 
 
 def put(value: Any, place: Path_, new: Any) -> Any:
-    """Return `value` with `new` in `place`."""
+    """Return `value` with `new` in `replace_durably`."""
     if not place:
         return new
     changed = value.copy()
@@ -121,9 +121,9 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_that_was_a_traceback_once(tmp_path: Path, name: str) -> None:
-    file, content, told = DAMAGE[name]
+    file, content, reported = DAMAGE[name]
     run = lay(tmp_path / "run", FOLDER | {file: content})
-    assert told in write_report([run], tmp_path / "page.html").read_text()
+    assert reported in write_report([run], tmp_path / "page.html").read_text()
 
 
 def test_a_whole_number_of_many_digits_in_yaml(tmp_path: Path) -> None:

@@ -180,14 +180,14 @@ VINE = {"algorithm": "vineppo", "ppo.truncated": "mask", "sampling.stop": "eos"}
         ({"segments": {}}, "segments: got {}"),
     ],
 )
-def test_settings_that_take_the_meaning_away_are_refused(world: Path, changes: dict[str, Any], said: str) -> None:
+def test_settings_that_take_the_meaning_away_are_refused(world: Path, changes: dict[str, Any], message: str) -> None:
     config = tiny_runs.config(world)
     for name, value in changes.items():
         section, _, field = name.rpartition(".")
         setattr(getattr(config, section) if section else config, field, value)
     with pytest.raises(ConfigError) as caught:
         build_method(config)
-    assert str(caught.value).startswith(said), str(caught.value)
+    assert str(caught.value).startswith(message), str(caught.value)
 
 
 def test_plain_gspo_takes_any_estimator_of_one_action_a_response() -> None:

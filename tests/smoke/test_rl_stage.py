@@ -251,9 +251,9 @@ def test_a_start_that_is_an_adapter_runs(world: Path, tmp_path: Path) -> None:
     records = check_folder(finished(world, tmp_path / "run", policy=tmp_path / "adapter"))
     assert max(abs(kl) for record in records[:4] for kl in record["kl"]) < 1e-5, "the reference is the merged adapter"
     settings = tmp_path / "adapter" / "adapter_config.json"
-    for base, said in (("/nowhere/base", "/nowhere/base"), (None, "names no base model")):
+    for base, message in (("/nowhere/base", "/nowhere/base"), (None, "names no base model")):
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": base}))
-        with pytest.raises(ModelError, match=f"policy: got .*adapter.*{said}"):
+        with pytest.raises(ModelError, match=f"policy: got .*adapter.*{message}"):
             train(tiny_runs.config(world, tmp_path / "other", policy=tmp_path / "adapter"))
 
 

@@ -117,7 +117,7 @@ def sampled(made: Policy, rows: Sequence[Sequence[int]], /, *, seed: int = 0, **
 
 def scored(learner: Learner, step: int = 1) -> Rollouts:
     """Return the scored rollouts that a learner's policy generates for batch `step`."""
-    with learner.policy.weights.gathered():
+    with learner.policy.weights.unsharded():
         rollouts = learner.source.take(step)
         return score(learner.models, rollouts, learner.needs, learner.config.scores, learner.always)
 

@@ -81,7 +81,7 @@ class Policy:
 
     def learning(self) -> list[nn.Parameter]:
         """Return what the optimizer steps in this process for each of `trainable`: it, or this process's part."""
-        return self.weights.learning(self.trainable())
+        return self.weights.local_parameters(self.trainable())
 
     def shard(self, again: bool, end: Callable[[str], None]) -> None:
         """Have each process keep a part of every weight but the value head's; as `models.sharded.Sharded`."""
@@ -90,7 +90,7 @@ class Policy:
 
     def make_whole(self) -> None:
         """Have the model's weights whole in the main process, to be saved; nothing is learned after."""
-        self.weights.make_whole(self.model, self.remainders)
+        self.weights.unshard_for_saving(self.model, self.remainders)
 
     def allowed(self, logits: Tensor) -> Tensor:
         """Return float32 logits (…,V) over the temperature, −inf on banned ids: the one distribution of all passes."""

@@ -71,7 +71,8 @@ class TrainingSession:
         keep: int = 1,
         on_step: ProgressCallback = lambda step, total, metrics: None,
     ) -> None:
-        self.run, self.finished, self._signals = run, finished, signals or Signals(lambda line: None)
+        self.run, self.finished = run, finished
+        self._signals = Signals(lambda line: None) if signals is None else signals  # one that caught nothing is false
         self._every, self._keep, self._on_step = every, keep, on_step
         self._learner: Learner | None = None
         self.crash_dump: CrashDump | None = None
@@ -233,7 +234,7 @@ class TrainingSession:
             if collectives.is_main():
                 run.retry_when_full(work, size)
                 evaluate(part)
-                run.retry_when_full(lambda: disk.place(part, run.path / "final"), 1 << 12)
+                run.retry_when_full(lambda: disk.replace_durably(part, run.path / "final"), 1 << 12)
 
 
 def saved_bytes(model: nn.Module) -> int:

@@ -196,7 +196,8 @@ def check_rl(
     """Return the findings of all checks for a run with these settings; loads its models once, unless `fast`.
 
     Args:
-        threads: the result of `cpu.configure_threads`. eval_prompts: prompts of the later evaluation, as `prompts`.
+        threads: the result of `cpu.configure_threads`.
+        eval_prompts: prompts of the later evaluation, in the form of `prompts`.
         labels: labelled texts to test the order of scores on, in the form of `apportion reward --data`.
         on_check: called with the name of each check before it runs.
 

@@ -30,7 +30,7 @@ from apportion.stages.doctor.rl import preflight
 from apportion.stages.method import comparisons
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import FirstPass, Targets, update
-from apportion.system.disk import need_space
+from apportion.system.disk import require_space
 from apportion.training import rng
 from apportion.training.crash_dump import CrashDump
 from apportion.training.monitoring import Monitoring
@@ -89,14 +89,14 @@ class Learner:
 
     def share_weights(self, abort: Callable[[str], None]) -> None:
         """Shard the weights where the launcher asks for it (`training.state.Learner`)."""
-        if sharding.asked():
+        if sharding.is_requested():
             collectives.broadcast(self.policy.trainable())
-            self.policy.shard(sharding.again(), abort)
+            self.policy.shard(sharding.reshard_after_forward(), abort)
             self.optimizer = make_optimizer(self.policy.learning(), self.policy.remainders, self.config.optim)
 
     def synchronize(self) -> None:
         """Broadcast the main process's weights that every process holds whole."""
-        collectives.broadcast(self.policy.weights.alike(self.policy.trainable()))
+        collectives.broadcast(self.policy.weights.replicated(self.policy.trainable()))
 
     def gather_weights(self) -> None:
         """Gather sharded weights in the main process, to be saved."""
@@ -110,7 +110,7 @@ class Learner:
     def state_dict(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint."""
         # `models.generator` is the same one, or seeded anew for each step (`sources.reseed`)
-        packed = self.policy.weights.join(pack_state(self.policy.learning(), self.optimizer))
+        packed = self.policy.weights.gather_state(pack_state(self.policy.learning(), self.optimizer))
         return packed | {
             "state": self.credit_state | {"generator": self.generator.get_state()},
             "monitors": self.monitoring.state,
@@ -119,7 +119,7 @@ class Learner:
     def load_state_dict(self, stored: Tensors) -> None:
         """Restore what `state_dict` returned. Raises ConfigError where it is another model's."""
         policy = self.policy
-        unpack_state(policy.weights.cut(stored), policy.learning(), self.optimizer, policy.remainders)
+        unpack_state(policy.weights.shard_state(stored), policy.learning(), self.optimizer, policy.remainders)
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
         self.credit_state = state
@@ -231,7 +231,7 @@ def make_learner(
     """Return everything that a run holds: models, prompts, optimizer, states. Cheap checks come before models."""
     rng.seed(config.seed)
     output = Path(config.output).expanduser()
-    need_space(output, 200_000_000)
+    require_space(output, 200_000_000)
     folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
     with leaving_out(output, config.skip_bad_rows) as bad:
         texts = load_prompts(config.prompts, "rl", bad)

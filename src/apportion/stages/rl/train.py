@@ -72,7 +72,7 @@ def train_batch(
     prompts -> rollouts -> scores -> rewards -> segments -> advantages -> update
     """
     method = learner.method
-    with learner.policy.weights.gathered():  # sharded weights are gathered once, to generate and to score
+    with learner.policy.weights.unsharded():  # sharded weights are gathered once, to generate and to score
         with session.phase("generate"):
             rollouts = learner.source.take(step)  # ids, mask, logprobs (B,T)
         with session.phase("score", local=rollouts):
