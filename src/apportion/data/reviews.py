@@ -34,7 +34,7 @@ def labelled(
             text and label; labels are 0 or 1, neg or pos, negative or positive.
         part: one of `splits.PARTS`, or None for every row.
         field: the configuration key that gave `source`, for error messages.
-        bad: where rows of a table that cannot be used are written down; None makes the first of them an error.
+        bad: where unusable rows of a table are recorded; None makes the first of them an error.
 
     Raises:
         DataError: what `read_rows` refuses, a label that is none of these, or a part without rows.
