@@ -13,7 +13,7 @@ import pytest
 
 from apportion.config import RLConfig
 from apportion.errors import ConfigError
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.system import time_limit as module
 from apportion.system.time_limit import TimedOut, time_limit
 

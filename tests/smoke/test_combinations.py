@@ -17,7 +17,7 @@ from examples import LONG
 
 from apportion import advantages, algorithms, credit, losses, segments
 from apportion.errors import ConfigError
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.stages.rl.train import train
 
 
