@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import tomllib
 from pathlib import Path
@@ -40,20 +39,3 @@ def test_stages_of_the_contract_are_the_folders_of_stages() -> None:
     named = {name.strip() for layer in layers for name in layer.split("|")}
     stages = PACKAGE / "stages"
     assert named == {path.stem for path in [*stages.glob("*.py"), *stages.glob("*/")]} - {"__init__", "__pycache__"}
-
-
-def test_models_and_training_services_take_no_stages_settings() -> None:
-    """`load_policy(config.policy)`: what serves every stage cannot depend on the settings of one."""
-    folders = {path.parent.name for path in (PACKAGE / "stages").glob("*/__init__.py")}
-    files = [PACKAGE / "config" / f"{stage}.py" for stage in folders]
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-    settings = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
-    imports = [
-        (path.relative_to(PACKAGE), alias.name)
-        for folder in ("models", "data", "generation", "evidence", "training")
-        for path in (PACKAGE / folder).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("apportion.config")
-        for alias in node.names
-    ]
-    assert not [f"{path} imports {name}" for path, name in imports if name in settings]
