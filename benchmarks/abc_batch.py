@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +35,8 @@ from apportion.credit._evidence import Reading
 from apportion.evidence.scoring import score
 from apportion.models.attention.row import attention_row
 from apportion.models.reward import RewardModel
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.sources import FixedSource
 from apportion.stages.rl.train import train_batch
 from apportion.system import cpu
@@ -103,6 +102,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def with_credit(config: RLConfig, name: str) -> RLConfig:
+    """Return the settings with another credit method, followed by the KL penalty."""
+    return config.model_copy(update={"credit": [name, "kl_penalty"]})
+
+
 def build(options: argparse.Namespace, folder: Path) -> Bench:
     """Return learner and methods, with a reward model and prompts written to `folder`."""
     config = RLConfig(
@@ -119,7 +123,7 @@ def build(options: argparse.Namespace, folder: Path) -> Bench:
         ),
         ppo=PPOConfig(epochs=options.epochs),
     )
-    methods = {name: build_method(replace(config, credit=[which, "kl_penalty"])) for name, which in CREDITS.items()}
+    methods = {name: build_method(with_credit(config, which)) for name, which in CREDITS.items()}
     build_method(config)  # resolves the algorithm's defaults
     return Bench(make_learner(config, methods["abc"]), config, methods)
 

@@ -30,7 +30,7 @@ from apportion.generation import sample
 from apportion.models.loading import load_causal, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy
 from apportion.system import cpu
-from benchmarks.harness.machine import matmul_rate, read_bandwidth
+from benchmarks.harness.machine import SIZES, matmul_rate, read_bandwidth
 from benchmarks.harness.measuring import SHAPES
 
 PAD, EOS = 0, 1
@@ -59,6 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="alternations of ours and generate")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--matmul_sizes", type=int, nargs="+", default=SIZES, help="of the machine's rate")
     parser.add_argument("--threads", type=int, help="of the processor; the default is torch's")
     parser.add_argument("--continuous", action="store_true", help="measure transformers' generate_batch as well")
     parser.add_argument("--json", action="store_true")
@@ -198,7 +199,7 @@ def bound(model: Any, options: argparse.Namespace) -> dict[str, float]:
     attention = 4 * options.rows * length * layers * config.num_attention_heads * size
     moved, operations = (weights + kept) * head.element_size(), 2 * weights * options.rows + attention
     device = model.device.type
-    bandwidth, rate = read_bandwidth(device=device), matmul_rate(model.dtype, device=device)
+    bandwidth, rate = read_bandwidth(device=device), matmul_rate(model.dtype, device=device, sizes=options.matmul_sizes)
     least = {"bytes_s": moved / bandwidth, "operations_s": operations / rate}
     shown = {"bytes": moved, "operations": operations, "bytes_per_s": bandwidth, "operations_per_s": rate}
     return {**shown, **least, "bound_s": max(least.values())}

@@ -18,9 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from apportion.config import to_dict
 from apportion.errors import ApportionError, ConfigError
 from apportion.models.loading import load_tokenizer, locate, pick_device
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.system import cpu
 from benchmarks.harness import figures, machine
 from benchmarks.harness.arguments import print_line, run_command, write_json
@@ -72,7 +73,8 @@ def speed(config: SpeedConfig, on_progress: OnProgress = lambda line: None) -> R
             then holds the work of each, and no ratio.
     """
     peer, output = PEERS[config.peer], output_of(config)
-    config = replace(shaped(config), threads=config.threads or cpu.available_cores().count)
+    config = shaped(config)
+    config.threads = config.threads or cpu.available_cores().count
     config.device = str(pick_device(config.device))
     with tempfile.TemporaryDirectory(prefix="apportion-bench-") as name:
         works = make_works(config, peer, Path(name))
@@ -202,7 +204,7 @@ def summary(
     cuda = config.device == "cuda"
     return {
         "benchmark": "speed",
-        "settings": asdict(config),
+        "settings": to_dict(config),
         "machine": machine.describe() | {"threads": config.threads},
         "rates": dict(rates),
         "peer": figures.summarise(runs["peer"], rates, cuda) | {"precision": precision, "trials": trials},

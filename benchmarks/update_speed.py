@@ -28,11 +28,12 @@ from apportion import Rollouts, losses
 from apportion.config import LoraConfig, OptimConfig, PPOConfig, RLConfig, SamplingConfig
 from apportion.models.fast.linear import FlatLinear
 from apportion.models.fast.norms import LEAN
-from apportion.models.policy import Policy, load_policy
+from apportion.models.policy import Policy
+from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.update import Targets, update
 from apportion.system import cpu
 from apportion.training.optimizer import make_optimizer
-from benchmarks.harness.machine import describe, matmul_rate
+from benchmarks.harness.machine import SIZES, describe, matmul_rate
 
 
 def main() -> int:
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2", help="the policy's start: a built-in name or a folder")
     for name, value in {"rows": 64, "prompt": 16, "response": 112, "repeats": 3, "micro_tokens": 1024}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--matmul_sizes", type=int, nargs="+", default=SIZES, help="of the machine's rate")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -60,7 +62,7 @@ def load(options: argparse.Namespace, rank: int, dtype: str) -> Policy:
     """Return the policy as a run would load it."""
     longest = SamplingConfig(max_new_tokens=options.response, prompt_tokens=[options.prompt, options.prompt])
     settings = RLConfig(policy=options.model, dtype=dtype, lora=LoraConfig(rank=rank), sampling=longest)
-    policy = load_policy(settings)
+    policy = make_policy(settings)
     assert policy.value_head is not None
     nn.init.normal_(policy.value_head.weight, std=0.01, generator=torch.Generator().manual_seed(1))
     return policy
@@ -97,7 +99,7 @@ def rate(policy: Policy, options: argparse.Namespace) -> dict[str, float]:
     optimizer = make_optimizer(policy.trainable(), policy.remainders, OptimConfig(lr=1e-6))
     times, peaks = [], []
     for _ in range(options.repeats + 1):
-        peaks.append(matmul_rate(torch.bfloat16))
+        peaks.append(matmul_rate(torch.bfloat16, sizes=options.matmul_sizes))
         began = time.perf_counter()
         run(policy, optimizer, rollouts, targets, options.micro_tokens)
         times.append(time.perf_counter() - began)

@@ -25,7 +25,7 @@ SHORT = {  # what a classifier says -> the name that SPDX gives it
     "ISC License (ISCL)": "ISC",
     "The Unlicense (Unlicense)": "Unlicense",
 }
-BY_HAND = {"typeshed-client": "MIT"}  # where the metadata says nothing: from the package's LICENSE file
+BY_HAND: dict[str, str] = {}  # where the metadata says nothing: from the package's LICENSE file
 
 
 def locked(name: str) -> dict[str, str]:

@@ -28,6 +28,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 MEASURED = ("time/", "memory/")  # metrics of how fast and how large a run is, not of what it computes
 RENAMED = {"guards/": "monitors/", "/tightened": "/raised_kl_coef"}  # names of metrics that 0.1.0 had
+OLD_FLAGS = {"excerpts": "clips", "excerpt_tokens": "clip_tokens", "probe_excerpts": "probe_clips"}  # of 0.1.0
+NEW_FLAGS = {old: new for new, old in OLD_FLAGS.items()}
 RL: dict[str, Any] = {
     "steps": 4,
     "checkpoint_every": 0,
@@ -63,9 +65,9 @@ RL_CASES: dict[str, dict[str, Any]] = {
     "eos-penalty": {**ENDING, "ppo.truncated": "penalty", "algorithm": "ppo"},
 }
 REWARD: dict[str, Any] = {
-    "clips": 48,
-    "clip_tokens": "[4, 12]",
-    "probe_clips": 24,
+    "excerpts": 48,
+    "excerpt_tokens": "[4, 12]",
+    "probe_excerpts": 24,
     "batch_size": 8,
     "micro_batch": 3,
     "test_texts": 20,
@@ -125,9 +127,11 @@ def make_world(folder: Path) -> None:
     tiny.tokenizer().save_pretrained(folder / "ending")
 
 
-def words_of(case: dict[str, Any], world: Path, output: Path) -> list[str]:
-    """Return the words of the command."""
+def words_of(case: dict[str, Any], world: Path, source: Path, output: Path) -> list[str]:
+    """Return the words of the command in the tree of `source`."""
     flags = dict(case["flags"])
+    if (source / "apportion" / "config.py").exists():
+        flags = {OLD_FLAGS.get(name, name): value for name, value in flags.items()}
     if case["stage"] == "reward":
         places: dict[str, Any] = {"model": world / "policy", "data": world / "reviews.csv"}
     else:
@@ -144,7 +148,7 @@ def run(case: dict[str, Any], world: Path, source: Path, output: Path) -> None:
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "MASTER_"))}
     environment = plain | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= case.get("environment", {})
-    words = words_of(case, world, output)
+    words = words_of(case, world, source, output)
     if case.get("killed"):
         kill_after(words, environment, output / "metrics.jsonl", lines=2)
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
@@ -183,9 +187,10 @@ def renamed(name: str) -> str:
 
 
 def without_seconds(value: Any) -> Any:
-    """Return nested values without those that say how long something took."""
+    """Return nested values without times and prose, under today's keys."""
     if isinstance(value, dict):
-        return {k: without_seconds(v) for k, v in value.items() if "second" not in k and "cost" not in k}
+        kept = {k: v for k, v in value.items() if k != "why" and not k.endswith(("_ms", "seconds", "cost"))}
+        return {NEW_FLAGS.get(k, k): without_seconds(v) for k, v in kept.items()}
     return [without_seconds(v) for v in value] if isinstance(value, list) else value
 
 
@@ -215,7 +220,7 @@ def compare(before: Path, after: Path) -> int:
             print(f"{name[:-5]}: only in {before if one.exists() else after}")
             bad += 1
             continue
-        differ = differences(json.loads(one.read_text()), json.loads(two.read_text()))
+        differ = differences(*(without_seconds(json.loads(path.read_text())) for path in (one, two)))
         print(f"{name[:-5]}: {'the same' if not differ else '; '.join(differ[:6])}")
         bad += bool(differ)
     print(f"{len(names) - bad} of {len(names)} cases are the same to the last digit")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apportion.system.disk import explained
+from apportion.system.disk import explain_disk_errors
 from benchmarks.faults.kills import Plan, Reference, kill_once, reference
 from benchmarks.faults.process import import_libraries
 from benchmarks.faults.settings import FaultsConfig
@@ -29,7 +29,7 @@ def run_root(folder: str | None, prefix: str) -> Iterator[Path]:
     """Yield the folder for runs: the given one, or a temporary one that is removed at the end."""
     if folder is not None:
         path = Path(folder).expanduser().absolute()
-        with explained(path):
+        with explain_disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         yield path
         return
@@ -42,7 +42,7 @@ def run_root(folder: str | None, prefix: str) -> Iterator[Path]:
 
 def clear(root: Path, *patterns: str) -> None:
     """Remove worlds and runs of an earlier benchmark in `root` whose names match; nothing else."""
-    with explained(root):
+    with explain_disk_errors(root):
         for path in (path for pattern in patterns for path in root.glob(pattern)):
             if (path / "status.json").is_file() or (path / "policy" / "config.json").is_file():
                 shutil.rmtree(path)

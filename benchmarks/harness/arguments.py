@@ -16,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from apportion.errors import ApportionError, ConfigError
-from apportion.system.disk import explained
+from apportion.system.disk import explain_disk_errors
 
 C = TypeVar("C")
 
@@ -112,7 +112,7 @@ def _value(name: str, text: str, hint: Any) -> Any:
 def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
     """Write a result file, creating its folder. Raises DiskError."""
     file = Path(path).expanduser()
-    with explained(file):
+    with explain_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -65,14 +65,16 @@ def processor() -> tuple[str, set[str]]:
     return values.get("model name", platform.machine()), set(values.get("flags", values.get("features", "")).split())
 
 
-def matmul_rate(dtype: torch.dtype, *, device: str = "cpu", seconds: float = 0.4) -> float:
-    """Return FLOP/s of square matrix products in `dtype`: the median of each of three sizes, and the best of those.
+def matmul_rate(
+    dtype: torch.dtype, *, device: str = "cpu", seconds: float = 0.4, sizes: Sequence[int] = SIZES
+) -> float:
+    """Return FLOP/s of square matrix products in `dtype`: the median of each of several sizes, and the best of those.
 
     Args:
         seconds: minimum time of each size, after two warm-up products; at least five products each.
     """
     rates = []
-    for size in SIZES:
+    for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
         rates.append(2 * size**3 / _median_time(partial(torch.mm, left, right, out=out), seconds, device))

@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
-from apportion.config import RLConfig, check
-from apportion.errors import ApportionError, ConfigError, unknown_name
+from apportion.cli.arguments import value_of
+from apportion.config import RLConfig
+from apportion.config.section import settings_of, takes_null, takes_text
+from apportion.errors import ApportionError, unknown_name
 from apportion.system import cpu
 from apportion.types import Rollouts
 from benchmarks.harness.recorder import Recorder, read_work
@@ -63,27 +63,18 @@ def rl_config(work: Work) -> RLConfig:
         config.algorithm = work.algorithm
     for text in work.overrides:
         override(config, text)
-    check(config)
     return config
 
 
 def override(config: Any, text: str) -> None:
     """Set one "section.name=value" of a configuration. Raises ConfigError for a name that is no setting."""
     name, _, value = text.partition("=")
-    section, parts = config, name.strip().split(".")
-    for part in parts[:-1]:
-        section = getattr(section, part, None)
-    if not hasattr(section, parts[-1]):
-        known = [key for key in vars(config) if not hasattr(getattr(config, key), "__dataclass_fields__")]
-        inner = {key: vars(getattr(config, key)) for key in vars(config) if key not in known}
-        raise unknown_name("ours_settings", name, [*known, *(f"{k}.{n}" for k in inner for n in inner[k])])
-    try:
-        # as the command line does: 1e-6 is a number
-        loaded = yaml.safe_load(value)
-        loaded = float(loaded) if isinstance(loaded, str) and isinstance(getattr(section, parts[-1]), float) else loaded
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"ours_settings {name}", value, "a YAML value of its type", "Fix it.") from error
-    setattr(section, parts[-1], loaded)
+    name, fields = name.strip(), settings_of(type(config))
+    if name not in fields:
+        raise unknown_name("ours_settings", name, fields)
+    section, _, key = name.rpartition(".")
+    given = value_of(name, value, text=takes_text(fields[name]), null=takes_null(fields[name]))
+    setattr(getattr(config, section) if section else config, key, given)
 
 
 def monitor(recorder: Recorder) -> None:

@@ -1,4 +1,4 @@
-"""Finding a method by name: built-in names, or "package.module:function" from anywhere."""
+"""Lookup of methods by name: built-in names, or an importable "package.module:function"."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     expected = "an importable package.module:function"
     try:
         factory = getattr(_import(module), attribute)
-    except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # a user-supplied module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(field, name, expected, f"Importing it said: {reason}.") from error
+        raise ConfigError(field, name, expected, f"The import failed with {reason}.") from error
     if not callable(factory):
         raise ConfigError(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function.")
     return factory
 
 
 def _import(module: str) -> Any:
-    """Import `module`, from the working folder too: a console script does not look there by itself."""
+    """Import `module`, also from the working folder, which is not on the path of a console script."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
-            raise  # the module is there, and something it imports is not
+            raise  # the module exists, and something that it imports does not
     sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module)
@@ -52,16 +52,16 @@ def _import(module: str) -> Any:
 
 
 def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> Any:
-    """Return `factory(**kwargs)`, after checking the keys against its signature.
+    """Return `factory(**kwargs)`, its keys checked against the signature.
 
     Raises:
-        ConfigError: a key the factory does not take (with suggestions), or one that it requires and did not get.
+        ConfigError: a key that the factory does not take (with suggestions), or a required one that is absent.
     """
     try:
         parameters = inspect.signature(factory).parameters
     except (ValueError, TypeError) as error:
         fix = "Wrap it in a function of your own."
-        raise ConfigError(field, name, "a function that says what it takes", fix) from error
+        raise ConfigError(field, name, "a function with a signature", fix) from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in kwargs:
         if key not in parameters and not takes_any:
@@ -80,13 +80,13 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
         return factory(**kwargs)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a user's factory raises
+    except Exception as error:  # a user-supplied factory may raise anything
         got = f"{name}, which raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ConfigError(field, got, "a method", "Fix the function, or its settings.") from error
 
 
 def method(field: str, name: str, made: Any) -> Any:
-    """Return `made` if it is a function of rollouts that says what it `needs`. Raises ConfigError otherwise."""
+    """Return `made` if it is a function of rollouts with an attribute `needs`. Raises ConfigError otherwise."""
     if not callable(made) or not isinstance(getattr(made, "needs", None), frozenset):
         got = f"{name}, which returned a {type(made).__name__}"
         fix = "Return a function of rollouts with an attribute `needs`, a frozenset of evidence names."
@@ -95,10 +95,10 @@ def method(field: str, name: str, made: Any) -> Any:
 
 
 def ask(name: str, **settings: Any) -> str:
-    """Return the name of evidence made with `settings`: "name", or "name@key=value;key=value" in order of the keys.
+    """Return the name of evidence produced with `settings`: "name", or "name@key=value;key=value" in order of the keys.
 
-    A method that wants evidence made in another way than usual asks for it by such a name; its producer reads the
-    settings with `asked`. Values are JSON.
+    A method requests evidence with settings other than the defaults by such a name; its producer reads the settings
+    with `asked`. Values are JSON.
     """
     if not settings:
         return name

@@ -170,6 +170,7 @@ def save_judge(folder: Path, base: Path) -> Path:
     return folder
 
 
+@pytest.mark.long  # a model of 135M parameters
 def test_the_file_equals_the_stage_on_smollm2(smollm2: Path, tmp_path: Path) -> None:
     paths = {"policy": "smollm2", "reward_model": save_judge(tmp_path / "judge", smollm2)}
     prompts = {"prompts": tiny.save_prompts(tmp_path / "prompts.jsonl")}

@@ -19,10 +19,10 @@ from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, launch, 
 from apportion.distributed.launch import check_launch
 from apportion.distributed.sharding import check_groups, layers_of
 from apportion.errors import ConfigError, ModelError
+from apportion.stages.method import build_method
 from apportion.stages.reward import train as reward
 from apportion.stages.rl import train as rl
 from apportion.stages.rl.learner import make_learner
-from apportion.stages.rl.method import build_method
 from apportion.training.checkpoint import load_latest
 from apportion.training.optimizer import zero_with_grad
 from apportion.training.run_folder import RunFolder

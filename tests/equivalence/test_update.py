@@ -18,8 +18,8 @@ from apportion.evidence import Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
 from apportion.segments import build as build_segments
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import apply_truncation, train
 from apportion.stages.rl.update import Targets, first_of_action, make_targets, update
 from apportion.training.optimizer import learning_rate

@@ -13,7 +13,7 @@ import pytest
 
 from apportion.config import RLConfig
 from apportion.errors import ConfigError
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.system import time_limit as module
 from apportion.system.time_limit import TimedOut, time_limit
 
@@ -115,7 +115,7 @@ def test_a_system_without_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RLConfig(reward_model="x")
     build_method(config)
     config.credit = [{"process": {"function": "os:getcwd"}}]
-    with pytest.raises(ConfigError, match=r"monitors\.timeout: got 600\.0; expected null: .* could end os:getcwd"):
+    with pytest.raises(ConfigError, match=r"monitors\.timeout: got 600\.0; expected null: .* interrupt os:getcwd"):
         build_method(config)
     config.monitors.timeout = None
     build_method(config)

@@ -87,7 +87,7 @@ def test_a_nan_reward_at_batch_seven(rl: Command, tmp_path: Path) -> None:
     done = rl(steps=9, credit=by("nan_at_seven"))
     assert_stopped(
         done,
-        "process rewards of rollout 2 from rewards:nan_at_seven, number 1: got nan; expected a finite number.",
+        "process rewards from rewards:nan_at_seven, number 1 of rollout 2: got nan; expected a finite number.",
         "A failure never becomes a reward",
         "The rollouts are in run/stopped/step-7.",
     )
@@ -142,7 +142,7 @@ def test_monitors_resume_their_state(rl: Command, tmp_path: Path) -> None:
         (estimator("narrow"), ["advantages (advantages): got 'methods:estimate, which returned torch.float32 (4, 3)"]),
         (estimator("flat"), ["advantages (returns): got 'methods:estimate, which returned torch.float32 (4,)"]),
         (estimator("whole"), ["advantages (advantages): got 'methods:estimate, which returned torch.int64 (4, 4)"]),
-        (estimator("nan"), ["returns of rollout 2, token 0: got nan; expected a finite number"]),
+        (estimator("nan"), ["returns of rollout 2, token 1: got nan; expected a finite number"]),
         (estimator("bare stats"), ["advantages (stats mine): got", "expected {name: (sum, count)}"]),
         (estimator("infinite stats"), ["mine at step 1: got ", "expected a finite number. The training diverged"]),
         (
@@ -340,7 +340,9 @@ def test_ids_that_the_evidence_reads_are_checked(
     chosen = json.dumps({"methods:uneven": {"listed": listed}})
     done = rl(credit=json.dumps([credit]), segments=chosen, **{"scores.micro_batch": 1, "compare": "[]"})
     wrong = (
-        ["segments: got 'list'"] if listed else ["segments of rollout 2, token 0: got", "0 on the row's first token"]
+        ["segments", "got 'list'; expected int64"]
+        if listed
+        else ["segments of rollout 2, token 0: got", "0 on the row's first token"]
     )
     assert_stopped(done, *wrong, "run/stopped/step-1")
     assert_saved(tmp_path / "run", 1)
@@ -398,4 +400,4 @@ def test_help_explains_them(command: Command) -> None:
     assert done.code == 0 and done.loads_nothing
     text = " ".join(done.out.split())
     assert "--monitors.entropy" in text and "the policy's entropy collapses" in text
-    assert "Each monitor is off, warn, stop, or raise_kl_coef (kl, entropy, length, reward)" in text
+    assert "Each monitor: off, warn, stop, or raise_kl_coef (kl, entropy, length, reward)" in text

@@ -60,7 +60,7 @@ def places(value: Any, here: Path_ = ()) -> list[Path_]:
 
 
 def put(value: Any, place: Path_, new: Any) -> Any:
-    """Return `value` with `new` in `place`."""
+    """Return `value` with `new` in `replace_durably`."""
     if not place:
         return new
     changed = value.copy()

@@ -184,11 +184,11 @@ def test_a_kill_while_a_folder_takes_anothers_place_loses_neither(tmp_path: Path
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     final = tmp_path / "final"
-    disk.place(tmp_path / "old", final)
-    os.replace(final, disk.aside(final))  # as if killed between the two renames
+    disk.replace_durably(tmp_path / "old", final)
+    os.replace(final, disk.backup_of(final))  # as if killed between the two renames
     disk.recover(final)
     assert (final / "file").read_text() == "old"
-    disk.place(tmp_path / "new", final)
+    disk.replace_durably(tmp_path / "new", final)
     assert [p.name for p in tmp_path.iterdir()] == ["final"] and (final / "file").read_text() == "new"
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from apportion.cli.main import main
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import train
 from apportion.training.checkpoint import load_latest, save_checkpoint
 from apportion.training.run_folder import RunFolder

@@ -141,7 +141,7 @@ def test_the_table_and_the_page_name_every_method(
         (["--methods", "[{grpo: {std: false}}]"], ["methods.grpo: got 'std'", "no settings"]),
         (["--methods", "[]"], ["methods: got []", "at least one"]),
         (["--samples", "1"], ["samples: got 1", "whole number >= 2"]),
-        (["--count", "1"], ["count: got 1", "at least 2"]),
+        (["--count", "1"], ["count: got 1", "a whole number >= 2"]),
         (["--lam", "1.5"], ["lam: got 1.5", "[0, 1]"]),
         (["--sampling.samples_per_prompt", "4"], ["sampling.samples_per_prompt: got 4", "Use --samples"]),
         (["--methods", "[implicit]"], ["implicit.model"]),

@@ -9,6 +9,7 @@ import torch
 from benchmarks import generation_speed
 
 TINY = ["--random", "llama-tiny", "--rows", "4", "--prompt", "6", "--new", "5", "--rounds", "2", "--device", "cpu"]
+TINY += ["--matmul_sizes", "128"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from apportion.errors import ApportionError, ConfigError
 from apportion.models.text.render import encode, read_as_text
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.text.transfer import carry
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.system import safe_yaml
 
 # --- bytes: anything, valid tables, and valid tables that were damaged
@@ -261,7 +260,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
 @st.composite
 def plausible(draw: st.DrawFn, stage: str) -> dict[str, Any]:
     """Mostly valid settings of a stage."""
-    known = {f.name for f in fields(KINDS[stage])}
+    known = KINDS[stage].model_fields
     chosen = {name: made for name, made in PLAUSIBLE.items() if name in known}
     return draw(st.fixed_dictionaries({}, optional=chosen))
 

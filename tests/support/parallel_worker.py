@@ -14,11 +14,14 @@ from typing import Any
 import tiny_runs
 import torch
 
+from apportion.cli.arguments import parse
+from apportion.config import RewardConfig
 from apportion.distributed import collectives
 from apportion.errors import MonitorError
 from apportion.masking import masked_mean, whiten
+from apportion.stages.method import build_method
+from apportion.stages.reward import train as reward
 from apportion.stages.rl.learner import make_learner
-from apportion.stages.rl.method import build_method
 from apportion.training.nonfinite import SkippedUpdates
 
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
@@ -44,7 +47,7 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     learner = make_learner(config, build_method(config))
     learner.share_weights(failed)
     policy = learner.models.policy
-    parameters, whole = policy.learning(), set(policy.weights.alike(policy.trainable()))
+    parameters, whole = policy.learning(), set(policy.weights.replicated(policy.trainable()))
     gradients: list[torch.Tensor] = []
     step = learner.optimizer.step
 
@@ -106,12 +109,21 @@ def skips() -> dict[str, Any]:
     return {"told": reported, "total": counted.total, "error": error}
 
 
+def rewarded(world: Path, output: Path) -> RewardConfig:
+    """Return the settings of a reward model's training over ragged mini-batches."""
+    given = {"model": world / "policy", "data": world / "reviews.csv", "excerpts": 30, "excerpt_tokens": "[4, 12]"}
+    given |= {"batch_size": 5, "micro_batch": 2, "probe_excerpts": 20, "lora.rank": 4, "dtype": "float32"}
+    flags = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    return parse(RewardConfig, "reward", [*flags, "--device", "cpu", "--output", str(output)]).config
+
+
 def run() -> None:
     world, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     collectives.start(torch.device("cpu"))
     found: dict[str, Any] = {case: trace(world, out / case, settings) for case, settings in CASES.items()}
     found |= {"skips": skips(), "reductions": reductions(), "main": collectives.broadcast_object(collectives.rank())}
+    reward.train(rewarded(world, out / "reward"))
     torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
     collectives.stop()
 

@@ -69,10 +69,12 @@ def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
 def rl_folder(config: DemoConfig) -> str:
     """Return the folder of the PPO stage: one for each credit and number of steps."""
     parts = ["rl", re.sub(r"[^\w.]+", "-", str(config.credit)).strip("-")]
-    return "-".join([*parts, str(config.steps)] if config.steps != DemoConfig.steps else parts)
+    return "-".join([*parts, str(config.steps)] if config.steps != DemoConfig().steps else parts)
 
 
-def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[RunFolder, RunFolder, dict[str, Any]]:
+def train(
+    parsed: Parsed[DemoConfig], reward: RewardConfig, rl: RLConfig
+) -> tuple[RunFolder, RunFolder, dict[str, Any]]:
     """Run reward model, PPO and evaluation, each if it is not finished; return their runs and the figures."""
     from apportion.stages.evaluate.evaluate import evaluate
 

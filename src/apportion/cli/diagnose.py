@@ -13,8 +13,8 @@ from rich.table import Table
 from apportion.cli.arguments import parse, show
 from apportion.cli.terminal import bar
 from apportion.cli.threads import configure_threads
+from apportion.compatibility import check_diagnosis
 from apportion.config import DiagnoseConfig
-from apportion.errors import ConfigError
 
 EXAMPLES = """examples:
   apportion diagnose --reward_model runs/demo/reward/final
@@ -66,11 +66,7 @@ def check(config: DiagnoseConfig) -> None:
     """Raise ConfigError for incompatible settings, before anything is loaded."""
     from apportion.stages.diagnose.candidates import candidates
 
-    if config.count < 2:
-        raise ConfigError("count", config.count, "at least 2: intervals are over prompts", "Set it to 64.")
-    if config.sampling.samples_per_prompt is not None:
-        got = config.sampling.samples_per_prompt
-        raise ConfigError("sampling.samples_per_prompt", got, "null", "Use --samples here.")
+    check_diagnosis(config)
     candidates(config.methods, config.lam)
 
 

@@ -87,36 +87,24 @@ def check_run(arguments: Sequence[str]) -> int:
     stage = options["stage"]
     if stage == "reward":
         refuse_unused(options)
-    config = parse(RewardConfig if stage == "reward" else RLConfig, "doctor", rest).config
+    config: Any = parse(RewardConfig if stage == "reward" else RLConfig, "doctor", rest).config
     threads = cpu.configure_threads(config.threads)
 
-    from apportion.stages.doctor import Case
     from apportion.stages.doctor.findings import FAIL
     from apportion.stages.doctor.reward import check_reward
     from apportion.stages.doctor.rl import check_rl
-    from apportion.stages.reward.train import read_data
 
-    case = Case(config, build_method=method_and_needs, read_data=read_data, threads=threads)
     with progress() as on_check:
         if stage == "reward":
-            findings = check_reward(case, on_check)
+            findings = check_reward(config, threads=threads, on_check=on_check)
         else:
             chosen = {name: options[name] for name in ("fast", "eval_prompts", "labels")}
-            findings = check_rl(case, on_check=on_check, **chosen)
+            findings = check_rl(config, threads=threads, on_check=on_check, **chosen)
     if options["json"]:
         sys.stdout.write(json.dumps(to_json(findings, options), ensure_ascii=False) + "\n")
     else:
         print_findings(findings)
     return 2 if any(one.level == FAIL for one in findings) else 0
-
-
-def method_and_needs(config: RLConfig) -> tuple[Any, frozenset[str]]:
-    """Return the method of a run, and the evidence that it and the logged credits need. Raises ConfigError."""
-    from apportion.stages.rl.method import build_method
-    from apportion.stages.rl.rollout_log import comparisons
-
-    method = build_method(config)
-    return method, frozenset(method.needs).union(*(one.needs for one in comparisons(config.compare).values()))
 
 
 def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

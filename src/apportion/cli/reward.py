@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def train(parsed: Parsed, label: str = "reward model") -> Any:
+def train(parsed: Parsed[RewardConfig], label: str = "reward model") -> Any:
     """Run the stage under a progress bar and return its run folder."""
     from apportion.stages.reward.train import train as train_reward
 

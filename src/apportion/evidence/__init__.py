@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.config import SamplingConfig, ScoreConfig
+from apportion.config.sections import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError, unknown_name
 from apportion.evidence.producers import PRODUCERS, Producer
 from apportion.models.policy import Policy

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.batching import micro_batches, trim, untrimmed
-from apportion.config import ScoreConfig
+from apportion.config.sections import ScoreConfig
 from apportion.errors import DataError, ScoreError
 from apportion.evidence import Models, plan
 from apportion.evidence.prefix import GIVES as PREFIX
@@ -71,8 +71,8 @@ def in_score_units(found: Mapping[str, Tensor], reward: RewardModel, config: Sco
     So a prefix's score is comparable with the response's: an affine map of a state potential is one as well. Parts of
     a score (Shapley values and their errors) are scaled alone; what clipping took stays with the score.
     """
-    whole = replace(config, clip=None)
+    whole = config.model_copy(update={"clip": None})
     how = dict.fromkeys(PREFIX, config) | {"shapley_empty": whole}
-    how |= dict.fromkeys(("shapley_values", "shapley_error"), replace(whole, center=False))
+    how |= dict.fromkeys(("shapley_values", "shapley_error"), whole.model_copy(update={"center": False}))
     asked = {name: how.get(registry.asked(name)[0]) for name in found}
     return {name: adjust(found[name], reward, chosen) for name, chosen in asked.items() if chosen is not None}

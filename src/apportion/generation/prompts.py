@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from apportion.config import RLConfig, SamplingConfig
+from apportion.config.sections import SamplingConfig
 from apportion.data import BadRows
 from apportion.errors import ConfigError, DataError
 
@@ -85,12 +85,12 @@ def _conversation(turns: Any, tokenizer: Any) -> list[int]:
 
 
 class PromptStream:
-    """Deals prompts out in an order that depends on the seed and the step alone, so that resuming needs no state."""
+    """Deals prompts out in an order that depends on the seed and the step only, so that resuming needs no state."""
 
-    def __init__(self, texts: Sequence[Any], tokenizer: Any, config: RLConfig, context: int) -> None:
-        self.seed = config.seed
-        self.rows = tokenize(texts, tokenizer, config.sampling, config.seed, context)
-        self.conversations = conversations(texts, self.rows, config.sampling)
+    def __init__(self, texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int, context: int) -> None:
+        self.seed = seed
+        self.rows = tokenize(texts, tokenizer, sampling, seed, context)
+        self.conversations = conversations(texts, self.rows, sampling)
 
     def take(self, step: int, count: int) -> list[list[int]]:
         """Return the `count` prompts of batch `step` (from 1); each pass over the prompts has a new order."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.config import ScoreConfig
+from apportion.config.sections import ScoreConfig
 from apportion.credit._evidence import Reading
 from apportion.errors import ConfigError, ModelError, ScoreError
 from apportion.models.attention.row import attention_row, union

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion import credit
+from apportion.compatibility import check_diagnosis
 from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.data.bad_rows import leaving_out
 from apportion.errors import ConfigError
@@ -62,6 +63,7 @@ def diagnose(
     Raises:
         ConfigError, ModelError, DataError, ScoreError: each names the fix.
     """
+    check_diagnosis(config)
     methods = candidates(config.methods, config.lam)
     run = RunFolder.open(config.output, "diagnose", to_dict(config), fresh=fresh)
     if run.finished:
@@ -117,7 +119,7 @@ def _prompts_a_block(config: DiagnoseConfig) -> int:
 def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) -> Iterator[Rollouts]:
     """Yield unscored rollouts, every sample of a prompt in one block."""
     assert models.generator is not None
-    sampling = type(config.sampling)(**{**vars(config.sampling), "samples_per_prompt": config.samples})
+    sampling = config.sampling.model_copy(update={"samples_per_prompt": config.samples})
     step = _prompts_a_block(config)
     for first in range(0, len(prompts), step):
         yield sample(models.policy, prompts[first : first + step], sampling, models.generator)

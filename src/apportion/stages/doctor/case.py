@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,6 @@ class Case:
     """One run to check. What was not opened yet is None; a check that uses it comes after the one that opens it.
 
     Attributes:
-        build_method: of the rl stage: settings -> (method, the evidence that the run needs).
-        read_data: of the reward stage: settings -> (training rows, held-out rows).
         config: its settings. method: its choices (`types.Method`). threads: what `cpu.configure_threads` returned.
         policy_folder, reward_folder: where the two models are. policy_settings, reward_settings: their `config.json`.
         tokenizer, reward_tokenizer: their tokenizers, as stored.
@@ -31,8 +29,6 @@ class Case:
     """
 
     config: Any
-    build_method: Callable[[Any], tuple[Any, frozenset[str]]] | None = None
-    read_data: Callable[..., tuple[Sequence[Any], Sequence[Any]]] | None = None
     method: Any = None
     threads: Any = None
     policy_folder: str = ""

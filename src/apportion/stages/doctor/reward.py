@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from apportion.config import RewardConfig
+from apportion.data import labelled_splits
 from apportion.errors import ConfigError, DataError
 from apportion.models.loading import context_of, load_settings, locate, read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
@@ -25,8 +28,8 @@ def open_model(case: Case) -> Result:
 def open_data(case: Case) -> Result:
     """The labelled texts can be read, and both labels are common in training and held-out texts."""
     bad = bad_row_counter(case.config)
-    assert case.read_data is not None
-    case.training, case.held_out = case.read_data(case.config, bad)
+    config = case.config
+    case.training, case.held_out = labelled_splits(config.data, config.test_data, config.test_texts, bad)
     return with_bad_rows(labels.balance(case), bad)
 
 
@@ -43,6 +46,8 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def check_reward(case: Case, on_check: Callable[[str], None] = lambda name: None) -> list[Finding]:
-    """Return the findings of all checks of `apportion reward`; see `rl.check_rl`."""
-    return run_checks(case, CHECKS, on_check)
+def check_reward(
+    config: RewardConfig, *, threads: Any = None, on_check: Callable[[str], None] = lambda name: None
+) -> list[Finding]:
+    """Return the findings of all checks for `apportion reward` with these settings; see `rl.check_rl`."""
+    return run_checks(Case(config, threads=threads), CHECKS, on_check)

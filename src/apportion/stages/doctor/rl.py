@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from apportion.config import LoraConfig, OptimConfig, RewardConfig, RLConfig
-from apportion.data import BUILTIN_DATA, labelled
+from apportion.config import RewardConfig, RLConfig
+from apportion.data import BUILTIN_DATA, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
 from apportion.generation.prompts import conversations, encoded, load_prompts
@@ -18,13 +18,15 @@ from apportion.models.loading import NO_CODE, context_of, load_settings, locate,
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
 from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, fail, ok, warn
+from apportion.stages.method import build_method, comparisons
 from apportion.system import safe_yaml
 
 
 def open_method(case: Case) -> Result:
     """The method can be built, and its parts are compatible."""
-    assert case.build_method is not None
-    case.method, case.notes["needs"] = case.build_method(case.config)
+    case.method = build_method(case.config)
+    needs = (compared.needs for compared in comparisons(case.config.compare).values())
+    case.notes["needs"] = frozenset(case.method.needs).union(*needs)
     return method.unusual(case)
 
 
@@ -84,12 +86,12 @@ def load_reward_data(case: Case) -> None:
     file = Path(case.reward_folder).parent / "config.yaml"
     if not (Path(case.reward_folder).is_dir() and file.is_file()):
         return
-    assert case.read_data is not None
     try:
         stored = safe_yaml.load(file.read_text(encoding="utf-8"))
         if not isinstance(stored, dict) or "excerpts" not in stored:  # another stage, or no run folder
             return
-        case.training, case.held_out = case.read_data(stored_reward_config(stored))
+        config = stored_reward_config(stored)
+        case.training, case.held_out = labelled_splits(config.data, config.test_data, config.test_texts)
     except (ApportionError, yaml.YAMLError, OSError, ValueError, TypeError) as error:  # the data may have moved
         case.notes["reward_data"] = (str(error).splitlines() or [type(error).__name__])[0]
     case.labelled = case.labelled or case.held_out
@@ -109,9 +111,7 @@ def stored_reward_config(stored: dict[str, Any]) -> RewardConfig:
         local = isinstance(source, str) and (source in BUILTIN_DATA or is_local(source))
         if source is not None and not local:
             raise DataError(name, source, "a local file, or a built-in name", "Nothing else is read.")
-    sections: dict[str, Any] = {"lora": LoraConfig, "optim": OptimConfig}
-    known = RewardConfig.__dataclass_fields__
-    return RewardConfig(**{k: sections[k](**v) if k in sections else v for k, v in stored.items() if k in known})
+    return RewardConfig(**{key: value for key, value in stored.items() if key in RewardConfig.model_fields})
 
 
 def open_prompts(case: Case) -> Result:
@@ -183,17 +183,18 @@ PREFLIGHT = ("prompt tokens", "beginning of text", "chat template", "end of text
 
 
 def check_rl(
-    case: Case,
+    config: RLConfig,
     *,
     fast: bool = False,
+    threads: Any = None,
     eval_prompts: str | None = None,
     labels: str | None = None,
     on_check: Callable[[str], None] = lambda name: None,
 ) -> list[Finding]:
-    """Return the findings of all checks of a run; loads its models once, unless `fast`.
+    """Return the findings of all checks for a run with these settings; loads its models once, unless `fast`.
 
     Args:
-        case: the settings, and the functions of the stages that read them.
+        threads: the result of `cpu.configure_threads`.
         eval_prompts: prompts of the later evaluation, in the form of `prompts`.
         labels: labelled texts to test the order of scores on, in the form of `apportion reward --data`.
         on_check: called with the name of each check before it runs.
@@ -201,6 +202,7 @@ def check_rl(
     Raises:
         DataError: `eval_prompts` or `labels` cannot be read.
     """
+    case = Case(config, threads=threads)
     if eval_prompts is not None:
         case.evaluation = load_prompts(eval_prompts, "evaluate_test")
     if labels is not None:

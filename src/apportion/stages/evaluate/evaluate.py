@@ -124,7 +124,7 @@ def _generate(
 ) -> list[dict[str, Any]]:
     """Return one record a prompt: text, ids, reward, KL to the initial policy, and its log-likelihood."""
     generator = torch.Generator(device=policy.device).manual_seed(seed)
-    one = SamplingConfig(**{**vars(sampling), "samples_per_prompt": 1})
+    one = sampling.model_copy(update={"samples_per_prompt": 1})
     rows: list[dict[str, Any]] = []
     for first in range(0, len(prompts), BATCH):
         rollouts = sample(policy, prompts[first : first + BATCH], one, generator)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion import credit
 from apportion.batching import micro_batches, trim
 from apportion.config import RLConfig
 from apportion.data.bad_rows import leaving_out
@@ -20,16 +21,16 @@ from apportion.evidence.scoring import ALWAYS
 from apportion.generation.prompts import PromptStream, load_prompts
 from apportion.losses._ratios import LIMIT
 from apportion.models.loading import context_of, load_tokenizer, locate
-from apportion.models.policy import load_policy
 from apportion.models.reward import adjust, load_reward
 from apportion.models.text.render import check_embeddings
 from apportion.models.text.token_spans import PolicyText
 from apportion.registry import asked
 from apportion.stages.doctor.rl import preflight
-from apportion.stages.rl.rollout_log import comparisons, rewards_before_kl
+from apportion.stages.method import comparisons
+from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import FirstPass, Targets, update
-from apportion.system.disk import need_space
+from apportion.system.disk import require_space
 from apportion.training import rng
 from apportion.training.crash_dump import CrashDump
 from apportion.training.monitoring import Monitoring
@@ -72,7 +73,7 @@ class Learner:
         self.monitoring = Monitoring(config.monitors, run)
         names = user_defined_names({**method.specs, "compare": list(compare), "needs": self.needs})
         modules = {name.split(":")[0]: name for name in names}
-        columns = {"credit": lambda rollouts: rewards_before_kl(self, rollouts), "ratio": self.ratios}
+        columns = {"credit": self.rewards_before_kl, "ratio": self.ratios}
         tokenizer, nonfinite = self.policy.tokenizer, self.monitoring.nonfinite
         self.crash_dump: CrashDump | None = CrashDump(run, tokenizer, models.user_code, modules, nonfinite, columns)
 
@@ -88,14 +89,14 @@ class Learner:
 
     def share_weights(self, abort: Callable[[str], None]) -> None:
         """Shard the weights where the launcher asks for it (`training.state.Learner`)."""
-        if sharding.asked():
+        if sharding.is_requested():
             collectives.broadcast(self.policy.trainable())
-            self.policy.shard(sharding.again(), abort)
+            self.policy.shard(sharding.reshard_after_forward(), abort)
             self.optimizer = make_optimizer(self.policy.learning(), self.policy.remainders, self.config.optim)
 
     def synchronize(self) -> None:
         """Broadcast the main process's weights that every process holds whole."""
-        collectives.broadcast(self.policy.weights.alike(self.policy.trainable()))
+        collectives.broadcast(self.policy.weights.replicated(self.policy.trainable()))
 
     def gather_weights(self) -> None:
         """Gather sharded weights in the main process, to be saved."""
@@ -109,7 +110,7 @@ class Learner:
     def state_dict(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint."""
         # `models.generator` is the same one, or seeded anew for each step (`sources.reseed`)
-        packed = self.policy.weights.join(pack_state(self.policy.learning(), self.optimizer))
+        packed = self.policy.weights.gather_state(pack_state(self.policy.learning(), self.optimizer))
         return packed | {
             "state": self.credit_state | {"generator": self.generator.get_state()},
             "monitors": self.monitoring.state,
@@ -118,7 +119,7 @@ class Learner:
     def load_state_dict(self, stored: Tensors) -> None:
         """Restore what `state_dict` returned. Raises ConfigError where it is another model's."""
         policy = self.policy
-        unpack_state(policy.weights.cut(stored), policy.learning(), self.optimizer, policy.remainders)
+        unpack_state(policy.weights.shard_state(stored), policy.learning(), self.optimizer, policy.remainders)
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
         self.credit_state = state
@@ -176,6 +177,14 @@ class Learner:
         coefficients = self.kl_coefficients()
         return metrics | ({"kl/coef": float(sum(coefficients))} if coefficients else {})
 
+    def rewards_before_kl(self, rollouts: Rollouts) -> Tensor:
+        """Return the rewards (B,T) of the credit chain without its KL penalty."""
+        rewards, _ = credit.apply(self.method.credit, rollouts, self.credit_state)
+        if self.method.credit.keeps_return:
+            return rewards
+        kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.evidence["reference_logprobs"], 0.0)
+        return rewards + sum(self.kl_coefficients()) * kl
+
     def kl_coefficients(self) -> list[Tensor]:
         """Return κ of every KL penalty in the chain (one at most: `compatibility` refuses two)."""
         return [self.credit_state[key] for key in self._kl_keys()]
@@ -222,18 +231,18 @@ def make_learner(
     """Return everything that a run holds: models, prompts, optimizer, states. Cheap checks come before models."""
     rng.seed(config.seed)
     output = Path(config.output).expanduser()
-    need_space(output, 200_000_000)
+    require_space(output, 200_000_000)
     folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
     with leaving_out(output, config.skip_bad_rows) as bad:
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
-    prompts = PromptStream(texts, tokenizer, config, context_of(folder))
+    prompts = PromptStream(texts, tokenizer, config.sampling, config.seed, context_of(folder))
     report(preflight(config, folder, tokenizer, texts, prompts.rows), run, warn)
     text = PolicyText(tokenizer, prompts.conversations)
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(reward_path, **loading, policy=text)  # by ids where it shares the tokenizer, else by text
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
-    policy = load_policy(config, reward)
+    policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)

@@ -14,8 +14,8 @@ from apportion.config import PPOConfig, RLConfig, to_dict
 from apportion.evidence.scoring import score
 from apportion.models.loading import locate
 from apportion.models.saving import save_policy
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.metrics import batch_metrics
 from apportion.stages.rl.rollout_log import rollout_records
 from apportion.stages.rl.sources import check_shares, gather_batch
@@ -72,7 +72,7 @@ def train_batch(
     prompts -> rollouts -> scores -> rewards -> segments -> advantages -> update
     """
     method = learner.method
-    with learner.policy.weights.gathered():  # sharded weights are gathered once, to generate and to score
+    with learner.policy.weights.unsharded():  # sharded weights are gathered once, to generate and to score
         with session.phase("generate"):
             rollouts = learner.source.take(step)  # ids, mask, logprobs (B,T)
         with session.phase("score", local=rollouts):

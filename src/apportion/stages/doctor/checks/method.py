@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apportion import registry
-from apportion.algorithms import discount_warning
+from apportion.compatibility import discount_warning
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.findings import Result, ok, warn
 

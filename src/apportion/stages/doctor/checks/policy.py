@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apportion.generation import sample
 from apportion.models.policy import load_policy
+from apportion.models.value_head import ValueStart
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.probes import (
     BOS_GAIN,
@@ -28,9 +29,20 @@ from apportion.types import Rollouts
 
 def weights(case: Case) -> Result:
     """All of the policy's weights are stored."""
-    ppo = case.config.ppo  # the value head is not checked, and the reward model is loaded after the policy
-    ppo = replace(ppo, value_model="separate") if ppo.value_model == "reward" else ppo
-    case.policy = load_policy(replace(case.config, ppo=ppo))
+    config, sampling = case.config, case.config.sampling
+    # the value head is not checked, and the reward model is loaded after the policy
+    kind = "shared" if config.ppo.value_model == "shared" else "separate"
+    case.policy = load_policy(
+        config.policy,
+        lora=config.lora,
+        max_length=sampling.max_length,
+        dtype=config.dtype,
+        device=config.device,
+        pad_token=config.pad_token,
+        stop=sampling.stop,
+        temperature=sampling.temperature,
+        values=ValueStart(kind),
+    )
     trained = sum(p.numel() for p in case.policy.trainable())
     return ok(f"{size(case.policy.model)}; {trained / 1e6:.3g} M trainable")
 
@@ -58,13 +70,9 @@ def finite_weights(model: Any, named: str) -> Result:
 
 def ends(case: Case) -> Result:
     """The policy generates responses; with `sampling.stop: eos` some end with EOS, which is on their mask."""
-    sampling = replace(
-        case.config.sampling,
-        batch_size=PROMPTS,
-        samples_per_prompt=1,
-        rows=None,
-        max_new_tokens=min(TOKENS, case.config.sampling.max_new_tokens),
-    )
+    few = {"batch_size": PROMPTS, "samples_per_prompt": 1, "rows": None}
+    few["max_new_tokens"] = min(TOKENS, case.config.sampling.max_new_tokens)
+    sampling = case.config.sampling.model_copy(update=few)
     generator = torch.Generator(device=case.policy.device).manual_seed(case.config.seed)
     rollouts = sample(case.policy, some_prompts(case), sampling, generator)
     case.rollouts = rollouts
