@@ -151,7 +151,7 @@ def test_an_estimator_that_leaves_one_process_ends_all(world: Path, tmp_path: Pa
         ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "accelerate launch"),
     ],
 )
-def test_what_a_launcher_asks_for_is_done_or_refused(
+def test_launcher_settings_are_applied_or_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str
 ) -> None:
     for name, value in environment.items():
@@ -187,7 +187,7 @@ def test_commands_that_cannot_share_are_refused(
     assert capsys.readouterr().err == ""
 
 
-def test_alone_everything_is_the_identity() -> None:
+def test_in_one_process_every_collective_is_the_identity() -> None:
     x = torch.arange(6.0)
     assert collectives.world_size() == 1 and collectives.is_main() and collectives.broadcast_object("x") == "x"
     assert (
