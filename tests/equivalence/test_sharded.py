@@ -14,7 +14,7 @@ import sharded_worker
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, launch, unlike
+from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, differences, launch
 
 from apportion.distributed.launch import check_launch
 from apportion.distributed.sharding import check_groups, layers_of
@@ -87,7 +87,7 @@ def test_sharded_steps_equal_unsharded_ones(
 ) -> None:
     one = parallel_worker.trace(world, tmp_path, sharded_worker.CASES[case])
     two, other = ranks[0][case], ranks[1][case]
-    assert unlike(one, two, other) == []
+    assert differences(one, two, other) == []
     # the value head (33 weights, two moments and a step each) is whole in both; so is a step of every other weight
     assert two["held"] + other["held"] < 1.05 * one["held"] + 200
     assert max(two["held"], other["held"]) < 0.6 * one["held"] or case == "lora"

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examples import LONG
 from malformed_inputs import CASES, Case
 
 Command = Callable[..., Any]
-ANEW = os.environ.get("APPORTION_LONG") == "1"
 KINDS = ("data", "yaml", "flags", "models", "tokenizers", "plugins")
 LIGHT = [case for case in CASES if case.early]
 HEAVY = [case for case in CASES if not case.early]
 # a process from its start takes seconds: one kind in `make test`, all of them in `make test-long`
-SAMPLE = [next(c for c in LIGHT if c.kind == kind) for kind in ("data", "plugins", "yaml", "flags")][: 4 if ANEW else 1]
+SAMPLE = [next(c for c in LIGHT if c.kind == kind) for kind in ("data", "plugins", "yaml", "flags")][: 4 if LONG else 1]
 PROBE = """
 import json, sys
 from apportion.cli.main import main
