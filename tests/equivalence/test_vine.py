@@ -93,7 +93,7 @@ def test_values_are_in_the_units_of_the_scores(world: Path) -> None:
     assert scored.evidence["vine_values@samples=2"].abs().max() <= 0.05 + 1e-6
 
 
-def test_a_run_without_segments_is_told_so(world: Path) -> None:
+def test_a_run_without_segments_is_an_error(world: Path) -> None:
     batch = tiny_runs.sampled(tiny_runs.models(world).policy, tiny_runs.prompts(2))
     with pytest.raises(ConfigError, match="segment, sampling and generator"):
         vine_pass(tiny_runs.models(world), batch, frozenset({"vine_values"}))

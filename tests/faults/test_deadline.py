@@ -62,7 +62,7 @@ def test_a_block_is_interrupted_and_the_next_one_has_its_own_time() -> None:
         pass
 
 
-def test_a_function_may_have_a_time_limit_of_its_own() -> None:
+def test_a_function_may_have_its_own_time_limit() -> None:
     """With SIGALRM, as reward functions do: both work in one call."""
 
     def alarm(number: int, frame: object) -> None:

@@ -85,7 +85,7 @@ def test_perplexity(surprise, expected, hole):
     assert ids(segments.perplexity(), mask, reference_logprobs=reference) == expected
 
 
-def test_perplexity_starts_anew_in_each_turn():
+def test_perplexity_restarts_in_each_turn():
     reference, turn = [-2.0, -1, -1, -1.75, -1], [0, 0, 1, 1, 1]
     assert ids(segments.perplexity(), [1] * 5, reference_logprobs=reference) == [0, 0, 0, 1, 1]
     assert ids(segments.perplexity(), [1] * 5, reference_logprobs=reference, turn=turn) == [0, 0, 1, 2, 2]
