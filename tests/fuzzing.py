@@ -28,9 +28,9 @@ from apportion.cli.arguments import parse, show
 from apportion.config import DiagnoseConfig, EvaluateConfig, RewardConfig, RLConfig
 from apportion.data import BadRows, cache_dir, labelled, prompts, read_rows
 from apportion.errors import ApportionError, ConfigError
-from apportion.models.text.render import encode, read_as_text
+from apportion.models.text.render import encode, render
 from apportion.models.text.token_spans import PolicyText
-from apportion.models.text.transfer import carry
+from apportion.models.text.transfer import transfer
 from apportion.stages.rl.method import build_method
 from apportion.system import safe_yaml
 
@@ -346,7 +346,7 @@ def check_offsets(policy: str, reward: str, given: str | list[int], cut: int) ->
         given = given.encode("utf-8", "replace").decode()  # tokenizers take no lone surrogates, and readers refuse them
         ids = reads.tokenizer(given, add_special_tokens=False)["input_ids"]
     prompt, response = list(ids[:cut]), list(ids[cut:])
-    found = reads.read(prompt, response)
+    found = reads.decode_response(prompt, response)
     reach = 0
     for first, end in found.spans:
         assert 0 <= first <= end <= len(found.text)
@@ -354,17 +354,17 @@ def check_offsets(policy: str, reward: str, given: str | list[int], cut: int) ->
             assert first <= reach <= end, "in order, without gaps"
             reach = end
     assert reach == len(found.text), "they cover the text"
-    reading = read_as_text(tokenizers()[reward], reads, prompt, response)
+    reading = render(tokenizers()[reward], reads, prompt, response)
     encoded = encode(tokenizers()[reward], reading)
     conserved(encoded.spans, reading.spans, len(reading.text))
 
 
 def conserved(source: list[tuple[int, int]], target: list[tuple[int, int]], length: int) -> None:
-    """Check that `carry` gives the target what the source has on its characters, and nothing else."""
+    """Check that `transfer` gives the target what the source has on its characters, and nothing else."""
     weights = torch.linspace(-1.0, 2.0, max(1, len(source)))[None, : len(source)]
     have = torch.tensor(source, dtype=torch.int64).reshape(1, -1, 2)
     want = torch.tensor(target, dtype=torch.int64).reshape(1, -1, 2)
-    got = carry(weights, have, want)
+    got = transfer(weights, have, want)
     taken = torch.zeros(length, dtype=torch.bool)
     for first, end in target:
         taken[first:end] = True

@@ -1,4 +1,4 @@
-"""Finding a method by name: built-in names, or "package.module:function" from anywhere."""
+"""Methods and evidence by name: built-in names, "package.module:function", specs, and keys of evidence."""
 
 from __future__ import annotations
 
@@ -8,11 +8,45 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from apportion.errors import ConfigError, unknown_name
 
 Factory = Callable[..., Any]
+
+
+class EvidenceKey(str):
+    """The name of evidence that is produced with settings: `EvidenceKey("vine_values", samples=4)`.
+
+    It is a str, "name@key=value;key=value" with sorted keys and JSON values, which is its key in `Rollouts.evidence`
+    and in logs; the settings are carried beside the text and never parsed back from it. A plain str names evidence
+    that is produced without settings.
+
+    Attributes:
+        name: the evidence, without settings.
+        settings: read-only mapping.
+    """
+
+    __slots__ = ("name", "settings")
+    name: str
+    settings: Mapping[str, Any]
+
+    def __new__(cls, name: str, /, **settings: Any) -> EvidenceKey:
+        """Return the key of evidence `name` produced with `settings`, JSON values; without any it equals `name`."""
+        pairs = ";".join(f"{key}={json.dumps(settings[key])}" for key in sorted(settings))
+        made = super().__new__(cls, f"{name}@{pairs}" if pairs else name)
+        made.name, made.settings = name, MappingProxyType(dict(settings))
+        return made
+
+    @classmethod
+    def of(cls, need: str) -> EvidenceKey:
+        """Return `need` as a key: itself, or a plain name without settings."""
+        return need if isinstance(need, cls) else cls(need)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(EvidenceKey, self.name, **self.settings), ()
 
 
 def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
@@ -29,21 +63,21 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     expected = "an importable package.module:function"
     try:
         factory = getattr(_import(module), attribute)
-    except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(field, name, expected, f"Importing it said: {reason}.") from error
+        raise ConfigError(field, name, expected, f"The import failed: {reason}.") from error
     if not callable(factory):
         raise ConfigError(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function.")
     return factory
 
 
 def _import(module: str) -> Any:
-    """Import `module`, from the working folder too: a console script does not look there by itself."""
+    """Import `module`, also from the working folder, which a console script's import path does not include."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
-            raise  # the module is there, and something it imports is not
+            raise  # the module exists; one of its own imports does not
     sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module)
@@ -55,13 +89,13 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
     """Return `factory(**kwargs)`, after checking the keys against its signature.
 
     Raises:
-        ConfigError: a key the factory does not take (with suggestions), or one that it requires and did not get.
+        ConfigError: an unknown key (with suggestions), or a required one that is missing.
     """
     try:
         parameters = inspect.signature(factory).parameters
     except (ValueError, TypeError) as error:
-        fix = "Wrap it in a function of your own."
-        raise ConfigError(field, name, "a function that says what it takes", fix) from error
+        fix = "Wrap it in a Python function."
+        raise ConfigError(field, name, "a function with a signature that Python can read", fix) from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in kwargs:
         if key not in parameters and not takes_any:
@@ -80,36 +114,18 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
         return factory(**kwargs)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a user's factory raises
+    except Exception as error:  # a user's factory may raise anything
         got = f"{name}, which raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ConfigError(field, got, "a method", "Fix the function, or its settings.") from error
 
 
-def method(field: str, name: str, made: Any) -> Any:
-    """Return `made` if it is a function of rollouts that says what it `needs`. Raises ConfigError otherwise."""
+def check_method(field: str, name: str, made: Any) -> Any:
+    """Return `made` if it is a function of rollouts with an attribute `needs`. Raises ConfigError otherwise."""
     if not callable(made) or not isinstance(getattr(made, "needs", None), frozenset):
         got = f"{name}, which returned a {type(made).__name__}"
         fix = "Return a function of rollouts with an attribute `needs`, a frozenset of evidence names."
         raise ConfigError(field, got, f"a method for {field}", fix)
     return made
-
-
-def ask(name: str, **settings: Any) -> str:
-    """Return the name of evidence made with `settings`: "name", or "name@key=value;key=value" in order of the keys.
-
-    A method that wants evidence made in another way than usual asks for it by such a name; its producer reads the
-    settings with `asked`. Values are JSON.
-    """
-    if not settings:
-        return name
-    return name + "@" + ";".join(f"{key}={json.dumps(settings[key])}" for key in sorted(settings))
-
-
-def asked(name: str) -> tuple[str, dict[str, Any]]:
-    """Return (name, settings) of what `ask` returned."""
-    base, _, tail = name.partition("@")
-    pairs = [part.partition("=") for part in tail.split(";") if part]
-    return base, {key: json.loads(value) for key, _, value in pairs}
 
 
 def parse(field: str, spec: object) -> list[tuple[str, dict[str, Any]]]:

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification
 
-from apportion import credit, registry
+from apportion import credit
 from apportion.config import ScoreConfig
-from apportion.credit._evidence import Reading, asked_reading, reading
+from apportion.credit import AttentionSpec, attention_spec, requested_attention
 from apportion.errors import ConfigError, DataError, ModelError
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.reward import reward_evidence
 from apportion.evidence.scoring import score
-from apportion.models.attention.row import attention_row, union
+from apportion.models.attention.row import attention_row, needed_layers
+from apportion.registry import EvidenceKey
 from apportion.stages.explain import apportion_text, text_methods
 
 SETTINGS = [
@@ -69,8 +70,8 @@ def test_a_rollout_by_hand() -> None:
 def test_readings_equal_the_matrices_written_out(name: str, settings: dict, padding: str) -> None:
     inputs, pooled = zoo.inputs_of(name, padding)
     matrices = zoo.eager(name, inputs)
-    one = reading(**settings)
-    got = zoo.tap(zoo.build(name), inputs, union([one])).read(one, pooled)
+    one = attention_spec(**settings)
+    got = zoo.tap(zoo.build(name), inputs, needed_layers([one])).attention(one, pooled)
     torch.testing.assert_close(got, by_hand(matrices, pooled, settings), rtol=0, atol=1e-5)
     assert (got[inputs["attention_mask"] == 0] == 0).all()
     if settings.get("rollout") and "sinks" not in name:
@@ -140,7 +141,7 @@ def test_only_the_chosen_layers_are_kept() -> None:
     assert seen.layer_weights(pooled).shape == (3, 2, 4, 12)
     assert torch.equal(seen.layer_weights(pooled)[:, 1], seen.weights(pooled))
     with pytest.raises(ModelError, match="layer 1'; expected one of the chosen layers"):
-        seen.read(reading(layers=1), pooled)
+        seen.attention(attention_spec(layers=1), pooled)
     with pytest.raises(ModelError, match='rollout.*layers="all"'):
         seen.rollout(pooled)
 
@@ -169,13 +170,15 @@ def test_settings_are_checked_at_construction(settings: dict, field: str) -> Non
 def test_the_papers_reading_asks_for_nothing_special_and_others_for_theirs() -> None:
     usual = [{}, {"layers": -1}, {"layers": [-1]}, {"layers": "last", "heads": "mean", "rollout": False}]
     assert all(credit.attention(**settings).needs == {"reward_attention"} for settings in usual)
-    asked = registry.ask("reward_attention", layers=[-2, -1], heads="mean")
+    asked = EvidenceKey("reward_attention", layers=[-2, -1], heads="mean")
     assert credit.attention(layers=[-1, -2]).needs == credit.attention(layers=(-2, -1, -2)).needs == {asked}
-    assert credit.attention(rollout=True).needs == {registry.ask("reward_attention", rollout=True)}
+    assert credit.attention(rollout=True).needs == {EvidenceKey("reward_attention", rollout=True)}
     for settings in SETTINGS:
         (name,) = credit.attention(**settings).needs
-        assert registry.asked(name)[0] == "reward_attention" and asked_reading(name) == reading(**settings)
-    assert asked_reading("reward_attention") == Reading()
+        assert EvidenceKey.of(name).name == "reward_attention" and requested_attention(name) == attention_spec(
+            **settings
+        )
+    assert requested_attention("reward_attention") == AttentionSpec()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -207,7 +210,7 @@ def test_several_askings_share_one_forward_and_each_gets_its_own(world: Path) ->
     }
     forwards: list[int] = []
     handle = reward.model.register_forward_hook(lambda *_: forwards.append(1))
-    found = reward_pass(reward, batch, frozenset(names) | {"scores"})
+    found = reward_evidence(reward, batch, frozenset(names) | {"scores"})
     handle.remove()
     assert len(forwards) == 1 and set(found) == set(names) | {"scores"}
     model = AutoModelForSequenceClassification.from_pretrained(world / "reward", attn_implementation="eager").eval()

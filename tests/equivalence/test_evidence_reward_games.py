@@ -11,14 +11,15 @@ import tiny_models
 import tiny_runs
 import torch
 
-from apportion import credit, registry, segments
+from apportion import credit, segments
 from apportion.config import ScoreConfig
 from apportion.errors import ConfigError, ScoreError
 from apportion.evidence import PRODUCERS, Models
-from apportion.evidence.attribution import attribution_pass
+from apportion.evidence.attribution import attribution_evidence
 from apportion.evidence.scoring import score
-from apportion.evidence.shapley import cut, shapley_pass
+from apportion.evidence.shapley import cut, shapley_evidence
 from apportion.models.reward import RewardModel
+from apportion.registry import EvidenceKey
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 RESPONSES = [[50, 60, 70, 80, 90], [33, 2], [44]]
@@ -42,7 +43,7 @@ def test_attribution_is_the_slope_from_the_pad_embedding(name: str, extra: int) 
     batch = tiny_runs.rollouts_of(prompts, RESPONSES, extra=extra)
     seen: list[int] = []
     handle = model.register_forward_hook(lambda *_: seen.append(1))
-    found = attribution_pass(RewardModel(model, None), batch)["reward_attribution"]
+    found = attribution_evidence(RewardModel(model, None), batch)["reward_attribution"]
     handle.remove()
     assert len(seen) == PRODUCERS["attribution"].forwards == PRODUCERS["attribution"].backwards == 1
     assert all(p.grad is None for p in model.parameters()), "weights got a gradient"
@@ -82,11 +83,11 @@ def test_an_attribution_that_is_not_a_number_is_named(world: Path) -> None:
     with torch.no_grad():
         reward.model.model.embed_tokens.weight[33] = torch.inf
     with pytest.raises(ScoreError, match="of rollout 1: got nan"):
-        attribution_pass(reward, batch)
+        attribution_evidence(reward, batch)
 
 
 def asked(part: str, **settings: object) -> str:
-    return registry.ask(f"shapley_{part}", **{"spans": 2, "budget": 64, "seed": 0} | settings)
+    return EvidenceKey(f"shapley_{part}", **{"spans": 2, "budget": 64, "seed": 0} | settings)
 
 
 def cut_out(reward: RewardModel, prompt: list[int], kept: list[int]) -> float:
@@ -111,7 +112,7 @@ def test_shapley_values_are_those_of_texts_with_spans_cut_out(world: Path, extra
     models = tiny_runs.models(world)
     batch = tiny_runs.rollouts_of(PROMPTS, RESPONSES, extra=extra)
     parts = ("values", "empty", "error", "calls", "joined")
-    found = shapley_pass(models, batch, frozenset(asked(p) for p in parts))
+    found = shapley_evidence(models, batch, frozenset(asked(p) for p in parts))
     assert set(found) == {asked(p) for p in parts}
     for row, response in enumerate(RESPONSES):
         spans = [response[i : i + 2] for i in range(0, len(response), 2)]
@@ -128,8 +129,8 @@ def test_what_comes_later_changes_an_earlier_tokens_value(world: Path) -> None:
     """Why neither credit is causal."""
     models = tiny_runs.models(world)
     batch = tiny_runs.rollouts_of([[5, 6]] * 2, [[50, 60, 70, 80], [50, 60, 71, 33]])
-    values = shapley_pass(models, batch, frozenset({asked("values")}))[asked("values")]
-    effects = attribution_pass(models.reward, batch)["reward_attribution"]
+    values = shapley_evidence(models, batch, frozenset({asked("values")}))[asked("values")]
+    effects = attribution_evidence(models.reward, batch)["reward_attribution"]
     for found in (values, effects):
         assert (found[0, :2] - found[1, :2]).abs().max() > 1e-3
 
@@ -200,6 +201,6 @@ def test_a_reading_that_is_not_a_number_is_named(world: Path) -> None:
     with torch.no_grad():
         models.reward.model.model.embed_tokens.weight[33] = torch.nan
     with pytest.raises(ScoreError, match="score of rollout 1: got nan"):
-        shapley_pass(models, batch, frozenset({asked("values")}))
+        shapley_evidence(models, batch, frozenset({asked("values")}))
     with pytest.raises(ScoreError, match="prompt of rollout 1: got 'no tokens'"):
-        shapley_pass(models, tiny_runs.rollouts_of([[5], []], RESPONSES[:2]), frozenset({asked("values")}))
+        shapley_evidence(models, tiny_runs.rollouts_of([[5], []], RESPONSES[:2]), frozenset({asked("values")}))

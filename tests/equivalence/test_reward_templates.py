@@ -27,10 +27,10 @@ from transformers import (
 
 from apportion.config import SamplingConfig
 from apportion.errors import ModelError, ScoreError
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.reward import reward_evidence
 from apportion.evidence.text_reward import translate
 from apportion.generation.prompts import conversations
-from apportion.models.text.transfer import carry
+from apportion.models.text.transfer import transfer
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_conversation_goes_through_the_reward_models_own_template(world: Path,
     assert theirs.rollouts.response_ids.tolist() == [own]
     spans = [(a, b) for a, b in theirs.target[0].tolist()]
     assert "".join(text[a:b] for a, b in spans) == "  RESPONSE, a film!" and spans[0][0] == len(before)
-    found = reward_pass(reward, batch, BOTH)
+    found = reward_evidence(reward, batch, BOTH)
     assert 0 < float(found["reward_attention"].sum()) < 1
 
 
@@ -79,9 +79,9 @@ def test_what_a_template_trims_gets_nothing(world: Path, template: str, response
     prompt = tuple(tiny_runs.alone(batch, 0)[0])
     reward = replace(reward, text=replace(policy_text(), conversations={prompt: CHAT}))
     theirs = translate(reward, batch)
-    found = carry(torch.ones(theirs.source.shape[:2]), theirs.source, theirs.target)[0]
+    found = transfer(torch.ones(theirs.source.shape[:2]), theirs.source, theirs.target)[0]
     skipped = response.index(shown) if shown else len(response)
-    given = policy_text().read([], tiny_runs.alone(batch, 0)[1]).spans
+    given = policy_text().decode_response([], tiny_runs.alone(batch, 0)[1]).spans
     for value, (a, b) in zip(found.tolist(), given, strict=False):
         assert (value > 0) == (b > skipped and a < skipped + len(shown) and b > a)
 

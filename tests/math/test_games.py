@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apportion.evidence.shapley_values import exact, most_players, sampled, shapley_values
+from apportion.evidence.shapley_values import exact, max_players, sampled, shapley_values
 
 
 class Game:
@@ -100,7 +100,7 @@ def test_an_order_with_its_reverse_is_worth_more_than_two_orders() -> None:
 
 @pytest.mark.parametrize("budget", [6, 8, 13, 14, 64, 100])
 def test_the_budget_is_kept(budget: int) -> None:
-    for players in range(1, most_players(budget) + 1):
+    for players in range(1, max_players(budget) + 1):
         game = Game(players, 0) if players <= 12 else None
         asked: list[int] = []
 

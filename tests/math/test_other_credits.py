@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apportion import advantages, credit, segments
-from apportion.credit._evidence import previous
 from apportion.errors import ConfigError, DataError
+from apportion.masking import previous
 
 # row 0: four tokens, R = 2; row 1: a hole at 1, R = −1; row 2: one token, R = 3; row 3: none
 MASK = helpers.bools([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]])

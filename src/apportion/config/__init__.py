@@ -159,6 +159,7 @@ class RewardConfig:
         device: auto, cpu, cuda.
         threads: processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free.
         dtype: auto (bfloat16 where the processor has it), float32, bfloat16.
+        fast_kernels: faster layers with equal results to rounding; off, every layer is transformers' and peft's own.
         lora: adapters, merged when saved.
         optim: optimizer.
     """
@@ -183,6 +184,7 @@ class RewardConfig:
     device: str = "auto"
     threads: int | None = None
     dtype: str = "auto"
+    fast_kernels: bool = True
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
 
@@ -215,6 +217,8 @@ class RLConfig:
         threads: processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free.
         dtype: the policy's: auto (bfloat16 where the processor has it), float32, bfloat16.
         reward_dtype: the reward model's; float32 makes logged credit reproducible to 1e-5.
+        fast_kernels: faster layers and decoding with equal results to rounding; off, every layer is transformers' and
+            peft's own.
     """
 
     policy: str = "smollm2"
@@ -239,6 +243,7 @@ class RLConfig:
     threads: int | None = None
     dtype: str = "auto"
     reward_dtype: str = "float32"
+    fast_kernels: bool = True
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)

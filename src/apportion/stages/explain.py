@@ -9,18 +9,19 @@ from torch import Tensor
 
 from apportion import credit, registry
 from apportion.config import ScoreConfig
-from apportion.credit._evidence import EVIDENCE, asked_reading
+from apportion.credit import REWARD_ATTENTION, requested_attention
 from apportion.errors import ConfigError, DataError
 from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.models.text.render import context_limit
+from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts
 
 # what a reward model alone can tell: the attention in the forward that scores, the rest of a decoder in passes more
-FURTHER = PRODUCERS["attribution"].gives | PRODUCERS["shapley"].gives | {"prefix_scores", "prompt_score"}
-AVAILABLE = FURTHER | {EVIDENCE}
+FURTHER = PRODUCERS["attribution"].provides | PRODUCERS["shapley"].provides | {"prefix_scores", "prompt_score"}
+AVAILABLE = FURTHER | {REWARD_ATTENTION}
 
 
 class TextCredit(NamedTuple):
@@ -50,7 +51,7 @@ def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
 
 def _told(need: str) -> bool:
     """Whether a reward model alone can tell the evidence `need`."""
-    return registry.asked(need)[0] in AVAILABLE
+    return EvidenceKey.of(need).name in AVAILABLE
 
 
 def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[str, Credit]) -> TextCredit:
@@ -64,11 +65,11 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
             with an encoder.
     """
     ids, response = _encode(reward, prompt, text)
-    wanted = frozenset({EVIDENCE}).union(*(method.needs for method in methods.values()))
-    further = frozenset(name for name in wanted if registry.asked(name)[0] in FURTHER)
+    wanted = frozenset({REWARD_ATTENTION}).union(*(method.needs for method in methods.values()))
+    further = frozenset(name for name in wanted if EvidenceKey.of(name).name in FURTHER)
     names = sorted(wanted - further)
-    readings = [asked_reading(name) for name in names]
-    scores, rows, at = reward.read(ids, torch.ones_like(ids, dtype=torch.bool), readings)
+    readings = [requested_attention(name) for name in names]
+    scores, rows, at = reward.forward(ids, torch.ones_like(ids, dtype=torch.bool), readings)
     found = dict(zip(names, rows, strict=True))
     if is_decoder(reward.model) and int(at) != ids.shape[1] - 1:
         got = f"{text[-20:]!r}, which ends with the model's pad token"
@@ -80,7 +81,9 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
     chosen = ids[0, response].tolist()
     by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
     tokens = [reward.tokenizer.decode([i]) for i in chosen]
-    return TextCredit(prompt, tokens, chosen, float(scores[0]), by_method, float(found[EVIDENCE][0, response].sum()))
+    return TextCredit(
+        prompt, tokens, chosen, float(scores[0]), by_method, float(found[REWARD_ATTENTION][0, response].sum())
+    )
 
 
 def _with_further(reward: RewardModel, rollouts: Rollouts, needs: frozenset[str]) -> Rollouts:

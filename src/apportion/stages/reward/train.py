@@ -23,7 +23,7 @@ from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
 from apportion.errors import ConfigError, DataError
 from apportion.intervals import calibration, mean_interval, proportion
-from apportion.models.fast.packed_weights import packed
+from apportion.models.fast import use_packed_weights
 from apportion.models.loading import (
     context_of,
     load_classifier,
@@ -31,7 +31,7 @@ from apportion.models.loading import (
     locate,
     pick_device,
     pick_dtype,
-    quick_attention,
+    use_fastest_attention,
 )
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import to_sixteen_bit
@@ -77,7 +77,7 @@ def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step
         del model
         learner.share_weights(keeper.end)
         start = keeper.resume(learner)
-        with nullcontext() if learner.parted else packed(learner.model):
+        with nullcontext() if learner.parted else use_packed_weights(learner.model):
             _fit(learner, start, excerpts, config, tokenizer.pad_token_id, keeper, tell)
         found: dict[str, Any] = {}
         keeper.final(
@@ -179,10 +179,10 @@ def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.devi
     """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32."""
     lora = config.lora.rank > 0
     dtype = pick_dtype(config.dtype, device) if lora else torch.float32
-    model: Any = load_classifier("model", folder, dtype, device, new_head=2)
+    model: Any = load_classifier("model", folder, dtype, device, new_head=2, fast_kernels=config.fast_kernels)
     check_embeddings("model", model, tokenizer, (excerpt.ids for excerpt in excerpts))
     model.config.update(head_config(tokenizer))
-    quick_attention(model, device, config.excerpt_tokens[1])
+    use_fastest_attention(model, device, config.excerpt_tokens[1])
     head = next(name for name, _ in model.named_children() if name in HEADS)
     if config.probe_excerpts:
         probe_head(model, model.get_submodule(head), excerpts[: config.probe_excerpts], tokenizer.pad_token_id)
@@ -250,7 +250,8 @@ def _accumulate(learner: RewardLearner, batch: list[Excerpt], micro: int, pad: i
 
 def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:
     """Return accuracy with its interval, by clip length too, calibration, and mean and sd of R, on held-out texts."""
-    reward = load_reward(str(folder), dtype=config.dtype, device=config.device, field="model")
+    loading: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "fast_kernels": config.fast_kernels}
+    reward = load_reward(str(folder), **loading, field="model")
     ids, labels = _ids(rows, reward.tokenizer, config)
     excerpts = random_excerpts(ids, labels, len(rows), config.excerpt_tokens, config.seed + 1)
     scores, truth = scored(reward, excerpts), [c.label for c in excerpts]

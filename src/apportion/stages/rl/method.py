@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from apportion import algorithms, registry
+from apportion import algorithms
 from apportion.config import PPOConfig, RLConfig
 from apportion.errors import ConfigError
 from apportion.evidence import plan
+from apportion.registry import EvidenceKey
 from apportion.stages.rl.rollout_log import comparisons
 from apportion.system import time_limit
 from apportion.training.monitoring import users_names
@@ -51,7 +52,7 @@ def settle(config: RLConfig, method: Method) -> None:
     if ppo.truncated == "bootstrap" and not method.critic:
         expected = f"terminal, mask or penalty: {name} has no critic to ask what would have come"
         raise ConfigError("ppo.truncated", "bootstrap", expected, "Choose one of them, or gae.")
-    if ppo.truncated == "bootstrap" and any(registry.asked(need)[0] == "prefix_scores" for need in method.needs):
+    if ppo.truncated == "bootstrap" and any(EvidenceKey.of(need).name == "prefix_scores" for need in method.needs):
         expected = "terminal, mask or penalty with prefix_difference, which pays the score of the text so far"
         fix = "Choose one of them: the critic's value after a cut would count that score again."
         raise ConfigError("ppo.truncated", "bootstrap", expected, fix)

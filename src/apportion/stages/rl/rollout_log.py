@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from apportion import credit, registry
-from apportion.credit._evidence import EVIDENCE
+from apportion.credit import REWARD_ATTENTION
 from apportion.masking import normalise
+from apportion.registry import EvidenceKey
 from apportion.types import Advantages, Credit, Rollouts
 from apportion.user_code import checked
 
@@ -53,7 +54,9 @@ def rollout_records(
 
 def reading_of(method: Credit) -> str:
     """Return the name of the reward model's attention that a credit reads: the paper's where it reads none."""
-    return min((name for name in method.needs if registry.asked(name)[0] == EVIDENCE), default=EVIDENCE)
+    return min(
+        (name for name in method.needs if EvidenceKey.of(name).name == REWARD_ATTENTION), default=REWARD_ATTENTION
+    )
 
 
 def before_penalty(learner: Learner, rollouts: Rollouts) -> Tensor:

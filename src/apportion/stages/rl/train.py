@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from apportion import credit, registry
+from apportion import credit
 from apportion.config import PPOConfig, RLConfig, to_dict
 from apportion.distributed import collectives
 from apportion.evidence import Models, Users
-from apportion.evidence.producers import POLICY
+from apportion.evidence.policy import POLICY
 from apportion.evidence.scoring import ALWAYS, score
 from apportion.generation import sample
 from apportion.generation.prompts import PromptStream, load_prompts
@@ -29,6 +29,7 @@ from apportion.models.reward import adjust, load_reward
 from apportion.models.saving import save_policy
 from apportion.models.text.render import check_embeddings
 from apportion.models.text.token_spans import PolicyText
+from apportion.registry import EvidenceKey
 from apportion.segments import check as check_segments
 from apportion.stages.doctor.checkup import quick
 from apportion.stages.rl.learner import Learner
@@ -266,10 +267,11 @@ def make_learner(config: RLConfig, method: Method) -> Learner:
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
-    stream = PromptStream(texts, tokenizer, config, context_of(folder))
+    stream = PromptStream(texts, tokenizer, config.sampling, config.seed, context_of(folder))
     findings = quick(config, folder, tokenizer, texts, stream.rows)
     reads = PolicyText(tokenizer, stream.conversations)
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
+    settings["fast_kernels"] = config.fast_kernels
     reward = load_reward(judge, **settings, policy=reads)  # it reads ids where it shares the tokenizer, else text
     adjust(torch.zeros(1), reward, config.scores)  # asks for statistics that may not be there
     policy = load_policy(config, reward)
@@ -303,4 +305,4 @@ def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:
     The update's own forward then gives the old log-probabilities, and one forward of the policy a batch is saved.
     """
     one_step = (config.ppo.epochs or 1) == 1 and config.ppo.mini_batch >= config.sampling.batch_size
-    return one_step and collectives.world_size() == 1 and not {registry.asked(name)[0] for name in needs} & POLICY
+    return one_step and collectives.world_size() == 1 and not {EvidenceKey.of(name).name for name in needs} & POLICY

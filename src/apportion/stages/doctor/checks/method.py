@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apportion import registry
 from apportion.algorithms import discount_warning
+from apportion.registry import EvidenceKey
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.findings import ok, warn
 
@@ -35,6 +35,6 @@ def unusual(case: Case) -> Said:
 
 def reads_attention(case: Case) -> bool:
     """Whether any credit that is trained or logged beside reads the reward model's attention."""
-    from apportion.credit._evidence import EVIDENCE
+    from apportion.credit import REWARD_ATTENTION
 
-    return any(registry.asked(need)[0] == EVIDENCE for need in case.notes.get("needs", case.method.needs))
+    return any(EvidenceKey.of(need).name == REWARD_ATTENTION for need in case.notes.get("needs", case.method.needs))

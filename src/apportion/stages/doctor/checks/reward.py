@@ -33,6 +33,7 @@ def head(case: Case) -> Said:
         device=case.config.device,
         pad_token=case.config.pad_token,
         policy=PolicyText(case.tokenizer, case.notes.get("conversations", {})),
+        fast_kernels=case.config.fast_kernels,
     )
     model = case.reward.model
     said = size(model)
