@@ -44,6 +44,7 @@ from apportion.evidence.text_reward import to_policy, translate
 from apportion.models.reward import load_reward
 from apportion.models.text.render import RenderedText, encode
 from apportion.models.text.transfer import transfer
+from apportion.registry import EvidenceKey
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,9 @@ def test_unfit_models_are_refused_at_load(world: Path, tmp_path: Path) -> None:
 def test_evidence_that_characters_cannot_share_is_refused(world: Path) -> None:
     theirs = translate(judge(world, "other"), batch_of(SAID))
     rows, tokens = theirs.source.shape[:2]
-    found = to_policy({"scores": torch.ones(rows), "reward_attention@layers=1": torch.ones(rows, tokens)}, theirs)
+    found = to_policy(
+        {"scores": torch.ones(rows), EvidenceKey("reward_attention", layers=1): torch.ones(rows, tokens)}, theirs
+    )
     assert found["scores"].tolist() == [1.0] * rows
     assert found["reward_attention@layers=1"].shape == theirs.target.shape[:2]
     with pytest.raises(ConfigError, match="evidence: got 'prefix_scores'; expected one of reward_attention"):

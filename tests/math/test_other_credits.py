@@ -86,9 +86,9 @@ class TestPrefixDifference:
             apply(credit.prefix_difference())
         wrong = torch.where(MASK, PREFIXES, 0.0)
         wrong[1, 2] = torch.nan
-        with pytest.raises(DataError, match=r"evidence\['prefix_scores'\] of rollout 1: got \[1.0, .*nan"):
+        with pytest.raises(DataError, match=r"evidence\['prefix_scores'\] of rollout 1, token 2: got nan"):
             apply(credit.prefix_difference(), prefix_scores=wrong)
-        with pytest.raises(DataError, match=r"evidence\['prompt_score'\]: got \(4, 4\); expected a tensor \(4,\)"):
+        with pytest.raises(DataError, match=r"evidence\['prompt_score'\]: got \(4, 4\); expected shape \(4,\)"):
             apply(credit.prefix_difference(initial="omit"), prefix_scores=PREFIXES, prompt_score=PREFIXES)
 
 

@@ -97,15 +97,15 @@ def report(name: str, made: Any) -> int:
     """Print what the contract says of a credit and return the exit code."""
     from apportion.testing import CLAUSES, violations
 
-    broken = {found.clause: found for found in violations(made)}
+    broken = {violation.clause: violation for violation in violations(made)}
     console = Console(markup=False, highlight=False, soft_wrap=True)
     table = Table("clause", "", title=f"contract of {name}")
     for clause in CLAUSES:
         table.add_row(clause, "FAIL" if clause in broken else "ok")
     console.print(table)
-    for found in broken.values():
-        console.print(f"\n{found.clause}: {found.said}.\nThe smallest batch that shows it:")
-        console.print(describe(found.case))
+    for violation in broken.values():
+        console.print(f"\n{violation.clause}: {violation.message}.\nThe smallest batch that shows it:")
+        console.print(describe(violation.case))
     return 2 if broken else 0
 
 

@@ -17,7 +17,7 @@ class Past(Protocol):
     open: bool  # whether rows may be added while others are being generated
 
     def add_rows(self, prefilled: Any, seen: Tensor, source: Tensor) -> None:
-        """Add rows behind the others, row i with prompt source[i] (n,) of the cache `prefilled` with mask `seen` (N,W)."""
+        """Add rows behind the others, row i with prompt source[i] (n,) of cache `prefilled` with mask `seen` (N,W)."""
 
     def keep_rows(self, rows: Tensor) -> None:
         """Keep `rows` (n,) of the batch, in this order; remove the others."""

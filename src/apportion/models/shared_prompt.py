@@ -61,7 +61,7 @@ def states_after_shared_prompts(run: Run, rollouts: Rollouts, shared: Shared) ->
 
 
 def prefill_prompts(run: Run, rollouts: Rollouts, shared: Shared) -> tuple[Tensor, Any]:
-    """Return (the last state (B,1,d) of each prompt, every row's keys and values), each distinct prompt computed once."""
+    """Return (last state (B,1,d) of each prompt, every row's keys and values), each distinct prompt computed once."""
     from transformers import DynamicCache
 
     mask = rollouts.prompt_mask[shared.first].long()
