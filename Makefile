@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2# processes of `make test`, one core each
+COVER ?= tests# what `make coverage` runs
 STAMP := .venv/.installed
 
-.PHONY: demo test test-long check licences audit clean
+.PHONY: demo test test-long check coverage docs licences audit clean
 
 demo: $(STAMP)
 	$(BIN)/apportion demo
@@ -22,6 +23,20 @@ check: $(STAMP)-dev
 	$(BIN)/lint-imports
 	$(BIN)/python tools/size_budget.py
 	$(BIN)/python tools/licences.py --check
+	$(MAKE) docs
+
+# Coverage of the tests, subprocesses too; fails unless they run every line of the floors that pyproject.toml lists.
+coverage: $(STAMP)-dev
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest $(COVER) -m "not long" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered --skip-empty
+	$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
+	$(BIN)/python tools/coverage_floors.py build/coverage/coverage.json
+
+# The documentation as a site in site/; a warning is an error.
+docs: $(STAMP)-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 licences: $(STAMP)-dev
 	$(BIN)/python tools/licences.py
@@ -43,4 +58,4 @@ $(STAMP)-dev: $(STAMP) requirements-dev.lock
 	touch $@
 
 clean:
-	rm -rf .venv build src/*.egg-info
+	rm -rf .venv build site src/*.egg-info

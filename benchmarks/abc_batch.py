@@ -34,12 +34,15 @@ from apportion import credit
 from apportion.cli.main import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig
 from apportion.credit import AttentionSpec
+from apportion.evidence.scoring import score
 from apportion.models.attention.row import attention_row
 from apportion.models.reward import RewardModel
-from apportion.stages.rl.learner import Learner
+from apportion.stages.rl.learner import Learner, make_learner
 from apportion.stages.rl.method import build_method
-from apportion.stages.rl.train import experience, learn, make_learner
+from apportion.stages.rl.sources import FixedSource
+from apportion.stages.rl.train import train_batch
 from apportion.system import cpu
+from apportion.training.session import TrainingSession
 from apportion.types import Method, Rollouts
 
 CREDITS = {"sparse": "sparse", "abc": "attention"}
@@ -58,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
-    threads = cpu.settle(options.threads).threads
+    threads = cpu.configure_threads(options.threads).count
     with tempfile.TemporaryDirectory() as folder:
         bench = build(options, Path(folder))
         found = {
@@ -122,8 +125,11 @@ def turn_to(bench: Bench, name: str) -> None:
 def one_batch(bench: Bench, name: str, step: int = 1) -> Rollouts:
     """Sample, score and learn from one batch as `train` does, and return its scored rollouts."""
     turn_to(bench, name)
-    step, rollouts = next(experience(bench.learner, bench.config, step - 1))
-    learn(bench.learner, rollouts, bench.config, step)
+    learner, source = bench.learner, bench.learner.source
+    rollouts = score(learner.models, source.take(step), learner.needs, bench.config.scores, learner.always)
+    learner.source = FixedSource(rollouts)
+    train_batch(TrainingSession(), learner, bench.config, step)
+    learner.source = source
     return rollouts
 
 

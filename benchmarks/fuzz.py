@@ -2,9 +2,9 @@
 
     python benchmarks/fuzz.py --target readers --minutes 10 --seed 0
 
-Only an ApportionError may come out of any of them, and what `tests/fuzzing.py` says of each must hold. Prints one JSON
-object; the exit code is 1 when something was found, with the smallest input that shows it and the seed that draws it
-again. What is found becomes a test in tests/faults/test_fuzz.py.
+Only an ApportionError may come out of any of them, and what `tests/support/fuzzing.py` says of each must hold. Prints
+one JSON object; the exit code is 1 when something was found, with the smallest input that shows it and the seed that
+draws it. What is found becomes a test in tests/faults/test_fuzz.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 
 from fuzzing import TARGETS
 from hypothesis import HealthCheck, Phase, given, seed, settings

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
-    cpu.keep_memory()  # as every command does
+    cpu.keep_freed_memory()  # as every command does
     if options.threads:
         torch.set_num_threads(options.threads)
     found = measure(build(options), options)

@@ -37,10 +37,11 @@ from apportion.config import PPOConfig, RLConfig, SamplingConfig, ScoreConfig
 from apportion.generation import llama
 from apportion.generation.step_model import spare
 from apportion.models.attention.row import _eager
-from apportion.stages.rl.learner import Learner
+from apportion.stages.rl.learner import Learner, make_learner
 from apportion.stages.rl.method import build_method
-from apportion.stages.rl.train import experience, learn, make_learner
+from apportion.stages.rl.train import train_batch
 from apportion.system import cpu
+from apportion.training.session import TrainingSession
 
 SHAPES = [(4, 128), (4, 512), (4, 2048)]  # rows, tokens
 PROMPT = 8  # tokens of every prompt
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a table or JSON, and return 0."""
     options = parse(arguments)
     quiet_libraries()
-    threads = cpu.settle(options.threads).threads
+    threads = cpu.configure_threads(options.threads).count
     with tempfile.TemporaryDirectory() as folder:
         reward = reward_model(options.model, Path(folder) / "reward")
         prompts = write_prompts(Path(folder) / "prompts.jsonl")
@@ -220,11 +221,10 @@ def warm_up(learner: Learner, config: RLConfig) -> None:
 
 def one_batch(learner: Learner, config: RLConfig, step: int) -> dict[str, float]:
     """Sample, score and learn from one batch as `train` does, and return the seconds of each phase."""
-    step, rollouts = next(experience(learner, config, step - 1))
-    began = time.perf_counter()
-    learn(learner, rollouts, config, step)
-    times = {name: learner.clock[f"time/{name}"] for name in ("generate", "score")}
-    return times | {"update": time.perf_counter() - began}
+    session, began = TrainingSession(), time.perf_counter()
+    train_batch(session, learner, config, step)
+    times = {name: session.clock[name] for name in ("generate", "score")}
+    return times | {"update": time.perf_counter() - began - sum(times.values())}
 
 
 def phase_figures(book: Book, phase: str, whole: float, batches: int, tokens: int) -> dict[str, float]:

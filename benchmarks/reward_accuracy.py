@@ -18,8 +18,8 @@ from apportion.data import labelled
 from apportion.intervals import mean_interval, proportion
 from apportion.models.reward import load_reward
 from apportion.stages.evaluate.judge import fit_judge, word_excerpts
+from apportion.stages.reward.evaluation import scored
 from apportion.stages.reward.excerpts import Excerpt
-from apportion.stages.reward.train import scored
 
 WORDS = (20, 30, 60)
 

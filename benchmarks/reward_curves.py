@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--lr", type=float, default=PEER.lr, help="where all weights learn, ours and the peer's")
     parser.add_argument("--adapters_lr", type=float, default=1e-3, help="of the sides adapters and prefix")
-    parser.add_argument("--threads", type=int, default=cpu.available().threads)
+    parser.add_argument("--threads", type=int, default=cpu.available_cores().count)
     parser.add_argument("--output", help="a JSON file to write")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()

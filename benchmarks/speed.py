@@ -39,7 +39,7 @@ def speed(config: SpeedConfig, tell: Tell = lambda line: None) -> Result:
             result file then holds what each did, and no ratio.
     """
     peer, output = PEERS[config.peer], output_of(config)
-    config = replace(shaped(config), threads=config.threads or cpu.available().threads)
+    config = replace(shaped(config), threads=config.threads or cpu.available_cores().count)
     config.device = str(pick_device(config.device))
     with tempfile.TemporaryDirectory(prefix="apportion-bench-") as name:
         works = make_works(config, peer, Path(name))

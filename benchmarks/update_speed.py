@@ -44,9 +44,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    threads = cpu.settle(options.threads).threads
-    cpu.use(threads)
-    cpu.keep_memory()
+    threads = cpu.configure_threads(options.threads).count
+    cpu.set_threads(threads)
+    cpu.keep_freed_memory()
     found: dict[str, Any] = {"machine": describe(), "threads": threads, "rows": options.rows}
     found |= {"prompt": options.prompt, "response": options.response, "settings": {}}
     for name, rank in (("all weights", 0), ("adapters", 16)):

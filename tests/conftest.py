@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a command run in this process keeps to one thread as well
 
 # importlib mode leaves sys.path alone; last, so that no folder here can hide a module
-sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent / "support"))
 
 import pytest
 import torch

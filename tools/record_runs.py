@@ -107,7 +107,7 @@ def make_world(folder: Path) -> None:
     """Write tiny models, prompts and reviews to `folder`, from fixed seeds."""
     import torch
 
-    sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import tiny
     from transformers import AutoModelForCausalLM
 

@@ -31,7 +31,7 @@ def describe() -> dict[str, Any]:
     return {
         "cpu": name,
         "cores": os.cpu_count(),
-        "usable_cores": cpu.available().threads,
+        "usable_cores": cpu.available_cores().count,
         "isa": [flag for flag in (*ISA, *ARM) if flag in flags],
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -119,4 +119,4 @@ def _median_time(call: Callable[[], Any], seconds: float, device: str) -> float:
 if __name__ == "__main__":
     import json
 
-    sys.stdout.write(json.dumps(describe() | rates(threads=cpu.available().threads), indent=2) + "\n")
+    sys.stdout.write(json.dumps(describe() | rates(threads=cpu.available_cores().count), indent=2) + "\n")

@@ -96,10 +96,11 @@ def monitor(recorder: Recorder) -> None:
         tokens = int(rollouts.prompt_mask.sum())
         recorder.add(prompts=len(prompts), prompt_tokens=tokens, generated_tokens=int(rollouts.mask.sum()))
 
-    recorder.wrap(rl, "sample", "generate", sampled)
+    sources = importlib.import_module("apportion.stages.rl.sources")
+    recorder.wrap(sources, "sample", "generate", sampled)
     recorder.wrap(rl, "score", "score", lambda rollouts, *_: recorder.scored(rollouts.evidence["raw_scores"]))
     recorder.wrap(Policy, "reference_logprobs", "reference")
-    recorder.wrap(rl, "learn", "update")
+    recorder.wrap(rl, "train_batch", "update")  # less what was timed inside it
     build = rl.build_method
 
     def counting(config: RLConfig) -> Any:
@@ -126,7 +127,7 @@ def logged(work: Work) -> dict[str, float]:
 def main() -> int:
     """Train, measure, write; return 0, or 2 with a message in error.txt."""
     work = read_work()
-    cpu.keep_memory()  # as every command of ours does
+    cpu.keep_freed_memory()  # as every command of ours does
     try:
         config = rl_config(work)
         from apportion.stages.rl.train import train
@@ -134,12 +135,12 @@ def main() -> int:
         recorder = Recorder(work)
         monitor(recorder)
 
-        def tell(step: int, metrics: dict[str, float]) -> None:
+        def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
             if recorder.batch_done():
                 raise Enough
 
         try:
-            train(config, tell=tell)
+            train(config, on_step=on_step)
         except Enough:
             recorder.save(logged=logged(work))
     except ApportionError as error:

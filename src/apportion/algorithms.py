@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from apportion import advantages, compatibility, credit, losses, registry, segments
 from apportion.errors import format_problem, unknown_name
 from apportion.types import Method
-from apportion.user_code import checked
+from apportion.user_code import guard_credit
 
 Spec = Any  # a name, {name: {key: value}}, or a list of these
 FIELDS = ("credit", "segments", "advantages", "loss")
@@ -153,7 +153,7 @@ def build(
         for field, spec in zip(FIELDS, given, strict=True)
     }
     compatibility.refuse_repeated([name for name, _ in parts["credit"]])
-    credits = {name: checked(name, credit.make(name, kwargs)) for name, kwargs in parts["credit"]}
+    credits = {name: guard_credit(name, credit.make(name, kwargs)) for name, kwargs in parts["credit"]}
     compatibility.refuse_credits(credits)
     method = Method(
         credit.chain(*credits.values()),

@@ -1,9 +1,11 @@
-"""User-supplied methods and functions: time limits, validation of what they return, errors that name them."""
+"""User-supplied methods and functions: time limits, validation of their results, errors that name them."""
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,235 +14,263 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ApportionError, ConfigError, DataError, ScoreError, UserCodeError
-from apportion.system.time_limit import Deadline, TimedOut
+from apportion.segments import check as check_segments
+from apportion.system.time_limit import TimedOut, time_limit
 from apportion.types import Advantages, Credit, Method, Rollouts, State
 
-LONGEST = 300  # characters of a user's error in ours; the traceback has the rest
-RAISED = "A failure never becomes a reward: fix the function, or have it return a number for such a text"
+USER_DEFINED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
+MAX_TEXT = 300  # characters of a user's error in ours; the traceback has the rest
+NEVER = "A failure never becomes a reward: fix the function, or have it return a number for such a text."
 LATE = "Give the function a time limit of its own for what it waits for, or raise monitors.timeout"
-
-
-class Users:
-    """Calls functions of the user's.
-
-    Args:
-        timeout: seconds that a call may take; None for no limit.
-    """
-
-    def __init__(self, timeout: float | None = None) -> None:
-        self.deadline = Deadline(timeout)
-        self._asking = False
-        self._where = ""
-        self._trace: str | None = None
-        self._words: Callable[[str], Mapping[str, str]] = lambda error: {}
-
-    def ask(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Return what `function`, which a setting names `name`, returns for `args`; within another such call it has
-        that one's time and name.
-
-        Raises:
-            UserCodeError: it raised (that is the cause), tried to end the process, or took too long.
-            ConfigError: its time cannot be kept, because no process can be started.
-        """
-        if self._asking:
-            return function(*args)
-        seconds = self.deadline.seconds
-        late = UserCodeError(
-            name, f"no answer after {seconds} s", f"one within {seconds} s (monitors.timeout)", f"{LATE}."
-        )
-        hung = f"{late} It hung in code that cannot be interrupted. {self._where}".strip()
-
-        def called() -> Any:
-            try:
-                return function(*args)
-            except ApportionError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise raised(name, error) from error
-
-        self._asking = True
-        try:
-            return self.deadline.call(called, error=hung, files=self._words(hung), trace=self._trace)
-        except TimedOut as error:
-            raise late from error
-        except OSError as error:
-            got, fix = f"{seconds} ({error})", "Set it to null: then nothing keeps the time."
-            raise ConfigError("monitors.timeout", got, "a process to keep the time in", fix) from error
-        finally:
-            self._asking = False
-
-    def leave(
-        self, files: Mapping[str, str], where: str, trace: str, words: Callable[[str], Mapping[str, str]]
-    ) -> None:
-        """Say what is left behind if a call has to be ended together with the process: `files` ({path: text}), those
-        that `words` makes of the error (which is told `where` they lie), and at path `trace` where Python was."""
-        self.deadline.leave(files)
-        self._where, self._trace, self._words = where, trace, words
-
-
-def raised(name: str, error: BaseException) -> UserCodeError:
-    """Return the error that says that the user's `name` raised `error`."""
-    said = f"{type(error).__name__}: {error}"
-    said = said if len(said) <= LONGEST else said[:LONGEST] + "…"
-    return UserCodeError(name, said, "what it promises to return", f"{RAISED}.")
-
-
-def check_given(name: str, made: Any, mask: Tensor) -> Tensor:
-    """Return the evidence that a user's function gave for rollouts with `mask` (B,T).
-
-    Raises:
-        DataError: it is no tensor whose first dimension is the batch.
-        ScoreError: it is not finite where it counts; it names the rollout.
-    """
-    field = f"evidence[{name!r}]"
-    if not isinstance(made, Tensor) or made.dim() == 0 or len(made) != len(mask):
-        got = f"a tensor {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
-        fix = f"Return one tensor whose first dimension is the batch, {len(mask)} rows."
-        raise DataError(field, got, "a tensor (B,), (B,T) or (B,T,k)", fix)
-    fine = torch.isfinite(made)
-    if made.shape[:2] == mask.shape:
-        fine = fine | ~(mask if made.dim() == 2 else mask[..., None])
-    bad = ~fine.reshape(len(made), -1).all(dim=1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        value = float(made[row][~fine[row]].flatten()[0]) if made.dim() > 1 else float(made[row])
-        raise ScoreError(field, value, "a finite number", f"{RAISED}.", row=row)
-    return made
-
-
 CHECK = "Check it with `apportion doctor --credit NAME`."
 
 
-def checked(name: str, credit: Credit) -> Credit:
-    """Return `credit` with its `init`, `assign` and `update` checked if it is a user's, "package.module:function".
+@dataclass(frozen=True)
+class LastWords:
+    """What is left behind if a call has to be ended together with the process.
 
-    Another one is itself. They then raise:
-        ConfigError: the user's code raised an error, or returned something else than rewards (B,T) and a state.
-        ScoreError: a reward on the mask is not finite; it names rollout and token.
+    Attributes:
+        place: a sentence that says where. files: {path: text} for the text of the error. trace: path of the traceback.
     """
-    if ":" not in name:
-        return credit
 
-    def init() -> State:
-        return _state(name, _called(name, credit.init))
-
-    def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
-        made = _called(name, credit.assign, rollouts, rewards, state)
-        if not isinstance(made, tuple) or len(made) != 2:
-            got = f"{name}, which returned a {type(made).__name__}"
-            raise ConfigError("credit", got, "a pair: rewards (B,T) and a state", CHECK)
-        _check_rewards(name, made[0], rollouts.mask)
-        return made[0], _state(name, made[1])
-
-    def update(state: State, sums: Any) -> State:
-        assert credit.update is not None
-        return _state(name, _called(name, credit.update, state, sums))
-
-    return credit._replace(init=init, assign=assign, update=None if credit.update is None else update)
+    place: str = ""
+    files: Callable[[str], Mapping[str, str]] = lambda error: {}
+    trace: str | None = None
 
 
-def _called(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+class UserCode:
+    """Calls user-supplied functions.
+
+    Attributes:
+        timeout: seconds that a call may take; None for no limit. last_words: of the current batch.
+    """
+
+    def __init__(self, timeout: float | None = None) -> None:
+        self.timeout, self.last_words = timeout, LastWords()
+        self._running = False
+
+    def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`; `name` is what the settings call it. A call inside another one shares its time.
+
+        Raises:
+            UserCodeError: it raised (that is the cause), tried to end the process, or took too long.
+            ConfigError: its time cannot be limited, because no process can be started.
+        """
+        if self._running:
+            return call_named(name, function, *args)
+        hung = f"{LATE}. It hung in code that cannot be interrupted. {self.last_words.place}".strip()
+        files = {} if self.timeout is None else self.last_words.files(str(self._late(name, hung)))
+        self._running = True
+        try:
+            with time_limit(self.timeout, str(self._late(name, hung)), files, self.last_words.trace):
+                return call_named(name, function, *args)
+        except TimedOut as error:
+            raise self._late(name, f"{LATE}.") from error
+        except OSError as error:
+            got, fix = f"{self.timeout} ({error})", "Set it to null: then there is no time limit."
+            raise ConfigError("monitors.timeout", got, "a process that keeps the time", fix) from error
+        finally:
+            self._running = False
+
+    def _late(self, name: str, fix: str) -> UserCodeError:
+        expected = f"one within {self.timeout} s (monitors.timeout)"
+        return UserCodeError(name, f"no answer after {self.timeout} s", expected, fix)
+
+
+def call_named(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Return `function(*args)`. Raises UserCodeError that names it for any error but ours."""
     try:
-        return function(*arguments)
+        return function(*args)
     except ApportionError:
         raise
-    except Exception as error:  # whatever a user's function raises
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        got = f"{name}, which raised {said} ({Path(last.filename).name}, line {last.lineno})"
-        raise ConfigError("credit", got, "rewards (B,T) and a state", CHECK) from error
+    except (Exception, SystemExit) as error:
+        raise error_of(name, error) from error
 
 
-def _state(name: str, state: Any) -> State:
+def error_of(name: str, error: BaseException) -> UserCodeError:
+    """Return the error that says that the user-supplied `name` raised `error`, and where."""
+    text = f"{type(error).__name__}: {error}"
+    text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return UserCodeError(name, f"{text}{where}", "what it promises to return", NEVER)
+
+
+def user_defined(names: Iterable[str]) -> str | None:
+    """Return the first "package.module:function" of `names`, None without one."""
+    return next((name for name in names if ":" in name), None)
+
+
+def user_defined_names(specs: Any) -> list[str]:
+    """Return every "package.module:function" in nested specs, other than apportion's own."""
+    if isinstance(specs, Mapping):
+        return user_defined_names([*specs.keys(), *specs.values()])
+    if isinstance(specs, (list, tuple, set, frozenset)):
+        return [name for item in specs for name in user_defined_names(item)]
+    is_name = isinstance(specs, str) and USER_DEFINED.fullmatch(specs) and not specs.startswith("apportion.")
+    return [specs] if is_name else []
+
+
+# guarding methods where they are built
+
+
+def guard_credit(name: str, credit: Credit, code: UserCode | None = None) -> Credit:
+    """Return `credit` guarded where `name` is user-supplied, "package.module:function"; another one is itself.
+
+    Every function has its time and errors that name it; `init`, `assign` and `update` are validated. They raise:
+        UserCodeError: as `UserCode.call`. ConfigError: not rewards (B,T) and a state.
+        ScoreError: a reward on the mask is not finite; it names rollout and token.
+    """
+    if user_defined([name]) is None:
+        return credit
+    call = partial((code or UserCode()).call, name)
+
+    def init() -> State:
+        return validate_state(name, call(credit.init))
+
+    def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
+        result = call(credit.assign, rollouts, rewards, state)
+        if not isinstance(result, tuple) or len(result) != 2:
+            got = f"{name}, which returned a {type(result).__name__}"
+            raise ConfigError("credit", got, "a pair: rewards (B,T) and a state", CHECK)
+        return validate_rewards(name, result[0], rollouts.mask), validate_state(name, result[1])
+
+    def update(state: State, sums: Any) -> State:
+        return validate_state(name, call(credit.update, state, sums))
+
+    def limited(function: Callable[..., Any] | None) -> Any:
+        return None if function is None else partial(call, function)
+
+    return credit._replace(
+        init=init,
+        assign=assign,
+        share=limited(credit.share),
+        stats=limited(credit.stats),
+        update=None if credit.update is None else update,
+    )
+
+
+def guard_method(method: Method, code: UserCode) -> Method:
+    """Return `method` with validated results, and the time of `code` for each of its user-supplied parts."""
+    credit = method.credit
+    name = user_defined(name for spec in method.specs["credit"] for name in spec)
+    if name is not None:  # a chain of guarded credits: the call of the chain has the time
+        call = partial(code.call, name)
+        functions = {key: getattr(credit, key) for key in ("init", "assign", "share", "stats", "update")}
+        credit = credit._replace(**{key: partial(call, f) for key, f in functions.items() if f is not None})
+    plain = credit.assign
+
+    def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
+        rewards, state = plain(rollouts, rewards, state)
+        return check_rows("rewards", rewards, rollouts.mask), state
+
+    def segments(result: Any, rollouts: Rollouts) -> Tensor:
+        return check_segments(result, rollouts.mask)
+
+    def estimated(result: Any, rollouts: Rollouts) -> Advantages:
+        return validate_estimate(method.specs, result, rollouts.mask)
+
+    names = {kind: user_defined(n for spec in method.specs[kind] for n in spec) for kind in ("segments", "advantages")}
+    segment: Any = Guarded(names["segments"], method.segment, code, segments)
+    estimate: Any = Guarded(names["advantages"], method.estimate, code, estimated)
+    return method._replace(credit=credit._replace(assign=assign), segment=segment, estimate=estimate)
+
+
+class Guarded:
+    """A segmenter or estimator with a validated result and, where `name` is not None, a time limit on its functions."""
+
+    def __init__(self, name: str | None, method: Any, code: UserCode, validate: Callable[[Any, Rollouts], Any]) -> None:
+        self.method, self._validate = method, validate
+        self._call = (lambda function, *args: function(*args)) if name is None else partial(code.call, name)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._validate(self._call(self.method, *args), args[-1])  # the rollouts come last
+
+    def __getattr__(self, key: str) -> Any:
+        value = getattr(self.method, key)
+        return partial(self._call, value) if key == "stats" else value
+
+
+# validation of results
+
+
+def check_rows(name: str, values: Tensor, mask: Tensor) -> Tensor:
+    """Return `values` (B,T). Raises ScoreError that names the first rollout and token on `mask` that is not finite."""
+    bad = mask & ~torch.isfinite(values)
+    if bad.any():
+        row, token = (int(i) for i in bad.nonzero()[0])
+        raise ScoreError(name, float(values[row, token]), "a finite number", NEVER, row=row, token=token)
+    return values
+
+
+def validate_state(name: str, state: Any) -> State:
+    """Return the state of a user-supplied credit. Raises ConfigError where it is not a dict of tensors."""
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         got = f"{name}, whose state is a {type(state).__name__}"
         raise ConfigError("credit", got, "a dict of tensors as its state", CHECK)
     return state
 
 
-def _check_rewards(name: str, rewards: Any, mask: Tensor) -> None:
+def validate_rewards(name: str, rewards: Any, mask: Tensor) -> Tensor:
+    """Return the rewards (B,T) of a user-supplied credit. Raises ConfigError for another type or shape, ScoreError."""
     shape = tuple(mask.shape)
     if not isinstance(rewards, Tensor) or tuple(rewards.shape) != shape or not rewards.is_floating_point():
-        tensor = isinstance(rewards, Tensor)
-        got = f"{rewards.dtype} {tuple(rewards.shape)}" if tensor else f"a {type(rewards).__name__}"
+        got = (
+            f"{rewards.dtype} {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else f"a {type(rewards).__name__}"
+        )
         raise ConfigError("credit", f"{name}, which returned {got}", f"float rewards {shape}", CHECK)
-    bad = mask & ~torch.isfinite(rewards)
+    return check_rows(f"credit from {name}", rewards, mask)
+
+
+def validate_evidence(name: str, evidence: Any, mask: Tensor) -> Tensor:
+    """Return the evidence that a user-supplied function made for rollouts with `mask` (B,T).
+
+    Raises:
+        DataError: it is not a tensor whose first dimension is the batch.
+        ScoreError: it is not finite where it counts; it names the rollout.
+    """
+    field = f"evidence[{name!r}]"
+    if not isinstance(evidence, Tensor) or evidence.dim() == 0 or len(evidence) != len(mask):
+        got = f"a tensor {tuple(evidence.shape)}" if isinstance(evidence, Tensor) else type(evidence).__name__
+        fix = f"Return one tensor whose first dimension is the batch, {len(mask)} rows."
+        raise DataError(field, got, "a tensor (B,), (B,T) or (B,T,k)", fix)
+    bad = ~torch.isfinite(evidence)
+    if evidence.shape[:2] == mask.shape:
+        bad = bad & (mask if evidence.dim() == 2 else mask[..., None])
     if bad.any():
-        row, token = (int(i) for i in bad.nonzero()[0])
-        number, fix = float(rewards[row, token]), f"A failure never becomes a reward. {CHECK}"
-        raise ScoreError(f"credit from {name}", number, "a finite number", fix, row=row, token=token)
+        at = tuple(int(i) for i in bad.nonzero()[0])
+        raise ScoreError(field, float(evidence[at]), "a finite number", NEVER, row=at[0])
+    return evidence
 
 
-class Timed:
-    """A segmenter or estimator of the user's: calling it, or its `stats`, is asking it; all else is its own."""
-
-    def __init__(self, name: str, method: Any, users: Users) -> None:
-        self.name, self.method, self.users = name, method, users
-
-    def __call__(self, *given: Any) -> Any:
-        return self.users.ask(self.name, self.method, *given)
-
-    def __getattr__(self, key: str) -> Any:
-        found = getattr(self.method, key)
-        return partial(self.users.ask, self.name, found) if key == "stats" else found
-
-
-def in_time(method: Method, users: Users) -> Method:
-    """Return `method` with the time that `users` keeps for every call of a credit, segmenter or estimator of the
-    user's."""
-    name = {kind: own([name for spec in method.specs[kind] for name in spec]) for kind in ("segments", "advantages")}
-    parts: dict[str, Any] = {"segments": method.segment, "advantages": method.estimate}
-    parts = {k: part if name[k] is None else Timed(str(name[k]), part, users) for k, part in parts.items()}
-    chain = credit_in_time([name for spec in method.specs["credit"] for name in spec], method.credit, users)
-    return method._replace(credit=chain, segment=parts["segments"], estimate=parts["advantages"])
-
-
-def credit_in_time(names: Iterable[str], credit: Credit, users: Users) -> Credit:
-    """Return `credit`, a chain of those called `names`, with each of its functions timed if one is the user's."""
-    name = own(names)
-    if name is None:
-        return credit
-
-    def timed(function: Callable[..., Any] | None) -> Any:
-        return None if function is None else partial(users.ask, name, function)
-
-    functions = ("init", "assign", "share", "stats", "update")
-    return credit._replace(**{key: timed(getattr(credit, key)) for key in functions})
-
-
-def own(names: Iterable[str]) -> str | None:
-    """Return the first "package.module:function" of `names`, None without one."""
-    return next((name for name in names if ":" in name), None)
-
-
-def check_estimated(specs: Mapping[str, Any], made: Any, mask: Tensor) -> Advantages:
-    """Return what the estimator of `specs` gave for rollouts with `mask` (B,T), as Advantages.
+def validate_estimate(specs: Mapping[str, Any], estimate: Any, mask: Tensor) -> Advantages:
+    """Return what the estimator of `specs` returned for rollouts with `mask` (B,T).
 
     Raises:
         ConfigError: it is not a pair advantages, returns of float tensors (B,T) on the rollouts' device.
     """
-    name = next(iter(specs["advantages"][0]))
+    name, shape = next(iter(specs["advantages"][0])), tuple(mask.shape)
     for field in Advantages._fields:
-        given: Any = getattr(made, field, None)
-        shape = tuple(mask.shape)
-        fits = isinstance(given, Tensor) and given.is_floating_point() and given.device == mask.device
-        if not fits or tuple(given.shape) != shape:
-            got = f"{name}, which returned {_kind(given if hasattr(made, field) else made)}"
+        values: Any = getattr(estimate, field, None)
+        fits = isinstance(values, Tensor) and values.is_floating_point() and values.device == mask.device
+        if not fits or tuple(values.shape) != shape:
+            got = f"{name}, which returned {_kind(values if hasattr(estimate, field) else estimate)}"
             expected = f"Advantages(advantages, returns), each a float tensor {shape} on {mask.device}"
             raise ConfigError(f"advantages ({field})", got, expected, "Fix the estimator.")
-    return Advantages(made.advantages, made.returns)
+    return Advantages(estimate.advantages, estimate.returns)
 
 
 def _kind(value: Any) -> str:
-    tensor = isinstance(value, Tensor)
-    return f"{value.dtype} {tuple(value.shape)} on {value.device}" if tensor else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    return f"a {type(value).__name__}"
 
 
 def means(specs: Mapping[str, Any], kind: str, sums: Any) -> dict[str, float]:
-    """Return {name: sum / count} of what the `stats` of the methods of that kind gave: {name: (sum (), count ())}.
+    """Return {name: sum / count} of {name: (sum (), count ())}, which the `stats` of the methods of `kind` returned.
 
     Raises:
-        ConfigError: they gave something else.
+        ConfigError: they returned something else.
     """
     pairs = list(sums.items()) if isinstance(sums, Mapping) else [("", sums)]
     for name, pair in pairs:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import helpers
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,11 +48,11 @@ every_credit = pytest.mark.parametrize("make", CREDITS.values(), ids=CREDITS.key
 
 
 def cases(**strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a check of (make, …): 200 cases for each registered credit, the profile's number for variants."""
+    """Decorate a check of (make, …): `examples` for each registered credit, a third of them for variants."""
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
-        check_few = given(**strategies)(check)
-        check_many = settings(max_examples=200)(given(**strategies)(check))
+        check_few = examples(12)(given(**strategies)(check))
+        check_many = examples(36)(given(**strategies)(check))
 
         def test(make: Callable[[], Credit]) -> None:
             (check_many if make in BUILT_IN.values() else check_few)(make=make)

@@ -12,7 +12,7 @@ import pytest
 import tiny_runs
 import torch
 from faulty import METHODS
-from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, unlike
+from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, launch, unlike
 
 from apportion.cli.main import main
 from apportion.distributed import collectives
@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found: `parallel_worker.run`."""
     out = tmp_path_factory.mktemp("two")
-    done = launch([*TORCHRUN, REPO / "tests" / "parallel_worker.py", world, out])
+    done = launch([*TORCHRUN, SUPPORT / "parallel_worker.py", world, out])
     assert done.returncode == 0, done.stderr
     return [torch.load(out / f"rank-{i}.pt", weights_only=True) for i in (0, 1)]
 
@@ -145,7 +145,7 @@ def test_an_estimator_that_leaves_one_process_ends_all(world: Path, tmp_path: Pa
     words = [*TORCHRUN, "-m", "apportion", "rl", *tiny_runs.flags(world, tmp_path / "two", **settings)]
     done = launch(words, PYTHONPATH=os.pathsep.join([str(REPO / "src"), str(tmp_path)]))
     assert done.returncode != 0 and done.stderr.count("apportion: ") == 1, done.stderr
-    assert "apportion: process 1: methods:estimate: got 'SystemExit: 0'" in done.stderr
+    assert "apportion: process 1: methods:estimate: got 'SystemExit: 0 (methods.py, line " in done.stderr
     left = tmp_path / "two" / "stopped" / "step-1"
     saved = tiny_runs.read_lines(left / "rollouts.jsonl")  # the whole batch, by the main process
     assert len(saved) == 6 and f"The rollouts are in {left}." in done.stderr

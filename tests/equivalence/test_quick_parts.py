@@ -17,7 +17,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 from apportion.batching import micro_batches, trim
 from apportion.config import LoraConfig
 from apportion.credit import AttentionSpec
-from apportion.distributed.grad_norm import total_norm
+from apportion.distributed.grad_norm import GPU_BLOCK, total_norm
 from apportion.evidence.reward import sharing
 from apportion.generation.llama import product
 from apportion.models import token_logprobs as blocks
@@ -27,7 +27,6 @@ from apportion.models.fast.norms import FAST, Gate, RMSNorm, use_fast_norms
 from apportion.models.fast.packed_weights import can_pack
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import (
-    GPU_BLOCK,
     MasterAdamW,
     join,
     split,
@@ -38,7 +37,7 @@ from apportion.models.policy import Policy, load_policy, plain_head
 from apportion.models.reward import RewardModel
 from apportion.models.shared_prompt import shared_prompts
 from apportion.models.token_logprobs import token_logprobs
-from apportion.training.state import learned, relearn
+from apportion.training.state import pack_state, unpack_state
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +183,9 @@ def test_a_restored_optimizer_rounds_as_one_that_went_on(monkeypatch: pytest.Mon
 
     (going, _, first), (fresh, remainders, second) = make(), make()
     step(going, first, 10)
-    kept = learned([*going.parameters()], first)
+    kept = pack_state([*going.parameters()], first)
     stored = {room: {name: value.clone() for name, value in part.items()} for room, part in kept.items()}
-    relearn(stored, [*fresh.parameters()], second, remainders)
+    unpack_state(stored, [*fresh.parameters()], second, remainders)
     step(going, first, 20)
     step(fresh, second, 20)
     for p, q in zip(going.parameters(), fresh.parameters(), strict=True):

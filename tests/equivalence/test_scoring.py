@@ -221,11 +221,11 @@ def test_each_model_reads_each_token_once_a_batch(
     steps: list[dict[str, dict[str, int]]] = []
     with counted() as seen:
 
-        def tell(step: int, metrics: dict[str, float]) -> None:
+        def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
             steps.append({kind: dict(counts) for kind, counts in seen.items()})
             seen.clear()
 
-        run = train(config, tell=tell)
+        run = train(config, on_step=on_step)
     assert len(steps) == 2
     records = tiny_runs.read_lines(run.path / "rollouts.jsonl")
     assert {"methods", "alpha", "kl", "value"} <= set(records[0]) and len(records[0]["methods"]) == 4

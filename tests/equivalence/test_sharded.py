@@ -14,17 +14,18 @@ import sharded_worker
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from two_processes import ACCELERATE, MACHINE, REPO, TORCHRUN, launch, unlike
+from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, launch, unlike
 
 from apportion.distributed.launch import check_launch
 from apportion.distributed.sharding import check_groups, layers_of
 from apportion.errors import ConfigError, ModelError
 from apportion.stages.reward import train as reward
 from apportion.stages.rl import train as rl
+from apportion.stages.rl.learner import make_learner
 from apportion.stages.rl.method import build_method
 from apportion.training.checkpoint import load_latest
-from apportion.training.optimizer import nothing
-from apportion.training.run_folder import Run
+from apportion.training.optimizer import zero_with_grad
+from apportion.training.run_folder import RunFolder
 
 RECIPE = REPO / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -63,8 +64,8 @@ def out(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes did: `sharded_worker.run`."""
     out = tmp_path_factory.mktemp("two")
     with pytest.raises(KeyboardInterrupt):
-        rl.train(sharded_worker.settings(world, out / "begun"), tell=sharded_worker.stop_after(1))
-    done = launch([*TORCHRUN, REPO / "tests" / "sharded_worker.py", world, out], **FSDP2)
+        rl.train(sharded_worker.settings(world, out / "begun"), on_step=sharded_worker.stop_after(1))
+    done = launch([*TORCHRUN, SUPPORT / "sharded_worker.py", world, out], **FSDP2)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -103,7 +104,7 @@ def test_parts_of_sixteen_bit_weights_learn_alike(
 
 def test_optimizer_state_is_halved(world: Path, out: Path) -> None:
     config = sharded_worker.settings(world, out / "unused")
-    learner = rl.make_learner(config, build_method(config))
+    learner = make_learner(config, build_method(config))
     held = torch.load(out / "rank-0.pt", weights_only=True)["all"]["held"]
     weights = sum(p.numel() for p in learner.models.policy.trainable())
     assert 2 * weights / 2 < held < 2 * weights / 2 * 1.02  # two moments of half of the weights
@@ -116,9 +117,9 @@ def test_a_loss_that_fails_in_one_process_is_told_in_both(ranks: list[dict[str, 
 
 def test_a_checkpoint_of_parts_is_that_of_one_process(world: Path, out: Path) -> None:
     config = sharded_worker.settings(world, out / "halves", steps=2, dtype="bfloat16")
-    learner = rl.make_learner(config, build_method(config))
-    assert load_latest(Run(out / "halves", "rl"), learner) == 1
-    policy, moved = learner.models.policy, learner.tensors()
+    learner = make_learner(config, build_method(config))
+    assert load_latest(RunFolder(out / "halves", "rl"), learner) == 1
+    policy, moved = learner.models.policy, learner.state_dict()
     for file in ("weights", "optimizer"):
         stored = load_file(out / "halves" / "checkpoints" / "step-1" / f"{file}.safetensors")
         assert stored.keys() == moved[file].keys()
@@ -244,6 +245,6 @@ def test_layers_that_share_weights_are_refused() -> None:
 
 def test_a_micro_batch_that_does_not_count_has_a_gradient_of_0() -> None:
     x = torch.tensor([1.0, math.nan, math.inf], requires_grad=True)
-    total = nothing(x)
+    total = zero_with_grad(x)
     total.backward()
     assert total == 0 and torch.equal(x.grad, torch.zeros(3))

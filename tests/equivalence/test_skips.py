@@ -19,10 +19,11 @@ from apportion.evidence import Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
 from apportion.stages.rl.update import FirstPass, Targets, update
-from apportion.training.monitoring import check_rows, drop_unknown
+from apportion.training.monitoring import drop_nonfinite
 from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.optimizer import make_optimizer
 from apportion.types import PolicyLoss, Rollouts
+from apportion.user_code import check_rows
 
 OPTIM = OptimConfig(lr=0.01)
 ROWS = 6
@@ -186,18 +187,18 @@ def test_so_many_in_a_row_and_no_more(world: Path, most: int) -> None:
 
 def test_the_counts_are_in_the_state(world: Path) -> None:
     one, two = SkippedUpdates(most=3, in_a_row=2, total=5), SkippedUpdates(most=3)
-    two.restore(one.state)
+    two.load_state(one.state)
     assert (two.in_a_row, two.total) == (2, 5)
 
 
 def test_metrics_of_a_skipped_update_are_left_out_and_counted() -> None:
     metrics = {"sampling/logprob_gap": math.nan, "objective/entropy": math.inf, "objective/scores": 1.0}
-    assert drop_unknown(metrics, 2) == {"objective/scores": 1.0, "monitors/dropped_metrics": 2.0}
-    assert drop_unknown(metrics, 0) == metrics  # an error to log, not to hide
+    assert drop_nonfinite(metrics, 2) == {"objective/scores": 1.0, "monitors/dropped_metrics": 2.0}
+    assert drop_nonfinite(metrics, 0) == metrics  # an error to log, not to hide
 
 
 def test_rows_that_are_not_finite_are_named() -> None:
     mask = torch.tensor([[True, False], [True, True]])
     check_rows("rewards", torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), mask)
-    with pytest.raises(ScoreError, match="rewards of rollout 1: got inf; expected finite numbers"):
+    with pytest.raises(ScoreError, match="rewards of rollout 1, token 1: got inf; expected a finite number"):
         check_rows("rewards", torch.tensor([[1.0, torch.nan], [2.0, torch.inf]]), mask)

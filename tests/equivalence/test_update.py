@@ -18,9 +18,9 @@ from apportion.evidence import Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
 from apportion.segments import build as build_segments
-from apportion.stages.rl.learner import Learner
+from apportion.stages.rl.learner import Learner, make_learner
 from apportion.stages.rl.method import build_method
-from apportion.stages.rl.train import apply_truncation, experience, learn, make_learner, train
+from apportion.stages.rl.train import apply_truncation, train
 from apportion.stages.rl.update import Targets, first_of_action, make_targets, update
 from apportion.training.optimizer import learning_rate
 from apportion.types import Advantages, Rollouts
@@ -183,7 +183,7 @@ def learner_of(world: Path, truncated: str, **changes: Any) -> tuple[Learner, Ro
     config = tiny_runs.config(world, **settings | changes)
     learner = make_learner(config, build_method(config))
     tiny_runs.stir(learner.models.policy)
-    _, batch = next(experience(learner, config, 0))
+    batch = tiny_runs.scored(learner)
     assert batch.ended.any() and not batch.ended.all()
     return learner, batch, config
 
@@ -199,10 +199,10 @@ def gae_by_hand(rewards: list[float], values: list[float], after: float) -> list
 
 @pytest.mark.parametrize("truncated", ["terminal", "bootstrap", "mask", "penalty"])
 def test_truncated_says_what_a_response_without_eos_is_worth(world: Path, truncated: str) -> None:
-    learner, batch, config = learner_of(world, truncated)
+    learner, batch, _ = learner_of(world, truncated)
     policy = learner.models.policy
     after = policy.forward(batch).after.tolist()
-    _, records = learn(learner, batch, config, 1)
+    _, records = tiny_runs.one_batch(learner, 1, batch)
     for row, record in enumerate(records):
         ended = bool(batch.ended[row])
         assert record["ended"] == ended == (record["response_ids"][-1] == tiny_runs.EOS)
@@ -317,7 +317,7 @@ def test_learning_once_needs_no_forward_before_it(world: Path, tmp_path: Path, g
         learner.once = once
         seen: list[int] = []
         handle = learner.models.policy.model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        metrics = [learn(learner, r, config, step)[0] for step, r in experience(learner, config, 0)]
+        metrics = [tiny_runs.one_batch(learner, step)[0] for step in range(1, config.steps + 1)]
         handle.remove()
         forwards.append(len(seen))
         found.append((metrics, [p.detach().clone() for p in learner.models.policy.trainable()]))

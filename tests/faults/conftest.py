@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -137,12 +136,10 @@ def python(tmp_path: Path) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
-    """Return tests/tiny.py, which makes small real models."""
-    spec = importlib.util.spec_from_file_location("tiny", HERE.parent / "tiny.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Return tests/support/tiny.py, which makes small real models."""
+    import tiny
+
+    return tiny
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The time of a user's function: it stands still with the process, outlives its watchdog, and needs signals."""
+"""The time limit of a call: it stands still with the process, outlives its watcher, nests, and needs signals."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ import pytest
 from apportion.config import RLConfig
 from apportion.errors import ConfigError
 from apportion.stages.rl.method import build_method
-from apportion.system import time_limit
-from apportion.system.time_limit import Deadline, TimedOut
+from apportion.system import time_limit as module
+from apportion.system.time_limit import TimedOut, time_limit
 
-# the package without what its __init__ imports, which takes seconds
-BARE = f"""
-import sys, types
-package = types.ModuleType("apportion")
-package.__path__ = [{str(Path(time_limit.__file__).parent)!r}]
-sys.modules["apportion"] = package
+SOURCE = str(Path(module.__file__).parents[2])
+BEGIN = f"""
+import sys
+sys.path.insert(0, {SOURCE!r})
+import collections, itertools, os, signal, time
+from apportion.system import time_limit as module
+from apportion.system.time_limit import TimedOut, time_limit
 """
 
 
 def start(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", BARE + code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-I", "-c", BEGIN + code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only /proc says that a process is stopped")
 def test_time_stands_still_while_the_process_is_stopped() -> None:
     child = start(
-        "from apportion.system.time_limit import Deadline\n"
-        "def work():\n    print('ready', flush=True)\n    return sys.stdin.readline()\n"
-        "print('got', Deadline(1.5).call(work, error='late'), flush=True)\n"
+        "with time_limit(1.5, 'late'):\n"
+        "    print('ready', flush=True)\n    line = sys.stdin.readline()\nprint('got', line, flush=True)\n"
     )
     assert child.stdin is not None and child.stdout is not None
     assert child.stdout.readline() == "ready\n"
@@ -48,48 +52,66 @@ def test_time_stands_still_while_the_process_is_stopped() -> None:
     assert child.returncode == 0 and out.startswith("got an answer")
 
 
-def test_what_a_function_gave_counts_when_its_watchdog_died() -> None:
-    limit = Deadline(30.0)
-
-    def work(wait: bool) -> str:
-        assert limit._process is not None
-        limit._process.kill()
-        if wait:
-            limit._process.wait()
-        return "done"
-
-    assert [limit.call(work, wait, error="late") for wait in (True, False, True)] == ["done"] * 3
-    limit.seconds = 0.2
-    with pytest.raises(TimedOut):
-        limit.call(time.sleep, 30, error="late")
-    limit.close()
+def test_a_block_is_interrupted_and_the_next_one_has_its_own_time() -> None:
+    for _ in range(2):
+        with pytest.raises(TimedOut), time_limit(0.2, "late"):
+            time.sleep(30)
+    with time_limit(30.0, "late"):
+        time.sleep(0.5)
+    with time_limit(None, "late"):
+        pass
 
 
-def test_a_watchdog_that_is_started_again_leaves_the_same_files(tmp_path: Path) -> None:
+def test_a_function_may_have_a_time_limit_of_its_own() -> None:
+    """With SIGALRM, as reward functions do: both work in one call."""
+
+    def alarm(number: int, frame: object) -> None:
+        raise TimeoutError("mine")
+
+    def work(seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        time.sleep(20)
+
+    before = signal.signal(signal.SIGALRM, alarm)
+    try:
+        with pytest.raises(TimeoutError, match="mine"), time_limit(30.0, "late"):
+            work(0.2)
+        with pytest.raises(TimedOut), time_limit(0.2, "late"):
+            work(30.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_hang_in_c_ends_the_process_and_leaves_its_files(tmp_path: Path) -> None:
     child = start(
-        "import collections, itertools\n"
-        "from apportion.system.time_limit import Deadline\n"
-        f"limit = Deadline(0.3)\nlimit.leave({{{str(tmp_path / 'rows')!r}: 'the rollouts'}})\n"
-        "limit._process.kill(); limit._process.wait()\n"
-        "limit.call(lambda: collections.deque(itertools.repeat(0), maxlen=0), error='late')\n"
+        f"with time_limit(0.3, 'the message', {{{str(tmp_path / 'rows')!r}: 'the rollouts'}}, "
+        f"{str(tmp_path / 'trace')!r}):\n    collections.deque(itertools.repeat(0), maxlen=0)\n"
     )
-    child.communicate(timeout=60)
-    assert child.returncode == -signal.SIGKILL
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL and err == "apportion: the message\n"
     assert (tmp_path / "rows").read_text() == "the rollouts"
+    assert "in <module>" in (tmp_path / "trace").read_text()
 
 
-def test_a_system_without_signals() -> None:
+def test_a_result_counts_when_the_watcher_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    real = subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
+    with time_limit(30.0, "late"):
+        started[0].kill()
+        started[0].wait()
+    assert len(started) == 1
+
+
+def test_a_system_without_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     child = start(
-        "import signal\n"
+        "import importlib\n"
         "for name in ('SIGRTMIN', 'SIGUSR1', 'SIGUSR2'):\n    delattr(signal, name)\n"
-        "from apportion.system.time_limit import SIGNAL, TRACE, Deadline\n"
-        "print(SIGNAL, TRACE, Deadline(None).call(len, 'four', error=''))\n"
+        "module = importlib.reload(module)\nprint(module.SIGNAL, module.TRACE)\n"
     )
-    assert child.communicate(timeout=60)[0] == "None None 4\n" and child.returncode == 0
-
-
-def test_without_signals_only_functions_of_the_users_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_limit, "SIGNAL", None)
+    assert child.communicate(timeout=60)[0] == "None None\n" and child.returncode == 0
+    monkeypatch.setattr(module, "SIGNAL", None)
     config = RLConfig(reward_model="x")
     build_method(config)
     config.credit = [{"process": {"function": "os:getcwd"}}]
@@ -97,5 +119,5 @@ def test_without_signals_only_functions_of_the_users_are_refused(monkeypatch: py
         build_method(config)
     config.monitors.timeout = None
     build_method(config)
-    with pytest.raises(OSError, match="no signal"):
-        Deadline(1.0).call(len, "", error="late")
+    with pytest.raises(OSError, match="no signal"), time_limit(1.0, "late"):
+        pass

@@ -15,12 +15,12 @@ import tiny_runs
 import torch
 from faulty import METHODS, REWARDS
 
-from apportion.config.monitors import MonitorsConfig
 from apportion.errors import ScoreError
-from apportion.evidence import Users
 from apportion.report.page import write_report
-from apportion.training.monitoring import Monitors
-from apportion.training.run_folder import Run
+from apportion.training.crash_dump import BatchSnapshot, CrashDump
+from apportion.training.nonfinite import SkippedUpdates
+from apportion.training.run_folder import RunFolder
+from apportion.user_code import UserCode
 
 Command = Callable[..., Any]
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
@@ -130,24 +130,24 @@ def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
     [
         (
             {"credit": "[methods:mistaken: {how: nan}]"},
-            ["credit of rollout 0, token 0, from methods:mistaken: got nan"],
+            ["credit from methods:mistaken of rollout 0, token 0: got nan"],
         ),
         (
             {"credit": by("plain"), "compare": "[sparse]", "advantages": "methods:estimate"},
             ["methods:estimate: got", "KeyError", "no such table"],
         ),
-        ({"credit": "[methods:mistaken]"}, ["credit: got", "methods:mistaken, which raised IndexError"]),
-        (estimator("leave"), ["methods:estimate: got 'SystemExit: 0'"]),
+        ({"credit": "[methods:mistaken]"}, ["methods:mistaken: got 'IndexError", "(methods.py, line"]),
+        (estimator("leave"), ["methods:estimate: got 'SystemExit: 0 (methods.py, line "]),
         (estimator("tuple"), ["advantages (advantages): got 'methods:estimate, which returned a tuple'", "(4, 4)"]),
         (estimator("narrow"), ["advantages (advantages): got 'methods:estimate, which returned torch.float32 (4, 3)"]),
         (estimator("flat"), ["advantages (returns): got 'methods:estimate, which returned torch.float32 (4,)"]),
         (estimator("whole"), ["advantages (advantages): got 'methods:estimate, which returned torch.int64 (4, 4)"]),
-        (estimator("nan"), ["returns of rollout 2: got nan; expected finite numbers"]),
+        (estimator("nan"), ["returns of rollout 2, token 0: got nan; expected a finite number"]),
         (estimator("bare stats"), ["advantages (stats mine): got", "expected {name: (sum, count)}"]),
         (estimator("infinite stats"), ["mine at step 1: got ", "expected a finite number. The training diverged"]),
         (
             {"loss": "methods:broken_loss"},
-            ["methods:broken_loss: got 'ZeroDivisionError: division by zero in my loss'"],
+            ["methods:broken_loss: got 'ZeroDivisionError: division by zero in my loss (methods.py, line "],
         ),
     ],
 )
@@ -264,7 +264,8 @@ def test_a_reward_function_that_raises(rl: Command, tmp_path: Path) -> None:
     done = rl(credit=by("raises"))
     assert_stopped(
         done,
-        r"rewards:raises: got 'ConnectionError: the reward service\nis down'; expected what it promises to return.",
+        r"rewards:raises: got 'ConnectionError: the reward service\nis down (rewards.py, line 21)'; "
+        "expected what it promises to return.",
         "run/stopped/step-2",
     )
     assert_saved(tmp_path / "run", 2)
@@ -273,7 +274,9 @@ def test_a_reward_function_that_raises(rl: Command, tmp_path: Path) -> None:
 
 
 def test_a_reward_function_that_ends_the_process(rl: Command, tmp_path: Path) -> None:
-    assert_stopped(rl(credit=by("leaves")), "rewards:leaves: got 'SystemExit: 0'", "run/stopped/step-1")
+    assert_stopped(
+        rl(credit=by("leaves")), "rewards:leaves: got 'SystemExit: 0 (rewards.py, line ", "run/stopped/step-1"
+    )
     assert_saved(tmp_path / "run", 1)
 
 
@@ -345,12 +348,11 @@ def test_ids_that_the_evidence_reads_are_checked(
 
 def test_the_first_error_is_told_when_the_rollouts_cannot_be_saved(tmp_path: Path) -> None:
     rollouts = tiny_runs.rollouts_of([[2, 3], [4]], [[5, 6, 7], [8, 9]])
-    monitors = Monitors(MonitorsConfig(), Users(), tiny_runs.tiny.tokenizer(), {})
-    monitors.run = Run.open(str(tmp_path / "run"), "rl", {})
+    run = RunFolder.open(str(tmp_path / "run"), "rl", {})
+    dump = CrashDump(run, tiny_runs.tiny.tokenizer(), UserCode(), {}, SkippedUpdates(), {})
 
     def fails() -> None:
-        with monitors.keeping(1, rollouts) as scene:
-            scene.columns["reward"] = torch.zeros(1, 1)
+        with dump.on_error(BatchSnapshot(1, rollouts, columns={"reward": torch.zeros(1, 1)})):
             raise ScoreError("the first error.")
 
     with pytest.raises(ScoreError) as caught:

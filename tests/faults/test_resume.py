@@ -30,8 +30,8 @@ from apportion.stages.rl import train as rl
 from apportion.system import disk
 from apportion.training import rng
 from apportion.training.checkpoint import MANIFEST, PROGRESS, Damaged, check, load_latest, manifest, save_checkpoint
-from apportion.training.reproducibility import check_devices, repeatable
-from apportion.training.run_folder import Run
+from apportion.training.reproducibility import check_devices, deterministic_kernels
+from apportion.training.run_folder import RunFolder
 from apportion.training.signals import Signals
 from apportion.training.state import Tensors
 
@@ -61,11 +61,11 @@ def settings(models: Path, output: Path, **changes: Any) -> Any:
 
 
 def stop_after(last: int) -> Any:
-    def tell(step: int, *rest: Any) -> None:
+    def on_step(step: int, *rest: Any) -> None:
         if step == last:
             raise Stopped
 
-    return tell
+    return on_step
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def stopped(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that ended after step 3, with checkpoints of steps 2 and 3; copied by those who damage it."""
     path = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(Stopped):
-        rl.train(settings(models, path), tell=stop_after(3))
+        rl.train(settings(models, path), on_step=stop_after(3))
     return path
 
 
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_named_and_the_one_before_it_taken(
     assert resumed(models, run, whole) == 2
     said = capsys.readouterr().err
     assert f"checkpoint {newest} cannot be used: {name} " in said
-    assert f"going on from {run / 'checkpoints' / 'step-2'}." in said
+    assert f"resuming from {run / 'checkpoints' / 'step-2'}." in said
 
 
 def test_every_byte_of_a_manifest_counts(stopped: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_where_none_is_good_nothing_is_started_over(models: Path, run: Path) -> 
         rl.train(settings(models, run))
     assert json.loads((run / "status.json").read_text())["status"] == "failed"
     steps: list[int] = []
-    rl.train(settings(models, run), fresh=True, tell=lambda step, found: steps.append(step))
+    rl.train(settings(models, run), fresh=True, on_step=lambda step, total, found: steps.append(step))
     assert steps == [1, 2, 3, 4]
 
 
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_was_passed_over_is_never_taken_later(models: Path, ru
     log = run / "metrics.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:2]))
     with pytest.raises(Stopped):
-        rl.train(settings(models, run, checkpoint_every=4), tell=stop_after(3))
+        rl.train(settings(models, run, checkpoint_every=4), on_step=stop_after(3))
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-2", "step-3.damaged"}
     assert resumed(models, run, whole) == 2
 
@@ -198,11 +198,11 @@ def test_a_run_that_was_killed_while_it_was_opened_begins(models: Path, tmp_path
         folder.mkdir()
         for name, text in left.items():
             (folder / name).write_text(text)
-        assert Run.open(str(folder), "rl", {"steps": 1}).is_run
+        assert RunFolder.open(str(folder), "rl", {"steps": 1}).is_run
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "status.json").write_text("{}")
     with pytest.raises(ConfigError, match="a new folder"):
-        Run.open(str(tmp_path / "mine"), "rl", {"steps": 1})
+        RunFolder.open(str(tmp_path / "mine"), "rl", {"steps": 1})
 
 
 def test_all_random_states_are_put_back() -> None:
@@ -229,7 +229,10 @@ def test_what_moved_the_last_bits_is_told(
     (newest / MANIFEST).write_text(manifest(newest))
     assert resumed(models, run, whole) == 3
     said = capsys.readouterr().err
-    assert "warning: the last bits" in said and f"torch was '1.0' and is {torch.__version__!r}." in said
+    assert (
+        "not be bitwise those of an uninterrupted run" in said
+        and f"torch was '1.0' and is {torch.__version__!r}." in said
+    )
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with(models: Path, run: Path, whole: Path) -> None:
@@ -245,7 +248,7 @@ def test_another_model_under_a_checkpoint_is_refused(models: Path, run: Path, tm
     config = settings(models, run)
     config.lora.rank = 2
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("rank: 4", "rank: 2"))
-    with pytest.raises(ConfigError, match="checkpoint: got .*of other shapes.*the model that the run began with"):
+    with pytest.raises(ConfigError, match="checkpoint: got .*of other shapes.*the model that the run started from"):
         rl.train(config)
 
 
@@ -280,18 +283,20 @@ class Two:
             "learns": torch.ones(2).requires_grad_(),
         }
 
-    def tensors(self) -> Tensors:
+    is_sharded = False
+
+    def state_dict(self) -> Tensors:
         return {"state": self.state}
 
-    def restore(self, stored: Tensors) -> None:
+    def load_state_dict(self, stored: Tensors) -> None:
         self.state = stored["state"]
 
-    def readers(self) -> dict[str, Any]:
+    def models_by_name(self) -> dict[str, Any]:
         return {}
 
 
 def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
-    run, held = Run.open(str(tmp_path / "run"), "rl", {}), Two()
+    run, held = RunFolder.open(str(tmp_path / "run"), "rl", {}), Two()
     before = {name: tensor.detach().clone() for name, tensor in held.state.items()}
     save_checkpoint(run, held, 1, keep=1)
     assert load_latest(run, held) == 1 and held.state.keys() == before.keys()
@@ -301,7 +306,7 @@ def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_when_the_logs_are_synced_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, sync, failures = Run.open(str(tmp_path / "run"), "rl", {}), disk.sync, [errno.EDQUOT, errno.ENOSPC]
+    run, sync, failures = RunFolder.open(str(tmp_path / "run"), "rl", {}), disk.sync, [errno.EDQUOT, errno.ENOSPC]
     run.log(1, {"a": 1.0})
     run.disk_wait = 5.0
     synced: list[Path] = []
@@ -324,7 +329,7 @@ def test_a_disk_that_is_full_when_the_logs_are_synced_is_waited_for(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_states_go_back_to_their_device(tmp_path: Path) -> None:
-    run, held = Run.open(str(tmp_path / "run"), "rl", {}), Two()
+    run, held = RunFolder.open(str(tmp_path / "run"), "rl", {}), Two()
     held.state["there"] = torch.ones(2, device="cuda")
     save_checkpoint(run, held, 1, keep=1)
     load_latest(run, held)
@@ -374,9 +379,9 @@ def test_a_reward_model_goes_on_too(models: Path, tmp_path: Path, changes: dict[
     whole = reward.train(reward_config(models, tmp_path / "whole", **changes)).path
     run = tmp_path / "run"
     with pytest.raises(Stopped):
-        reward.train(reward_config(models, run, **changes), tell=stop_after(3))
+        reward.train(reward_config(models, run, **changes), on_step=stop_after(3))
     steps: list[int] = []
-    reward.train(reward_config(models, run, **changes), tell=lambda step, *rest: steps.append(step))
+    reward.train(reward_config(models, run, **changes), on_step=lambda step, *rest: steps.append(step))
     assert steps == [3, 4, 5] and difference(traces(whole), traces(run)) == SAME
     assert (whole / "final" / "reward.json").read_bytes() == (run / "final" / "reward.json").read_bytes()
     assert json.loads((run / "status.json").read_text())["resumed_from"] == 2
@@ -394,10 +399,10 @@ def test_a_reward_model_has_its_name_when_all_of_it_is_there(
     monkeypatch.setattr(reward, "evaluate", killed)
     with pytest.raises(Stopped):
         reward.train(reward_config(models, run))
-    assert not (run / "final").exists() and not Run(run, "reward").finished
+    assert not (run / "final").exists() and not RunFolder(run, "reward").finished
     monkeypatch.setattr(reward, "evaluate", evaluate)
     steps: list[int] = []
-    reward.train(reward_config(models, run), tell=lambda step, *rest: steps.append(step))
+    reward.train(reward_config(models, run), on_step=lambda step, *rest: steps.append(step))
     assert steps == [5] and not (run / "final.tmp").exists() and (run / "final" / "reward.json").is_file()
 
 
@@ -416,13 +421,13 @@ def interruptible() -> Iterator[None]:
 def test_a_signal_lets_the_batch_be_finished(models: Path, tmp_path: Path, whole: Path, number: int, code: int) -> None:
     run, before = tmp_path / "run", signal.getsignal(number)
 
-    def tell(step: int, metrics: dict[str, float]) -> None:
+    def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
         if step == 1:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)  # a terminal and a launcher both pass it on: one request
 
     with pytest.raises(Interrupted) as end:
-        rl.train(settings(models, run, checkpoint_every=0), tell=tell)
+        rl.train(settings(models, run, checkpoint_every=0), on_step=on_step)
     assert end.value.code == code and signal.getsignal(number) == before
     assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
@@ -432,12 +437,12 @@ def test_a_signal_lets_the_batch_be_finished(models: Path, tmp_path: Path, whole
 def test_a_signal_after_the_last_batch_has_its_checkpoint_too(models: Path, tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
 
-    def tell(step: int, metrics: dict[str, float]) -> None:
+    def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
         if step == 4:  # its checkpoint, if any, is written already
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="after step 4 of 4"):
-        rl.train(settings(models, run, checkpoint_every=0), tell=tell)
+        rl.train(settings(models, run, checkpoint_every=0), on_step=on_step)
     assert not (run / "final").exists() and [p.name for p in (run / "checkpoints").iterdir()] == ["step-4"]
     assert resumed(models, run, whole) == 4
 
@@ -445,7 +450,7 @@ def test_a_signal_after_the_last_batch_has_its_checkpoint_too(models: Path, tmp_
 def test_a_signal_that_is_ignored_stays_so() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Signals(lambda line: None) as signals:
-        signals.batches = True
+        signals.in_training = True
         os.kill(os.getpid(), signal.SIGINT)
         assert not signals
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -476,7 +481,7 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
 
 TWICE = """
 import os, signal, sys, time
-from apportion.stages.signals import Signals
+from apportion.training.signals import Signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
     try:
@@ -485,7 +490,7 @@ with Signals(lambda line: print(line, end="", flush=True)) as signals:
     except KeyboardInterrupt:  # there is no batch to finish
         assert not signals
 with Signals(lambda line: print(line, end="", flush=True)) as signals:
-    signals.batches = True
+    signals.in_training = True
     os.kill(os.getpid(), signal.SIGINT)
     assert signals and signals.caught == signal.SIGINT
     time.sleep(1.1)
@@ -524,7 +529,7 @@ def test_processes_end_after_the_same_batch_and_go_on(models: Path, tmp_path: Pa
 
 
 def test_deterministic_kernels_are_left_as_they_were() -> None:
-    with repeatable(torch.device("cpu")):
+    with deterministic_kernels(torch.device("cpu")):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory  # it would cost a pass over every new tensor
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -17,19 +18,19 @@ import torch
 import yaml
 
 from apportion.errors import ApportionError, ConfigError, DiskError, ModelError
-from apportion.system import disk, lock
+from apportion.system import disk
 from apportion.training import crash_dump, run_folder
-from apportion.training.run_folder import Follower, Run
-from apportion.training.session import enough_memory
+from apportion.training.run_folder import FollowerFolder, RunFolder
+from apportion.training.session import explain_out_of_memory
 
 SETTINGS = {"steps": 1, "checkpoint_every": 2, "monitors": {"kl": "warn"}}
 
 
-def opened(path: Path | str, **more: Any) -> Run:
-    return Run.open(str(path), "rl", SETTINGS | more)
+def opened(path: Path | str, **more: Any) -> RunFolder:
+    return RunFolder.open(str(path), "rl", SETTINGS | more)
 
 
-def begun(path: Path) -> Run:
+def begun(path: Path) -> RunFolder:
     """Return a run that has learned something."""
     run = opened(path)
     run.log(1, {"a": 1.0})
@@ -76,13 +77,13 @@ def test_another_process_may_not_write_the_same_run(tmp_path: Path, writer: int)
         for fresh in (False, True):
             before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
             with pytest.raises(ConfigError, match="output: got .*a run that no other process is writing. Wait for it"):
-                Run.open(str(tmp_path / name), "rl", SETTINGS, fresh=fresh)
+                RunFolder.open(str(tmp_path / name), "rl", SETTINGS, fresh=fresh)
             assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
-    assert not Run(tmp_path / "run", "rl").finished, "reading needs no lock"
-    Follower(tmp_path / "run", "rl").status("running")
+    assert not RunFolder(tmp_path / "run", "rl").finished, "reading needs no lock"
+    FollowerFolder(tmp_path / "run", "rl").status("running")
     os.kill(writer, signal.SIGKILL)
     os.waitid(os.P_PID, writer, os.WEXITED | os.WNOWAIT)
-    Run.open(str(tmp_path / "run"), "rl", SETTINGS, fresh=True)
+    RunFolder.open(str(tmp_path / "run"), "rl", SETTINGS, fresh=True)
 
 
 def test_one_process_opens_a_run_as_often_as_it_likes_and_lets_go_at_its_end(tmp_path: Path) -> None:
@@ -119,9 +120,24 @@ def test_a_fork_that_outlives_a_run_holds_no_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
-def test_where_there_is_no_room_beside_it_the_folder_itself_is_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("code", "reason"), [(errno.ENOLCK, "No locks available"), (errno.ENOSYS, "Function not implemented")]
+)
+def test_a_disk_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, reason: str
 ) -> None:
+    def refused(handle: int, how: int) -> None:
+        raise OSError(code, reason)
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    opened(tmp_path / "run")
+    assert f"cannot be locked ({reason}): do not start the same run twice" in capsys.readouterr().err
+
+
+def test_a_folder_whose_parent_cannot_be_written_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mount point, for instance: there is no room for a lock file beside it."""
     (tmp_path / "run").mkdir()
     real = os.open
 
@@ -131,20 +147,8 @@ def test_where_there_is_no_room_beside_it_the_folder_itself_is_locked(
         return real(path, *rest, **more)
 
     monkeypatch.setattr(os, "open", refused)
-    held = lock.take(tmp_path / "run")
-    assert held.handle is not None and not list(tmp_path.glob(".*.lock"))
-    assert in_a_fork(lambda: lock.take(tmp_path / "run")) == 2
-
-
-def test_a_disk_without_locks_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(handle: int, how: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(lock.fcntl, "flock", refused)
     opened(tmp_path / "run")
-    assert "cannot be locked (No locks available): do not start the same run twice" in capsys.readouterr().err
+    assert "cannot be locked (Permission denied): do not start the same run twice" in capsys.readouterr().err
 
 
 # starting over
@@ -174,7 +178,7 @@ def test_a_run_is_started_over_wherever_it_lies(tmp_path: Path, monkeypatch: pyt
             move(source, target)
 
         monkeypatch.setattr(os, "replace", busy)
-    again = Run.open(str(output), "rl", {"steps": 5}, fresh=True)
+    again = RunFolder.open(str(output), "rl", {"steps": 5}, fresh=True)
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.yaml", "status.json"]
     assert yaml.safe_load((folder / "config.yaml").read_text()) == {"steps": 5}
     assert not again.started and output.is_symlink() == kind.startswith("link")
@@ -200,10 +204,10 @@ def test_a_kill_while_a_folder_is_emptied_leaves_a_run_that_is_not_finished(
             run_folder.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else die(path)
         )
         with pytest.raises(Killed):
-            Run.open(".", "rl", SETTINGS, fresh=True)
-    left = Run(tmp_path / "run", "rl")
+            RunFolder.open(".", "rl", SETTINGS, fresh=True)
+    left = RunFolder(tmp_path / "run", "rl")
     assert left.is_run and not left.finished
-    assert not Run.open(".", "rl", SETTINGS, fresh=True).started
+    assert not RunFolder.open(".", "rl", SETTINGS, fresh=True).started
 
 
 # how it ended
@@ -212,27 +216,31 @@ def test_a_kill_while_a_folder_is_emptied_leaves_a_run_that_is_not_finished(
 @pytest.mark.parametrize("error", [MemoryError("no room"), OSError(5, "Input/output error"), KeyError("bug")])
 def test_any_error_is_in_the_status(tmp_path: Path, error: Exception) -> None:
     run = opened(tmp_path / "run")
-    with pytest.raises(type(error)), run.failing():
+    with pytest.raises(type(error)), run.record_failure():
         raise error
     status = run.read("status.json")
     assert status["status"] == "failed" and status["error"] == f"{type(error).__name__}: {error}"
 
 
-@pytest.mark.parametrize(("ppo", "setting"), [(True, "ppo.micro_tokens"), (False, "Lower micro_batch")])
-def test_a_gpu_without_enough_memory_names_the_settings(ppo: bool, setting: str) -> None:
-    with pytest.raises(ModelError, match=f"device: got 'CUDA out of memory'.*{setting}"), enough_memory(ppo):
+@pytest.mark.parametrize("setting", ["ppo.micro_batch or ppo.micro_tokens", "micro_batch"])
+def test_a_gpu_without_enough_memory_names_the_settings(setting: str) -> None:
+    with (
+        pytest.raises(ModelError, match=f"device: got 'CUDA out of memory'.*Lower {setting},"),
+        explain_out_of_memory(setting),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
 
 def test_a_name_that_is_no_utf8_ends_up_in_status_and_settings(tmp_path: Path) -> None:
     run = opened(tmp_path / "caf\udce9", data="caf\udce9.jsonl")
-    with pytest.raises(ConfigError), run.failing():
+    with pytest.raises(ConfigError), run.record_failure():
         raise ConfigError("data: got 'caf\udce9'")
     assert run.read("status.json")["error"] == "data: got 'caf\udce9'"
     run.log(1, {"a": 1.0}, [{"text": "\ud83d"}])
     assert json.loads((run.path / "rollouts.jsonl").read_text()) == {"text": "\ud83d"}
     opened(tmp_path / "caf\udce9", data="caf\udce9.jsonl")  # the same settings
-    place = crash_dump.save(tmp_path / "stopped", "caf\udce9\n", ConfigError("caf\udce9"), None, {})
+    place = tmp_path / "stopped"
+    crash_dump.write(place, "caf\udce9\n", ConfigError("caf\udce9"), None, {})
     assert (place / "error.txt").read_text() == "caf\\udce9\n"
 
 
@@ -294,18 +302,18 @@ def test_a_log_that_cannot_be_cut_back_is_not_written_again(tmp_path: Path, monk
 
 PIPE = """
 import os, signal, sys
-from apportion import stderr
-from apportion.commands.terminal import note
-from apportion.runs import Run
-from apportion.stages.monitors import announce
-from apportion.stages.signals import Signals
+from apportion.cli.terminal import note
+from apportion.system import stderr
+from apportion.training.monitoring import warn
+from apportion.training.run_folder import RunFolder
+from apportion.training.signals import Signals
 from pathlib import Path
-run = Run(Path("run"), "rl")
-with Signals(run.say) as signals:
-    signals.batches = True
+run = RunFolder(Path("run"), "rl")
+with Signals(run.warn) as signals:
+    signals.in_training = True
     os.kill(os.getpid(), signal.SIGTERM)
     assert signals.caught == signal.SIGTERM
-for say in (run.say, announce, note, stderr.write):
+for say in (run.warn, warn, note, stderr.write):
     say("a line")
 sys.stdout.write("whole")
 """
@@ -323,6 +331,6 @@ def test_a_stderr_that_nobody_reads_ends_nothing(how: str) -> None:
 
 def test_errors_that_a_person_can_mend_are_told_as_before(tmp_path: Path) -> None:
     run = opened(tmp_path / "run")
-    with pytest.raises(ApportionError), run.failing():
+    with pytest.raises(ApportionError), run.record_failure():
         raise ModelError("model: got x")
     assert run.read("status.json")["error"] == "model: got x"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parent))  # importlib mode leaves a test's own folder out
+sys.path.append(str(Path(__file__).parents[1] / "support"))  # for the script; pytest has it in pythonpath
 from mdp import (
     EOS,
     Problem,

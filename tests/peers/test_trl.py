@@ -45,7 +45,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def call(script: str, trl: Path, *arguments: object) -> None:
     """Run a script of this folder with that TRL first on its path."""
-    paths = os.pathsep.join(map(str, (trl, SOURCE, HERE.parent)))
+    paths = os.pathsep.join(map(str, (trl, SOURCE, HERE.parent / "support")))
     done = subprocess.run(
         [sys.executable, str(HERE / script), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from apportion.cli.main import main
+from apportion.stages.rl.learner import make_learner
 from apportion.stages.rl.method import build_method
-from apportion.stages.rl.train import make_learner, train
+from apportion.stages.rl.train import train
 from apportion.training.checkpoint import load_latest, save_checkpoint
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"
@@ -36,11 +37,11 @@ def settings(world: Path, output: Path, **changes: Any) -> Any:
 
 
 def stop_after(last: int) -> Any:
-    def tell(step: int, metrics: dict[str, float]) -> None:
+    def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
         if step == last:
             raise Interrupted
 
-    return tell
+    return on_step
 
 
 def metrics(path: Path) -> list[dict[str, float]]:
@@ -77,7 +78,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(
     """Interrupted before the first checkpoint and between two: weights, optimizer, randomness, κ and logs."""
     whole = train(settings(world, tmp_path / "whole", **changes))
     with pytest.raises(Interrupted):
-        train(settings(world, tmp_path / "parts", **changes), tell=stop_after(last))
+        train(settings(world, tmp_path / "parts", **changes), on_step=stop_after(last))
     assert len(metrics(tmp_path / "parts")) == last, "what was logged after the last checkpoint is cut when it goes on"
     torch.manual_seed(12345)
     torch.rand(7)  # another process would have another state here
@@ -94,7 +95,7 @@ def test_a_run_that_goes_on_twice_is_still_the_same(world: Path, tmp_path: Path)
     whole = train(settings(world, tmp_path / "whole"))
     for last in (2, 3, 4):
         with pytest.raises(Interrupted):
-            train(settings(world, tmp_path / "parts"), tell=stop_after(last))
+            train(settings(world, tmp_path / "parts"), on_step=stop_after(last))
     parts = train(settings(world, tmp_path / "parts"))
     assert metrics(whole.path) == metrics(parts.path)
     assert_equal(tiny_runs.weights(whole.path / "final"), tiny_runs.weights(parts.path / "final"))
@@ -114,7 +115,7 @@ def test_every_kind_of_algorithm_goes_on_and_is_repeated_by_its_own_settings(
     }
     whole = train(settings(world, tmp_path / "whole", **changes))
     with pytest.raises(Interrupted):
-        train(settings(world, tmp_path / "parts", **changes), tell=stop_after(3))
+        train(settings(world, tmp_path / "parts", **changes), on_step=stop_after(3))
     parts = train(settings(world, tmp_path / "parts", **changes))
     stored = str(whole.path / "config.yaml")
     assert main(["rl", "--config", stored, "--output", str(tmp_path / "again")]) == 0
@@ -127,7 +128,7 @@ def test_every_kind_of_algorithm_goes_on_and_is_repeated_by_its_own_settings(
 def test_a_finished_run_is_left_alone(world: Path, tmp_path: Path) -> None:
     run = train(settings(world, tmp_path / "run"))
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()}
-    again = train(settings(world, tmp_path / "run"), tell=stop_after(1))
+    again = train(settings(world, tmp_path / "run"), on_step=stop_after(1))
     assert again.finished and {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()} == before
 
 
@@ -161,7 +162,7 @@ def test_a_checkpoint_holds_weights_moments_controller_and_randomness(world: Pat
 def test_old_checkpoints_are_pruned_and_half_written_ones_ignored(world: Path, tmp_path: Path) -> None:
     changes = {"steps": 6, "checkpoint_every": 1, "keep_checkpoints": 2}
     with pytest.raises(Interrupted):
-        train(settings(world, tmp_path / "run", **changes), tell=stop_after(4))
+        train(settings(world, tmp_path / "run", **changes), on_step=stop_after(4))
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-3", "step-4"]
     # what a killed process may leave: a newer one under its temporary name, and one without its last file
@@ -170,7 +171,7 @@ def test_old_checkpoints_are_pruned_and_half_written_ones_ignored(world: Path, t
     (folder / "step-8").mkdir()
     (folder / "step-8" / "weights.safetensors").write_bytes(b"half")
     steps: list[int] = []
-    train(settings(world, tmp_path / "run", **changes), tell=lambda step, found: steps.append(step))
+    train(settings(world, tmp_path / "run", **changes), on_step=lambda step, total, found: steps.append(step))
     assert steps == [5, 6]
     assert {"step-4", "step-5"} <= {p.name for p in folder.iterdir()}, "the last step leaves final/, no checkpoint"
 
@@ -184,14 +185,14 @@ def test_more_than_nine_checkpoints_are_ordered_by_number(world: Path, tmp_path:
 def test_loading_restores_exactly_what_was_saved(world: Path, tmp_path: Path) -> None:
     config = settings(world, tmp_path / "run")
     with pytest.raises(Interrupted):
-        train(config, tell=stop_after(3))
+        train(config, on_step=stop_after(3))
     learner = make_learner(config, build_method(config))
     start = learner.generator.get_state()
-    run = Run(tmp_path / "run", "rl")
+    run = RunFolder(tmp_path / "run", "rl")
     assert load_latest(run, learner) == 2
     assert not torch.equal(learner.generator.get_state(), start)
     stored = tensors(run.path / "checkpoints" / "step-2")
-    again = save_checkpoint(Run(tmp_path / "copy", "rl"), learner, 2, keep=1)
+    again = save_checkpoint(RunFolder(tmp_path / "copy", "rl"), learner, 2, keep=1)
     assert_equal(stored, tensors(again))
     assert len(metrics(run.path)) == 2
 
@@ -199,8 +200,8 @@ def test_loading_restores_exactly_what_was_saved(world: Path, tmp_path: Path) ->
 def test_without_a_checkpoint_a_run_starts_over(world: Path, tmp_path: Path) -> None:
     config = settings(world, tmp_path / "run", checkpoint_every=0)
     with pytest.raises(Interrupted):
-        train(config, tell=stop_after(3))
+        train(config, on_step=stop_after(3))
     steps: list[int] = []
-    run = train(config, tell=lambda step, found: steps.append(step))
+    run = train(config, on_step=lambda step, total, found: steps.append(step))
     assert steps == [1, 2, 3, 4, 5] and [m["step"] for m in metrics(run.path)] == steps
     assert not (run.path / "checkpoints").exists()

@@ -20,8 +20,9 @@ from apportion.cli.main import main
 from apportion.credit import METHODS
 from apportion.errors import ModelError
 from apportion.models.loading import has_bfloat16
+from apportion.stages.rl.learner import make_learner
 from apportion.stages.rl.method import build_method
-from apportion.stages.rl.train import make_learner, train
+from apportion.stages.rl.train import train
 
 FIELDS = {
     "step", "row", "prompt", "text", "tokens", "prompt_ids", "response_ids", "ended", "score", "raw_score", "credit",

@@ -49,8 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     if given["stage"] == "reward":
         refuse_unused(given)
     config = parse(RewardConfig if given["stage"] == "reward" else RLConfig, "doctor", rest).config
-    cpu.keep_memory()
-    settled = cpu.settle(config.threads)
+    threads = cpu.configure_threads(config.threads)
 
     from apportion.stages.doctor.checkup import checkup, failed
     from apportion.stages.doctor.checkup_reward import checkup_reward
@@ -58,9 +57,9 @@ def run(arguments: Sequence[str]) -> int:
     more = {name: given[name] for name in ("fast", "eval_prompts", "labels")}
     with progress() as tell:
         if given["stage"] == "reward":
-            findings = checkup_reward(config, settled=settled, tell=tell)
+            findings = checkup_reward(config, threads=threads, tell=tell)
         else:
-            findings = checkup(config, settled=settled, tell=tell, **more)
+            findings = checkup(config, threads=threads, tell=tell, **more)
     if given["json"]:
         sys.stdout.write(json.dumps(as_object(findings, given), ensure_ascii=False) + "\n")
     else:

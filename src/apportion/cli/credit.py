@@ -12,7 +12,7 @@ from rich.console import Console
 from apportion import registry
 from apportion.cli.arguments import load_value, split_flags
 from apportion.cli.terminal import note
-from apportion.cli.threads import settle
+from apportion.cli.threads import configure_threads
 from apportion.errors import ConfigError, DataError
 
 HELP = """usage: apportion credit --model MODEL --text TEXT [--prompt PROMPT] [options]
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
         return 0
     options = dict(flags)
     specs = _check(options)
-    settle()
+    configure_threads()
     from apportion.models.loading import locate
     from apportion.models.reward import load_reward
     from apportion.stages.explain import apportion_text, text_methods

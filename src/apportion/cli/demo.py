@@ -13,10 +13,10 @@ from apportion.cli import rl as rl_command
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.evaluate import summary as evaluation_lines
 from apportion.cli.terminal import interval, note
-from apportion.cli.threads import settle
+from apportion.cli.threads import configure_threads
 from apportion.config import DemoConfig, EvaluateConfig, OptimConfig, PPOConfig, RewardConfig, RLConfig
 from apportion.system.memory import PeakMemory
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 EXAMPLES = """examples:
   apportion demo
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config) + "---\n" + show(reward) + "---\n" + show(rl))
         return 0
-    settle(parsed.config)
+    configure_threads(parsed.config)
     began = time.perf_counter()
     with PeakMemory() as memory:
         reward_run, rl_run, found = train(parsed, reward, rl)
@@ -70,7 +70,7 @@ def rl_folder(config: DemoConfig) -> str:
     return "-".join([*parts, str(config.steps)] if config.steps != DemoConfig.steps else parts)
 
 
-def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[Run, Run, dict[str, Any]]:
+def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[RunFolder, RunFolder, dict[str, Any]]:
     """Run reward model, PPO and evaluation, each only if it is not finished; return their runs and the figures."""
     from apportion.stages.evaluate.evaluate import evaluate
 
@@ -87,20 +87,26 @@ def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[Run, Run,
     return reward_run, rl_run, found
 
 
-def write_report(config: DemoConfig, reward_run: Run, rl_run: Run) -> Path:
+def write_report(config: DemoConfig, reward_run: RunFolder, rl_run: RunFolder) -> Path:
     """Write the page of this run, the reward model and the folder's other finished PPO runs; return its path."""
     from apportion.report.page import write_report as write_page
 
     root = Path(config.output).expanduser()
-    others = [p for p in sorted(root.glob("rl-*")) if p != rl_run.path and Run(p, "rl").finished]
+    others = [p for p in sorted(root.glob("rl-*")) if p != rl_run.path and RunFolder(p, "rl").finished]
     return write_page([rl_run.path, *others, reward_run.path], root / "report.html")
 
 
 def write_summary(
-    config: DemoConfig, reward_run: Run, rl_run: Run, found: dict[str, Any], report: Path, seconds: float, peak: float
+    config: DemoConfig,
+    reward_run: RunFolder,
+    rl_run: RunFolder,
+    found: dict[str, Any],
+    report: Path,
+    seconds: float,
+    peak: float,
 ) -> Path:
     """Write summary.json beside the report and return its path."""
-    folder = Run(report.parent, "demo")
+    folder = RunFolder(report.parent, "demo")
     measures = ("reward", "judge", "distinct2", "perplexity")
     pairs = [f"{name}_{when}" for name in measures for when in ("before", "after")]
     folder.write_json(

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from apportion.cli.arguments import parse, show
 from apportion.cli.terminal import bar
-from apportion.cli.threads import settle
+from apportion.cli.threads import configure_threads
 from apportion.config import DiagnoseConfig
 from apportion.errors import ConfigError
 
@@ -48,11 +48,11 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
         return 0
-    settle(parsed.config)
+    configure_threads(parsed.config)
     from apportion.stages.diagnose.diagnose import diagnose
 
     with bar("diagnose", parsed.config.count, {}) as progress:
-        found = diagnose(parsed.config, fresh=parsed.fresh, tell=lambda done, count: progress.tell(done, {}, count))
+        found = diagnose(parsed.config, fresh=parsed.fresh, tell=lambda done, count: progress.on_step(done, count, {}))
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import Any
@@ -45,10 +46,10 @@ examples:
   apportion doctor --config run.yaml --json | jq '.findings[] | select(.level == "fail")'
   apportion doctor --credit my_credits:words --credit.mix 0.5
 """
-WAITING = {  # what `cores.before_torch` says -> what it means
+WAITING = {  # what `cpu.configure_waiting` returns -> what it means
     "passive": "threads sleep while they wait: other tasks want these cores",
     "user": "as the environment says",
-    "default": "OpenMP's own way: threads look for work a while before they sleep",
+    "default": "OpenMP's default: threads spin for a while before they sleep",
 }
 
 
@@ -72,23 +73,20 @@ def run(arguments: list[str]) -> int:
 
 
 def machine() -> int:
-    """Print what was found of the processor and what a run would do with it; return 0."""
-    settled = cpu.settle()
-    found, unknown = settled.cores, "unknown"
-    seen = f"{found.physical} in {found.allowed} of {found.logical} processors"
+    """Print the cores of this machine and how a run would use them; return 0."""
+    threads = cpu.configure_threads()
     table = Table("", "", title="cores")
     for name, value in {
-        "cores seen": seen,
-        "quota": "none" if found.quota is None else f"{found.quota:.3g} processors",
-        "load": unknown if found.load is None else f"{found.load:.2f} tasks over the last minute",
-        "threads": f"{settled.threads} ({settled.source}: {found.why})",
-        "waiting": WAITING[settled.waiting],
-        "memory": "freed memory is kept" if cpu.keep_memory() else "as the C library or the environment says",
+        "cores": threads.cores.reason,
+        "load": f"{os.getloadavg()[0]:.2f} tasks over the last minute",
+        "threads": f"{threads.count} ({threads.source})",
+        "waiting": WAITING[threads.waiting],
+        "memory": "freed memory is kept" if cpu.keep_freed_memory() else "as the C library or the environment says",
     }.items():
         table.add_row(name, value)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(table)
-    for warning in settled.warnings:
+    for warning in threads.warnings:
         console.print(f"warning: {warning}")
     return 0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from apportion.cli.arguments import parse, show
 from apportion.cli.terminal import interval, note
-from apportion.cli.threads import settle
+from apportion.cli.threads import configure_threads
 from apportion.config import EvaluateConfig
 
 EXAMPLES = """examples:
@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> int:
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
         return 0
-    settle(parsed.config)
+    configure_threads(parsed.config)
     from apportion.stages.evaluate.evaluate import evaluate
 
     found = evaluate(parsed.config, tell=note)

@@ -7,7 +7,7 @@ from typing import Any
 
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import bar, interval, note
-from apportion.cli.threads import settle
+from apportion.cli.threads import configure_threads
 from apportion.config import RewardConfig
 from apportion.distributed import collectives
 
@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
         if collectives.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
-    settle(parsed.config, "" if parsed.fresh else "reward")
+    configure_threads(parsed.config, "" if parsed.fresh else "reward")
     finished = train(parsed)
     if not collectives.is_log_rank():
         return 0
@@ -44,6 +44,4 @@ def train(parsed: Parsed, label: str = "reward model") -> Any:
     if not collectives.is_log_rank():  # one bar for all processes
         return train_reward(parsed.config, fresh=parsed.fresh)
     with bar(label, total, SHOWN) as progress:
-        return train_reward(
-            parsed.config, fresh=parsed.fresh, tell=lambda done, steps, metrics: progress.tell(done, metrics, steps)
-        )
+        return train_reward(parsed.config, fresh=parsed.fresh, on_step=progress.on_step)

@@ -8,7 +8,7 @@ from typing import Any
 from apportion.algorithms import discount_warning
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import bar, note
-from apportion.cli.threads import settle
+from apportion.cli.threads import configure_threads
 from apportion.config import RLConfig
 from apportion.distributed import collectives
 from apportion.types import Method
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
         if collectives.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
-    settle(parsed.config, "" if parsed.fresh else "rl")
+    configure_threads(parsed.config, "" if parsed.fresh else "rl")
     finished = train(parsed)
     if collectives.is_log_rank():
         sys.stdout.write(f"{finished.path}\n")
@@ -55,4 +55,4 @@ def train(parsed: Parsed, label: str = "rl") -> Any:
     if not collectives.is_log_rank():  # one bar for all processes
         return train_rl(parsed.config, fresh=parsed.fresh)
     with bar(label, parsed.config.steps, SHOWN) as progress:
-        return train_rl(parsed.config, fresh=parsed.fresh, tell=progress.tell, warn=note)
+        return train_rl(parsed.config, fresh=parsed.fresh, on_step=progress.on_step, warn=note)

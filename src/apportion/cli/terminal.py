@@ -18,15 +18,15 @@ def console() -> Console:
 
 
 class Bar:
-    """One bar; `tell(done, metrics)` moves it. Without a terminal it prints a line now and then instead."""
+    """One bar; `on_step(done, total, metrics)` moves it. Without a terminal it prints a line now and then instead."""
 
     def __init__(self, progress: Progress, label: str, total: int, shown: Mapping[str, str]) -> None:
         self._progress, self._label, self._total, self._shown = progress, label, total, shown
         self._task = progress.add_task(label, total=total, numbers="")
 
-    def tell(self, done: int, metrics: Mapping[str, float], total: int | None = None) -> None:
-        """Move the bar to `done` and show the chosen metrics."""
-        self._total = total or self._total
+    def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar to `done` of `total` and show the chosen metrics."""
+        self._total = total
         numbers = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in self._shown.items() if key in metrics)
         self._progress.update(self._task, completed=done, total=self._total, numbers=numbers)
         every = max(1, self._total // 10)

@@ -1,4 +1,4 @@
-"""Threads and memory of a command: settled before any model is loaded, and told where a person should know of it."""
+"""Torch's threads in a command, chosen before any model is loaded, with warnings on the terminal."""
 
 from __future__ import annotations
 
@@ -7,32 +7,28 @@ from typing import Any
 
 from apportion.cli.terminal import note
 from apportion.system import cpu
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 
-def settle(config: Any = None, stage: str = "") -> cpu.Settled:
-    """Give torch the threads that `config.threads` says, have freed memory kept, and print what a person should know:
-    what may slow the run, or change its last bits.
+def configure_threads(config: Any = None, stage: str = "") -> cpu.Threads:
+    """Set torch's threads as `config.threads` says, and print warnings: a slower run, or numbers that will differ.
 
-    A run of `stage` that began with another number of threads goes on with that number, as sums are split otherwise:
-    unless `config.threads` says another, or there are not as many processors.
+    A resumed run of `stage` keeps the number of threads that it began with, because sums are split by threads, unless
+    `config.threads` sets another number or there are fewer processors.
     """
-    cpu.keep_memory()
-    asked = getattr(config, "threads", None)
-    settled = cpu.settle(asked)
-    for warning in settled.warnings:
+    requested = getattr(config, "threads", None)
+    threads = cpu.configure_threads(requested)
+    for warning in threads.warnings:
         note(f"warning: {warning}")
     if stage:
-        begun = Run(Path(config.output).expanduser(), stage)
-        before = begun.read("status.json").get("threads")
-        if before not in (None, settled.threads) and begun.started and not begun.finished:
-            if asked is None and before <= len(cpu.affinity()):
-                note(
-                    f"this run began with {before} threads and goes on with them ({settled.source}: {settled.threads})."
-                )
+        run = RunFolder(Path(config.output).expanduser(), stage)
+        before = run.read("status.json").get("threads")
+        if before not in (None, threads.count) and run.started and not run.finished:
+            if requested is None and before <= cpu.allowed_processors():
+                note(f"this run began with {before} threads and keeps them ({threads.source}: {threads.count}).")
             else:
                 note(
-                    f"warning: this run began with {before} threads and goes on with {settled.threads}: the last bits "
-                    f"of its numbers will differ from an uninterrupted run's. --threads {before} keeps them."
+                    f"warning: this run began with {before} threads and continues with {threads.count}: its numbers "
+                    f"will not be bitwise those of an uninterrupted run. --threads {before} keeps them."
                 )
-    return settled
+    return threads

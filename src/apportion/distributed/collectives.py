@@ -115,14 +115,14 @@ def error_barrier() -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as caught:  # raised again below, in every process
-        if getattr(caught, "told", False):
+        if getattr(caught, "shared", False):
             raise
         error = caught
     failed = torch.tensor([error is not None], dtype=torch.int64)
     dist.all_reduce(failed, group=_control)
     if failed.item():
         first = _first(error)
-        first.told = True  # type: ignore[attr-defined]
+        first.shared = True  # type: ignore[attr-defined]
         if first is error:
             raise first  # with the cause that it has
         raise first from error

@@ -1,80 +1,50 @@
-"""An alarm for errors that strike one process while others wait for it inside an exchange, where none can be told.
+"""Reports one rank's error while the other ranks are blocked in a collective.
 
-The process that fails writes its error to a store that the main process serves; a thread of the main process reads it
-there and ends the run. The launcher then ends the processes that wait.
+torch elastic's `record` gives an error to the launcher, which prints it and ends the other ranks, but it cannot keep
+two promises of a run: that status.json names the error, and that one message is shown. The other ranks fail as well
+when the connection to the failed one closes; main's traceback would be a second message, and main would write
+"connection closed" into status.json. So the first rank that fails claims the report in the launcher's store, reports
+its error and leaves; a rank that fails after it leaves silently, and torchrun ends those that are still blocked.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
 from apportion.distributed import collectives
 
-KEY = "error"
-LOOK = 0.5  # seconds between looks at the store
-GRACE = 1.0  # seconds that the main process has to leave by itself, where it fails as well
-STAY = 60.0  # seconds that the process that failed stays for the main one to say so
+KEY = "apportion/errors"
 
 
-class Alarm:
-    """Serves several processes, which make it at once.
+@contextmanager
+def relay_errors(end: Callable[[str], None]) -> Iterator[None]:
+    """Run a part in which ranks wait for one another: an error that is not raised in all of them ends all.
 
     Args:
-        end: called in the main process, by a thread, with what went wrong; it must end the process.
+        end: ends this process with that message on stderr and in the run folder. Main raises its error instead.
     """
-
-    def __init__(self, end: Callable[[str], None]) -> None:
-        self._end = end
-        self._over = threading.Event()
-        host = os.environ.get("MASTER_ADDR", "localhost")
-        server = _store(host, 0, serves=True) if collectives.is_main() else None
-        port = collectives.broadcast_object(0 if server is None else server.port)
-        self._store = _store(host, port, serves=False) if server is None else server
-        if server is not None:
-            threading.Thread(target=self._watch, daemon=True).start()
-
-    @contextmanager
-    def ringing(self) -> Iterator[None]:
-        """Run a part in which processes wait for one another: an error that not all of them know of ends all."""
-        try:
-            yield
-        except (Exception, SystemExit) as error:
-            if not getattr(error, "told", False):
-                error.told = True  # type: ignore[union-attr]
-                self._over.set()
-                if not collectives.is_main():
-                    self._ring(error)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if getattr(error, "shared", False):
             raise
-
-    def _ring(self, error: BaseException) -> None:
-        said = collectives.error_of_process(collectives.rank(), collectives.describe_error(error))
-        with suppress(RuntimeError):  # the main process is gone, and the store with it
-            self._store.set(KEY, str(said))
-            end = time.monotonic() + STAY
-            while time.monotonic() < end and self._store.check([KEY]):
-                time.sleep(LOOK)
-
-    def _watch(self) -> None:
-        while not self._over.wait(LOOK):
-            if self._store.check([KEY]):
-                text = self._store.get(KEY).decode()
-                if not self._over.wait(GRACE):
-                    self._end(text)
-                return
-
-    def off(self) -> None:
-        """Stop watching: no process waits for another's weights from now on."""
-        self._over.set()
+        if not _is_first():
+            os._exit(2)  # a consequence: the message is another rank's
+        error.shared = True  # type: ignore[union-attr]
+        if not collectives.is_main():
+            end(str(collectives.error_of_process(collectives.rank(), collectives.describe_error(error))))
+        raise
 
 
-def _store(host: str, port: int, *, serves: bool) -> Any:
-    """Return a store of small texts, served by this process or by another one."""
-    make: Any = dist
-    return make.TCPStore(host, port, is_master=serves, timeout=collectives.PATIENCE, wait_for_workers=False)
+def _is_first() -> bool:
+    """Claim the report; return whether no other rank did before."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    try:
+        return int(store.add(KEY, 1)) == 1
+    except RuntimeError:  # main served the store, and is gone
+        return collectives.is_main()

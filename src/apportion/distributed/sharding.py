@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.distributed import collectives
-from apportion.distributed.error_relay import Alarm
+from apportion.distributed.error_relay import relay_errors
 from apportion.distributed.grad_norm import total_norm
 from apportion.errors import ModelError
 
@@ -131,12 +131,12 @@ class Sharded(Weights):
         Args:
             parameters: all that learns, in the order of a checkpoint; those not of `models` stay whole.
             again: whether layers are gathered once more for the backward pass, rather than kept from the forward.
-            end: ends this process with an error, where another failed while this one waits for it (`alarm`).
+            end: ends this process with an error while others wait for it (`error_relay`).
 
         Raises:
             ModelError: a layer's weights that learn are of several dtypes.
         """
-        self.again, self.layerwise, self.alarm = again, True, Alarm(end)
+        self.again, self.layerwise, self.end = again, True, end
         # a warning for models whose output is changed in place, which none here is
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         self.modules: list[Any] = []
@@ -185,7 +185,7 @@ class Sharded(Weights):
 
     def waiting(self) -> AbstractContextManager[None]:
         """See `Weights.waiting`."""
-        return self.alarm.ringing()
+        return relay_errors(self.end)
 
     def agreed(self) -> AbstractContextManager[None]:
         """See `Weights.agreed`."""
@@ -233,7 +233,6 @@ class Sharded(Weights):
 
     def make_whole(self, model: nn.Module, remainders: dict[nn.Parameter, Tensor]) -> None:
         """See `Weights.make_whole`."""
-        self.alarm.off()
         found: dict[nn.Parameter, Tensor] = {}
         new: dict[nn.Parameter, nn.Parameter] = {}
         for parameter in [p for p in model.parameters() if p in self.pieces]:

@@ -20,9 +20,9 @@ from apportion.evidence.text.boundaries import BOUNDARIES, check_packages, text_
 from apportion.evidence.vine import VINE, vine_evidence
 from apportion.registry import EvidenceKey
 from apportion.types import Rollouts
-from apportion.user_code import Users, check_given
+from apportion.user_code import validate_evidence
 
-__all__ = ["PRODUCERS", "Models", "Producer", "Users", "plan"]
+__all__ = ["PRODUCERS", "Models", "Producer", "plan"]
 
 
 class Producer(NamedTuple):
@@ -125,7 +125,7 @@ def _user_supplied(need: str) -> Producer:
     def produce(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
         decode = models.policy.tokenizer.decode
         texts = [decode(ids[mask]) for ids, mask in zip(rollouts.response_ids, rollouts.mask, strict=True)]
-        result = models.users.ask(need, function, models, rollouts, texts)
-        return {need: check_given(need, result, rollouts.mask)}
+        result = models.user_code.call(need, function, models, rollouts, texts)
+        return {need: validate_evidence(need, result, rollouts.mask)}
 
     return Producer(frozenset({need}), getattr(function, "forwards", 0), getattr(function, "backwards", 0), produce)

@@ -11,7 +11,7 @@ from apportion.config import SamplingConfig, ScoreConfig
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Segmenter
-from apportion.user_code import Users
+from apportion.user_code import UserCode
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Models:
         sampling, generator: how the policy samples, for producers that generate further responses (vine).
         scores: centring, scaling and clipping of scores, for producers that score further texts.
         others: further models by the path in a setting, loaded when a producer first needs one.
-        users: calls user-supplied functions within their time limit.
+        user_code: calls user-supplied functions within their time limit.
     """
 
     policy: Policy
@@ -33,4 +33,4 @@ class Models:
     generator: torch.Generator | None = None
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     others: dict[str, Any] = field(default_factory=dict)
-    users: Users = field(default_factory=Users)
+    user_code: UserCode = field(default_factory=UserCode)

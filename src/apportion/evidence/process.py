@@ -43,7 +43,7 @@ def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) 
                 fix = "Use unit: token, or give Models the segmenter of the run."
                 raise ConfigError("process.unit", "step", "a run with segments", fix)
             segments = check(models.segment(rollouts), rollouts.mask)
-        rows = models.users.ask(settings["function"], function, texts, rollouts, prompts)
+        rows = models.user_code.call(settings["function"], function, texts, rollouts, prompts)
         rewards[need] = to_tokens(rows, rollouts.mask, segments, settings["function"])
     return rewards
 

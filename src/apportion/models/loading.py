@@ -315,7 +315,7 @@ def prepared(model: nn.Module, fast_kernels: bool = True) -> nn.Module:
             tensor.data = tensor.data.clone()
     if fast_kernels:
         use_fast_kernels(model)
-    cpu.return_memory()  # of the file and of copies in another dtype
+    cpu.return_freed_memory()  # of the file and of copies in another dtype
     return model
 
 

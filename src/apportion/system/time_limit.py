@@ -1,178 +1,158 @@
-"""Calling a function that may never return: an error when its time is over, and an end to the process if need be.
+"""Time limit of a call: a signal that raises TimedOut in it, and an end to the process where Python does not return.
 
-Neither a thread nor a timer would do. A function in a worker thread cannot be ended, and one that hangs while it holds
-Python's lock (a regular expression, a C extension) stops the thread that waits for it as well. A timer's handler in the
-main thread runs between two of Python's steps alone, and SIGALRM is what reward functions use for time limits of their
-own. So a process outside keeps the time (`watchdog.py`): it first sends a signal whose handler raises `TimedOut` in the
-function, which ends loops, sleeps, sockets and regular expressions; if Python does not come to, it kills the process.
+A process outside keeps the time (this file run as a program, with the standard library only), because nothing inside
+can. A thread needs Python's lock, which a C extension may hold. `signal.setitimer` has one timer a process, with
+SIGALRM, and functions use that for limits of their own. `faulthandler.dump_traceback_later(exit=True)` does end such a
+process, but without a message and without status.json: that would have to say "failed" during every call in advance.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO, Any, TypeVar
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
-from apportion.system import watchdog
-
-T = TypeVar("T")
-
-
-def _signal(above: int, else_: str) -> int | None:
-    """Return the number of a real-time signal, which has no other meaning; SIGUSR1 and SIGUSR2 have one for job
-    schedulers. None where there is neither (Windows)."""
-    first = getattr(signal, "SIGRTMIN", None)
-    plain = getattr(signal, else_, None)
-    return int(first) + above if first is not None else None if plain is None else int(plain)
+GRACE = 5.0  # seconds from the first signal to the end of the process
+TICK = 0.2  # seconds between looks at whether the process is stopped
+TRACE_TIME = 0.2  # seconds that faulthandler has
 
 
-SIGNAL = _signal(7, "SIGUSR2")  # raises TimedOut
-TRACE = _signal(8, "SIGUSR1")  # asks faulthandler where Python is
-GRACE = 5.0  # seconds from the signal to the end of the process
+def _real_time_signal(offset: int, otherwise: str) -> int | None:
+    """Return a real-time signal, which has no other meaning (job schedulers use SIGUSR1 and SIGUSR2), or the signal
+    called `otherwise`; None where there is neither (Windows)."""
+    first, plain = getattr(signal, "SIGRTMIN", None), getattr(signal, otherwise, None)
+    return int(first) + offset if first is not None else None if plain is None else int(plain)
+
+
+SIGNAL = _real_time_signal(7, "SIGUSR2")  # raises TimedOut
+TRACE = _real_time_signal(8, "SIGUSR1")  # makes faulthandler write where Python is
 
 
 class TimedOut(BaseException):
-    """The time is over. Not an Exception: a function that retries on every Exception would go on."""
+    """The time is over. Not an Exception: a function that retries on every Exception would never end."""
 
 
-class Deadline:
-    """Calls functions within `seconds` each; one watchdog process serves all calls.
+@contextmanager
+def time_limit(
+    seconds: float | None, message: str, files: Mapping[str, str] | None = None, trace: str | None = None
+) -> Iterator[None]:
+    """Run a block of at most `seconds`; None sets no limit. Time stands still while the process is stopped.
+
+    Where the block hangs in code that no signal interrupts, or runs in another thread than the main one, the process is
+    killed, with these left behind:
 
     Args:
-        seconds: for a call; None for no limit and no watchdog.
+        message: written to stderr. files: {path: text}, written then.
+        trace: path of a file for the traceback.
+
+    Raises:
+        TimedOut: the time is over. OSError: there is no signal, or no process can be started.
     """
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
-        self._answers: IO[bytes] | None = None
-        self._left: dict[str, str] = {}
-
-    def call(
-        self,
-        function: Callable[..., T],
-        *args: Any,
-        error: str,
-        files: Mapping[str, str] | None = None,
-        trace: str | None = None,
-    ) -> T:
-        """Return `function(*args)`.
-
-        Args:
-            error: what the watchdog writes to stderr where it has to kill the process.
-            files: {path: text} that it then writes as well, beside those of `leave`.
-            trace: path that it then writes to where Python was (on Linux).
-
-        Raises:
-            TimedOut: after `seconds`, wherever Python comes to (in the main thread; from another one the process is
-                ended at once).
-            OSError: the watchdog cannot be started, or there is no signal for it to send.
-        """
-        if self.seconds is None:
-            return function(*args)
-        if SIGNAL is None:
-            raise OSError("this system has no signal that could end a call")
-        polite = threading.current_thread() is threading.main_thread()
-        if polite and signal.getsignal(SIGNAL) != _expired:
-            signal.signal(SIGNAL, _expired)
-        grace = min(GRACE, max(self.seconds, 0.5)) if polite else 0.0
-        said = {"arm": self.seconds, "grace": grace, "polite": polite, "error": error, "last": files or {}}
-        self._tell(said | {"trace": {} if trace is None else self._faulthandler(trace)})
-        _RUNNING.append(self)
-        try:
-            return function(*args)
-        finally:
-            try:
-                _RUNNING.clear()
-            except TimedOut:  # the signal came between the function's end and this
-                _RUNNING.clear()
-            self._disarm()
-
-    def _faulthandler(self, to: str) -> dict[str, Any]:
-        """Have faulthandler answer a signal, and return what the watchdog needs to know of it."""
-        if self._answers is None or self._owner != os.getpid():
-            self._answers = tempfile.TemporaryFile()  # noqa: SIM115 (faulthandler keeps it)
-            assert TRACE is not None
-            faulthandler.register(TRACE, file=self._answers, all_threads=False)
-        return {"signal": TRACE, "from": f"/proc/{os.getpid()}/fd/{self._answers.fileno()}", "to": to}
-
-    def leave(self, files: Mapping[str, str]) -> None:
-        """Have `files` ({path: text}) written if the process has to be killed; they replace those said before."""
-        if self.seconds is not None and SIGNAL is not None:
-            self._left = dict(files)
-            self._tell({"files": self._left})
-
-    def close(self) -> None:
-        """End the watchdog."""
-        if self._owner == os.getpid():
-            self._forget()
-        self._process = None
-        if self._answers is not None and TRACE is not None:
-            faulthandler.unregister(TRACE)
-            self._answers.close()
-            self._answers = None
-
-    def __del__(self) -> None:
-        self.close()
-
-    def _tell(self, said: Mapping[str, Any]) -> None:
-        """Tell the watchdog, which is started where there is none and once more where it has died."""
-        if self._process is None or self._owner != os.getpid():  # a fork of this process has no watchdog yet
-            self._start()
-        try:
-            self._write(said)
-        except BrokenPipeError:
-            self._forget()
-            self._start()
-            if self._left and "files" not in said:
-                self._write({"files": self._left})
-            self._write(said)
-
-    def _disarm(self) -> None:
-        """Tell the watchdog that a call is over; one that has died need not know, and what the call gave counts."""
-        if self._process is not None and self._owner == os.getpid():
-            try:
-                self._write({"disarm": True})
-            except BrokenPipeError:
-                self._forget()
-
-    def _start(self) -> None:
-        self._owner = os.getpid()
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(watchdog.__file__)), str(os.getpid()), str(SIGNAL)],
+    if seconds is None:
+        yield
+        return
+    if SIGNAL is None or TRACE is None:
+        raise OSError("this system has no signal that could end a call")
+    interruptible = threading.current_thread() is threading.main_thread()
+    if interruptible:
+        signal.signal(SIGNAL, _expired)
+    with tempfile.TemporaryFile() as traceback:
+        faulthandler.register(TRACE, file=traceback, all_threads=False)
+        request = {"seconds": seconds, "grace": min(GRACE, max(seconds, 0.5)) if interruptible else 0.0}
+        request |= {"parent": os.getpid(), "message": message, "files": dict(files or {}), "trace": trace}
+        watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, str(traceback.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the run
+            pass_fds=[traceback.fileno()],
         )
+        assert watcher.stdin is not None
+        try:
+            with suppress(BrokenPipeError):
+                watcher.stdin.write(json.dumps(request).encode() + b"\n")
+                watcher.stdin.flush()
+            _active.append(True)
+            try:
+                yield
+            finally:
+                _active.clear()
+        finally:
+            watcher.kill()  # closing its input is not enough: a child of the block may hold it open
+            with suppress(BrokenPipeError):
+                watcher.stdin.close()
+            watcher.wait()
+            faulthandler.unregister(TRACE)
 
-    def _forget(self) -> None:
-        """Let go of a watchdog, dead or alive."""
-        dead, self._process = self._process, None
-        if dead is not None and dead.stdin is not None:
-            dead.kill()  # it need not read the end of its input first: a child may hold the other side open
-            with contextlib.suppress(BrokenPipeError):
-                dead.stdin.close()
-            dead.wait()
 
-    def _write(self, said: Mapping[str, Any]) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(json.dumps(said).encode() + b"\n")
-        self._process.stdin.flush()
-
-
-_RUNNING: list[Deadline] = []  # calls in progress: a signal that comes late must do nothing
+_active: list[bool] = []  # whether a block runs: a signal that comes late must do nothing
 
 
 def _expired(number: int, frame: Any) -> None:
-    if _RUNNING:
+    if _active:
         raise TimedOut
+
+
+# the watching process
+
+
+def watch(traceback: int) -> None:
+    """Serve one block: read the request, wait, send the signal once a second for the grace, then end the parent."""
+    line = sys.stdin.buffer.readline()
+    if not line:  # the block ended at once
+        return
+    request = json.loads(line)
+    parent, grace = request["parent"], request["grace"]
+    if _ends_within(request["seconds"], parent):
+        return
+    while grace > 0:
+        os.kill(parent, int(SIGNAL or 0))
+        if _ends_within(min(1.0, grace), parent):
+            return
+        grace -= 1.0
+    files = dict(request["files"])
+    if request["trace"]:
+        os.kill(parent, int(TRACE or 0))
+        time.sleep(TRACE_TIME)
+        files[request["trace"]] = os.pread(traceback, 1 << 20, 0).decode(errors="replace")
+    for path, text in files.items():
+        with suppress(OSError):  # a full disk must not keep a hung run alive
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with open(f"{path}.tmp", "w", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+            os.replace(f"{path}.tmp", path)
+    with suppress(OSError):
+        sys.stderr.write(f"apportion: {request['message']}\n")
+        sys.stderr.flush()
+    os.kill(parent, signal.SIGKILL)
+
+
+def _ends_within(seconds: float, parent: int) -> bool:
+    """Wait for `seconds` in which `parent` is not stopped; return at once with True where its block or it ended."""
+    while seconds > 0:
+        tick = min(TICK, seconds)
+        if select.select([0], [], [], tick)[0] or os.getppid() != parent:
+            return True
+        seconds -= 0 if _is_stopped(parent) else tick
+    return False
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether the process is stopped or traced, where /proc says so."""
+    with suppress(OSError), open(f"/proc/{process}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])  # after the name, which may hold any
+    return False
+
+
+if __name__ == "__main__":
+    watch(int(sys.argv[1]))

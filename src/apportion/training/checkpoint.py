@@ -1,4 +1,4 @@
-"""Checkpoints, the same for every stage: all that it holds, written whole or not at all, checked before it is used.
+"""Checkpoints of any stage: written atomically, verified before use.
 
 `step-N/` holds safetensors, `progress.json` (the step, where the logs ended, what the numbers depend on) and, written
 last, `manifest.json` with the size and SHA-256 of each of them. It is written as `step-N.tmp`, made durable, renamed.
@@ -20,40 +20,44 @@ from torch import Tensor
 from apportion.errors import DiskError
 from apportion.system import disk
 from apportion.training import rng
-from apportion.training.reproducibility import changed, check_devices, run_environment
-from apportion.training.run_folder import Run
-from apportion.training.state import Held, Tensors
+from apportion.training.reproducibility import check_devices, describe_changes, run_environment
+from apportion.training.run_folder import RunFolder
+from apportion.training.state import Checkpointable, Tensors
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 T = TypeVar("T")
-Say = Callable[[str], None]
+Warn = Callable[[str], None]
 
 
 class Damaged(Exception):
     """A checkpoint that cannot be used, and why."""
 
 
-def save_checkpoint(run: Run, held: Held, step: int, *, keep: int) -> Path:
+def save_checkpoint(run: RunFolder, learner: Checkpointable, step: int, *, keep: int) -> Path:
     """Write checkpoints/step-N, prune older ones, have status.json say so, and return it.
 
     Raises:
         DiskError: no space, also after waiting for it; the checkpoints that were there still are.
     """
     final = run.path / "checkpoints" / f"step-{step}"
-    files = held.tensors() | {"random": rng.states()}
+    files = learner.state_dict() | {"random": rng.states()}
     wanted = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
 
     def work() -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         # the logs are made durable here, with the names in the run folder, and the disk may be full for them too
-        progress = {"step": step, "logs": run.marks(), "run_environment": run_environment(held.readers())}
+        progress = {
+            "step": step,
+            "logs": run.logs.positions(),
+            "run_environment": run_environment(learner.models_by_name()),
+        }
         _write(final, files, progress)
 
-    run.patiently(work, wanted + (1 << 16))
+    run.retry_when_full(work, wanted + (1 << 16))
     for old in [*(path for _, path in steps_in(final.parent)[:-keep]), *final.parent.glob("step-*.damaged")]:
         shutil.rmtree(old, ignore_errors=True)  # what is left of one will be counted as damaged
-    run.know(checkpoint=step)
+    run.update_status(checkpoint=step)
     return final
 
 
@@ -64,7 +68,7 @@ def _write(final: Path, files: Tensors, progress: dict[str, Any]) -> None:
     try:
         for name, tensors in files.items():
             where = {k: v.device.type for k, v in tensors.items() if v.device.type != "cpu"}
-            save_file(apart(tensors), part / f"{name}.safetensors", metadata=where)
+            save_file(separate_storage(tensors), part / f"{name}.safetensors", metadata=where)
         (part / PROGRESS).write_text(json.dumps(progress, indent=2), encoding="utf-8")
         (part / MANIFEST).write_text(manifest(part), encoding="utf-8")
         disk.place(part, final)
@@ -73,17 +77,17 @@ def _write(final: Path, files: Tensors, progress: dict[str, Any]) -> None:
         raise
 
 
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors as a file can hold them: contiguous, and none in the memory of another."""
-    found: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         whole = tensor.detach().contiguous()
         if whole.untyped_storage().data_ptr() in seen:
             whole = whole.clone()
         seen.add(whole.untyped_storage().data_ptr())
-        found[name] = whole
-    return found
+        separate[name] = whole
+    return separate
 
 
 def manifest(folder: Path) -> str:
@@ -112,64 +116,64 @@ def check(folder: Path) -> list[str]:
         whole = False
     if not whole:
         raise Damaged(f"{MANIFEST} is not as it was written")
-    for name, said in files.items():
+    for name, expected in files.items():
         size = _read(folder / name, lambda path: path.stat().st_size)
-        if size != said["size"]:
-            raise Damaged(f"{name} has {size} bytes instead of {said['size']}")
-        if _read(folder / name, _sum) != said["sha256"]:
+        if size != expected["size"]:
+            raise Damaged(f"{name} has {size} bytes instead of {expected['size']}")
+        if _read(folder / name, _sum) != expected["sha256"]:
             raise Damaged(f"{name} has another SHA-256 than was written")
     return list(files)
 
 
-def _read(path: Path, how: Callable[[Path], T]) -> T:
-    """Return what `how` reads of a file. Raises Damaged where it is not there or cannot be read."""
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    """Return `read(path)`. Raises Damaged where it is not there or cannot be read."""
     try:
-        return how(path)
+        return read(path)
     except FileNotFoundError:
         raise Damaged(f"{path.name} is missing") from None
     except OSError as error:
         raise Damaged(f"{path.name} cannot be read ({error.strerror})") from error
 
 
-def load_latest(run: Run, held: Held, say: Say | None = None) -> int:
-    """Put the newest good checkpoint into `held`, cut the logs back to it, and return its step; 0 when there is none.
+def load_latest(run: RunFolder, learner: Checkpointable, warn: Warn | None = None) -> int:
+    """Put the newest good checkpoint into `learner`, truncate the logs to it, and return its step; 0 without one.
 
-    One that is damaged, or from which the logs have lost something, is told by name and passed over.
+    One that is damaged, or from which the logs have lost something, is reported by name and skipped.
 
     Raises:
         DiskError: there are checkpoints, or were, and none is good. ConfigError: it is another model's, or another
             kind of device's.
     """
-    say = run.say if say is None else say
+    warn = run.warn if warn is None else warn
     found, bad = steps_in(run.path / "checkpoints"), []
     for step, folder in reversed(found):
         try:
-            progress, files = _usable(run, folder)
+            progress, files = _load_manifest(run, folder)
         except Damaged as problem:
             bad.append(f"{folder.name}: {problem}")
-            say(f"apportion: checkpoint {folder} cannot be used: {problem}.\n")
+            warn(f"apportion: checkpoint {folder} cannot be used: {problem}.\n")
             continue
-        now = run_environment(held.readers())
+        now = run_environment(learner.models_by_name())
         check_devices(progress["run_environment"], now)
-        _restore(held, folder, files)
-        warning = changed(progress["run_environment"], now)
+        _restore(learner, folder, files)
+        warning = describe_changes(progress["run_environment"], now)
         if warning is not None:
-            say(f"apportion: warning: {warning}\n")
-        run.cut(progress["logs"])
-        say(f"apportion: going on from {folder}.\n")
+            warn(f"apportion: warning: {warning}\n")
+        run.logs.truncate(progress["logs"])
+        warn(f"apportion: resuming from {folder}.\n")
         return step
-    known = run.facts.get("checkpoint", 0)
+    known = run.status_fields.get("checkpoint", 0)
     if bad or known:
         got = f"{run.path / 'checkpoints'} ({'; '.join(bad) or f'nothing, and step-{known} was there'})"
         fix = "Put it back from a copy, or pass --fresh to start over from step 1."
-        raise DiskError("checkpoints", got, "a whole checkpoint to go on from", fix)
+        raise DiskError("checkpoints", got, "a whole checkpoint to resume from", fix)
     if any((run.path / name).exists() for name in ("metrics.jsonl", "rollouts.jsonl")):
-        say(f"apportion: {run.path} has no checkpoint yet: starting over from step 1.\n")
-    run.cut({})
+        warn(f"apportion: {run.path} has no checkpoint yet: starting over from step 1.\n")
+    run.logs.truncate({})
     return 0
 
 
-def _usable(run: Run, folder: Path) -> tuple[dict[str, Any], list[str]]:
+def _load_manifest(run: RunFolder, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Return (what `progress.json` says, names of the files) of a whole checkpoint whose logs are there.
 
     Raises:
@@ -177,13 +181,13 @@ def _usable(run: Run, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """
     files = check(folder)
     progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    problem = run.lost(progress["logs"])
+    problem = run.logs.verify(progress["logs"])
     if problem is not None:
         raise Damaged(problem)
     return progress, files
 
 
-def _restore(held: Held, folder: Path, files: Sequence[str]) -> None:
+def _restore(learner: Checkpointable, folder: Path, files: Sequence[str]) -> None:
     stored: Tensors = {}
     for file in (folder / name for name in files if name.endswith(".safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -194,12 +198,12 @@ def _restore(held: Held, folder: Path, files: Sequence[str]) -> None:
                 for name in tensors.keys()  # noqa: SIM118
             }
     everywhere = stored.pop("random")
-    held.restore(stored)
+    learner.load_state_dict(stored)
     rng.restore(everywhere)
 
 
-def set_aside(run: Run, step: int) -> None:
-    """Rename checkpoints after `step`, which were passed over, so that they are neither used nor counted again."""
+def discard_after(run: RunFolder, step: int) -> None:
+    """Rename checkpoints after `step`, which were skipped, so that they are neither used nor counted again."""
     for number, folder in steps_in(run.path / "checkpoints"):
         if number > step:
             gone = folder.with_name(f"{folder.name}.damaged")

@@ -1,4 +1,4 @@
-"""Updates that are skipped because their loss or gradient is not finite, and the end of a run that has too many."""
+"""Optimizer steps skipped because their loss or gradient is not finite, and the limit that ends a run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from apportion.errors import MonitorError
 from apportion.types import State
 
 CAUSES = (
-    "Likely causes: a learning rate too large, bfloat16 overflow, weights that have diverged, or a loss of yours. "
-    "Lower optim.lr, train in float32 (--dtype float32), or go on from an earlier checkpoint."
+    "Likely causes: a learning rate too large, bfloat16 overflow, weights that have diverged, or a user-supplied loss. "
+    "Lower optim.lr, train in float32 (--dtype float32), or resume from an earlier checkpoint."
 )
 
 
@@ -23,9 +23,9 @@ class SkippedUpdates:
     """Decides for each optimizer step whether it may be taken, and counts those that were not.
 
     Attributes:
-        most: skipped steps in a row that end the run. setting: its name where the user sets it.
-        in_a_row, total: steps skipped so far. batch: those of the batch at hand.
-        rows: rollouts (numbers in the batch at hand) of its skipped steps.
+        most: skipped steps in a row that end the run. setting: the name of that setting.
+        in_a_row, total: steps skipped so far. batch: those of the current batch.
+        rows: rollouts (numbers in the current batch) of its skipped steps.
     """
 
     most: int = 3
@@ -67,6 +67,6 @@ class SkippedUpdates:
         """Return what a checkpoint holds: the two counts, () int64."""
         return {"skipped_in_a_row": torch.tensor(self.in_a_row), "skipped_total": torch.tensor(self.total)}
 
-    def restore(self, state: State) -> None:
-        """Go on from `state`."""
+    def load_state(self, state: State) -> None:
+        """Restore `state`."""
         self.in_a_row, self.total = int(state["skipped_in_a_row"]), int(state["skipped_total"])

@@ -9,7 +9,7 @@ from apportion.config import OptimConfig
 from apportion.models.master_weights import MasterAdamW
 
 
-def nothing(x: Tensor) -> Tensor:
+def zero_with_grad(x: Tensor) -> Tensor:
     """Return 0 (), whose gradient for `x` is 0 even where `x` is not finite."""
     return torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0).sum()
 

@@ -1,4 +1,4 @@
-"""What the last bits of a run's numbers depend on besides its settings: threads, kernels, versions, processors."""
+"""Everything besides the settings that affects bitwise reproducibility: threads, kernels, versions, processors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from apportion.distributed import collectives, sharding
 from apportion.errors import ConfigError
 from apportion.system import cpu
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 
 @contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
+def deterministic_kernels(device: torch.device) -> Iterator[None]:
     """Have torch use deterministic algorithms inside, on a CPU, where this costs nothing.
 
-    On a GPU some kernels have no deterministic twin and would be errors: there a run goes on exactly in everything but
-    the last bits.
+    On a GPU some kernels have no deterministic twin and would be errors: a run there
+    resumes exactly, but not bitwise.
     """
     if device.type != "cpu":
         yield
@@ -37,20 +37,20 @@ def repeatable(device: torch.device) -> Iterator[None]:
         details.fill_uninitialized_memory = filled
 
 
-def use_threads(run: Run, wanted: int | None) -> int:
+def configure_threads(run: RunFolder, wanted: int | None) -> int:
     """Give torch the threads of a run and return their number: what was asked for, else as many as it began with.
 
     A run that began with more threads than this machine has processors for does not get them.
     """
-    begun = collectives.broadcast_object(run.facts.get("threads") if run.started else None)
-    if wanted is None and begun is not None and begun <= len(cpu.affinity()):
+    begun = collectives.broadcast_object(run.status_fields.get("threads") if run.started else None)
+    if wanted is None and begun is not None and begun <= cpu.allowed_processors():
         wanted = int(begun)
-    return cpu.use(wanted)
+    return cpu.set_threads(wanted)
 
 
 def run_environment(models: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint keeps of them, as JSON; `models` by name."""
-    found: dict[str, Any] = {
+    factors: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
@@ -61,15 +61,15 @@ def run_environment(models: Mapping[str, Any]) -> dict[str, Any]:
         "processes": collectives.world_size(),
     }
     if sharding.asked():
-        found["weights"] = "in parts"
+        factors["weights"] = "sharded"
     for name, model in models.items():
         weight = next(model.parameters())
         place = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
-        found[f"device of {name}"] = place
-        found[f"dtype of {name}"] = str(weight.dtype).removeprefix("torch.")
+        factors[f"device of {name}"] = place
+        factors[f"dtype of {name}"] = str(weight.dtype).removeprefix("torch.")
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        found[f"attention of {name}"] = attention
-    return found
+        factors[f"attention of {name}"] = attention
+    return factors
 
 
 def check_devices(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -85,10 +85,10 @@ def _kind(place: str) -> str:
     return place if place in ("cpu", "mps", "xpu") else "cuda"  # GPUs go by their names
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Return a warning that names what is not as it was, None when all is."""
     differ = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
     if not differ:
         return None
-    said = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differ)
-    return f"the last bits of this run's numbers will differ from an uninterrupted run's: {said}."
+    changes = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differ)
+    return f"this run's numbers will not be bitwise those of an uninterrupted run: {changes}."

@@ -1,7 +1,7 @@
-"""The random states that a process has besides a run's own generator: torch's, Python's and numpy's global ones.
+"""Global random states of the process: torch's, Python's and numpy's.
 
-The library draws from its own generator alone. A method of the user's may draw from any of these, so they are seeded
-with the run and kept in its checkpoints.
+The library draws from its own generator alone. A user-supplied method may draw from any of these, so they are seeded
+with the run and saved in its checkpoints.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The run folder: settings, metrics and rollouts as they come, and a note that explains what lies in it."""
+"""The run folder of a stage: settings, status, logs, and a README that explains its files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,13 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from filelock import FileLock
 
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError
-from apportion.system import disk, lock, safe_yaml, stderr
+from apportion.system import disk, safe_yaml, stderr
 from apportion.system.disk import explained as explained
 from apportion.system.disk import need_space as need_space
+from apportion.system.lock import lock_folder
 from apportion.system.paths import link_outside
+from apportion.training.logs import JsonlLogs
 
 T = TypeVar("T")
 
@@ -28,44 +30,51 @@ README = """# {name}: a run of `apportion {stage}`
 | file | what it is |
 |---|---|
 | config.yaml | every setting, resolved; `apportion {stage} --config config.yaml` repeats the run |
-| status.json | running, interrupted, finished or failed; the step that it went on from |
+| status.json | running, interrupted, finished or failed; the step it was resumed from |
 | metrics.jsonl | one line a step |
 | rollouts.jsonl | sampled texts with each token's credit, reward, advantage and KL |
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
-| diagnosis.json | what `apportion diagnose` found of each method |
-| checkpoints/ | the newest states to go on from |
-| stopped/ | the rollouts at hand when a monitor or an error stopped the run |
+| diagnosis.json | what `apportion diagnose` measured of each method |
+| checkpoints/ | the newest states to resume from |
+| stopped/ | the current rollouts when a monitor or an error stopped the run |
 | final/ | the trained model in Hugging Face format |
 
 `apportion report {path}` draws it.
 """
-# settings that say where, whether and how safely, not what; a run that a monitor stopped may go on under another one
-PLACES = {"output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait"}
-PLACES |= {"monitors", "max_skipped"}
-LOGS = ("metrics.jsonl", "rollouts.jsonl")
-NEWBORN = {".status.json.tmp", "status.json", ".config.yaml.tmp"}  # what a run killed while it was opened may leave
-TAIL = 1 << 16  # bytes before a log's end whose sum a checkpoint holds
+# settings of where, whether and how safely a run is done, not of what it computes: they may change when it is resumed
+NOT_COMPARED = {"output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait"}
+NOT_COMPARED |= {"monitors", "max_skipped"}
+FRESH_FILES = {
+    ".status.json.tmp",
+    "status.json",
+    ".config.yaml.tmp",
+}  # may be all there is of a run killed while it was opened
 
 
-class Run:
-    """One run folder. Every write is flushed; a full disk is waited for, then a DiskError that says how to go on.
+class RunFolder:
+    """One run folder. Every write is flushed; while the disk is full a write waits, then raises a DiskError.
 
     Attributes:
-        facts: what status.json says besides, such as the number of threads.
+        status_fields: further fields of status.json, such as the number of threads.
         disk_wait: seconds to wait for space on a full disk.
-        hurried: asked while it waits; True ends the waiting.
+        stop_waiting: asked while it waits; True ends the waiting.
         lock: keeps other processes out while this one writes the run.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage = path, stage
-        self.facts: dict[str, Any] = {}
+        self.status_fields: dict[str, Any] = {}
         self.disk_wait = 0.0
-        self.hurried: Callable[[], bool] = lambda: False
-        self.lock: lock.Lock | None = None
+        self.stop_waiting: Callable[[], bool] = lambda: False
+        self.lock: FileLock | None = None
+
+    @property
+    def logs(self) -> JsonlLogs:
+        """The logs; made at each access, since a reference back would keep the folder locked after its last use."""
+        return JsonlLogs(self.path, self.retry_when_full)
 
     @classmethod
-    def open(cls, output: str, stage: str, config: Mapping[str, Any], *, fresh: bool = False) -> Run:
+    def open(cls, output: str, stage: str, config: Mapping[str, Any], *, fresh: bool = False) -> RunFolder:
         """Make or reopen the folder `output` for `config`.
 
         Raises:
@@ -76,16 +85,16 @@ class Run:
         run = cls(Path(output).expanduser(), stage)
         with explained(run.path):
             run._refuse_foreign()  # nor is a lock put beside what is no run
-        run.lock = lock.take(run.path)
+        run.lock, warning = lock_folder(run.path)
         try:
             with explained(run.path):
-                run._begin(output, config, fresh)
+                run._prepare(output, config, fresh, warning)
         except BaseException:
             run.lock = None
             raise
         return run
 
-    def _begin(self, output: str, config: Mapping[str, Any], fresh: bool) -> None:
+    def _prepare(self, output: str, config: Mapping[str, Any], fresh: bool, warning: str | None) -> None:
         if fresh and self.is_run:
             self._discard()
         self._refuse_foreign()
@@ -98,17 +107,17 @@ class Run:
         if self.finished:
             self.lock = None
             return
-        begins = not self.started
-        if begins:
-            self.status("running")  # first: a folder without it is nobody's
-        self._keep_settings(config)
-        if begins:
+        new = not self.started
+        if new:
+            self.write_status("running")  # first: a folder without it is nobody's
+        self._write_settings(config)
+        if new:
             self._write("README.md", README.format(name=self.path.name, stage=self.stage, path=output))
         before = self.read("status.json")
-        self.facts = {name: before[name] for name in ("threads", "checkpoint", "monitors") if name in before}
-        self.status("running")
-        if self.lock is not None and self.lock.note is not None:
-            self.say(f"apportion: warning: {self.lock.note}.\n")
+        self.status_fields = {name: before[name] for name in ("threads", "checkpoint", "monitors") if name in before}
+        self.write_status("running")
+        if warning is not None:
+            self.warn(f"apportion: warning: {warning}.\n")
 
     def _make(self) -> None:
         """Make the folder, or the one that a link leads to, durably."""
@@ -118,31 +127,31 @@ class Run:
             with suppress(PermissionError):  # a folder may be written to and not read
                 disk.sync(real.parent)
 
-    def _keep_settings(self, config: Mapping[str, Any]) -> None:
-        """Write config.yaml where it does not say `config` yet: settings of PLACES may change on the way."""
+    def _write_settings(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml where it does not say `config` yet: settings of NOT_COMPARED may change on the way."""
         text = safe_yaml.dump(dict(config))
         path = self.path / "config.yaml"
         if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
             self._write("config.yaml", text)
 
     def _discard(self) -> None:
-        """Remove the folder; killed meanwhile, it is gone by its name already, or whole, or begun to be emptied."""
+        """Remove the folder. A kill meanwhile leaves it whole, renamed, or partly emptied but recognised."""
         real = Path(os.path.realpath(self.path))
-        gone = real.parent / f".{real.name}.discarded"
-        shutil.rmtree(gone, ignore_errors=True)
+        discarded = real.parent / f".{real.name}.discarded"
+        shutil.rmtree(discarded, ignore_errors=True)
         try:
             if Path.cwd() == real:
-                raise OSError("this process stands in it")
-            os.replace(real, gone)
+                raise OSError("it is the working directory")
+            os.replace(real, discarded)
         except OSError:  # nor can a mount point be moved, or a folder in one that may not be written to
             self._empty(real)
         else:
-            shutil.rmtree(gone)
+            shutil.rmtree(discarded)
 
     def _empty(self, folder: Path) -> None:
-        with suppress(DiskError):  # a kill amid this must not leave what says that it is finished
-            self.status("running")
-        last = ("config.yaml", "status.json")  # with them it is a run's until all else is gone
+        with suppress(DiskError):  # a kill during this must not leave a folder that looks finished
+            self.write_status("running")
+        last = ("config.yaml", "status.json")  # while these are there it is recognised as a run
         for path in sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -161,8 +170,8 @@ class Run:
         return self.finished or any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
 
     @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Write status "failed" with what an error says, "interrupted" where the user ended it, and raise it again."""
+    def record_failure(self) -> Iterator[None]:
+        """Write status "failed" with the error's message, or "interrupted" by the user, and re-raise."""
         try:
             yield
         except (KeyboardInterrupt, Interrupted):
@@ -176,12 +185,12 @@ class Run:
     def _end(self, status: str, **more: Any) -> None:
         self.disk_wait = 0.0
         with suppress(DiskError):  # the disk may be what failed
-            self.status(status, **more)
+            self.write_status(status, **more)
 
     def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("output", str(self.path), "a folder", "It is a file: choose another name.")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run and not self._newborn:
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_run and not self._just_created:
             fix = "Choose another --output, or empty it."
             raise ConfigError("output", str(self.path), "a new folder or one of this run", fix)
 
@@ -193,28 +202,28 @@ class Run:
             raise ConfigError("output", f"{link}, a link to {os.readlink(link)}", "a folder without", fix)
 
     @property
-    def _newborn(self) -> bool:
+    def _just_created(self) -> bool:
         """Whether the folder holds only the first words of a run that was killed while it was opened."""
-        if {p.name for p in self.path.iterdir()} - NEWBORN:
+        if {p.name for p in self.path.iterdir()} - FRESH_FILES:
             return False
         return not (self.path / "status.json").is_file() or "stage" in self.read("status.json")
 
     def _refuse_other(self, config: Mapping[str, Any]) -> None:
-        again = "Choose another --output, or pass --fresh to start over in this one."
+        fix = "Choose another --output, or pass --fresh to start over in this one."
         stage = self.read("status.json").get("stage")
         if stage != self.stage:
             got = f"{self.path} of `apportion {stage}`"
-            raise ConfigError("output", got, f"a folder of `apportion {self.stage}`", again)
+            raise ConfigError("output", got, f"a folder of `apportion {self.stage}`", fix)
         try:
             before = flat(safe_yaml.load((self.path / "config.yaml").read_text(encoding="utf-8")))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
             got = f"{self.path}/config.yaml ({' '.join(str(error).split())})"
-            raise ConfigError("output", got, "the settings of the run in it", again) from error
+            raise ConfigError("output", got, "the settings of the run in it", fix) from error
         now = flat(config)
         for key in sorted(set(before) | set(now)):
-            if key.split(".")[0] not in PLACES and before.get(key) != now.get(key):
+            if key.split(".")[0] not in NOT_COMPARED and before.get(key) != now.get(key):
                 expected = f"the settings of the run in it ({key} was {before.get(key)!r})"
-                raise ConfigError("output", f"{self.path} with {key} {now.get(key)!r}", expected, again)
+                raise ConfigError("output", f"{self.path} with {key} {now.get(key)!r}", expected, fix)
 
     @property
     def finished(self) -> bool:
@@ -225,27 +234,27 @@ class Run:
         """Return the JSON object in file `name`, or {} when it is absent. Raises ConfigError for a damaged one."""
         path = self.path / name
         try:
-            found: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            if not isinstance(found, dict):
-                raise ValueError(f"a {type(found).__name__}")
+            value: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            if not isinstance(value, dict):
+                raise ValueError(f"a {type(value).__name__}")
         except (ValueError, RecursionError) as error:
             fix = "Choose another folder, or pass --fresh to start over in this one."
             raise ConfigError(str(path), str(error), "a JSON object", fix) from error
-        return found
+        return value
 
-    def status(self, status: str, **more: Any) -> None:
+    def write_status(self, status: str, **more: Any) -> None:
         """Write status.json: the stage, the status and whatever else is known."""
-        said = {"stage": self.stage, "name": self.path.name, "status": status, **self.facts, **more}
+        content = {"stage": self.stage, "name": self.path.name, "status": status, **self.status_fields, **more}
         try:
-            self.write_json("status.json", said)
+            self.write_json("status.json", content)
         finally:
             if status != "running":  # nothing is written after that
                 self.lock = None
 
-    def know(self, **facts: Any) -> None:
-        """Have status.json say `facts` of the running run from now on, to the end."""
-        self.facts |= facts
-        self.status("running")
+    def update_status(self, **fields: Any) -> None:
+        """Add `fields` to status.json of the running run, for the rest of it."""
+        self.status_fields |= fields
+        self.write_status("running")
 
     def log(self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()) -> None:
         """Append one line to metrics.jsonl and a line a rollout to rollouts.jsonl.
@@ -259,50 +268,23 @@ class Run:
                 raise ScoreError(f"{name} at step {step}", float(value), "a finite number", fix)
         rows = list(rollouts)
         if rows:
-            self.append("rollouts.jsonl", rows)
+            self.logs.append("rollouts.jsonl", rows)
         # significant digits, not decimals: learning rates and KL estimates are small
-        self.append("metrics.jsonl", [{"step": step, **{k: float(f"{v:.7g}") for k, v in metrics.items()}}])
-
-    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append JSON lines to file `name`, durably: all of them, or none where the disk is full."""
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        data = text.encode("utf-8", errors="backslashreplace")  # half a character becomes its JSON escape
-        self.patiently(lambda: self._append(name, data), len(data))
-
-    def _append(self, name: str, data: bytes) -> None:
-        path = self.path / name
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        before = os.fstat(handle).st_size
-        try:
-            try:
-                while data:
-                    data = data[os.write(handle, data) :]
-                os.fsync(handle)  # a quota, or a disk over a network, may say only now that it is full
-            finally:
-                os.close(handle)
-        except OSError:
-            self._cut_back(path, before)  # what is tried again must not be there twice
-            raise
-
-    def _cut_back(self, path: Path, size: int) -> None:
-        try:
-            os.truncate(path, size)
-        except OSError as error:
-            got = f"{path} ({error.strerror})"
-            fix = "Run the same command again: it goes on from the last checkpoint."
-            raise DiskError("output", got, "a log that can be cut back to its last row", fix) from None
+        self.logs.append("metrics.jsonl", [{"step": step, **{k: float(f"{v:.7g}") for k, v in metrics.items()}}])
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object to file `name`, at once or not at all."""
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        self.patiently(lambda: self._write(name, text), len(text))
+        self.retry_when_full(lambda: self._write(name, text), len(text))
 
-    def patiently(self, work: Callable[[], T], wanted: int) -> T:
+    def retry_when_full(self, work: Callable[[], T], wanted: int) -> T:
         """Return what `work` does, which writes `wanted` bytes here; where the disk is full it waits (`disk_wait`)."""
-        return disk.patiently(self.path, work, wanted=wanted, seconds=self.disk_wait, stop=self.hurried, say=self.say)
+        return disk.patiently(
+            self.path, work, wanted=wanted, seconds=self.disk_wait, stop=self.stop_waiting, say=self.warn
+        )
 
-    def say(self, line: str) -> None:
-        """Write a line about this run to stderr; one of several processes alone does."""
+    def warn(self, line: str) -> None:
+        """Write a line about this run to stderr, from the log rank only."""
         if collectives.is_log_rank():
             stderr.write(line)
 
@@ -313,52 +295,28 @@ class Run:
         disk.sync(part)
         os.replace(part, self.path / name)
 
-    def marks(self) -> dict[str, dict[str, Any]]:
-        """Return where the growing logs end now, durably: {name: {"size": bytes, "tail": sha256 of the last ones}}."""
-        there = [name for name in LOGS if (self.path / name).is_file()]
-        for name in there:
-            disk.sync(self.path / name)
-        disk.sync(self.path)  # their names
-        return {name: self._mark(name, (self.path / name).stat().st_size) for name in there}
 
-    def _mark(self, name: str, end: int) -> dict[str, Any]:
-        with (self.path / name).open("rb") as file:
-            file.seek(max(0, end - TAIL))
-            return {"size": end, "tail": hashlib.sha256(file.read(min(end, TAIL))).hexdigest()}
-
-    def lost(self, marks: Mapping[str, Mapping[str, Any]]) -> str | None:
-        """Return what is wrong with the logs at `marks`, None when all that stood before them is there."""
-        for name, mark in marks.items():
-            path = self.path / name
-            length = path.stat().st_size if path.is_file() else 0
-            if length < mark["size"]:
-                return f"{name} has {length} of the {mark['size']} bytes that it had"
-            if self._mark(name, mark["size"]) != mark:
-                return f"{name} has other bytes before byte {mark['size']} than it had"
-        return None
-
-    def cut(self, marks: Mapping[str, Mapping[str, Any]]) -> None:
-        """Cut the logs back to `marks`; logs not named there are removed."""
-        for name in LOGS:
-            path = self.path / name
-            if name in marks:
-                os.truncate(path, marks[name]["size"])
-            else:
-                path.unlink(missing_ok=True)
-
-
-class Follower(Run):
-    """The folder of a run that another process writes: this one reads it, and its own writes go nowhere."""
+class FollowerLogs(JsonlLogs):
+    """Logs that another process writes."""
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write nothing; the rows are still made, so that an error in them is found here too."""
+        """Write nothing; the rows are still made, so that an error in them is raised here too."""
         list(rows)
+
+    def truncate(self, positions: Mapping[str, Mapping[str, Any]]) -> None:
+        """Truncate nothing."""
+
+
+class FollowerFolder(RunFolder):
+    """The folder of a run that another process writes: this process reads it, and its own writes do nothing."""
+
+    @property
+    def logs(self) -> JsonlLogs:
+        """Logs that are read only."""
+        return FollowerLogs(self.path, self.retry_when_full)
 
     def _write(self, name: str, text: str) -> None:
         return None
-
-    def cut(self, marks: Mapping[str, Mapping[str, Any]]) -> None:
-        """Cut nothing."""
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,124 +1,222 @@
-"""The housekeeping of a training loop, the same for every stage: going on, logs, checkpoints, signals, the final model.
+"""Run lifecycle shared by all training stages: resume, phases, logs, checkpoints, signals, the final model.
 
-with keeping(run, config) as keeper:
-    start = keeper.resume(held)
-    for step in range(start + 1, steps + 1):
-        ...
-        keeper.log(step, metrics, records)
-        keeper.kept(step, steps)
-    keeper.final(save)
+with training_session("rl", config, settings) as session:
+    learner = session.load(lambda: make_learner(config))
+    for step in session.steps(config.steps):
+        with session.phase("generate"):
+            ...
+        session.log(step, metrics, records)
+    session.save_final(save, learner)
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apportion.distributed import collectives
-from apportion.errors import ConfigError, DiskError, Interrupted, ModelError
+from apportion.errors import ApportionError, ConfigError, Interrupted, ModelError
 from apportion.models.loading import pick_device
 from apportion.models.saving import unfinished
 from apportion.system import disk, stderr
-from apportion.training.checkpoint import load_latest, save_checkpoint, set_aside
-from apportion.training.reproducibility import repeatable, use_threads
-from apportion.training.run_folder import Follower, Run
+from apportion.system.memory import memory_mb
+from apportion.training.checkpoint import discard_after, load_latest, save_checkpoint
+from apportion.training.crash_dump import BatchSnapshot, CrashDump
+from apportion.training.reproducibility import configure_threads, deterministic_kernels
+from apportion.training.run_folder import FollowerFolder, RunFolder
 from apportion.training.signals import Signals
-from apportion.training.state import Held
+from apportion.training.state import Learner
+from apportion.types import Rollouts
+
+L = TypeVar("L", bound=Learner)
+ProgressCallback = Callable[[int, int, dict[str, float]], None]  # (step, steps, metrics)
+
+
+class SessionSettings(Protocol):
+    """The settings that every training stage has."""
+
+    output: str
+    device: str
+    threads: int | None
+    disk_wait: float
+    checkpoint_every: int
+    keep_checkpoints: int
 
 
 class TrainingSession:
-    """Keeps one run; every method is called by all processes alike, and the main one writes."""
+    """One run of a training stage. All processes call every method alike; the main one writes.
 
-    def __init__(self, run: Run, every: int, keep: int, signals: Signals) -> None:
-        self.run, self.every, self.keep, self.signals = run, every, keep, signals
-        self.held: Held | None = None
-        self.step = self.steps = 0  # the last one that was kept, and how many there are
+    Made without arguments it serves a loop of your own: phases and steps work, and nothing is written.
 
-    def resume(self, held: Held) -> int:
-        """Put the newest good checkpoint into `held` and return the step that it was made after, 0 for none.
+    Attributes:
+        run: the run folder. finished: whether the run had finished before. crash_dump: saves a failed step's batch.
+        step, total: the current step and the number of steps. clock: seconds of the current step by phase.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder | None = None,
+        *,
+        finished: bool = False,
+        signals: Signals | None = None,
+        every: int = 0,
+        keep: int = 1,
+        on_step: ProgressCallback = lambda step, total, metrics: None,
+    ) -> None:
+        self.run, self.finished = run, finished
+        self._signals = Signals(lambda line: None) if signals is None else signals  # one that caught nothing is false
+        self._every, self._keep, self._on_step = every, keep, on_step
+        self._learner: Learner | None = None
+        self.crash_dump: CrashDump | None = None
+        self.start = self.step = self.total = 0
+        self.clock: dict[str, float] = {}
+
+    def load(self, make: Callable[[], L]) -> L:
+        """Return the learner that `make` makes, resumed from the newest good checkpoint.
 
         Raises:
             DiskError: there are checkpoints and none is good. ConfigError: another process found another one.
         """
-        self.held = held
         with collectives.error_barrier():
-            start = load_latest(self.run, held)
-        check_start(start)
+            learner = make()
+        self._learner, self.crash_dump = learner, learner.crash_dump
+        learner.share_weights(self.abort)
+        if self.run is not None:
+            self._resume(self.run, learner)
+        learner.synchronize()
+        return learner
+
+    def _resume(self, run: RunFolder, learner: Learner) -> None:
+        with collectives.error_barrier():
+            self.start = load_latest(run, learner)
+        check_start(self.start)
         with collectives.error_barrier():
             if collectives.is_main():
-                set_aside(self.run, start)
-            if fired := self.run.facts.pop("monitors", {}):
-                self.run.facts["monitors"] = {name: said for name, said in fired.items() if said["step"] <= start}
-            if start:
-                self.run.know(resumed_from=start)
-        self.step = self.steps = start
-        self.signals.batches = True
-        return start
+                discard_after(run, self.start)
+            if fired := run.status_fields.pop("monitors", {}):
+                before = {name: entry for name, entry in fired.items() if entry["step"] <= self.start}
+                run.status_fields["monitors"] = before
+            if self.start:
+                run.update_status(resumed_from=self.start)
+        self.step = self.total = self.start
+        self._signals.in_training = True
 
-    def log(self, step: int, metrics: Mapping[str, float], records: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Write down a batch."""
-        with collectives.error_barrier():
-            self.run.log(step, metrics, records)
+    def steps(self, total: int) -> Iterator[int]:
+        """Yield the steps from the one after the checkpoint to `total`."""
+        for step in range(self.start + 1, total + 1):
+            self.step, self.total, self.clock = step, total, {}
+            yield step
 
-    def kept(self, step: int, steps: int) -> None:
-        """Write a checkpoint where one is due after `step` of `steps`, or where a signal came.
+    @contextmanager
+    def phase(
+        self,
+        name: str,
+        *,
+        local: Rollouts | None = None,
+        batch: Rollouts | None = None,
+        exchanges: bool = False,
+        columns: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Iterator[None]:
+        """Run one phase of a step: its time is measured, an error in one process ends all, a failed batch is saved.
+
+        Args:
+            name: the time is logged as time/NAME; phases of one name add up.
+            local: this process's rollouts, which each process saves where the phase fails.
+            batch: the whole batch, which the main process saves; with `columns` (B,T) and `metrics`.
+            exchanges: the phase runs collectives, so that errors are not exchanged at its end.
+        """
+        began = time.perf_counter()
+        barrier = nullcontext() if exchanges else collectives.error_barrier()
+        rollouts = batch if local is None else local
+        save: Any = nullcontext()
+        if self.crash_dump is not None and rollouts is not None:
+            snapshot = BatchSnapshot(self.step, rollouts, local is not None, columns or {}, metrics or {})
+            save = self.crash_dump.on_error(snapshot)
+            if local is not None:
+                self.crash_dump.prepare(self.step, local)
+        # each process saves its own part before the others learn of the error; the whole batch is saved after
+        outer, inner = (save, barrier) if local is None else (barrier, save)
+        with outer, inner:
+            yield
+        self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - began
+
+    def log(self, step: int, metrics: dict[str, float], records: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Log a step with its times and memory, write a checkpoint where one is due, and report progress.
 
         Raises:
-            Interrupted: a signal came; what was learned so far is in a checkpoint.
+            Interrupted: a signal came; the state after this step is in a checkpoint.
         """
-        self.step, self.steps = step, steps
-        caught = self._caught()
-        due = bool(self.every) and step % self.every == 0 and step < steps
-        if due or caught:
+        used = {f"time/{name}": seconds for name, seconds in self.clock.items()} | {"memory/rss_mb": memory_mb()}
+        metrics |= collectives.all_reduce_max(used)
+        metrics["time/total"] = sum(value for name, value in metrics.items() if name.startswith("time/"))
+        if self.run is not None:
             with collectives.error_barrier():
-                assert self.held is not None
+                self.run.log(step, metrics, records)
+            self.maybe_checkpoint()
+        self._on_step(step, self.total, metrics)
+
+    def maybe_checkpoint(self) -> None:
+        """Write a checkpoint where one is due after the current step, or where a signal came.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        signal = int(collectives.all_reduce_max({"signal": self._signals.caught})["signal"])
+        due = bool(self._every) and self.step % self._every == 0 and self.step < self.total
+        if due or signal:
+            with collectives.error_barrier():
+                assert self.run is not None and self._learner is not None
                 if collectives.is_main():
-                    save_checkpoint(self.run, self.held, step, keep=self.keep)
-                elif self.held.parted:
-                    self.held.tensors()  # the main process waits for this one's part
-        if caught:
-            raise Interrupted(f"interrupted after step {step} of {steps}, with a checkpoint.", 128 + caught)
+                    save_checkpoint(self.run, self._learner, self.step, keep=self._keep)
+                elif self._learner.is_sharded:
+                    self._learner.state_dict()  # the main process waits for this one's part
+        if signal:
+            text = f"interrupted after step {self.step} of {self.total}, with a checkpoint."
+            raise Interrupted(text, 128 + signal)
 
-    def _caught(self) -> int:
-        """Return the number of a signal that any process got, 0 for none."""
-        return int(collectives.all_reduce_max({"signal": self.signals.caught})["signal"])
-
-    def end(self, error: str) -> None:
-        """End this process at once, from any thread, with what an error of another process says."""
-        self.run.disk_wait = 0.0
-        with suppress(DiskError):  # the disk may be what failed
-            self.run.status("failed", error=error)
+    def abort(self, error: str) -> None:
+        """End this process at once with an error that the others, blocked in a collective, do not get."""
+        if self.run is not None:
+            run = RunFolder(self.run.path, self.run.stage)  # a follower's own writes nothing
+            with suppress(ApportionError):  # the disk may be what failed
+                before = run.read("status.json")
+                run.status_fields = {name: value for name, value in before.items() if name != "status"}
+                run.write_status("failed", error=error)
         stderr.write(f"apportion: {error}\n")
         os._exit(2)
 
-    def final(
+    def save_final(
         self,
         save: Callable[[Path], None],
-        judge: Callable[[Path], None] = lambda folder: None,
-        wanted: int = 1 << 20,
-        ready: Callable[[], None] = lambda: None,
+        learner: Learner,
+        *,
+        size: int,
+        evaluate: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """Have the main process write final/: it has that name when all of it is there.
+        """Have the main process write final/, which has that name only when it is complete.
 
         Args:
-            save: writes the model to a folder. judge: reads it there, and may add to it.
-            wanted: bytes that it takes, about. ready: called first, by every process.
+            save: writes the model to a folder. evaluate: scores the model there, and may add files.
+            size: bytes that it takes, about.
 
         Raises:
-            Interrupted: a signal came after the last batch; a checkpoint was promised, and is there.
+            Interrupted: a signal came after the last step; the checkpoint that it promised is written.
         """
-        part = self.run.path / "final.tmp"
-        self.signals.batches = False
-        if self._caught():
-            self.kept(self.step, self.steps)
-        ready()
+        assert self.run is not None
+        run, part = self.run, self.run.path / "final.tmp"
+        self._signals.in_training = False
+        if collectives.all_reduce_max({"signal": self._signals.caught})["signal"]:
+            self.maybe_checkpoint()
+        learner.gather_weights()
 
         def clear() -> None:
             for path in (part, unfinished(part)):
@@ -129,55 +227,83 @@ class TrainingSession:
             try:
                 save(part)
             except BaseException:
-                clear()  # on a full disk its room is wanted
+                clear()  # on a full disk its room is needed
                 raise
 
         with collectives.error_barrier():
             if collectives.is_main():
-                self.run.patiently(work, wanted)
-                judge(part)
-                self.run.patiently(lambda: disk.place(part, self.run.path / "final"), 1 << 12)
+                run.retry_when_full(work, size)
+                evaluate(part)
+                run.retry_when_full(lambda: disk.place(part, run.path / "final"), 1 << 12)
 
 
-def bytes_of(model: nn.Module) -> int:
-    """Return what a model takes on a disk, about: it is saved in float32."""
+def saved_bytes(model: nn.Module) -> int:
+    """Return the approximate size of a saved model: it is saved in float32."""
     return 4 * sum(p.numel() for p in model.parameters())
 
 
 @contextmanager
-def enough_memory(ppo: bool) -> Iterator[None]:
-    """Say which settings need less memory of a GPU where there was not enough; those of the rl stage where `ppo`."""
+def explain_out_of_memory(settings: str) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error into one that names the `settings` to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        fewer = "ppo.micro_batch or ppo.micro_tokens" if ppo else "micro_batch"
         expected = "enough memory for the models and a micro-batch"
-        got = str(error).partition(". ")[0]
-        fix = f"Lower {fewer}, in another --output or with --fresh."
-        raise ModelError("device", got, expected, fix) from error
+        fix = f"Lower {settings}, in another --output or with --fresh."
+        raise ModelError("device", str(error).partition(". ")[0], expected, fix) from error
 
 
 @contextmanager
-def keeping(run: Run, config: Any) -> Iterator[TrainingSession]:
-    """Give the keeper of a run with these settings: threads as it began with, deterministic kernels, signals noted,
-    a full disk waited for; how the run ends is in status.json."""
+def training_session(
+    stage: str,
+    config: SessionSettings,
+    settings: Mapping[str, Any],
+    *,
+    fresh: bool = False,
+    memory_settings: str = "micro_batch",
+    on_step: ProgressCallback = lambda step, total, metrics: None,
+) -> Iterator[TrainingSession]:
+    """Open the run folder of `stage` and the process group, and yield its session.
+
+    Threads are those that the run started with, kernels are deterministic on a CPU, signals are caught, a full disk is
+    waited for; how the run ends is written to status.json. A run that had finished before yields a session whose
+    `finished` is True.
+
+    Args:
+        settings: every setting, for config.yaml. memory_settings: what to lower where a GPU has too little memory.
+        on_step: called after each step with (step, steps, metrics).
+
+    Raises:
+        ConfigError, DiskError: as `RunFolder.open`.
+    """
     device = pick_device(config.device)
-    with run.failing(), Signals(run.say) as signals, repeatable(device), enough_memory(hasattr(config, "ppo")):
-        run.disk_wait, run.hurried = config.disk_wait, lambda: bool(signals)
-        run.know(threads=use_threads(run, config.threads))
-        yield TrainingSession(run, config.checkpoint_every, config.keep_checkpoints, signals)
+    collectives.start(device)
+    run = open_run(config.output, stage, settings, fresh=fresh)
+    if collectives.broadcast_object(run.finished):
+        yield TrainingSession(run, finished=True)
+        return
+    with (
+        run.record_failure(),
+        Signals(run.warn) as signals,
+        deterministic_kernels(device),
+        explain_out_of_memory(memory_settings),
+    ):
+        run.disk_wait, run.stop_waiting = config.disk_wait, lambda: bool(signals)
+        run.update_status(threads=configure_threads(run, config.threads))
+        every, keep = config.checkpoint_every, config.keep_checkpoints
+        yield TrainingSession(run, signals=signals, every=every, keep=keep, on_step=on_step)
 
 
-def open_run(output: str, stage: str, config: dict[str, Any], *, fresh: bool) -> Run:
-    """Return the run folder, opened by the main process; the others' writes go nowhere. Raises as `Run.open`."""
+def open_run(output: str, stage: str, settings: Mapping[str, Any], *, fresh: bool) -> RunFolder:
+    """Return the run folder, opened by the main process; the others' writes do nothing. Raises as `RunFolder.open`."""
     with collectives.error_barrier():
         if collectives.is_main():
-            return Run.open(output, stage, config, fresh=fresh)
-    return Follower(Path(output).expanduser(), stage)
+            return RunFolder.open(output, stage, settings, fresh=fresh)
+    return FollowerFolder(Path(output).expanduser(), stage)
 
 
 def check_start(step: int) -> int:
-    """Return `step`, from which a run goes on. Raises ConfigError where the main process goes on from another."""
+    """Return `step`, from which a run resumes. Raises ConfigError where the main process resumes from another."""
     with collectives.error_barrier():
         main = collectives.broadcast_object(step)
         if main != step:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: the first lets the batch be finished, a second stops at once."""
+"""SIGINT and SIGTERM during training: the first one finishes the step and checkpoints, a second stops immediately."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from apportion.system import stderr
 
 WATCHED = (signal.SIGINT, signal.SIGTERM)
 CURSOR = "\x1b[?25h"  # shows it
-ECHO = 1.0  # seconds in which another signal is the same request: a terminal and a launcher both pass it on
+ECHO = 1.0  # seconds in which a further signal is the same request: a terminal and a launcher both send it
 
 
 class Signals:
-    """Notes the first signal inside its block; outside, and in threads other than the main one, nothing changes.
+    """Catches the first signal inside its block; outside, and in threads other than the main one, nothing changes.
 
     Attributes:
         caught: the signal's number, 0 before one came.
-        batches: whether batches are learned from, so that one can be finished; else a signal does what it did before.
+        in_training: whether steps are running, so that one can be finished; else a signal has its previous effect.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.caught, self._say, self._when = 0, say, 0.0
-        self.batches = False
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.caught, self._warn, self._when = 0, warn, 0.0
+        self.in_training = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in WATCHED:
                 before = signal.getsignal(number)
-                # one that is ignored (a job in the background) stays so; None: a library's own, in C
+                # an ignored one (a background job) stays ignored; None: a library's own handler, in C
                 if before not in (None, signal.SIG_IGN):
-                    self._before[number] = signal.signal(number, self._note)
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -46,18 +46,18 @@ class Signals:
     def __bool__(self) -> bool:
         return self.caught != 0
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.batches and not self.caught:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.in_training and not self.caught:
             signal.signal(number, self._before[number])
             os.kill(os.getpid(), number)
         elif not self.caught:
             self.caught, self._when = number, time.monotonic()
             stderr.write_to_terminal(CURSOR)  # a progress bar hides it, and a second signal may be final
-            self._say(
+            self._warn(
                 f"apportion: {signal.Signals(number).name}: finishing this batch and writing a checkpoint; "
-                "once more stops at once.\n"
+                "a second one stops immediately.\n"
             )
         elif time.monotonic() - self._when > ECHO:
-            self._say("apportion: stopped at once; the same command goes on from the last checkpoint.\n")
+            self._warn("apportion: stopped; the same command resumes from the last checkpoint.\n")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -13,7 +13,7 @@ from apportion.errors import ConfigError, unknown_name
 from apportion.evidence import plan
 from apportion.stages.diagnose.gradients import leave_one_out_baseline, reward_to_go
 from apportion.types import Credit, Estimator, PolicyLoss, Rollouts, Segmenter
-from apportion.user_code import checked
+from apportion.user_code import guard_credit
 
 
 class Candidate(NamedTuple):
@@ -90,7 +90,7 @@ def candidates(specs: Sequence[Any], lam: float) -> dict[str, Candidate]:
 
 def _candidate(name: str, kwargs: dict[str, Any], lam: float) -> Candidate:
     if name in credit.METHODS or ":" in name:
-        return Candidate(checked(name, credit.make(name, kwargs)), segments.tokens(), advantages.gae(lam=lam))
+        return Candidate(guard_credit(name, credit.make(name, kwargs)), segments.tokens(), advantages.gae(lam=lam))
     if name not in algorithms.ALGORITHMS:
         raise unknown_name("methods", name, [*credit.METHODS, *algorithms.ALGORITHMS])
     if kwargs:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from apportion import credit
 from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
+from apportion.data.bad_rows import leaving_out
 from apportion.errors import ConfigError
 from apportion.evidence import Models, plan
 from apportion.evidence.scoring import score
@@ -29,8 +30,7 @@ from apportion.models.text.token_spans import PolicyText
 from apportion.stages.diagnose import gradients
 from apportion.stages.diagnose.candidates import Candidate, candidates
 from apportion.stages.diagnose.gradients import Gradients, Interval
-from apportion.training.bad_rows import leaving_out
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 from apportion.types import Rollouts
 
 Tell = Callable[[int, int], None]
@@ -61,10 +61,10 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
         ConfigError, ModelError, DataError, ScoreError: each names what to fix.
     """
     methods = candidates(config.methods, config.lam)
-    run = Run.open(config.output, "diagnose", to_dict(config), fresh=fresh)
+    run = RunFolder.open(config.output, "diagnose", to_dict(config), fresh=fresh)
     if run.finished:
         return run.read("diagnosis.json")
-    with run.failing():
+    with run.record_failure():
         models, prompts = open_models(config, methods)
         needs = frozenset[str]().union(*(m.needs for m in methods.values()))
         blocks: list[Block] = []
@@ -82,7 +82,7 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
         for name, measured in found["methods"].items():
             measured |= costs[name] | {k: total / max(count, 1) for k, (total, count) in sums[name].items()}
         run.write_json("diagnosis.json", found)
-        run.status("finished")
+        run.write_status("finished")
     return found
 
 

@@ -14,7 +14,8 @@ class Case:
     """One run to be examined. What is not known yet is None; a check that reads it comes after the one that opens it.
 
     Attributes:
-        config: its settings. method: its choices (`algorithms.Method`). settled: what `cores.settle` found.
+        config: its settings. method: its choices (`algorithms.Method`).
+        threads: what `cpu.configure_threads` returned.
         policy_folder, reward_folder: where the two models are. policy_settings, reward_settings: their configurations.
         tokenizer, reward_tokenizer: theirs, as stored.
         stops: ids at which the policy's generation settings end a text.
@@ -30,7 +31,7 @@ class Case:
 
     config: Any
     method: Any = None
-    settled: Any = None
+    threads: Any = None
     policy_folder: str = ""
     reward_folder: str = ""
     policy_settings: Any = None

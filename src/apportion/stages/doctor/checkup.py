@@ -191,7 +191,7 @@ def checkup(
     config: RLConfig,
     *,
     fast: bool = False,
-    settled: Any = None,
+    threads: Any = None,
     eval_prompts: str | None = None,
     labels: str | None = None,
     tell: Callable[[str], None] = lambda name: None,
@@ -199,14 +199,15 @@ def checkup(
     """Return what every check finds of a run with these settings; loads its models once, unless `fast`.
 
     Args:
-        settled: what `cores.settle` found. eval_prompts: prompts of the evaluation to come, as `prompts` takes them.
+        threads: what `cpu.configure_threads` returned.
+        eval_prompts: prompts of the evaluation to come, as `prompts` takes them.
         labels: labelled texts to test the order of scores on, as `apportion reward --data` takes them.
         tell: called with the name of each check before it is asked.
 
     Raises:
         DataError: `eval_prompts` or `labels` cannot be read.
     """
-    case = Case(config, settled=settled)
+    case = Case(config, threads=threads)
     if eval_prompts is not None:
         case.evaluation = load_prompts(eval_prompts, "evaluate_test")
     if labels is not None:

@@ -48,7 +48,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def checkup_reward(
-    config: RewardConfig, *, settled: Any = None, tell: Callable[[str], None] = lambda name: None
+    config: RewardConfig, *, threads: Any = None, tell: Callable[[str], None] = lambda name: None
 ) -> list[Finding]:
-    """Return what every check finds of `apportion reward` with these settings; `settled` is of `cores.settle`."""
-    return examine(Case(config, settled=settled), CHECKS, tell)
+    """Return what every check finds of `apportion reward` with these settings; `threads`: see `checkup`."""
+    return examine(Case(config, threads=threads), CHECKS, tell)

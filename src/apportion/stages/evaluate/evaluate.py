@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from apportion.config import EvaluateConfig, SamplingConfig
+from apportion.data.bad_rows import leaving_out
 from apportion.errors import DataError
 from apportion.evidence.reward import reward_evidence
 from apportion.generation import sample
@@ -22,8 +23,7 @@ from apportion.models.reward import RewardModel, load_reward
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.evaluate.judge import fit_judge
 from apportion.system import safe_yaml
-from apportion.training.bad_rows import leaving_out
-from apportion.training.run_folder import Run
+from apportion.training.run_folder import RunFolder
 
 Tell = Callable[[str], None]
 BATCH = 32
@@ -72,13 +72,13 @@ def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell 
     return found
 
 
-def _rewrite(run: Run, name: str, rows: list[dict[str, Any]]) -> None:
+def _rewrite(run: RunFolder, name: str, rows: list[dict[str, Any]]) -> None:
     (run.path / name).unlink(missing_ok=True)
-    run.append(name, rows)
+    run.logs.append(name, rows)
 
 
-def _open(config: EvaluateConfig) -> tuple[Run, dict[str, Any]]:
-    run = Run(Path(config.run).expanduser(), "rl")
+def _open(config: EvaluateConfig) -> tuple[RunFolder, dict[str, Any]]:
+    run = RunFolder(Path(config.run).expanduser(), "rl")
     stored = run.path / "config.yaml"
     ours = run.read("status.json").get("stage") == "rl"
     if not ours or not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
@@ -102,7 +102,7 @@ def _settings(stored: Path) -> dict[str, Any]:
 
 
 def _policies(
-    config: EvaluateConfig, run: Run, settings: dict[str, Any], sampling: SamplingConfig
+    config: EvaluateConfig, run: RunFolder, settings: dict[str, Any], sampling: SamplingConfig
 ) -> tuple[Policy, Policy]:
     """Return (policy, start), both to be sampled and read only."""
     device = pick_device(config.device)

@@ -46,7 +46,7 @@ def random_excerpts(
     return excerpts
 
 
-def batches(excerpts: Sequence[Excerpt], size: int, seed: int, pool: int = 16) -> list[list[Excerpt]]:
+def shuffled_batches(excerpts: Sequence[Excerpt], size: int, seed: int, pool: int = 16) -> list[list[Excerpt]]:
     """Return the excerpts in shuffled batches of like lengths: sorted inside pools of `pool` batches, to pad little."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(excerpts), generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""What a reward model's training holds between batches, all of it in the checkpoint."""
+"""The learner of reward-model training: model, optimizer and skipped updates, all checkpointed."""
 
 from __future__ import annotations
 
@@ -8,69 +8,71 @@ from typing import Any
 from torch import Tensor, nn
 
 from apportion.config import OptimConfig
-from apportion.distributed import sharding
+from apportion.distributed import collectives, sharding
 from apportion.distributed.sharding import Sharded, Weights
-from apportion.models.master_weights import to_float32
+from apportion.models.master_weights import to_float32, to_sixteen_bit
 from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.optimizer import make_optimizer
-from apportion.training.state import Tensors, learned, relearn
+from apportion.training.state import Tensors, pack_state, unpack_state
 
 
 class RewardLearner:
-    """A model and its optimizer; the excerpts are dealt by the seed, and nothing is drawn while it trains.
+    """A classifier and its optimizer; excerpts are dealt by the seed, and training draws nothing at random.
 
     Attributes:
-        model: with parameters that learn, in `trainable`.
-        remainders: of weights that learn in 16 bit (`models.masters`).
-        weights: how they are kept, whole or in parts (`models.sharded`).
-        skips: counts updates that are not finite, `max_skipped` of which in a row end the run.
+        model: the classifier; its trainable parameters are in `trainable`.
+        remainders: of 16-bit weights with float32 masters (`models.master_weights`).
+        weights: how they are held, whole or sharded (`distributed.sharding`).
+        nonfinite: counts updates that are not finite; `max_skipped` in a row end the run.
     """
 
-    def __init__(
-        self, model: Any, remainders: dict[nn.Parameter, Tensor], optim: OptimConfig, max_skipped: int = 3
-    ) -> None:
-        self.model, self.remainders, self.optim = model, remainders, optim
+    crash_dump = None
+
+    def __init__(self, model: Any, optim: OptimConfig, *, sixteen_bit: bool = False, max_skipped: int = 3) -> None:
+        self.model, self.optim, self._sixteen_bit = model, optim, sixteen_bit
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.remainders: dict[nn.Parameter, Tensor] = {}
         self.weights = Weights()
-        self.optimizer = make_optimizer(self.trainable, remainders, optim)
-        self.skips = SkippedUpdates(max_skipped, "max_skipped")
+        self.nonfinite = SkippedUpdates(max_skipped, "max_skipped")
 
     @property
-    def parted(self) -> bool:
-        """Whether each process holds a part of what is learned (`held.Held`)."""
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights."""
         return self.weights.sharded
 
-    def share_weights(self, end: Callable[[str], None]) -> None:
-        """Have each process keep a part of the weights where the launcher asks for it; before anything is learned.
-
-        Args:
-            end: ends this process with an error of another's that left it waiting.
-        """
-        if sharding.asked():
-            self.weights = Sharded([self.model], self.trainable, self.remainders, sharding.again(), end)
+    def share_weights(self, abort: Callable[[str], None]) -> None:
+        """Broadcast the main process's weights, convert them to 16 bit, and shard them, each where it is asked for."""
+        collectives.broadcast(self.trainable)
+        if self._sixteen_bit:
+            self.remainders = to_sixteen_bit(self.model)
             self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = make_optimizer(self.weights.learning(self.trainable), self.remainders, self.optim)
+        if sharding.asked():
+            self.weights = Sharded([self.model], self.trainable, self.remainders, sharding.again(), abort)
+            self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.weights.learning(self.trainable), self.remainders, self.optim)
 
-    def make_whole(self) -> None:
-        """Have the weights whole and in float32 in the main process, to be saved; nothing is learned after."""
+    def synchronize(self) -> None:
+        """Do nothing: every process resumes from the same files, and the start was broadcast."""
+
+    def gather_weights(self) -> None:
+        """Gather the weights in the main process in float32, to be saved; nothing is trained after this."""
         self.weights.make_whole(self.model, self.remainders)
         to_float32(self.remainders)
 
-    def tensors(self) -> Tensors:
-        """Return everything that the next batch depends on (`held.Held`)."""
-        held = learned(self.weights.learning(self.trainable), self.optimizer)
-        return self.weights.join(held) | {"skips": self.skips.state}
+    def state_dict(self) -> Tensors:
+        """Return everything that the next batch depends on."""
+        packed = pack_state(self.weights.learning(self.trainable), self.optimizer)
+        return self.weights.join(packed) | {"skips": self.nonfinite.state}
 
-    def restore(self, stored: Tensors) -> None:
-        """Take back what `tensors` gave. Raises ConfigError where it is another model's."""
-        relearn(self.weights.cut(stored), self.weights.learning(self.trainable), self.optimizer, self.remainders)
-        if "skips" in stored:  # else it was written before updates were skipped
-            self.skips.restore(stored["skips"])
+    def load_state_dict(self, stored: Tensors) -> None:
+        """Restore what `state_dict` returned. Raises ConfigError where it is another model's."""
+        unpack_state(self.weights.cut(stored), self.weights.learning(self.trainable), self.optimizer, self.remainders)
+        self.nonfinite.load_state(stored["skips"])
 
     def release(self) -> None:
-        """Give up the model and the optimizer, for their memory: nothing is learned from then on."""
+        """Drop the model and the optimizer, for their memory: nothing is trained after this."""
         del self.model, self.trainable, self.optimizer, self.weights
 
-    def readers(self) -> dict[str, Any]:
+    def models_by_name(self) -> dict[str, Any]:
         """Return the model."""
         return {"model": self.model}

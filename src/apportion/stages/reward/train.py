@@ -1,28 +1,26 @@
 """The reward model: a 2-class classifier on excerpts of labelled texts, R = logit(positive) − logit(negative).
 
-As in Chan et al. 2024 (arXiv 2402.00782) for IMDb; it departs from them in cutting excerpts of random length, so that
-it can judge the short text that a policy writes.
+As in Chan et al. 2024 (arXiv 2402.00782) for IMDb; unlike them it trains on excerpts of random length, so that it
+can score the short responses that a policy generates.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apportion.config import RewardConfig, to_dict
 from apportion.data import BadRows
+from apportion.data.bad_rows import leaving_out
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
 from apportion.errors import ConfigError, DataError
-from apportion.intervals import calibration, mean_interval, proportion
 from apportion.models.fast import use_packed_weights
 from apportion.models.loading import (
     context_of,
@@ -34,63 +32,91 @@ from apportion.models.loading import (
     use_fastest_attention,
 )
 from apportion.models.lora import add_adapter
-from apportion.models.master_weights import to_sixteen_bit
-from apportion.models.reward import STATISTICS, RewardModel, load_reward
+from apportion.models.reward import STATISTICS
 from apportion.models.saving import head_config, model_card, save_classifier
 from apportion.models.text.render import check_embeddings
-from apportion.stages.reward.excerpts import Excerpt, batches, random_excerpts, right_pad, tokenized
+from apportion.stages.reward.evaluation import evaluate, token_ids
+from apportion.stages.reward.excerpts import Excerpt, random_excerpts, right_pad, shuffled_batches
 from apportion.stages.reward.learner import RewardLearner
 from apportion.stages.reward.probe import probe_head
-from apportion.system.memory import memory_mb
 from apportion.training import rng
-from apportion.training.bad_rows import leaving_out
-from apportion.training.monitoring import announce
-from apportion.training.optimizer import learning_rate, nothing
-from apportion.training.run_folder import Run, need_space
-from apportion.training.session import TrainingSession, bytes_of, keeping, open_run
+from apportion.training.monitoring import warn
+from apportion.training.optimizer import learning_rate, zero_with_grad
+from apportion.training.run_folder import RunFolder, need_space
+from apportion.training.session import ProgressCallback, TrainingSession, saved_bytes, training_session
 
-Tell = Callable[[int, int, dict[str, float]], None]
-LENGTHS = (10, 20, 40, 80)  # tokens of the held-out excerpts that accuracy is also reported for
-BY_LENGTH = 500  # texts for each of them
 HEADS = ("score", "classifier")
 
 
-def train(config: RewardConfig, *, fresh: bool = False, tell: Tell = lambda step, steps, metrics: None) -> Run:
+def train(
+    config: RewardConfig,
+    *,
+    fresh: bool = False,
+    on_step: ProgressCallback = lambda step, steps, metrics: None,
+) -> RunFolder:
     """Train, save and evaluate a reward model as `config` says; return its finished run folder.
 
     final/ holds float32 weights and reward.json with the mean and sd of R on held-out excerpts. Under `accelerate
     launch` or `torchrun` the processes share every batch; the main one writes and evaluates.
 
+    Args:
+        on_step: called after each step with (step, steps, metrics).
+
     Raises:
-        ConfigError, ModelError, DataError, DiskError: each names what to fix.
+        ConfigError, ModelError, DataError, DiskError: each names the fix.
     """
     check_shares(config)
-    collectives.start(pick_device(config.device))
-    run = open_run(config.output, "reward", to_dict(config), fresh=fresh)
-    if collectives.broadcast_object(run.finished):
-        return run
-    with keeping(run, config) as keeper:
-        with collectives.error_barrier():
-            model, excerpts, tokenizer, folder, test_rows = _prepare(run, config)
-        collectives.broadcast(p for p in model.parameters() if p.requires_grad)
-        learner = RewardLearner(model, _halved(model, config), config.optim, config.max_skipped)
-        del model
-        learner.share_weights(keeper.end)
-        start = keeper.resume(learner)
-        with nullcontext() if learner.parted else use_packed_weights(learner.model):
-            _fit(learner, start, excerpts, config, tokenizer.pad_token_id, keeper, tell)
-        found: dict[str, Any] = {}
-        keeper.final(
-            lambda part: _save(learner, config, tokenizer, folder, part),
-            lambda part: found.update(_judged(learner, run, config, test_rows, part)),
-            bytes_of(learner.model),
-            ready=learner.make_whole,
-        )
-        with collectives.error_barrier():
-            if collectives.is_main():
-                run.write_json("evaluation.json", found)
-                run.status("finished", accuracy=found["accuracy"])
-    return run
+    with training_session("reward", config, to_dict(config), fresh=fresh, on_step=on_step) as session:
+        assert session.run is not None
+        if not session.finished:
+            _train(session, session.run, config)
+        return session.run
+
+
+def _train(session: TrainingSession, run: RunFolder, config: RewardConfig) -> None:
+    """Train on every excerpt once, save, and evaluate."""
+    inputs: list[Inputs] = []
+
+    def make() -> RewardLearner:
+        model, given = _prepare(run, config)
+        inputs.append(given)
+        sixteen_bit = config.lora.rank == 0 and pick_dtype(config.dtype, pick_device(config.device)) == torch.bfloat16
+        return RewardLearner(model, config.optim, sixteen_bit=sixteen_bit, max_skipped=config.max_skipped)
+
+    learner = session.load(make)
+    [given] = inputs
+    batches = shuffled_batches(given.excerpts, config.batch_size, config.seed)
+    with nullcontext() if learner.is_sharded else use_packed_weights(learner.model):
+        for step in session.steps(len(batches)):
+            with session.phase("update", exchanges=True):
+                metrics = train_batch(
+                    learner, batches[step - 1], config, given.tokenizer.pad_token_id, step, len(batches)
+                )
+            session.log(step, metrics)
+    evaluation: dict[str, Any] = {}
+    session.save_final(
+        lambda part: _save(learner, config, given, part),
+        learner,
+        size=saved_bytes(learner.model),
+        evaluate=lambda part: evaluation.update(_evaluate(learner, run, config, given.test_rows, part)),
+    )
+    with collectives.error_barrier():
+        if collectives.is_main():
+            run.write_json("evaluation.json", evaluation)
+            run.write_status("finished", accuracy=evaluation["accuracy"])
+
+
+class Inputs(NamedTuple):
+    """What a run trains and evaluates on.
+
+    Attributes:
+        excerpts: to train on. tokenizer, folder: of the model it starts from. test_rows: held-out rows.
+    """
+
+    excerpts: list[Excerpt]
+    tokenizer: Any
+    folder: str
+    test_rows: list[Any]
 
 
 def check_shares(config: RewardConfig) -> None:
@@ -101,8 +127,8 @@ def check_shares(config: RewardConfig) -> None:
         raise ConfigError("batch_size", config.batch_size, expected, "Raise it, or launch fewer.")
 
 
-def _prepare(run: Run, config: RewardConfig) -> tuple[Any, list[Excerpt], Any, str, list[Any]]:
-    """Return (model, training excerpts, tokenizer, its folder, held-out rows). Cheap checks come before the model."""
+def _prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
+    """Return (model, inputs). Cheap checks come before the model."""
     with leaving_out(run.path, config.skip_bad_rows) as bad:
         train_rows, test_rows = read_data(config, bad)
     need_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
@@ -113,34 +139,27 @@ def _prepare(run: Run, config: RewardConfig) -> tuple[Any, list[Excerpt], Any, s
         expected = f"at most the model's context of {context} tokens"
         raise ConfigError("excerpt_tokens", config.excerpt_tokens, expected, "Lower the second number.")
     excerpts = random_excerpts(
-        *_ids(train_rows, tokenizer, config), config.excerpts, config.excerpt_tokens, config.seed
+        *token_ids(train_rows, tokenizer, config), config.excerpts, config.excerpt_tokens, config.seed
     )
     rng.seed(config.seed)
-    return _model(config, folder, tokenizer, device, excerpts), excerpts, tokenizer, folder, test_rows
+    return _model(config, folder, tokenizer, device, excerpts), Inputs(excerpts, tokenizer, folder, test_rows)
 
 
-def _halved(model: Any, config: RewardConfig) -> dict[torch.nn.Parameter, Tensor]:
-    """Let all weights learn in 16 bit over float32 masters, where they learn and the processor has it."""
-    device = next(model.parameters()).device
-    full = config.lora.rank == 0 and pick_dtype(config.dtype, device) == torch.bfloat16
-    return to_sixteen_bit(model) if full else {}
-
-
-def _save(learner: RewardLearner, config: RewardConfig, tokenizer: Any, base: str, folder: Path) -> None:
+def _save(learner: RewardLearner, config: RewardConfig, given: Inputs, folder: Path) -> None:
     """Write the model to `folder`."""
     card = model_card("Reward model", "reward-model", "R = logit(positive) − logit(negative).", to_dict(config))
-    save_classifier(learner.model, tokenizer, base, folder, card, lora=config.lora.rank > 0)
+    save_classifier(learner.model, given.tokenizer, given.folder, folder, card, lora=config.lora.rank > 0)
 
 
-def _judged(
-    learner: RewardLearner, run: Run, config: RewardConfig, test_rows: list[Any], folder: Path
+def _evaluate(
+    learner: RewardLearner, run: RunFolder, config: RewardConfig, test_rows: list[Any], folder: Path
 ) -> dict[str, Any]:
-    """Return what `evaluate` found of the model in `folder`, and put the mean and sd of R there."""
+    """Return the evaluation of the model in `folder`, and write the mean and sd of R there."""
     learner.release()
-    found = evaluate(folder, test_rows, config)
-    statistics = json.dumps({"mean": found["score_mean"], "sd": found["score_sd"]})
-    run.patiently(lambda: (folder / STATISTICS).write_text(statistics), len(statistics))
-    return found
+    evaluation = evaluate(folder, test_rows, config)
+    statistics = json.dumps({"mean": evaluation["score_mean"], "sd": evaluation["score_sd"]})
+    run.retry_when_full(lambda: (folder / STATISTICS).write_text(statistics), len(statistics))
+    return evaluation
 
 
 def read_data(config: RewardConfig, bad: BadRows | None = None) -> tuple[list[Any], list[Any]]:
@@ -170,11 +189,6 @@ def read_data(config: RewardConfig, bad: BadRows | None = None) -> tuple[list[An
     return list(training), held_out[: config.test_texts]
 
 
-def _ids(rows: Sequence[Any], tokenizer: Any, config: RewardConfig) -> tuple[list[list[int]], list[int]]:
-    texts = [row.text for row in rows]
-    return tokenized(texts, tokenizer, config.excerpt_tokens[1]), [row.label for row in rows]
-
-
 def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device, excerpts: list[Excerpt]) -> Any:
     """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32."""
     lora = config.lora.rank > 0
@@ -189,43 +203,29 @@ def _model(config: RewardConfig, folder: str, tokenizer: Any, device: torch.devi
     return add_adapter(model, config.lora, head=head).eval() if lora else model
 
 
-def _fit(
-    learner: RewardLearner,
-    start: int,
-    excerpts: list[Excerpt],
-    config: RewardConfig,
-    pad: int,
-    keeper: TrainingSession,
-    tell: Tell,
-) -> None:
-    """Train on every clip once, from the batch after `start`."""
-    optimizer, weights = learner.optimizer, learner.weights
-    dealt = batches(excerpts, config.batch_size, config.seed)
-    for step, batch in enumerate(dealt[start:], start + 1):
-        began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, step - 1, len(dealt))
-        with collectives.error_barrier(), weights.waiting():
-            sums = _accumulate(learner, batch, config.micro_batch, pad)
-        learning = weights.summed(learner.trainable)
-        norm = weights.norm(learning)
-        learner.skips.begin()
-        if learner.skips.allow(sums["loss/reward"], norm, torch.arange(len(batch))):
-            torch.nn.utils.clip_grads_with_norm_(learning, config.optim.max_grad_norm, norm)
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        skipped = learner.skips.batch
-        if skipped:  # its numbers are those of nothing that was learned
-            announce(f"monitor max_skipped at step {step}: updates skipped as not finite: {skipped}")
-            metrics = {}
-        else:
-            metrics = {name: float(total) for name, total in collectives.all_reduce_sum(sums).items()}
-            metrics |= {"grad_norm": float(norm)}
-        metrics |= {"lr": optimizer.param_groups[0]["lr"], "monitors/skipped_updates": float(skipped)}
-        metrics |= collectives.all_reduce_max({"time/total": time.perf_counter() - began, "memory/rss_mb": memory_mb()})
-        keeper.log(step, metrics)
-        keeper.kept(step, len(dealt))
-        tell(step, len(dealt), metrics)
+def train_batch(
+    learner: RewardLearner, batch: list[Excerpt], config: RewardConfig, pad: int, step: int, steps: int
+) -> dict[str, float]:
+    """Take one optimizer step on a batch and return its metrics; a step that is not finite is skipped and counted."""
+    optimizer, weights, nonfinite = learner.optimizer, learner.weights, learner.nonfinite
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config.optim, step - 1, steps)
+    with collectives.error_barrier(), weights.waiting():
+        sums = _accumulate(learner, batch, config.micro_batch, pad)
+    learning = weights.summed(learner.trainable)
+    norm = weights.norm(learning)
+    nonfinite.begin()
+    if nonfinite.allow(sums["loss/reward"], norm, torch.arange(len(batch))):
+        torch.nn.utils.clip_grads_with_norm_(learning, config.optim.max_grad_norm, norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    skipped, metrics = nonfinite.batch, dict[str, float]()
+    if skipped:  # the metrics of its forward describe nothing that was trained on
+        warn(f"monitor max_skipped at step {step}: updates skipped as not finite: {skipped}")
+    else:
+        metrics = {name: float(total) for name, total in collectives.all_reduce_sum(sums).items()}
+        metrics |= {"grad_norm": float(norm)}
+    return metrics | {"lr": optimizer.param_groups[0]["lr"], "monitors/skipped_updates": float(skipped)}
 
 
 def _accumulate(learner: RewardLearner, batch: list[Excerpt], micro: int, pad: int) -> dict[str, Tensor]:
@@ -239,56 +239,10 @@ def _accumulate(learner: RewardLearner, batch: list[Excerpt], micro: int, pad: i
         ids, mask, labels = (t.to(device) for t in right_pad([batch[i] for i in part.tolist()], pad))
         logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
         if not counts:
-            nothing(logits).backward()
+            zero_with_grad(logits).backward()
             continue
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
         loss.backward()
         total += loss.detach()
         hits += (logits.argmax(dim=1) == labels).sum() / len(batch)
     return {"loss/reward": total, "accuracy": hits}
-
-
-def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:
-    """Return accuracy with its interval, by clip length too, calibration, and mean and sd of R, on held-out texts."""
-    loading: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "fast_kernels": config.fast_kernels}
-    reward = load_reward(str(folder), **loading, field="model")
-    ids, labels = _ids(rows, reward.tokenizer, config)
-    excerpts = random_excerpts(ids, labels, len(rows), config.excerpt_tokens, config.seed + 1)
-    scores, truth = scored(reward, excerpts), [c.label for c in excerpts]
-    probabilities = torch.sigmoid(scores).tolist()
-    bins, error = calibration(probabilities, truth)
-    by_length = {}
-    for length in LENGTHS:
-        if length > config.excerpt_tokens[1]:
-            continue
-        cut = [Excerpt(row[:length], label) for row, label in zip(ids[:BY_LENGTH], labels[:BY_LENGTH], strict=True)]
-        by_length[str(length)] = accuracy(scored(reward, cut), [c.label for c in cut])
-    return {
-        "accuracy": accuracy(scores, truth),
-        "by_length": by_length,
-        "calibration": bins,
-        "ece": error,
-        "score_mean": float(scores.mean()),
-        "score_sd": float(scores.std(unbiased=False)),
-        "score_interval": mean_interval(scores.tolist()),
-        "texts": len(rows),
-        "excerpt_tokens": list(config.excerpt_tokens),
-    }
-
-
-def scored(reward: RewardModel, excerpts: Sequence[Excerpt], batch_size: int = 32) -> Tensor:
-    """Return R (N,) float32 of the excerpts, on the CPU, computed in batches of like length."""
-    out = torch.zeros(len(excerpts))
-    order = sorted(range(len(excerpts)), key=lambda i: len(excerpts[i].ids))
-    device = next(reward.model.parameters()).device
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        ids, mask, _ = right_pad([excerpts[i] for i in chosen], reward.model.config.get_text_config().pad_token_id)
-        out[chosen] = reward.score(ids.to(device), mask.to(device))[0].cpu()
-    return out
-
-
-def accuracy(scores: Tensor, labels: Sequence[int]) -> dict[str, float]:
-    """Return {mean, low, high} of how often R > 0 says the label."""
-    hits = int(((scores > 0).long() == torch.tensor(labels)).sum())
-    return proportion(hits, len(labels))

@@ -1,102 +1,170 @@
-"""What a reinforcement-learning run holds between batches, all of it in the checkpoint."""
+"""The learner of a reinforcement-learning run: models, optimizer, controllers and random state, all checkpointed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apportion.config import OptimConfig
-from apportion.config.monitors import MonitorsConfig
+from apportion.batching import micro_batches, trim
+from apportion.config import RLConfig
+from apportion.data.bad_rows import leaving_out
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
-from apportion.generation.prompts import PromptStream
-from apportion.stages.doctor import Finding
-from apportion.training.monitoring import Monitors
-from apportion.training.optimizer import make_optimizer
-from apportion.training.state import Tensors, learned, relearn
+from apportion.evidence.policy import POLICY
+from apportion.evidence.scoring import ALWAYS
+from apportion.generation.prompts import PromptStream, load_prompts
+from apportion.losses._ratios import LIMIT
+from apportion.models.loading import context_of, load_tokenizer, locate
+from apportion.models.policy import load_policy
+from apportion.models.reward import adjust, load_reward
+from apportion.models.text.render import check_embeddings
+from apportion.models.text.token_spans import PolicyText
+from apportion.registry import EvidenceKey
+from apportion.stages.doctor.checkup import quick
+from apportion.stages.rl.rollout_log import comparisons, rewards_before_kl
+from apportion.stages.rl.sources import PolicySource, Source
+from apportion.stages.rl.update import FirstPass, Targets, update
+from apportion.system.disk import need_space
+from apportion.training import rng
+from apportion.training.crash_dump import CrashDump
+from apportion.training.monitoring import Monitoring
+from apportion.training.optimizer import learning_rate, make_optimizer
+from apportion.training.run_folder import RunFolder
+from apportion.training.state import Tensors, pack_state, unpack_state
 from apportion.types import Credit, Method, Rollouts, State
-from apportion.user_code import means
+from apportion.user_code import UserCode, guard_credit, guard_method, means, user_defined_names
 
 
 class Learner:
-    """Models, optimizer, controllers and randomness of one run.
+    """Models, optimizer, controllers and random state of one run.
 
     Attributes:
-        models: policy and reward model. method: the three choices. prompts: where prompts come from.
-        needs: all evidence to produce. generator: the run's only randomness after loading.
-        compare: credits whose rewards are logged beside the one that is trained.
-        once: each rollout is learned from once, in one step: the update says what the policy said before it.
-        optim: the optimizer's settings. clock: seconds of the current batch by phase.
-        monitors: what monitors over the run. findings: what the check-up before the models were loaded warned of.
+        models: policy and reward model. policy: the first of them. method: credit, segmenter, estimator and loss.
+        source: where rollouts come from. needs: all evidence to produce; `always`: and what every run produces.
+        generator: the run's only randomness after loading. compare: credits whose rewards are logged as well.
+        once: each rollout is used once, in one step: the update's forward gives the old log-probabilities.
+        monitoring: monitors and skipped updates. crash_dump: saves the batch of a failed step.
     """
 
     def __init__(
         self,
+        config: RLConfig,
         models: Models,
         method: Method,
         prompts: PromptStream,
-        needs: frozenset[str],
         generator: torch.Generator,
-        optim: OptimConfig,
         compare: Mapping[str, Credit],
-        once: bool = False,
-        monitors: MonitorsConfig | None = None,
-        findings: Sequence[Finding] = (),
+        run: RunFolder | None = None,
     ) -> None:
-        self.models, self.method, self.prompts = models, method, prompts
-        self.needs, self.generator, self.compare, self.once = needs, generator, compare, once
-        self.findings, self.optim = findings, optim
-        self.optimizer = make_optimizer(models.policy.trainable(), models.policy.remainders, optim)
+        self.config, self.models, self.policy, self.method = config, models, models.policy, method
+        self.prompts, self.generator, self.compare = prompts, generator, compare
+        self.source: Source = PolicySource(models.policy, prompts, config, generator, models.generator)
+        self.needs = method.needs.union({"reference_logprobs"}, *(c.needs for c in compare.values()))
+        self.needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
+        self.once = single_step_on_policy(config, self.needs)
+        self.optimizer = make_optimizer(self.policy.trainable(), self.policy.remainders, config.optim)
         self.credit_state: State = method.credit.init()
-        self.clock: dict[str, float] = {}
-        specs = {**method.specs, "compare": list(compare), "needs": needs}
-        self.monitors = Monitors(monitors or MonitorsConfig(), models.users, models.policy.tokenizer, specs)
-
-    def share_weights(self, end: Callable[[str], None]) -> None:
-        """Have each process keep a part of the weights where the launcher asks for it; before anything is learned.
-
-        Args:
-            end: ends this process with an error of another's that left it waiting.
-        """
-        if sharding.asked():
-            policy = self.models.policy
-            collectives.broadcast(policy.trainable())
-            policy.shard(sharding.again(), end)
-            self.optimizer = make_optimizer(policy.learning(), policy.remainders, self.optim)
+        self.monitoring = Monitoring(config.monitors, run)
+        names = user_defined_names({**method.specs, "compare": list(compare), "needs": self.needs})
+        modules = {name.split(":")[0]: name for name in names}
+        columns = {"credit": lambda rollouts: rewards_before_kl(self, rollouts), "ratio": self.ratios}
+        tokenizer, nonfinite = self.policy.tokenizer, self.monitoring.nonfinite
+        self.crash_dump: CrashDump | None = CrashDump(run, tokenizer, models.user_code, modules, nonfinite, columns)
 
     @property
-    def parted(self) -> bool:
-        """Whether each process holds a part of what is learned (`held.Held`)."""
-        return self.models.policy.weights.sharded
+    def always(self) -> frozenset[str]:
+        """The evidence that every run produces."""
+        return ALWAYS - POLICY if self.once else ALWAYS
 
-    def tensors(self) -> Tensors:
-        """Return everything that the next batch depends on, for a checkpoint (`held.Held`)."""
-        # `models.generator` is the same one, or started anew each step (`sharing.reseed`)
-        policy = self.models.policy
-        return policy.weights.join(learned(policy.learning(), self.optimizer)) | {
+    @property
+    def pad_token_id(self) -> int:
+        """The id of the pad token."""
+        return int(self.policy.tokenizer.pad_token_id)
+
+    def share_weights(self, abort: Callable[[str], None]) -> None:
+        """Shard the weights where the launcher asks for it (`training.state.Learner`)."""
+        if sharding.asked():
+            collectives.broadcast(self.policy.trainable())
+            self.policy.shard(sharding.again(), abort)
+            self.optimizer = make_optimizer(self.policy.learning(), self.policy.remainders, self.config.optim)
+
+    def synchronize(self) -> None:
+        """Broadcast the main process's weights that every process holds whole."""
+        collectives.broadcast(self.policy.weights.alike(self.policy.trainable()))
+
+    def gather_weights(self) -> None:
+        """Gather sharded weights in the main process, to be saved."""
+        self.policy.make_whole()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return self.policy.weights.sharded
+
+    def state_dict(self) -> Tensors:
+        """Return everything that the next batch depends on, for a checkpoint."""
+        # `models.generator` is the same one, or seeded anew for each step (`sources.reseed`)
+        packed = self.policy.weights.join(pack_state(self.policy.learning(), self.optimizer))
+        return packed | {
             "state": self.credit_state | {"generator": self.generator.get_state()},
-            "monitors": self.monitors.state,
+            "monitors": self.monitoring.state,
         }
 
-    def restore(self, stored: Tensors) -> None:
-        """Take back what `tensors` gave. Raises ConfigError where it is another model's."""
-        policy = self.models.policy
-        relearn(policy.weights.cut(stored), policy.learning(), self.optimizer, policy.remainders)
+    def load_state_dict(self, stored: Tensors) -> None:
+        """Restore what `state_dict` returned. Raises ConfigError where it is another model's."""
+        policy = self.policy
+        unpack_state(policy.weights.cut(stored), policy.learning(), self.optimizer, policy.remainders)
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
         self.credit_state = state
-        self.monitors.restore(stored["monitors"])
+        self.monitoring.load_state(stored["monitors"])
 
-    def readers(self) -> dict[str, Any]:
-        """Return the models whose numbers the run's depend on."""
-        policy = self.models.policy
-        models = {"policy": policy.model, "reward": self.models.reward.model, "value": policy.value_trunk}
+    def models_by_name(self) -> dict[str, Any]:
+        """Return the models whose kernels and devices the run's numbers depend on."""
+        models = {"policy": self.policy.model, "reward": self.models.reward.model, "value": self.policy.value_trunk}
         return {name: model for name, model in models.items() if model is not None}
 
-    def move_controllers(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
+    def add_credit_share(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts with evidence "credit_share" (B,T) where the estimator needs it and the credit has it."""
+        share = self.method.credit.share
+        if "credit_share" not in self.method.estimate.needs or share is None:
+            return rollouts
+        return rollouts.with_evidence(credit_share=share(rollouts))
+
+    def update(self, rollouts: Rollouts, targets: Targets, step: int) -> tuple[dict[str, float], Rollouts]:
+        """Run the update of batch `step` at its learning rate; return (mean metrics, the rollouts).
+
+        Where each rollout is used once, the rollouts returned carry the old log-probabilities and entropies of the
+        update's own forward.
+        """
+        config, nonfinite = self.config, self.monitoring.nonfinite
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optim, step - 1, config.steps)
+        empty = torch.zeros((2, *rollouts.mask.shape), device=self.policy.device)
+        first = FirstPass(*empty) if self.once else None
+        nonfinite.begin()
+        metrics = update(
+            self.policy,
+            self.optimizer,
+            self.method.loss,
+            rollouts,
+            targets,
+            config.ppo,
+            config.optim,
+            self.generator,
+            first,
+            nonfinite,
+        )
+        if first is not None:
+            rollouts = replace(rollouts, old_logprobs=first.old_logprobs).with_evidence(entropy=first.entropy)
+        return metrics, rollouts
+
+    def update_controllers(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
         """Update the credit's state once for the batch and return its statistics as means."""
         method = self.method.credit
         if method.stats is None:
@@ -109,15 +177,15 @@ class Learner:
         return metrics | ({"kl/coef": float(sum(coefficients))} if coefficients else {})
 
     def kl_coefficients(self) -> list[Tensor]:
-        """Return κ of every KL penalty in the chain (one at most, as the refusal table says)."""
+        """Return κ of every KL penalty in the chain (one at most: `compatibility` refuses two)."""
         return [self.credit_state[key] for key in self._kl_keys()]
 
-    def raise_kl_coef(self, factor: float, most: float) -> bool:
-        """Multiply κ by `factor`, to at most `most` times what it began with; return whether it rose."""
+    def raise_kl_coef(self, factor: float, limit: float) -> bool:
+        """Multiply κ by `factor`, to at most `limit` times its start; return whether it rose."""
         rose = False
         for key in self._kl_keys():
             now, start = self.credit_state[key], self.method.credit.init()[key]
-            risen = torch.maximum(now, torch.minimum(now * factor, start.to(now) * most))
+            risen = torch.maximum(now, torch.minimum(now * factor, start.to(now) * limit))
             self.credit_state = self.credit_state | {key: risen}
             rose = rose or bool(risen > now)
         return rose
@@ -125,3 +193,72 @@ class Learner:
     def _kl_keys(self) -> list[str]:
         chain = enumerate(self.method.specs["credit"])  # `chain` puts the position before a state's key
         return [f"{i}.coef" for i, spec in chain if "kl_penalty" in spec]
+
+    @torch.no_grad()
+    def ratios(self, rollouts: Rollouts) -> Tensor:
+        """Return π/π_old (B,T) under the current policy, log-ratios cut to ±20; 1 off the mask. For crash dumps.
+
+        Raises:
+            RuntimeError: the weights are sharded, and one process cannot run them.
+        """
+        if self.policy.weights.sharded:
+            raise RuntimeError("sharded weights")
+        out = torch.ones(rollouts.mask.shape, device=rollouts.mask.device)
+        everyone = torch.arange(len(rollouts), device=rollouts.mask.device)
+        for part in micro_batches(rollouts, everyone, self.config.ppo.micro_batch, self.config.ppo.micro_tokens):
+            batch = trim(rollouts.select(part))
+            now = self.policy.forward(batch, values=False, entropy=False).logprobs.float()
+            gap = torch.where(batch.mask, now - batch.old_logprobs.float(), 0.0)
+            out[part, : batch.mask.shape[1]] = gap.clamp(-LIMIT, LIMIT).exp()
+        return out
+
+
+def make_learner(
+    config: RLConfig,
+    method: Method,
+    run: RunFolder | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Learner:
+    """Return everything that a run holds: models, prompts, optimizer, states. Cheap checks come before models."""
+    rng.seed(config.seed)
+    output = Path(config.output).expanduser()
+    need_space(output, 200_000_000)
+    folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
+    with leaving_out(output, config.skip_bad_rows) as bad:
+        texts = load_prompts(config.prompts, "rl", bad)
+    tokenizer = load_tokenizer("policy", folder, config.pad_token)
+    prompts = PromptStream(texts, tokenizer, config.sampling, config.seed, context_of(folder))
+    report(quick(config, folder, tokenizer, texts, prompts.rows), run, warn)
+    text = PolicyText(tokenizer, prompts.conversations)
+    loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
+    loading["fast_kernels"] = config.fast_kernels
+    reward = load_reward(reward_path, **loading, policy=text)  # by ids where it shares the tokenizer, else by text
+    adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
+    policy = load_policy(config, reward)
+    check_embeddings("policy", policy.model, tokenizer, prompts.rows)
+    user_code = UserCode(config.monitors.timeout)
+    method = guard_method(method, user_code)
+    compared = comparisons(config.compare) if config.log_rollouts else {}
+    compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
+    generator = torch.Generator(device=policy.device).manual_seed(config.seed)
+    # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
+    own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
+    models = Models(policy, reward, method.segment, config.sampling, own, config.scores, user_code=user_code)
+    return Learner(config, models, method, prompts, generator, compare, run)
+
+
+def report(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) -> None:
+    """Write the warnings of the quick check into status.json and pass them to `warn`."""
+    if findings and run is not None:
+        run.update_status(doctor=[{"name": one.name, "found": one.found, "fix": one.fix} for one in findings])
+    for one in findings:
+        warn(f"warning: {one.name}: {one.found}. {one.fix}")
+
+
+def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:
+    """Whether one optimizer step uses the whole batch and nothing else needs the policy's outputs before it.
+
+    The update's own forward then gives the old log-probabilities: one forward of the policy a batch is saved.
+    """
+    one_step = (config.ppo.epochs or 1) == 1 and config.ppo.mini_batch >= config.sampling.batch_size
+    return one_step and collectives.world_size() == 1 and not {EvidenceKey.of(need).name for need in needs} & POLICY

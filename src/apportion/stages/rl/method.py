@@ -9,8 +9,8 @@ from apportion.evidence import plan
 from apportion.registry import EvidenceKey
 from apportion.stages.rl.rollout_log import comparisons
 from apportion.system import time_limit
-from apportion.training.monitoring import users_names
 from apportion.types import Method
+from apportion.user_code import user_defined_names
 
 GROUP = 4  # rollouts of one prompt where an estimator compares them
 EPOCHS = {True: 4, False: 1}  # passes over a batch, with a critic and without
@@ -96,10 +96,10 @@ def _refuse_raising_kl_coef(config: RLConfig, method: Method) -> None:
 
 
 def _refuse_timeout(config: RLConfig, method: Method) -> None:
-    """Raise ConfigError for a time limit on functions of the user's where no signal could end one (Windows)."""
+    """Raise ConfigError for a time limit on user-supplied functions where no signal could end one (Windows)."""
     timed = [method.specs[kind] for kind in ("credit", "segments", "advantages")]
-    names = users_names([*timed, list(config.compare), method.needs])
+    names = user_defined_names([*timed, list(config.compare), method.needs])
     if names and time_limit.SIGNAL is None and config.monitors.timeout is not None:
         expected = f"null: this system has no signal that could end {names[0]}"
-        fix = "Set it to null: then nothing keeps the time."
+        fix = "Set it to null: then there is no time limit."
         raise ConfigError("monitors.timeout", config.monitors.timeout, expected, fix)

@@ -1,4 +1,4 @@
-"""What is written down of a batch: texts with each token's credit, reward, advantage and KL."""
+"""Rows of rollouts.jsonl: texts with each token's credit, reward, advantage and KL."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from apportion import credit, registry
 from apportion.credit import REWARD_ATTENTION
 from apportion.masking import normalise
 from apportion.registry import EvidenceKey
+from apportion.training.crash_dump import DECIMALS
 from apportion.types import Advantages, Credit, Rollouts
-from apportion.user_code import checked
+from apportion.user_code import guard_credit
 
 if TYPE_CHECKING:
     from apportion.stages.rl.learner import Learner
-
-
-DECIMALS = 8  # with 6, the rounding of a hundred tokens' credit adds up to more than 1e-5 of the score
 
 
 def comparisons(names: Iterable[str]) -> dict[str, Credit]:
     """Return the credit methods to log beside the one that is trained, by name. Raises ConfigError."""
     for name in names:
         registry.find("compare", name, credit.METHODS)  # an unknown one is an error of this setting
-    return {name: checked(name, credit.make(name, {})) for name in names}
+    return {name: guard_credit(name, credit.make(name, {})) for name in names}
 
 
 def rollout_records(
@@ -38,7 +36,7 @@ def rollout_records(
     kl = torch.where(some.mask, some.logprobs - some.evidence["reference_logprobs"], 0.0)
     by_method = {name: credit.apply(method, some)[0] for name, method in learner.compare.items()}
     columns = {
-        "credit": before_penalty(learner, some),
+        "credit": rewards_before_kl(learner, some),
         "kl": kl,
         "reward": rewards[:rows],
         "advantage": estimated.advantages[:rows],
@@ -46,20 +44,19 @@ def rollout_records(
     }
     if "values" in some.evidence:
         columns["value"] = some.evidence["values"]
-    read = reading_of(learner.method.credit)
-    if read in some.evidence:
-        columns["alpha"] = normalise(some.evidence[read], some.mask)[0]
-    return [_record(learner.models.policy.tokenizer, some, i, step, columns, by_method) for i in range(rows)]
+    attention = attention_name(learner.method.credit)
+    if attention in some.evidence:
+        columns["alpha"] = normalise(some.evidence[attention], some.mask)[0]
+    return [_record(learner.policy.tokenizer, some, i, step, columns, by_method) for i in range(rows)]
 
 
-def reading_of(method: Credit) -> str:
-    """Return the name of the reward model's attention that a credit reads: the paper's where it reads none."""
-    return min(
-        (name for name in method.needs if EvidenceKey.of(name).name == REWARD_ATTENTION), default=REWARD_ATTENTION
-    )
+def attention_name(method: Credit) -> str:
+    """Return the name of the attention evidence that a credit uses, the paper's where it uses none."""
+    names = [need for need in method.needs if EvidenceKey.of(need).name == REWARD_ATTENTION]
+    return min(names, default=REWARD_ATTENTION)
 
 
-def before_penalty(learner: Learner, rollouts: Rollouts) -> Tensor:
+def rewards_before_kl(learner: Learner, rollouts: Rollouts) -> Tensor:
     """Return the rewards (B,T) of the whole chain but its KL penalty."""
     rewards, _ = credit.apply(learner.method.credit, rollouts, learner.credit_state)
     if learner.method.credit.keeps_return:
@@ -83,6 +80,7 @@ def _record(
     def numbers(values: Tensor) -> list[float]:
         return [round(float(v), DECIMALS) for v in values[row][mask]]
 
+    ended = rollouts.evidence.get("sampled_ended", rollouts.ended)
     assert rollouts.scores is not None
     return {
         "step": step,
@@ -92,7 +90,7 @@ def _record(
         "tokens": [tokenizer.decode([i]) for i in ids.tolist()],
         "prompt_ids": prompt.tolist(),
         "response_ids": ids.tolist(),
-        "ended": None if rollouts.ended is None else bool(rollouts.ended[row]),
+        "ended": None if ended is None else bool(ended[row]),
         "score": round(float(rollouts.scores[row]), DECIMALS),
         "raw_score": round(float(rollouts.evidence["raw_scores"][row]), DECIMALS),
         **{name: numbers(values) for name, values in columns.items()},

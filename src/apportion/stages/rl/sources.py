@@ -1,23 +1,100 @@
-"""Where the batches of a run come from, and how processes share them: prompts, random numbers, the whole batch."""
+"""Sources of rollouts, and how processes share a batch: prompts, random numbers, and the gathered whole."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from apportion.config import RLConfig
+from apportion.config import PPOConfig, RLConfig
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
 from apportion.errors import ConfigError
-from apportion.generation.sampler import draw_uniforms
+from apportion.generation.prompts import PromptStream
+from apportion.generation.sampler import draw_uniforms, sample
+from apportion.masking import whiten
+from apportion.models.policy import Policy
 from apportion.types import Rollouts
 
 
+class Source(Protocol):
+    """Where rollouts come from: this process's policy, or a queue that other workers fill."""
+
+    def take(self, step: int) -> Rollouts:
+        """Return this process's rollouts of batch `step` (from 1), with or without scores."""
+
+
+class PolicySource:
+    """Rollouts that the policy itself generates: each process samples all rollouts of its own prompts.
+
+    Args:
+        generator: draws the uniforms of the whole batch, alike in all processes.
+        scoring_generator: draws while rollouts are scored (vine); with several processes it is this one's.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: PromptStream,
+        config: RLConfig,
+        generator: torch.Generator,
+        scoring_generator: torch.Generator | None,
+    ) -> None:
+        self.policy, self.prompts, self.config = policy, prompts, config
+        self.generator, self.scoring_generator = generator, scoring_generator
+
+    def take(self, step: int) -> Rollouts:
+        """Return this process's rollouts of batch `step` (from 1), without scores."""
+        sampling = self.config.sampling
+        prompts: Sequence[Sequence[int]] = self.prompts.take(step, sampling.batch_size // self._copies)
+        mine = collectives.shard_slice(len(prompts))
+        uniforms = self._uniforms()
+        reseed(self.scoring_generator, self.config.seed, step)
+        rollouts = sample(self.policy, prompts[mine], sampling, self.generator, uniforms=uniforms)
+        return replace(rollouts, group=rollouts.group + mine.start)
+
+    @property
+    def _copies(self) -> int:
+        return self.config.sampling.samples_per_prompt or 1
+
+    def _uniforms(self) -> Tensor:
+        """Return this process's random numbers of one batch, (its rollouts, max_new_tokens) float64.
+
+        All processes draw those of the whole batch and take their own: what is sampled does not depend on the number
+        of processes, and the generator stays the same in all.
+        """
+        sampling, copies = self.config.sampling, self._copies
+        drawn = draw_uniforms(sampling.batch_size, sampling.max_new_tokens, self.generator)
+        mine = collectives.shard_slice(sampling.batch_size // copies)
+        return drawn[mine.start * copies : mine.stop * copies]
+
+
+class FixedSource:
+    """Rollouts given in advance, the same for every batch; those with scores are not scored again."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self.rollouts = rollouts
+
+    def take(self, step: int) -> Rollouts:
+        """Return the rollouts."""
+        return self.rollouts
+
+
+def reseed(generator: torch.Generator | None, seed: int, step: int) -> None:
+    """Seed a process's own generator for a step, from the seed, the step and the rank.
+
+    It serves producers that draw while they score (vine), each as much as its rollouts need. In one process it is the
+    run's generator, and continues.
+    """
+    if generator is not None and collectives.world_size() > 1:
+        generator.manual_seed(((seed * 1_000_003 + step) * 65_537 + collectives.rank()) % 2**62)
+
+
 def check_shares(config: RLConfig) -> None:
-    """Raise ConfigError where there are too few prompts or rollouts to go round the processes."""
+    """Raise ConfigError where there are fewer prompts or rollouts than processes."""
     check_launch()
     processes, sampling = collectives.launched(), config.sampling
     prompts = sampling.batch_size // (sampling.samples_per_prompt or 1)
@@ -29,35 +106,19 @@ def check_shares(config: RLConfig) -> None:
         raise ConfigError("ppo.mini_batch", config.ppo.mini_batch, expected, "Raise it, or launch fewer.")
 
 
-def uniforms(config: RLConfig, generator: torch.Generator) -> Tensor:
-    """Return this process's random numbers of one batch, (its rollouts, max_new_tokens) float64.
-
-    All processes draw those of the whole batch from the same generator and take their own, so that what is sampled
-    does not depend on the number of processes, and the generator stays the same in all.
-    """
-    sampling = config.sampling
-    copies = sampling.samples_per_prompt or 1
-    drawn = draw_uniforms(sampling.batch_size, sampling.max_new_tokens, generator)
-    mine = collectives.shard_slice(sampling.batch_size // copies)
-    return drawn[mine.start * copies : mine.stop * copies]
+def gather_batch(
+    rollouts: Rollouts, rewards: Tensor, segments: Tensor, pad: int, config: PPOConfig
+) -> tuple[Rollouts, Tensor, Tensor]:
+    """Return (rollouts, rewards (B,T), segments (B,T)) of all processes; rewards whitened where `config` says."""
+    rollouts = gather_rollouts(rollouts, pad)
+    rewards, segments = collectives.gather_rows(rewards), collectives.gather_rows(segments, fill=-1)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, rollouts.mask, keep_mean=True)
+    return rollouts, rewards, segments
 
 
-def reseed(generator: torch.Generator | None, seed: int, step: int) -> None:
-    """Start a process's own generator anew for a step, from the seed, the step and the process's number.
-
-    It serves producers that draw while they score (vine), as much as their rollouts ask for. In one process it is the
-    run's generator, and goes on as it is.
-    """
-    if generator is not None and collectives.world_size() > 1:
-        generator.manual_seed(((seed * 1_000_003 + step) * 65_537 + collectives.rank()) % 2**62)
-
-
-def whole_batch(rollouts: Rollouts, pad: int) -> Rollouts:
-    """Return the rollouts of all processes in their order, padded to the longest, evidence included.
-
-    So whitening, group statistics, controllers, metrics and denominators are those of one process, whatever method
-    computes them.
-    """
+def gather_rollouts(rollouts: Rollouts, pad: int) -> Rollouts:
+    """Return the rollouts of all processes in their order, padded to the longest, evidence included."""
     if collectives.world_size() == 1:
         return rollouts
     changes: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The update: a batch with its targets becomes a better policy."""
+"""The PPO update: targets, epochs of mini-batches, policy and value losses, one optimizer step a mini-batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from apportion.losses import clipped_value
 from apportion.masking import whiten
 from apportion.models.policy import Outputs, Policy
 from apportion.training.nonfinite import SkippedUpdates
-from apportion.training.optimizer import nothing
+from apportion.training.optimizer import zero_with_grad
 from apportion.types import Advantages, PolicyLoss, Rollouts
+from apportion.user_code import check_rows
 
 
 class Targets(NamedTuple):
-    """What a batch is learned towards, all (B,T): advantages, returns, the tokens each loss counts, and actions."""
+    """Targets of a batch, all (B,T): advantages, returns, the tokens each loss counts, and action ids."""
 
     advantages: Tensor
     returns: Tensor
@@ -32,8 +33,13 @@ class Targets(NamedTuple):
 def make_targets(estimated: Advantages, segments: Tensor, rollouts: Rollouts, config: PPOConfig) -> Targets:
     """Return the targets: advantages whitened over the batch, values regressed where `config.value_tokens` says.
 
-    With truncated="mask" the rows that were cut off teach nothing.
+    With truncated="mask" no loss counts the truncated rows.
+
+    Raises:
+        ScoreError: advantages or returns are not finite; it names the rollout.
     """
+    check_rows("advantages", estimated.advantages, rollouts.mask)
+    check_rows("returns", estimated.returns, rollouts.mask)
     learn = rollouts.mask
     if config.truncated == "mask" and rollouts.ended is not None:
         learn = learn & rollouts.ended[:, None]
@@ -49,16 +55,16 @@ def first_of_action(segments: Tensor) -> Tensor:
 
 
 class FirstPass(NamedTuple):
-    """What the update's own forward says before any step: old log-probabilities and entropies (B,T), to be filled.
+    """Old log-probabilities and entropies (B,T) of the update's own forward, filled before its one optimizer step.
 
-    Where each rollout is learned from once, before the policy moves, a forward of its own for them says the same again.
+    Where each rollout is used once, before the policy changes, a separate forward would compute the same again.
     """
 
     old_logprobs: Tensor
     entropy: Tensor
 
-    def note(self, rows: Tensor, batch: Rollouts, out: Outputs) -> Rollouts:
-        """Fill in what a micro-batch said, and return it with its old log-probabilities."""
+    def record(self, rows: Tensor, batch: Rollouts, out: Outputs) -> Rollouts:
+        """Fill in a micro-batch's values and return it with its old log-probabilities."""
         length, old = batch.mask.shape[1], out.logprobs.detach()
         self.old_logprobs[rows, :length] = old
         if out.entropy is not None:
@@ -143,16 +149,16 @@ def _mini_batch(
         batch = trim(rollouts.select(part))
         advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
         out = policy.forward(batch, values=critic and policy.value_trunk is None, entropy=first is not None)
-        batch = batch if first is None else first.note(part, batch, out)
+        batch = batch if first is None else first.record(part, batch, out)
         with weights.agreed():
             terms = loss.terms(out.logprobs, batch, advantages, policy_mask, segments) if counts else None
         if terms is None:
-            _idle(policy, batch, out, critic)
+            _backward_zero(policy, batch, out, critic)
             continue
-        policy_loss, found = terms
+        policy_loss, statistics = terms
         total, values = policy_loss / denominator, out.values
-        found = {k: v / tokens for k, v in found.items()} | {"loss/policy": total}
-        if critic and values is None:  # a trunk of its own: what the policy kept for its backward pass is freed first
+        statistics = {k: v / tokens for k, v in statistics.items()} | {"loss/policy": total}
+        if critic and values is None:  # a separate trunk: the policy's activations are freed first
             total.backward()  # type: ignore[no-untyped-call]
             total, values = torch.zeros_like(total), policy.values(batch)[0]
         if values is not None:
@@ -160,18 +166,18 @@ def _mini_batch(
                 values, batch.evidence["values"], returns, value_mask, clip=config.value_clip
             )
             total = total + config.value_coef * value_loss / actions
-            found |= {"loss/value": value_loss / actions} | {k: v / actions for k, v in value_sums.items()}
+            statistics |= {"loss/value": value_loss / actions} | {k: v / actions for k, v in value_sums.items()}
         total.backward()  # type: ignore[no-untyped-call]
-        sums = {k: sums.get(k, 0) + v.detach() for k, v in found.items()}
+        sums = {k: sums.get(k, 0) + v.detach() for k, v in statistics.items()}
     return sums
 
 
-def _idle(policy: Policy, batch: Rollouts, out: Outputs, critic: bool) -> None:
-    """Finish a micro-batch that does not count with gradients of 0: other processes wait for its backward passes."""
-    total = nothing(out.logprobs)
+def _backward_zero(policy: Policy, batch: Rollouts, out: Outputs, critic: bool) -> None:
+    """Run the backward passes of a micro-batch that does not count, with gradients of 0: other ranks wait for them."""
+    total = zero_with_grad(out.logprobs)
     if critic and policy.value_trunk is not None:
         total.backward()  # type: ignore[no-untyped-call]
-        total = nothing(policy.values(batch)[0])
+        total = zero_with_grad(policy.values(batch)[0])
     elif out.values is not None:
-        total = total + nothing(out.values)
+        total = total + zero_with_grad(out.values)
     total.backward()  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ SMALLER = "Lower ppo.micro_batch, sampling.rows or sampling.max_new_tokens, or t
 
 def processor(case: Case) -> Said:
     """The device is there, computes in the format asked for, and its threads do not wait for one another."""
-    config, settled = case.config, case.settled
+    config, threads = case.config, case.threads
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     named = str(dtype).removeprefix("torch.")
@@ -28,10 +28,10 @@ def processor(case: Case) -> Said:
         said = f"{said}, reward model in {config.reward_dtype}"
     asked = {name: getattr(config, name, None) for name in ("dtype", "reward_dtype")}
     slow = [name for name, wanted in asked.items() if wanted == "bfloat16" and not has_bfloat16(device)]
-    if settled is not None:
-        said = f"{said}; {settled.threads} threads ({settled.source})"
-        if settled.warnings:
-            return warn(f"{said}: {settled.warnings[0]}", "Leave --threads and OMP_NUM_THREADS out, or lower them.")
+    if threads is not None:
+        said = f"{said}; {threads.count} threads ({threads.source})"
+        if threads.warnings:
+            return warn(f"{said}: {threads.warnings[0]}", "Leave --threads and OMP_NUM_THREADS out, or lower them.")
     if slow:
         return warn(f"{said}; it has no bfloat16 products", f"Set {slow[0]} to auto or float32: bfloat16 is slower.")
     return ok(said)

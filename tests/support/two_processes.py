@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
+SUPPORT = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
 MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
@@ -19,7 +20,7 @@ MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not w
 
 def launch(words: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command with the source and the tests to import from, and without what a launcher said of another."""
-    paths = os.pathsep.join([str(REPO / "src"), str(REPO / "tests")])
+    paths = os.pathsep.join([str(REPO / "src"), str(SUPPORT)])
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "MASTER_"))}
     settings = plain | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=settings, timeout=240)

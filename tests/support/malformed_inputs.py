@@ -249,14 +249,12 @@ CASES = (
     _credit(
         "another shape", "return rewards[:, :-1], state", "mine:make, which returned torch.float32 (4, 3)", "(4, 4)"
     ),
-    _credit("NaN", "return rewards * float('nan'), state", "credit of rollout 0, token 0, from mine:make: got nan"),
+    _credit("NaN", "return rewards * float('nan'), state", "credit from mine:make of rollout 0, token 0: got nan"),
     _credit(
         "another dtype", "return rewards.long(), state", "which returned torch.int64 (4, 4)", "float rewards (4, 4)"
     ),
     _credit("no tensor", "return rewards.tolist(), state", "which returned a list", "float rewards (4, 4)"),
     _credit("no pair", "return rewards", "mine:make, which returned a Tensor", "a pair: rewards (B,T)"),
     _credit("no state", "return rewards, None", "whose state is a NoneType", "a dict of tensors"),
-    _credit(
-        "an error", "return 1 / 0", "mine:make, which raised ZeroDivisionError: division by zero (mine.py, line 5)"
-    ),
+    _credit("an error", "return 1 / 0", "mine:make: got 'ZeroDivisionError: division by zero (mine.py, line 5)'"),
 )

@@ -17,7 +17,7 @@ import torch
 from apportion.distributed import collectives
 from apportion.errors import MonitorError
 from apportion.masking import masked_mean, whiten
-from apportion.stages.rl import train
+from apportion.stages.rl.learner import make_learner
 from apportion.stages.rl.method import build_method
 from apportion.training.nonfinite import SkippedUpdates
 
@@ -41,7 +41,7 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     controllers' state, the rollouts' ids, the final weights, and how many numbers the optimizer holds."""
     start = world / ("ending" if settings.get("sampling.stop") == "eos" else "policy")
     config = tiny_runs.config(world, output, **{"policy": start, "log_rollouts": 8} | settings)
-    learner = train.make_learner(config, build_method(config))
+    learner = make_learner(config, build_method(config))
     learner.share_weights(failed)
     policy = learner.models.policy
     parameters, whole = policy.learning(), set(policy.weights.alike(policy.trainable()))
@@ -59,8 +59,8 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
 
     learner.optimizer.step = noted  # type: ignore[method-assign]
     metrics, records = [], []
-    for number, rollouts in train.experience(learner, config, 0):
-        told, written = train.learn(learner, rollouts, config, number)
+    for number in range(1, config.steps + 1):
+        told, written = tiny_runs.one_batch(learner, number)
         metrics.append(told)
         records += written
     return {

@@ -25,6 +25,7 @@ from apportion.errors import ApportionError
 from apportion.losses import ppo
 from apportion.stages.reward import train as reward
 from apportion.stages.rl import train as rl
+from apportion.stages.rl.learner import make_learner
 from apportion.stages.rl.method import build_method
 
 CASES: dict[str, dict[str, Any]] = {
@@ -64,17 +65,17 @@ def rewarded(world: Path, output: Path, **changes: Any) -> RewardConfig:
 def stop_after(last: int) -> Any:
     """Return what ends a run after batch `last` as a second Ctrl-C does."""
 
-    def tell(step: int, metrics: dict[str, float]) -> None:
+    def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
         if step == last:
             raise KeyboardInterrupt
 
-    return tell
+    return on_step
 
 
 def failing_loss(world: Path, output: Path) -> str:
     """Return what this process is told where a loss fails in process 1 alone, in its first micro-batch."""
     config = tiny_runs.config(world, output)
-    learner = rl.make_learner(config, build_method(config))
+    learner = make_learner(config, build_method(config))
     learner.share_weights(parallel_worker.failed)
     plain = ppo()
 
@@ -84,9 +85,8 @@ def failing_loss(world: Path, output: Path) -> str:
         return plain.terms(*given)
 
     learner.method = learner.method._replace(loss=plain._replace(terms=terms))
-    number, rollouts = next(rl.experience(learner, config, 0))
     try:
-        rl.learn(learner, rollouts, config, number)
+        tiny_runs.one_batch(learner)
     except ApportionError as error:
         return str(error)
     return ""
@@ -103,7 +103,7 @@ def run() -> None:
     found["error"] = failing_loss(world, out / "failing")
     rl.train(settings(world, out / "halves", steps=2, dtype="bfloat16"))
     with suppress(KeyboardInterrupt):
-        rl.train(settings(world, out / "stopped"), tell=stop_after(1))
+        rl.train(settings(world, out / "stopped"), on_step=stop_after(1))
     rl.train(settings(world, out / "begun"))
     reward.train(rewarded(world, out / "reward"))
     reward.train(rewarded(world, out / "reward-masters", **{"lora.rank": 0, "dtype": "bfloat16"}))

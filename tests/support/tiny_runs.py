@@ -16,9 +16,14 @@ from apportion import Rollouts
 from apportion.cli.arguments import parse
 from apportion.config import RLConfig, SamplingConfig
 from apportion.evidence import Models
+from apportion.evidence.scoring import score
 from apportion.generation import sample
 from apportion.models.policy import Policy, load_policy
 from apportion.models.reward import RewardModel, load_reward
+from apportion.stages.rl.learner import Learner
+from apportion.stages.rl.sources import FixedSource
+from apportion.stages.rl.train import train_batch
+from apportion.training.session import TrainingSession
 
 EOS, PAD = 1, 0
 SETTINGS: dict[str, Any] = {
@@ -108,6 +113,22 @@ def sampled(made: Policy, rows: Sequence[Sequence[int]], /, *, seed: int = 0, **
     """Return rollouts of the prompts `rows`."""
     chosen = SamplingConfig(**{"max_new_tokens": 6, "temperature": made.temperature, **settings})
     return sample(made, rows, chosen, torch.Generator().manual_seed(seed))
+
+
+def scored(learner: Learner, step: int = 1) -> Rollouts:
+    """Return the scored rollouts that a learner's policy generates for batch `step`."""
+    with learner.policy.weights.gathered():
+        rollouts = learner.source.take(step)
+        return score(learner.models, rollouts, learner.needs, learner.config.scores, learner.always)
+
+
+def one_batch(
+    learner: Learner, step: int = 1, rollouts: Rollouts | None = None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Train on batch `step`, on `rollouts` where they are given, and return (metrics, rows), as the stage does."""
+    if rollouts is not None:
+        learner.source = FixedSource(rollouts)
+    return train_batch(TrainingSession(), learner, learner.config, step)
 
 
 def rollouts_of(
