@@ -63,9 +63,9 @@ RL_CASES: dict[str, dict[str, Any]] = {
     "eos-penalty": {**ENDING, "ppo.truncated": "penalty", "algorithm": "ppo"},
 }
 REWARD: dict[str, Any] = {
-    "clips": 48,
-    "clip_tokens": "[4, 12]",
-    "probe_clips": 24,
+    "excerpts": 48,
+    "excerpt_tokens": "[4, 12]",
+    "probe_excerpts": 24,
     "batch_size": 8,
     "micro_batch": 3,
     "test_texts": 20,
