@@ -19,9 +19,11 @@ from apportion.config import LoraConfig
 from apportion.credit import AttentionSpec
 from apportion.distributed.grad_norm import GPU_BLOCK, total_norm
 from apportion.evidence.reward import sharing
-from apportion.generation.llama import product
+from apportion.generation.llama import LlamaStepModel, product
+from apportion.generation.sampler import make_step_model
+from apportion.generation.step_model import StepModel
 from apportion.models import token_logprobs as blocks
-from apportion.models.fast import use_fast_kernels, use_packed_weights
+from apportion.models.fast import has_fast_kernels, use_fast_kernels, use_packed_weights
 from apportion.models.fast.linear import FlatLinear, LowRank, linear_parts, use_fast_linear
 from apportion.models.fast.norms import FAST, Gate, RMSNorm, use_fast_norms
 from apportion.models.fast.packed_weights import can_pack
@@ -34,7 +36,7 @@ from apportion.models.master_weights import (
     to_sixteen_bit,
 )
 from apportion.models.policy import Policy, load_policy, plain_head
-from apportion.models.reward import RewardModel
+from apportion.models.reward import RewardModel, load_reward
 from apportion.models.shared_prompt import shared_prompts
 from apportion.models.token_logprobs import token_logprobs
 from apportion.training.state import pack_state, unpack_state
@@ -292,6 +294,43 @@ def test_packed_frozen_weights_change_values_and_gradients_by_rounding_alone() -
             layers[0].weight.zero_()
             assert torch.equal(low(ids).logits.float(), found[0])
         assert not torch.equal(low(ids).logits.float(), found[0])
+
+
+# --- the switch ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_without_fast_kernels_every_layer_is_the_libraries_own(world: Path, rank: int) -> None:
+    """The same log-probabilities, values, gradients and samples to float32 rounding, with and without them."""
+    fast, plain = (
+        tiny_runs.policy(world, **{"lora.rank": rank, "dtype": "float32", "fast_kernels": on}) for on in (True, False)
+    )
+    assert has_fast_kernels(fast.model) and not has_fast_kernels(plain.model)
+    ours = {type(m).__module__ for m in plain.model.modules() if type(m).__module__.startswith("apportion")}
+    assert not ours, "a layer of ours is left"
+    batch, results = ragged_groups(), []
+    for policy in (fast, plain):
+        out = policy.forward(batch, entropy=True)
+        loss = out.logprobs.sum() + out.values.sum()
+        gradients = torch.autograd.grad(loss, policy.trainable(), allow_unused=True)
+        flat = torch.cat([g.flatten() for g in gradients if g is not None])
+        results.append([*(t.detach() for t in out if t is not None), flat])
+    assert_near(*results, 1e-5)
+    kinds = [type(make_step_model(p, p.model, 2, 9)) for p in (fast, plain)]
+    assert kinds == [LlamaStepModel, StepModel]
+    one, two = (tiny_runs.sampled(policy, tiny_runs.prompts(), max_new_tokens=8) for policy in (fast, plain))
+    assert torch.equal(one.response_ids, two.response_ids)
+    torch.testing.assert_close(one.logprobs, two.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_without_fast_kernels_gives_the_same_scores(world: Path) -> None:
+    batch = ragged_groups()
+    ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
+    mask = torch.cat([batch.prompt_mask, batch.valid], dim=1)
+    rewards = [load_reward(str(world / "reward"), device="cpu", fast_kernels=on) for on in (True, False)]
+    assert [has_fast_kernels(reward.model) for reward in rewards] == [True, False]
+    with use_packed_weights(rewards[1].model):
+        assert_near(*([reward.score(ids, mask)[0]] for reward in rewards), 1e-5)
 
 
 # --- norms and gated units --------------------------------------------------------------------------------------------
