@@ -17,7 +17,7 @@ from apportion.errors import ConfigError, ScoreError
 from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.attribution import attribution_evidence
 from apportion.evidence.scoring import score
-from apportion.evidence.shapley import cut, shapley_evidence
+from apportion.evidence.shapley import shapley_evidence, split_spans
 from apportion.models.reward import RewardModel
 from apportion.registry import EvidenceKey
 
@@ -178,7 +178,7 @@ def test_spans(world: Path) -> None:
     words = tiny.tokenizer()("A film. Bad! And so on", add_special_tokens=False)["input_ids"]
     texts = [models.policy.tokenizer.decode([i]) for i in words]
     batch = tiny_runs.rollouts_of([[5]], [words], extra=2)
-    found = cut(models, batch, 0, "sentences").tolist()
+    found = split_spans(models, batch, 0, "sentences").tolist()
     ended, expected = 0, []
     for text in texts:
         expected.append(ended)
@@ -187,11 +187,11 @@ def test_spans(world: Path) -> None:
     holes = batch.mask.clone()
     holes[0, 1] = False
     object.__setattr__(batch, "mask", holes)
-    assert cut(models, batch, 0, 2).tolist()[:4] == [0, -1, 0, 1]
+    assert split_spans(models, batch, 0, 2).tolist()[:4] == [0, -1, 0, 1]
     with pytest.raises(ConfigError, match="shapley.spans: got 'segments'"):
-        cut(models, batch, 0, "segments")
+        split_spans(models, batch, 0, "segments")
     known = Models(models.policy, models.reward, segments.tokens())
-    assert torch.equal(cut(known, batch, 0, "segments"), segments.tokens()(batch)[0])
+    assert torch.equal(split_spans(known, batch, 0, "segments"), segments.tokens()(batch)[0])
 
 
 def test_a_reading_that_is_not_a_number_is_named(world: Path) -> None:
