@@ -148,13 +148,13 @@ def make(name: str, kwargs: dict[str, Any]) -> Credit:
     Raises:
         ConfigError: an unknown name or key, a value out of range, or a user-supplied function that returns no Credit.
     """
-    made = registry.call("credit", name, find(name), kwargs)
-    if not isinstance(made, Credit):
+    method = registry.call("credit", name, find(name), kwargs)
+    if not isinstance(method, Credit):
         fix = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
-        raise ConfigError("credit", f"{name}, which returned a {type(made).__name__}", "a Credit", fix)
-    named = isinstance(made.needs, frozenset) and all(isinstance(need, str) for need in made.needs)
-    if not named or not callable(made.init) or not callable(made.assign):
-        got = f"{name}, which returned Credit({made.init!r:.40}, {made.assign!r:.40}, needs={made.needs!r:.60})"
+        raise ConfigError("credit", f"{name}, which returned a {type(method).__name__}", "a Credit", fix)
+    named = isinstance(method.needs, frozenset) and all(isinstance(need, str) for need in method.needs)
+    if not named or not callable(method.init) or not callable(method.assign):
+        got = f"{name}, which returned Credit({method.init!r:.40}, {method.assign!r:.40}, needs={method.needs!r:.60})"
         fix = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
         raise ConfigError("credit", got, "functions init and assign, and a frozenset of names", fix)
-    return made
+    return method

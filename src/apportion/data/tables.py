@@ -63,10 +63,10 @@ def usable(
 
     Otherwise as `iter_rows`.
     """
-    kept = left_out = 0
+    valid = left_out = 0
     first: DataError | None = None
     for name, items in _tables(source, columns, field):
-        before = kept + left_out
+        before = valid + left_out
         for item in items:
             try:
                 if isinstance(item, Unreadable):
@@ -80,11 +80,11 @@ def usable(
                 bad.add(field, item, error)
                 left_out, first = left_out + 1, first or error
             else:
-                kept += 1
+                valid += 1
                 yield value
-        if kept + left_out == before:
+        if valid + left_out == before:
             raise DataError(field, f"{name}: no rows", "at least one row", "Add rows or give another file.")
-    check_count(source, kept, left_out, first, field)
+    check_count(source, valid, left_out, first, field)
 
 
 def check_text(row: Row, column: str, *, field: str) -> str:
@@ -102,7 +102,7 @@ def check_text(row: Row, column: str, *, field: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         got = f"{row.where}: {column} has a lone surrogate at character {error.start}"
-        raise DataError(field, got, "valid Unicode", "Write the character whole or remove it.") from error
+        raise DataError(field, got, "valid Unicode", "Write the complete character or remove it.") from error
     return value
 
 

@@ -22,10 +22,10 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """
     p = logits.softmax(dim=-1)
     size = 1 << math.ceil(math.log2(max(p.shape[1], 1)) / 2)
-    whole = p.shape[1] // size * size
-    sums = p[:, :whole].unflatten(1, (-1, size)).sum(dim=-1)
-    if whole < p.shape[1]:
-        sums = torch.cat([sums, p[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+    covered = p.shape[1] // size * size
+    sums = p[:, :covered].unflatten(1, (-1, size)).sum(dim=-1)
+    if covered < p.shape[1]:
+        sums = torch.cat([sums, p[:, covered:].sum(dim=-1, keepdim=True)], dim=1)
     block, rest, total = _invert(sums.double(), uniforms[:, None])
     ids = block * size + torch.arange(size, device=p.device)  # (B,size), the last block's may lie beyond V
     inside = p.gather(1, ids.clamp_max(p.shape[1] - 1)).double().masked_fill(ids >= p.shape[1], 0.0)

@@ -58,8 +58,8 @@ def build(specs: list[tuple[str, dict[str, Any]]]) -> PolicyLoss:
         ConfigError: several, an unknown name or key, a value out of range, or a function that returns no PolicyLoss.
     """
     name, kwargs = registry.single("loss", specs)
-    made = registry.call("loss", name, find(name), kwargs)
-    if not isinstance(made, PolicyLoss):
+    loss = registry.call("loss", name, find(name), kwargs)
+    if not isinstance(loss, PolicyLoss):
         fix = "Return apportion.types.PolicyLoss(terms, denominator, ratio, needs)."
-        raise ConfigError("loss", f"{name}, which returned a {type(made).__name__}", "a PolicyLoss", fix)
-    return made
+        raise ConfigError("loss", f"{name}, which returned a {type(loss).__name__}", "a PolicyLoss", fix)
+    return loss

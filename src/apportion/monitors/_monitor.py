@@ -110,9 +110,9 @@ def _episode(stored: Tensor, fires: bool) -> tuple[bool, Tensor]:
     return begins, torch.tensor([on, quiet, count + begins], dtype=torch.float64)
 
 
-def share(part: float, whole: float | None) -> str:
-    """Return "12% of the run's start (3.28)", or "9.1 times …" from 2 on; `whole` must not be None."""
-    assert whole is not None
-    ratio = part / whole if whole else float("inf")
+def share(value: float, start: float | None) -> str:
+    """Return "12% of the run's start (3.28)", or "9.1 times …" from 2 on; `start` must be known."""
+    assert start is not None
+    ratio = value / start if start else float("inf")
     size = f"{100 * ratio:.3g}% of" if ratio < 2 else f"{ratio:.3g} times"
-    return f"{size} the run's start ({whole:.3g})"
+    return f"{size} the run's start ({start:.3g})"

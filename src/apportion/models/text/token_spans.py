@@ -78,23 +78,23 @@ def spans_after(
     groups is tried first, and used if the concatenated pieces are the text.
     """
     ids, begin = [*prompt, *response], len(prompt)
-    whole = decode(ids)
-    start = common(decode(prompt), whole) if response else len(whole)
-    spans = _stepwise(decode, ids, begin, start, whole)
+    full = decode(ids)
+    start = common(decode(prompt), full) if response else len(full)
+    spans = _stepwise(decode, ids, begin, start, full)
     if spans is None:
-        spans = group_spans([decode(ids[:end]) for end in range(begin + 1, len(ids))] + [whole], start)
-    return whole, start, spans
+        spans = group_spans([decode(ids[:end]) for end in range(begin + 1, len(ids))] + [full], start)
+    return full, start, spans
 
 
 def _stepwise(
-    decode: Callable[[Sequence[int]], str], ids: list[int], begin: int, start: int, whole: str
+    decode: Callable[[Sequence[int]], str], ids: list[int], begin: int, start: int, full: str
 ) -> list[Span] | None:
     """Return the spans of ids[begin:] by decoding a few tokens at a time, or None where the pieces do not
     match.
 
     A group is the fewest tokens that end on a complete character; it is decoded together with the group before it.
     """
-    anchor, known, position = 0, whole[:start], start
+    anchor, known, position = 0, full[:start], start
     spans: list[Span] = []
     texts: list[str] = []
     for end in range(begin + 1, len(ids) + 1):
@@ -102,14 +102,14 @@ def _stepwise(
         if texts[-1].endswith(BROKEN) and end < len(ids):
             continue
         piece = texts[-1][len(known) :]
-        if not texts[-1].startswith(known) or not whole.startswith(piece, position):
+        if not texts[-1].startswith(known) or not full.startswith(piece, position):
             return None
         shift = position - len(known)
         spans += [(first + shift, last + shift) for first, last in group_spans(texts, len(known))]
         position += len(piece)
         anchor, texts = end - len(texts), []
         known = decode(ids[anchor:end])
-    return spans if position == len(whole) else None
+    return spans if position == len(full) else None
 
 
 def group_spans(texts: Sequence[str], start: int) -> list[Span]:
@@ -119,14 +119,14 @@ def group_spans(texts: Sequence[str], start: int) -> list[Span]:
     character that a later one completes: both cover it. A token that adds nothing after a broken character belongs to
     it.
     """
-    whole = texts[-1]
+    full = texts[-1]
     spans: list[Span] = []
     certain, before = start, (start, start)
     for text in texts:
-        agreed = common(text, whole)
+        agreed = common(text, full)
         first, certain = certain, max(certain, agreed)
-        end = min(certain + (agreed < len(text)), len(whole))
-        if end == first > start and whole[first - 1] == BROKEN:
+        end = min(certain + (agreed < len(text)), len(full))
+        if end == first > start and full[first - 1] == BROKEN:
             first -= 1
         before = max(first, before[0]), max(end, before[1])
         spans.append(before)
