@@ -5,7 +5,7 @@ JOBS ?= 2# processes of `make test`, one core each
 COVER ?= tests# what `make coverage` runs
 STAMP := .venv/.installed
 
-.PHONY: demo test test-long check coverage docs licences audit clean
+.PHONY: demo test test-long check shape coverage docs licences audit clean
 
 demo: $(STAMP)
 	$(BIN)/apportion demo
@@ -21,7 +21,7 @@ check: $(STAMP)-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tools/size_budget.py
+	$(BIN)/python -m tools.shape
 	$(BIN)/python tools/licences.py --check
 	$(MAKE) docs
 
@@ -37,6 +37,10 @@ coverage: $(STAMP)-dev
 # The documentation as a site in site/; a warning is an error.
 docs: $(STAMP)-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The figures of the package's shape, each with its limit.
+shape: $(STAMP)-dev
+	$(BIN)/python -m tools.shape
 
 licences: $(STAMP)-dev
 	$(BIN)/python tools/licences.py

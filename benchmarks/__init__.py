@@ -1,1 +1,1 @@
-"""Measuring ours beside released packages at the same work: `apportion bench` and what benchmarks share."""
+"""Benchmarks of a checkout: `python -m benchmarks.NAME` from its root; none is part of the installed package."""

@@ -1,15 +1,15 @@
-"""What ABC adds to a whole PPO batch over sparse credit: operations, time, and memory as responses grow.
+"""Cost of ABC over sparse credit in a whole PPO batch: operations, time, and memory as responses grow.
 
-    python benchmarks/abc_batch.py                 # SmolLM2-135M and a reward model made from it, a few minutes
-    python benchmarks/abc_batch.py --json
+    python -m benchmarks.abc_batch                 # SmolLM2-135M and a reward model made from it, a few minutes
+    python -m benchmarks.abc_batch --json
 
-Both credits train the same policy in turns, through the code of `apportion rl`: the batches differ in the credit alone.
-"added" is everything that only ABC's batch does, timed by itself on that batch: wrapping the registry and recording in
-every layer of the scoring forward, the softmax row, its head mean, its normalisation, its redistribution and its
-statistics, less what sparse does in their place. "paired" is the difference of whole batches, "null" that between two
-batches with sparse credit in the same rounds: what null is off by, paired is. Memory is what torch's allocator had
-given out at once, in a scoring forward with the attention row less one without; beside it stands the way that ABC does
-not go, `output_attentions=True` with eager attention.
+Both credits train the same policy alternately, through the code of `apportion rl`; their batches differ only in the
+credit. "added" is the work of an ABC batch that a sparse one lacks, timed separately on that batch: wrapping the
+registry and recording in every layer of the scoring forward, the softmax row, its head mean, its normalisation, its
+redistribution and its statistics, minus the corresponding work of sparse credit. "paired" is the difference of whole
+batches, "null" that between two batches with sparse credit in the same rounds: an error of null is an error of paired.
+Memory is the peak of torch's allocator in a scoring forward with the attention row minus one without; the alternative,
+`output_attentions=True` with eager attention, is measured as well.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import difference, fitted, peak_bytes, reward_model, rounds, seconds, spread, write_prompts
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,13 +42,23 @@ from apportion.stages.rl.train import train_batch
 from apportion.system import cpu
 from apportion.training.session import TrainingSession
 from apportion.types import Method, Rollouts
+from benchmarks.harness.measuring import (
+    difference,
+    fitted,
+    peak_bytes,
+    reward_model,
+    rounds,
+    seconds,
+    spread,
+    write_prompts,
+)
 
 CREDITS = {"sparse": "sparse", "abc": "attention"}
 PROMPT = 8  # tokens of every prompt: batches of one size
 
 
 class Bench(NamedTuple):
-    """A learner, its settings, and the two methods that take turns in it."""
+    """A learner, its settings, and the two methods that it alternates between."""
 
     learner: Learner
     config: RLConfig
@@ -64,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     threads = cpu.configure_threads(options.threads).count
     with tempfile.TemporaryDirectory() as folder:
         bench = build(options, Path(folder))
-        found = {
+        result = {
             "model": options.model,
             "threads": threads,
             "torch": torch.__version__,
@@ -73,29 +81,34 @@ def main(arguments: list[str] | None = None) -> int:
             **whole_batches(bench, options),
             "memory": memory(bench.learner.models.reward, options),
         }
-    sys.stdout.write(json.dumps(found) + "\n" if options.json else table(found))
+    sys.stdout.write(json.dumps(result) + "\n" if options.json else table(result))
     return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="policy, and what the reward model is made from")
+    parser.add_argument("--model", default="smollm2", help="policy, and base of the reward model")
     parser.add_argument("--rows", type=int, default=16, help="rollouts a batch")
     parser.add_argument("--new_tokens", type=int, default=24, help="tokens a response")
-    parser.add_argument("--epochs", type=int, default=None, help="passes over a batch; the algorithm's own by default")
+    parser.add_argument("--epochs", type=int, default=None, help="passes over a batch; default: the algorithm's")
     parser.add_argument("--pairs", type=int, default=5, help="rounds of three batches: sparse, ABC, sparse")
     parser.add_argument("--repetitions", type=int, default=20, help="of the added part, in every round")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048], help="for memory")
-    parser.add_argument("--limit_gb", type=float, default=4.0, help="longest output_attentions forward, GB")
+    parser.add_argument("--limit_gb", type=float, default=4.0, help="memory limit of an output_attentions forward, GB")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="the policy's")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
 
+def with_credit(config: RLConfig, name: str) -> RLConfig:
+    """Return the settings with another credit method, followed by the KL penalty."""
+    return config.model_copy(update={"credit": [name, "kl_penalty"]})
+
+
 def build(options: argparse.Namespace, folder: Path) -> Bench:
-    """Return what takes turns, its reward model and prompts written to `folder`."""
+    """Return learner and methods, with a reward model and prompts written to `folder`."""
     config = RLConfig(
         policy=options.model,
         reward_model=str(reward_model(options.model, folder / "reward")),
@@ -110,13 +123,13 @@ def build(options: argparse.Namespace, folder: Path) -> Bench:
         ),
         ppo=PPOConfig(epochs=options.epochs),
     )
-    methods = {name: build_method(replace(config, credit=[which, "kl_penalty"])) for name, which in CREDITS.items()}
-    build_method(config)  # settles what was left to the algorithm
+    methods = {name: build_method(with_credit(config, which)) for name, which in CREDITS.items()}
+    build_method(config)  # resolves the algorithm's defaults
     return Bench(make_learner(config, methods["abc"]), config, methods)
 
 
-def turn_to(bench: Bench, name: str) -> None:
-    """Have the learner's next batch use credit `name`."""
+def select_credit(bench: Bench, name: str) -> None:
+    """Select credit `name` for the learner's next batch."""
     method = bench.methods[name]
     bench.learner.method, bench.learner.credit_state = method, method.credit.init()
     bench.learner.needs = method.needs | {"reference_logprobs"}
@@ -124,7 +137,7 @@ def turn_to(bench: Bench, name: str) -> None:
 
 def one_batch(bench: Bench, name: str, step: int = 1) -> Rollouts:
     """Sample, score and learn from one batch as `train` does, and return its scored rollouts."""
-    turn_to(bench, name)
+    select_credit(bench, name)
     learner, source = bench.learner, bench.learner.source
     rollouts = score(learner.models, source.take(step), learner.needs, bench.config.scores, learner.always)
     learner.source = FixedSource(rollouts)
@@ -134,30 +147,30 @@ def one_batch(bench: Bench, name: str, step: int = 1) -> Rollouts:
 
 
 def whole_batches(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """Return times and operations of whole batches, and of what ABC adds to them."""
-    counted = {}
+    """Return times and operations of whole batches, and of ABC's part of them."""
+    flop = {}
     for name in CREDITS:  # warms up as well
         with FlopCounterMode(display=False) as counter:
             rollouts = one_batch(bench, name)
-        counted[name] = counter.get_total_flops()
+        flop[name] = counter.get_total_flops()
     sparse, abc, again, added = [], [], [], []
     for _ in range(options.pairs):
         (s, a, n) = rounds([lambda which=w: one_batch(bench, which) for w in ("sparse", "abc", "sparse")], 1)
         sparse, abc, again = sparse + s, abc + a, again + n
         added.append(added_seconds(bench, rollouts, options.repetitions))
-    whole = statistics.median(sparse + again)
+    total = statistics.median(sparse + again)
     ratios = [one / two for one, two in zip(added, abc, strict=True)]
-    reads = row_operations(bench.learner.models.reward, rollouts)
+    row = row_operations(bench.learner.models.reward, rollouts)
     return {
         "batch_s": spread(sparse + again),
         "abc_batch_s": spread(abc),
         "added_s": spread(added),
         "added_ratio": spread(ratios),
         "pairs": options.pairs,
-        **difference("paired", sparse, abc, whole),
-        **difference("null", sparse, again, whole),
-        "operations": {**counted, "added_counted": counted["abc"] - counted["sparse"], "added_analytic": reads},
-        "operations_ratio": reads / counted["sparse"],
+        **difference("paired", sparse, abc, total),
+        **difference("null", sparse, again, total),
+        "operations": {**flop, "added_counted": flop["abc"] - flop["sparse"], "added_analytic": row},
+        "operations_ratio": row / flop["sparse"],
     }
 
 
@@ -170,32 +183,32 @@ def row_operations(reward: RewardModel, rollouts: Rollouts) -> int:
 
 
 def added_seconds(bench: Bench, rollouts: Rollouts, repetitions: int) -> float:
-    """Return the median seconds of what only ABC's batch does, the same parts of sparse's taken off."""
-    parts = rollouts_inputs(rollouts).split(bench.config.scores.micro_batch)
+    """Return the median seconds of an ABC batch's own work, minus the corresponding work of sparse credit."""
+    parts = reward_inputs(rollouts).split(bench.config.scores.micro_batch)
     reading = sum(statistics.median(reading_seconds(bench.learner.models.reward, p, repetitions)) for p in parts)
     after = {}
     for name in ("sparse", "abc"):
-        turn_to(bench, name)
+        select_credit(bench, name)
         after[name] = statistics.median(
-            seconds(lambda: apportioned(bench.learner, rollouts)) for _ in range(repetitions)
+            seconds(lambda: assign_credit(bench.learner, rollouts)) for _ in range(repetitions)
         )
     return reading + after["abc"] - after["sparse"]
 
 
-def rollouts_inputs(rollouts: Rollouts) -> Tensor:
-    """Return the ids (B,P+T) that the reward model reads; prompts and responses are of one length."""
+def reward_inputs(rollouts: Rollouts) -> Tensor:
+    """Return the input ids (B,P+T) of the reward model; prompts and responses have one length each."""
     return torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
 
 
-def apportioned(learner: Learner, rollouts: Rollouts) -> None:
-    """Do what a batch does with its credit after scoring: the rewards, and the controllers' statistics."""
+def assign_credit(learner: Learner, rollouts: Rollouts) -> None:
+    """Compute the rewards and the controllers' statistics, as a batch does after scoring."""
     rewards, learner.credit_state = credit.apply(learner.method.credit, rollouts, learner.credit_state)
     learner.move_controllers(rollouts, rewards)
 
 
 @torch.no_grad()
 def reading_seconds(reward: RewardModel, ids: Tensor, repetitions: int) -> list[float]:
-    """Return the seconds of each repetition of everything but the forward itself, on the q, k and v of a real one."""
+    """Return the seconds of each repetition of the row's work without the forward, on the q, k and v of a real one."""
     rows = torch.full((len(ids),), ids.shape[1] - 1)
     with attention_row(reward.model) as tap:
         reward.model(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -226,7 +239,7 @@ def memory(reward: RewardModel, options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def at_length(reward: RewardModel, length: int, limit: float) -> dict[str, Any]:
-    """Return one length's figures; the output_attentions way is left out, with the reason, where it needs too much."""
+    """Return one length's figures; output_attentions is skipped, with the reason, where it needs too much memory."""
     vocabulary = reward.model.config.get_text_config().vocab_size
     ids = torch.randint(2, vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -234,59 +247,59 @@ def at_length(reward: RewardModel, length: int, limit: float) -> dict[str, Any]:
         "plain": lambda: reward.forward(ids, mask, []),
         "abc": lambda: reward.forward(ids, mask, [AttentionSpec()]),
     }
-    found: dict[str, Any] = {"tokens": length, **measured(ways)}
+    result: dict[str, Any] = {"tokens": length, **measured(ways)}
     config = reward.model.config.get_text_config()
     needs = (config.num_hidden_layers + 2) * config.num_attention_heads * length**2 * reward.model.dtype.itemsize
     if needs > limit:
-        said = f"needs {needs / 1e9:.1f} GB for its T×T matrices, more than {limit / 1e9:g} GB"
-        return found | {"output_attentions_skipped": said}
+        reason = f"needs {needs / 1e9:.1f} GB for its T×T matrices, more than {limit / 1e9:g} GB"
+        return result | {"output_attentions_skipped": reason}
     before = config._attn_implementation
     reward.model.set_attn_implementation("eager")
     try:
-        found |= measured({"output_attentions": lambda: eager_row(reward, ids)})
+        result |= measured({"output_attentions": lambda: eager_row(reward, ids)})
     finally:
         reward.model.set_attn_implementation(before)
-    found["output_attentions_added_bytes"] = found["output_attentions_bytes"] - found["plain_bytes"]
-    return found
+    result["output_attentions_added_bytes"] = result["output_attentions_bytes"] - result["plain_bytes"]
+    return result
 
 
 def measured(ways: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Return the peak bytes of each way, its median seconds of three in turns, and what ABC adds to plain scoring."""
-    found: dict[str, Any] = {}
+    """Return each way's peak bytes and median seconds of three interleaved calls, and ABC's added bytes."""
+    result: dict[str, Any] = {}
     for name, way in ways.items():
         way()  # warm up
         with peak_bytes() as peak:
             way()
-        found[f"{name}_bytes"] = peak[0]
+        result[f"{name}_bytes"] = peak[0]
     times = rounds(list(ways.values()), 3)
-    found |= {f"{name}_s": statistics.median(t) for name, t in zip(ways, times, strict=True)}
-    return found | ({"abc_added_bytes": found["abc_bytes"] - found["plain_bytes"]} if "abc" in ways else {})
+    result |= {f"{name}_s": statistics.median(t) for name, t in zip(ways, times, strict=True)}
+    return result | ({"abc_added_bytes": result["abc_bytes"] - result["plain_bytes"]} if "abc" in ways else {})
 
 
 def eager_row(reward: RewardModel, ids: Tensor) -> Tensor:
-    """Return α as the papers' code reads it: every layer's (H,T,T) matrix kept, the last row of the last one used."""
+    """Return α as the paper's code computes it: from all layers' (H,T,T) matrices, the last row of the last one."""
     out = reward.model(input_ids=ids, attention_mask=torch.ones_like(ids), output_attentions=True)
     return out.attentions[-1][:, :, -1].mean(dim=1)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the figures as text."""
-    rows, tokens = found["batch"]
-    whole, added, ratio = found["batch_s"], found["added_s"], found["added_ratio"]
-    operations = found["operations"]
+    rows, tokens = result["batch"]
+    batch, added, ratio = result["batch_s"], result["added_s"], result["added_ratio"]
+    operations = result["operations"]
     lines = [
-        f"{found['model']}, {rows} × {tokens} tokens, {found['epochs']} epochs, {found['threads']} threads, torch "
-        f"{found['torch']}",
-        f"batch, sparse      {whole['median']:8.3f} s [{whole['min']:.3f}, {whole['max']:.3f}]",
+        f"{result['model']}, {rows} × {tokens} tokens, {result['epochs']} epochs, {result['threads']} threads, torch "
+        f"{result['torch']}",
+        f"batch, sparse      {batch['median']:8.3f} s [{batch['min']:.3f}, {batch['max']:.3f}]",
         f"ABC adds           {added['median'] * 1e3:8.3f} ms [{added['min'] * 1e3:.3f}, {added['max'] * 1e3:.3f}]",
         f"of a whole batch   {ratio['median']:8.4%} [{ratio['min']:.4%}, {ratio['max']:.4%}]",
-        f"paired             {interval(found, 'paired')}   null {interval(found, 'null')} (95%)",
+        f"paired             {interval(result, 'paired')}   null {interval(result, 'null')} (95%)",
         f"operations         {operations['sparse']:.4g} counted; ABC adds {operations['added_counted']:.4g} counted, "
-        f"{operations['added_analytic']:.4g} analytic ({found['operations_ratio']:.2e} of them)",
+        f"{operations['added_analytic']:.4g} analytic ({result['operations_ratio']:.2e} of them)",
         "",
         f"{'tokens':>7} {'plain':>10} {'ABC adds':>12} {'output_attentions adds':>24} {'plain, s':>9} {'ABC':>7} eager",
     ]
-    for row in found["memory"]["lengths"]:
+    for row in result["memory"]["lengths"]:
         eager = row.get("output_attentions_added_bytes")
         added_by = row.get("output_attentions_skipped", "") if eager is None else f"{eager / 1e6:,.1f} MB"
         slow = f"{row['output_attentions_s']:.3f}" if eager is not None else "–"
@@ -294,7 +307,7 @@ def table(found: dict[str, Any]) -> str:
             f"{row['tokens']:>7} {row['plain_bytes'] / 1e6:>7.1f} MB {row['abc_added_bytes'] / 1e3:>9,.1f} kB "
             f"{added_by:>24} {row['plain_s']:>9.3f} {row['abc_s']:>7.3f} {slow}"
         )
-    for name, fit in found["memory"]["fit"].items():
+    for name, fit in result["memory"]["fit"].items():
         lines.append(
             f"{name}: {fit['per_token']:,.1f} bytes a token, {fit['per_square']:.4g} bytes a token squared "
             f"({fit['square_share']:.2%} of the growth at the longest)"
@@ -302,9 +315,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def interval(found: dict[str, Any], name: str) -> str:
+def interval(result: dict[str, Any], name: str) -> str:
     """Return a ratio with its interval."""
-    return f"{found[f'{name}_ratio']:+.2%} [{found[f'{name}_ratio_low']:+.2%}, {found[f'{name}_ratio_high']:+.2%}]"
+    return f"{result[f'{name}_ratio']:+.2%} [{result[f'{name}_ratio_low']:+.2%}, {result[f'{name}_ratio_high']:+.2%}]"
 
 
 if __name__ == "__main__":

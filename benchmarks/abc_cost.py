@@ -1,13 +1,13 @@
-"""What ABC adds to scoring: its operations timed alone and in pairs, and the memory that it takes.
+"""Cost of ABC in a scoring forward: its operations timed separately and in pairs, and its memory.
 
-    python benchmarks/abc_cost.py                        # SmolLM2-135M, 256 and 1,024 tokens, a good minute
-    python benchmarks/abc_cost.py --random llama-135m    # the same shapes with random weights, nothing to download
-    python benchmarks/abc_cost.py --json
+    python -m benchmarks.abc_cost                        # SmolLM2-135M, 256 and 1,024 tokens, a good minute
+    python -m benchmarks.abc_cost --random llama-135m    # the same shapes with random weights; no download
+    python -m benchmarks.abc_cost --json
 
-"alone" is everything that the attention row costs beside the scoring forward: wrapping the registry, recording q and k
-in every layer, one softmax row of the last layer, its head mean and its normalisation; timed without the forward,
-which is timed by itself in the same run. "paired" is the difference between a forward with the tap and one without, in
-interleaved rounds; "null" is that between two forwards without it, in the same rounds: what it is off by, "paired" is.
+"alone" is the cost of the attention row without the scoring forward: wrapping the registry, recording q and k in every
+layer, one softmax row of the last layer, its head mean and its normalisation. The forward is timed separately in the
+same run. "paired" is the difference between a forward with the row and one without, in interleaved rounds; "null" is
+that between two forwards without it, in the same rounds: an error of "null" is an error of "paired".
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import SHAPES, difference, median_interval, rounds  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +30,7 @@ from apportion.cli.main import quiet_libraries
 from apportion.masking import normalise
 from apportion.models.attention.row import AttentionTap, attention_row
 from apportion.models.loading import load_classifier, locate
+from benchmarks.harness.measuring import SHAPES, difference, median_interval, rounds  # noqa: F401
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     model = build(options)
     rows = [measure(model, length, options) for length in options.tokens]
-    found = {
+    result = {
         "model": options.random or options.model,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         "torch": torch.__version__,
         "lengths": rows,
     }
-    sys.stdout.write(json.dumps(found) + "\n" if options.json else table(found))
+    sys.stdout.write(json.dumps(result) + "\n" if options.json else table(result))
     return 0
 
 
@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def build(options: argparse.Namespace) -> Any:
-    """Return the 2-label classifier to score with; its head is fresh, which costs what any head costs."""
+    """Return the 2-label classifier to score with; its head is randomly initialised, which costs the same."""
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
     if options.random is None:
@@ -92,13 +92,13 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
     def plain() -> None:
         model(**inputs)
 
-    def tapped() -> None:
+    def with_row() -> None:
         with attention_row(model) as tap:
             model(**inputs)
         finish(tap, rows, mask)
 
-    plain(), tapped()  # warm up
-    without, with_tap, again = rounds((plain, tapped, plain), options.pairs)
+    plain(), with_row()  # warm up
+    without, tapped, again = rounds((plain, with_row, plain), options.pairs)
     forward = statistics.median(without + again)
     alone = timed_alone(model, inputs, rows, mask, options.repetitions)
     return {
@@ -108,14 +108,14 @@ def measure(model: Any, length: int, options: argparse.Namespace) -> dict[str, A
         "alone_ratio": statistics.median(alone) / forward,
         "repetitions": len(alone),
         "pairs": len(without),
-        **difference("paired", without, with_tap, forward),
+        **difference("paired", without, tapped, forward),
         **difference("null", without, again, forward),
-        **memory(plain, tapped, length),
+        **memory(plain, with_row, length),
     }
 
 
 def finish(tap: AttentionTap, rows: Tensor, mask: Tensor) -> Tensor:
-    """Return α (B,K): what scoring and the credit do with the tap after the forward."""
+    """Return α (B,K), as scoring and the credit compute it from the tap after the forward."""
     return normalise(torch.where(mask, tap.weights(rows).mean(dim=1), 0.0), mask)[0]
 
 
@@ -139,7 +139,7 @@ def timed_alone(model: Any, inputs: dict[str, Tensor], rows: Tensor, mask: Tenso
 
 
 class Allocations(TorchDispatchMode):
-    """Collects (shape, bytes) of every tensor that operations allocate, views left out."""
+    """Collects (shape, bytes) of every tensor that operations allocate, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,10 +154,10 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def memory(plain: Callable[[], None], tapped: Callable[[], None], length: int) -> dict[str, Any]:
-    """Return the largest tensor that only the tapped forward allocates, and how many of them are T×T."""
+def memory(plain: Callable[[], None], with_row: Callable[[], None], length: int) -> dict[str, Any]:
+    """Return the largest tensor that only the forward with the row allocates, and how many of them are T×T."""
     seen = []
-    for run in (plain, tapped):
+    for run in (plain, with_row):
         with Allocations() as allocations:
             run()
         seen.append(allocations.seen)
@@ -172,12 +172,12 @@ def memory(plain: Callable[[], None], tapped: Callable[[], None], length: int) -
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the figures as text, a line a length."""
-    head = f"{found['model']}, {found['dtype']}, {found['threads']} threads, batch {found['batch']}"
+    head = f"{result['model']}, {result['dtype']}, {result['threads']} threads, batch {result['batch']}"
     names = f"{'tokens':>7} {'forward':>10} {'ABC alone':>11} {'ratio':>8}   {'paired (95%)':26} null (95%)"
-    lines = [f"{head}, torch {found['torch']}", names]
-    for row in found["lengths"]:
+    lines = [f"{head}, torch {result['torch']}", names]
+    for row in result["lengths"]:
         both = [
             f"{row[f'{name}_ratio']:+.2%} [{row[f'{name}_ratio_low']:+.2%}, {row[f'{name}_ratio_high']:+.2%}]"
             for name in ("paired", "null")
@@ -186,7 +186,7 @@ def table(found: dict[str, Any]) -> str:
             f"{row['tokens']:>7} {row['forward_s'] * 1e3:>7.1f} ms {row['alone_s'] * 1e6:>8.0f} µs "
             f"{row['alone_ratio']:>8.3%}   {both[0]:26} {both[1]}"
         )
-    for row in found["lengths"]:
+    for row in result["lengths"]:
         square = "no" if row["extra_square"] == 0 else str(row["extra_square"])
         lines.append(
             f"largest extra tensor at {row['tokens']} tokens: {row['extra_shape']}, {row['extra_bytes']:,} bytes "

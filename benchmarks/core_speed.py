@@ -1,8 +1,8 @@
 """Milliseconds of every pure-tensor method on a batch of 64 responses of 512 tokens, on one core.
 
-    python benchmarks/core_speed.py [--json]
+    python -m benchmarks.core_speed [--json]
 
-Also prints what the methods that call models cost: tokens a second of the parser, model calls of `shapley` and `vine`.
+Also prints the cost of methods that call models: tokens a second of the parser, model calls of `shapley` and `vine`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = {"rows": ROWS, "tokens": LENGTH, "limit_ms": LIMIT_MS, "ms": measure()}
+    result = {"rows": ROWS, "tokens": LENGTH, "limit_ms": LIMIT_MS, "ms": measure()}
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return 0
-    for name, value in found["ms"].items():
+    for name, value in result["ms"].items():
         print(f"{name:<32} {value:7.2f} ms  {value / LIMIT_MS:6.1%} of {LIMIT_MS:.0f} ms")
     for line in model_costs():
         print(line)
@@ -42,35 +42,35 @@ def main() -> int:
 
 
 def measure() -> dict[str, float]:
-    """Return {room.name: median ms} of every method that needs nothing but tensors."""
-    found: dict[str, float] = {}
+    """Return {kind.name: median ms} of every method that needs only tensors."""
+    result: dict[str, float] = {}
     tokens = segments.tokens()
     for name, factory in credit.METHODS.items():
         method = factory()
         batch = rollouts(method.needs)
-        found[f"credit.{name}"] = timed(lambda m=method, b=batch: credit.apply(m, b))
+        result[f"credit.{name}"] = timed(lambda m=method, b=batch: credit.apply(m, b))
     for name, factory in segments.METHODS.items():
         segment = factory()
         batch = rollouts(segment.needs)
-        found[f"segments.{name}"] = timed(lambda s=segment, b=batch: s(b))
+        result[f"segments.{name}"] = timed(lambda s=segment, b=batch: s(b))
     for name, factory in advantages.METHODS.items():
         estimate = factory()
         batch = rollouts(estimate.needs)
         ids, rewards = tokens(batch), credit.apply(credit.sparse(), batch)[0]
-        found[f"advantages.{name}"] = timed(lambda e=estimate, r=rewards, i=ids, b=batch: e(r, i, b))
+        result[f"advantages.{name}"] = timed(lambda e=estimate, r=rewards, i=ids, b=batch: e(r, i, b))
     for name, factory in losses.METHODS.items():
         loss = factory(**({"length": LENGTH} if name == "dr_grpo" else {}))
         batch = rollouts(loss.needs)
         ids, adv = tokens(batch), torch.randn(ROWS, LENGTH)
         moved = (batch.logprobs + 0.01 * torch.randn(ROWS, LENGTH)).requires_grad_()
-        found[f"losses.{name}"] = timed(
+        result[f"losses.{name}"] = timed(
             lambda f=loss, b=batch, a=adv, i=ids, x=moved: f.terms(x, b, a, b.mask, i)[0].backward()
         )
-    return found
+    return result
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Return the median ms of `call` after one to warm up."""
+    """Return the median ms of `call` after one warm-up call."""
     call()
     times = []
     for _ in range(REPEATS):
@@ -119,7 +119,7 @@ def model_costs() -> list[str]:
 
 
 def parser_speed() -> float:
-    """Return how many words a second the parser of `segments.parsed` reads."""
+    """Return the words a second of the parser of `segments.parsed`."""
     from apportion.evidence.text.phrases import check_parser, parse
 
     check_parser()

@@ -1,12 +1,12 @@
-"""How fast responses are written: our sampler beside transformers' generate, and both beside what the machine can do.
+"""Speed of generation: our sampler and transformers' generate, each beside the bound of the machine.
 
-    python benchmarks/generation_speed.py                        # SmolLM2-135M, 64 rows, a minute
-    python benchmarks/generation_speed.py --random llama-135m    # the same shapes with random weights
-    python benchmarks/generation_speed.py --json --continuous    # transformers' continuous batching as well
+    python -m benchmarks.generation_speed                        # SmolLM2-135M, 64 rows, a minute
+    python -m benchmarks.generation_speed --random llama-135m    # the same shapes with random weights
+    python -m benchmarks.generation_speed --json --continuous    # transformers' continuous batching as well
 
-A step is one new token of every row: (time of --new tokens − time of 1 token) / (new − 1), so that reading the prompts
-is left out; tokens/s count everything. Its bound is the larger of two times, both from rates measured in the same run:
-bytes (every weight that is multiplied, once, and the keys and values at the mean length) over the rate of reading a
+A step is one new token of every row: (time of --new tokens − time of 1 token) / (new − 1), so that the prompts are
+excluded; tokens/s include everything. Its bound is the larger of two times, both from rates measured in the same run:
+bytes (every multiplied weight, once, and the keys and values at the mean length) over the rate of reading a
 warm preallocated buffer of 0.5 GB, and operations (2 a multiplied weight and row, and 4 a key, head and dimension of
 attention) over the rate of a 4096³ matrix product in the weights' dtype. Rounds are interleaved; figures are medians.
 """
@@ -23,7 +23,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measuring import SHAPES
 
 from apportion.cli.main import quiet_libraries
 from apportion.config import SamplingConfig
@@ -31,7 +30,8 @@ from apportion.generation import sample
 from apportion.models.loading import load_causal, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy
 from apportion.system import cpu
-from benchmarks.harness.machine import matmul_rate, read_bandwidth
+from benchmarks.harness.machine import SIZES, matmul_rate, read_bandwidth
+from benchmarks.harness.measuring import SHAPES
 
 PAD, EOS = 0, 1
 
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     cpu.keep_freed_memory()  # as every command does
     if options.threads:
         torch.set_num_threads(options.threads)
-    found = measure(build(options), options)
-    sys.stdout.write(json.dumps(found) + "\n" if options.json else table(found))
+    result = measure(build(options), options)
+    sys.stdout.write(json.dumps(result) + "\n" if options.json else table(result))
     return 0
 
 
@@ -53,12 +53,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="a built-in name, a folder or a hub id")
     parser.add_argument("--random", choices=sorted(SHAPES), help="random weights of these shapes instead of --model")
-    parser.add_argument("--rows", type=int, default=64, help="responses written at a time")
+    parser.add_argument("--rows", type=int, default=64, help="responses generated together")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of a response")
-    parser.add_argument("--rounds", type=int, default=3, help="of ours and generate in turn")
+    parser.add_argument("--rounds", type=int, default=3, help="alternations of ours and generate")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--matmul_sizes", type=int, nargs="+", default=SIZES, help="of the machine's rate")
     parser.add_argument("--threads", type=int, help="of the processor; the default is torch's")
     parser.add_argument("--continuous", action="store_true", help="measure transformers' generate_batch as well")
     parser.add_argument("--json", action="store_true")
@@ -69,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def build(options: argparse.Namespace) -> Any:
-    """Return the causal language model to write with."""
+    """Return the causal language model."""
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     if options.random is None:
@@ -91,7 +92,7 @@ def measure(model: Any, options: argparse.Namespace) -> dict[str, Any]:
         ways["generate_batch"] = continuous(model, prompts)
     times: dict[str, dict[int, list[float]]] = {name: {1: [], options.new: []} for name in ways}
     failed: dict[str, str] = {}
-    for turn in range(options.rounds + 1):  # the first warms up
+    for turn in range(options.rounds + 1):  # the first is a warm-up
         for name in ways.keys() - failed.keys():
             for new in (1, options.new):
                 try:
@@ -112,14 +113,14 @@ def measure(model: Any, options: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(options, name) for name in ("rows", "prompt", "new", "rounds")},
         **limit,
         **{name: figures(times[name], limit["bound_s"], options) for name in ways if name not in failed},
-        **{name: {"failed": why} for name, why in failed.items()},
+        **{name: {"failed": reason} for name, reason in failed.items()},
         "torch": torch.__version__,
     }
 
 
 def figures(times: dict[int, list[float]], bound_s: float, options: argparse.Namespace) -> dict[str, float]:
-    """Return tokens/s over everything, the time of a step with the least and the most, and its part of the bound."""
-    steps = [(whole - one) / (options.new - 1) for one, whole in zip(times[1], times[options.new], strict=True)]
+    """Return tokens/s over everything, the median, minimum and maximum time of a step, and the bound over it."""
+    steps = [(full - one) / (options.new - 1) for one, full in zip(times[1], times[options.new], strict=True)]
     step = statistics.median(steps)
     return {
         "tokens_per_s": options.rows * options.new / statistics.median(times[options.new]),
@@ -135,39 +136,39 @@ def ours(model: Any, prompts: torch.Tensor) -> Callable[[int], Any]:
     """Return new -> rollouts of our sampler."""
     policy, rows = Policy(model, SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS), [PAD, EOS]), prompts.tolist()
 
-    def write(new: int) -> Any:
+    def generate(new: int) -> Any:
         config = SamplingConfig(batch_size=len(rows), max_new_tokens=new)
         return sample(policy, rows, config, torch.Generator().manual_seed(1))
 
-    return write
+    return generate
 
 
 def peer(model: Any, prompts: torch.Tensor) -> Callable[[int], Any]:
     """Return new -> ids of transformers' generate, sampling from the whole distribution as ours does."""
     ids = prompts.to(model.device)
 
-    def write(new: int) -> Any:
+    def generate(new: int) -> Any:
         return model.generate(ids, attention_mask=torch.ones_like(ids), **settings(new))
 
-    return write
+    return generate
 
 
 def continuous(model: Any, prompts: torch.Tensor) -> Callable[[int], Any]:
-    """Return new -> what transformers' continuous batching wrote."""
+    """Return new -> the responses of transformers' continuous batching."""
     from transformers import GenerationConfig
 
-    def write(new: int) -> Any:
-        found = model.generate_batch(
+    def generate(new: int) -> Any:
+        result = model.generate_batch(
             prompts.tolist(), generation_config=GenerationConfig(**settings(new)), progress_bar=False
         )
-        short = [len(one.generated_tokens) for one in found.values() if len(one.generated_tokens) != new]
-        if short or len(found) != len(prompts):
+        short = [len(one.generated_tokens) for one in result.values() if len(one.generated_tokens) != new]
+        if short or len(result) != len(prompts):
             raise RuntimeError(
-                f"wrote {len(found)} of {len(prompts)} responses, {len(short)} of them shorter than {new}"
+                f"wrote {len(result)} of {len(prompts)} responses, {len(short)} of them shorter than {new}"
             )
-        return found
+        return result
 
-    return write
+    return generate
 
 
 def settings(new: int) -> dict[str, Any]:
@@ -198,24 +199,24 @@ def bound(model: Any, options: argparse.Namespace) -> dict[str, float]:
     attention = 4 * options.rows * length * layers * config.num_attention_heads * size
     moved, operations = (weights + kept) * head.element_size(), 2 * weights * options.rows + attention
     device = model.device.type
-    bandwidth, rate = read_bandwidth(device=device), matmul_rate(model.dtype, device=device)
+    bandwidth, rate = read_bandwidth(device=device), matmul_rate(model.dtype, device=device, sizes=options.matmul_sizes)
     least = {"bytes_s": moved / bandwidth, "operations_s": operations / rate}
     shown = {"bytes": moved, "operations": operations, "bytes_per_s": bandwidth, "operations_per_s": rate}
     return {**shown, **least, "bound_s": max(least.values())}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the figures for a reader."""
     lines = [
-        f"{found['model']}, {found['dtype']}, {found['device']}, {found['threads']} threads; "
-        f"{found['rows']} rows, prompts of {found['prompt']} tokens, {found['new']} new",
-        f"machine: {found['operations_per_s'] / 1e9:,.0f} GFLOP/s, reads {found['bytes_per_s'] / 1e9:.1f} GB/s; "
-        f"a step is {found['operations'] / 1e9:.2f} GFLOP ({found['operations_s'] * 1e3:.2f} ms) and "
-        f"{found['bytes'] / 1e9:.3f} GB ({found['bytes_s'] * 1e3:.2f} ms)",
+        f"{result['model']}, {result['dtype']}, {result['device']}, {result['threads']} threads; "
+        f"{result['rows']} rows, prompts of {result['prompt']} tokens, {result['new']} new",
+        f"machine: {result['operations_per_s'] / 1e9:,.0f} GFLOP/s, reads {result['bytes_per_s'] / 1e9:.1f} GB/s; "
+        f"a step is {result['operations'] / 1e9:.2f} GFLOP ({result['operations_s'] * 1e3:.2f} ms) and "
+        f"{result['bytes'] / 1e9:.3f} GB ({result['bytes_s'] * 1e3:.2f} ms)",
         f"{'':16}{'tokens/s':>10}{'prompts s':>11}{'step ms':>9}{'least–most':>16}{'of the bound':>14}",
     ]
     for name in ("ours", "generate", "generate_batch"):
-        row = found.get(name, {})
+        row = result.get(name, {})
         if "failed" in row:
             lines.append(f"{name:16}does not run here: {row['failed']}")
         elif row:

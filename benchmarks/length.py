@@ -1,17 +1,17 @@
-"""Time per token of each phase of a PPO batch as responses grow, with attention's own part measured and taken off.
+"""Time per token of each phase of a PPO batch as responses grow, with attention's part measured and subtracted.
 
-    python benchmarks/length.py                                # SmolLM2-135M, 4 rows of 128, 512 and 2,048 tokens
-    python benchmarks/length.py --shapes 16x128 4x512 1x2048   # as many tokens a batch, fewer rows
-    python benchmarks/length.py --json
+    python -m benchmarks.length                                # SmolLM2-135M, 4 rows of 128, 512 and 2,048 tokens
+    python -m benchmarks.length --shapes 16x128 4x512 1x2048   # the same number of tokens a batch, fewer rows
+    python -m benchmarks.length --json
 
-Rows are kept equal by default: decoding one token reads all weights once, for however many rows, so that one long row
-costs more a token than sixteen short ones whatever the code does.
+The number of rows is constant by default: decoding one token reads all weights once for any number of rows, so that one
+long row costs more a token than sixteen short ones in any implementation.
 
-Attention's part: every call of the attention function in the measured batch is noted with its shapes, mask and
-settings (transformers' registry is wrapped). Each kind of call is then timed alone on random tensors of those shapes,
-with its backward pass where the batch had one, and multiplied by how often it came. Decoding has a kind for every
-number of keys: some are timed, the others interpolated. "apart" is the phase less that. Beside it stand the operations
-counted from the shapes: 4·H·D for each pair of a query and a key that it sees, three times that with the backward pass.
+Attention's part: every call of the attention function in the measured batch is recorded with its shapes, mask and
+settings (transformers' registry is wrapped). Each kind of call is then timed separately on random tensors of those
+shapes, with its backward pass where the batch had one, and multiplied by its count. Decoding has a kind for every
+number of keys: some are timed, the others interpolated. "apart" is the phase without it. The operations are counted
+from the shapes: 4·H·D for each pair of a query and a visible key, three times that with the backward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measuring import reward_model, write_prompts
 
 from apportion.cli.main import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig, ScoreConfig
@@ -42,16 +41,17 @@ from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import train_batch
 from apportion.system import cpu
 from apportion.training.session import TrainingSession
+from benchmarks.harness.measuring import reward_model, write_prompts
 
 SHAPES = [(4, 128), (4, 512), (4, 2048)]  # rows, tokens
 PROMPT = 8  # tokens of every prompt
 PHASES = ("generate", "score", "update")
 KNOTS = 9  # numbers of keys at which decoding's attention is timed
-SECONDS, MOST = 0.3, 30  # of repeating one kind of call
+SECONDS, REPEATS = 0.3, 30  # limits of repeating one kind of call
 
 
 class Kind(NamedTuple):
-    """What makes two attention calls take the same time."""
+    """The properties of an attention call that determine its time."""
 
     phase: str
     query: tuple[int, ...]  # (B,H,Q,D)
@@ -63,21 +63,21 @@ class Kind(NamedTuple):
 
 
 @dataclass
-class Book:
-    """The attention calls of a batch: how often each kind came, and how to do one again."""
+class Calls:
+    """The attention calls of a batch: the count of each kind, and a function that repeats one."""
 
     counts: Counter[Kind] = field(default_factory=Counter)
-    again: dict[Kind, Callable[..., Any]] = field(default_factory=dict)
+    repeat: dict[Kind, Callable[..., Any]] = field(default_factory=dict)
 
-    def note(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count one call of `function` by its kind."""
         module, query, key, value, mask, *rest = args
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else None
         shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
         kind = Kind(phase_of(query, key), *shapes, query.dtype, shape, name)
         self.counts[kind] += 1
-        if kind not in self.again:
-            self.again[kind] = lambda q, k, v: function(module, q, k, v, mask, *rest, **kwargs)[0]
+        if kind not in self.repeat:
+            self.repeat[kind] = lambda q, k, v: function(module, q, k, v, mask, *rest, **kwargs)[0]
 
 
 def phase_of(query: torch.Tensor, key: torch.Tensor) -> str:
@@ -88,8 +88,8 @@ def phase_of(query: torch.Tensor, key: torch.Tensor) -> str:
 
 
 @contextmanager
-def watched(book: Book) -> Iterator[None]:
-    """Have every attention call inside noted in `book`."""
+def recorded(calls: Calls) -> Iterator[None]:
+    """Record every attention call of the block in `calls`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as REGISTRY
 
     before = dict(REGISTRY._local_mapping)
@@ -99,7 +99,7 @@ def watched(book: Book) -> Iterator[None]:
 
         def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
             function = inner or _eager(module)
-            book.note(name, function, (module, *args), kwargs)
+            calls.record(name, function, (module, *args), kwargs)
             return function(module, *args, **kwargs)
 
         return attend
@@ -107,15 +107,15 @@ def watched(book: Book) -> Iterator[None]:
     decode = llama.attend
 
     def decoding(query: Any, keys: Any, values: Any, bias: Any, scaling: float) -> Any:
-        def again(module: Any, q: Any, k: Any, v: Any, mask: Any) -> tuple[Any]:
+        def repeat(module: Any, q: Any, k: Any, v: Any, mask: Any) -> tuple[Any]:
             return (decode(q[:, :, 0], k, v, mask, scaling),)
 
-        book.note("decode", again, (None, query[:, :, None], keys, values, bias), {})
+        calls.record("decode", repeat, (None, query[:, :, None], keys, values, bias), {})
         return decode(query, keys, values, bias, scaling)
 
     for name in ("sdpa", "eager"):
         REGISTRY[name] = wrapped(name)
-    llama.attend = decoding  # a Llama's steps are written out and use no registry
+    llama.attend = decoding  # the Llama decoding step calls no registry
     try:
         yield
     finally:
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         for count, length in options.shapes:
             config = settings(options, count, length, str(reward), str(prompts), folder)
             rows.append(measure(config, batches_of(options, length, longest)))
-    found = {
+    result = {
         "model": options.model,
         "threads": threads,
         "torch": torch.__version__,
@@ -145,14 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
         "lengths": rows,
         "ratio": ratios(rows),
     }
-    sys.stdout.write(json.dumps(found) + "\n" if options.json else table(found))
+    sys.stdout.write(json.dumps(result) + "\n" if options.json else table(result))
     return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="policy, and what the reward model is made from")
+    parser.add_argument("--model", default="smollm2", help="policy, and base of the reward model")
     parser.add_argument(
         "--shapes", type=shape, nargs="+", default=[(4, 128), (4, 512), (4, 2048)], help="rows x tokens"
     )
@@ -177,8 +177,8 @@ def batches_of(options: argparse.Namespace, length: int, longest: int) -> int:
 
 
 def settings(options: argparse.Namespace, rows: int, length: int, reward: str, prompts: str, folder: str) -> RLConfig:
-    """Return a run of ABC with `rows` responses of `length` tokens a batch, in parts of the same number of tokens."""
-    part = max(1, min(rows, options.micro_tokens // length))
+    """Return a run of ABC with `rows` responses of `length` tokens a batch, in micro-batches of constant size."""
+    micro_batch = max(1, min(rows, options.micro_tokens // length))
     return RLConfig(
         policy=options.model,
         reward_model=reward,
@@ -189,34 +189,34 @@ def settings(options: argparse.Namespace, rows: int, length: int, reward: str, p
         compare=[],
         dtype=options.dtype,
         sampling=SamplingConfig(batch_size=rows, max_new_tokens=length, prompt_tokens=[PROMPT, PROMPT]),
-        scores=ScoreConfig(micro_batch=part),
-        ppo=PPOConfig(epochs=options.epochs, mini_batch=rows, micro_batch=part),
+        scores=ScoreConfig(micro_batch=micro_batch),
+        ppo=PPOConfig(epochs=options.epochs, mini_batch=rows, micro_batch=micro_batch),
     )
 
 
 def measure(config: RLConfig, batches: int) -> dict[str, Any]:
-    """Return one shape's seconds by phase, all of it and without attention, a batch and a token."""
+    """Return one shape's seconds by phase, with and without attention, a batch and a token."""
     learner = make_learner(config, build_method(config))
     warm_up(learner, config)
-    book, times = Book(), []
+    calls, times = Calls(), []
     for step in range(1, batches + 1):
-        with watched(book):
+        with recorded(calls):
             times.append(one_batch(learner, config, step))
     tokens = config.sampling.batch_size * config.sampling.max_new_tokens
     phases = {}
     for phase in PHASES:
-        whole = statistics.median(t[phase] for t in times)
-        phases[phase] = phase_figures(book, phase, whole, batches, tokens)
-    total = {key: sum(p[key] for p in phases.values()) for key in ("s", "attention_s", "attention_operations")}
-    phases["batch"] = per_token(total, tokens)
+        total = statistics.median(t[phase] for t in times)
+        phases[phase] = phase_figures(calls, phase, total, batches, tokens)
+    sums = {key: sum(p[key] for p in phases.values()) for key in ("s", "attention_s", "attention_operations")}
+    phases["batch"] = per_token(sums, tokens)
     return {"rows": config.sampling.batch_size, "tokens": config.sampling.max_new_tokens, "batches": batches, **phases}
 
 
 def warm_up(learner: Learner, config: RLConfig) -> None:
-    """Run one batch of short responses, so that the first measured one pays for nothing that is done once."""
-    usual, config.sampling.max_new_tokens = config.sampling.max_new_tokens, 4
+    """Run one batch of short responses, so that the first measured one includes no one-time cost."""
+    length, config.sampling.max_new_tokens = config.sampling.max_new_tokens, 4
     one_batch(learner, config, 1)
-    config.sampling.max_new_tokens = usual
+    config.sampling.max_new_tokens = length
 
 
 def one_batch(learner: Learner, config: RLConfig, step: int) -> dict[str, float]:
@@ -227,47 +227,47 @@ def one_batch(learner: Learner, config: RLConfig, step: int) -> dict[str, float]
     return times | {"update": time.perf_counter() - began - sum(times.values())}
 
 
-def phase_figures(book: Book, phase: str, whole: float, batches: int, tokens: int) -> dict[str, float]:
-    """Return the seconds and operations of one phase, a batch, and what of them is attention's.
+def phase_figures(calls: Calls, phase: str, total: float, batches: int, tokens: int) -> dict[str, float]:
+    """Return the seconds and operations of one phase, a batch, and attention's share of them.
 
     Raises:
-        RuntimeError: no attention call was seen in the phase, so that nothing could be taken off.
+        RuntimeError: no attention call was seen in the phase, so that its part is unknown.
     """
-    counts = {kind: count / batches for kind, count in book.counts.items() if kind.phase == phase}
+    counts = {kind: count / batches for kind, count in calls.counts.items() if kind.phase == phase}
     if not counts:
         raise RuntimeError(f"length: no attention call was seen in phase {phase}; transformers' registry is not used")
-    alone = seconds_of(book, list(counts))
-    found = {
-        "s": whole,
-        "attention_s": sum(alone[kind] * count for kind, count in counts.items()),
+    seconds = seconds_of(calls, list(counts))
+    result = {
+        "s": total,
+        "attention_s": sum(seconds[kind] * count for kind, count in counts.items()),
         "attention_operations": sum(operations(kind) * count for kind, count in counts.items()),
     }
-    return per_token(found, tokens)
+    return per_token(result, tokens)
 
 
-def per_token(found: dict[str, float], tokens: int) -> dict[str, float]:
-    """Return the figures with milliseconds a token, all of it and apart from attention."""
-    apart = found["s"] - found["attention_s"]
-    return {**found, "apart_s": apart, "token_ms": found["s"] / tokens * 1e3, "token_apart_ms": apart / tokens * 1e3}
+def per_token(result: dict[str, float], tokens: int) -> dict[str, float]:
+    """Return the figures with milliseconds a token, with and without attention."""
+    apart = result["s"] - result["attention_s"]
+    return {**result, "apart_s": apart, "token_ms": result["s"] / tokens * 1e3, "token_apart_ms": apart / tokens * 1e3}
 
 
 def operations(kind: Kind) -> float:
-    """Return the multiplications and additions of q·k and weights·v over the pairs that a causal mask leaves."""
+    """Return the multiplications and additions of q·k and weights·v over the pairs of a causal mask."""
     batch, heads, queries, size = kind.query
     keys = kind.key[2]
     pairs = queries * (keys - (queries - 1) / 2)
     return 4.0 * batch * heads * size * pairs * (3 if kind.phase == "update" else 1)
 
 
-def seconds_of(book: Book, kinds: list[Kind]) -> dict[Kind, float]:
+def seconds_of(calls: Calls, kinds: list[Kind]) -> dict[Kind, float]:
     """Return the seconds of one call of each kind, decoding's timed at `KNOTS` numbers of keys and interpolated."""
     one = sorted((k for k in kinds if k.query[2] == 1), key=lambda k: k.key[2])
-    found = {kind: alone(book, kind) for kind in kinds if kind.query[2] != 1}
+    result = {kind: seconds_of_one(calls, kind) for kind in kinds if kind.query[2] != 1}
     if len(one) <= KNOTS:
-        return found | {kind: alone(book, kind) for kind in one}
+        return result | {kind: seconds_of_one(calls, kind) for kind in one}
     knots = [one[round(i * (len(one) - 1) / (KNOTS - 1))] for i in range(KNOTS)]
-    at, timed = [k.key[2] for k in knots], [alone(book, k) for k in knots]
-    return found | {kind: interpolated(kind.key[2], at, timed) for kind in one}
+    at, timed = [k.key[2] for k in knots], [seconds_of_one(calls, k) for k in knots]
+    return result | {kind: interpolated(kind.key[2], at, timed) for kind in one}
 
 
 def interpolated(x: int, at: list[int], values: list[float]) -> float:
@@ -279,7 +279,7 @@ def interpolated(x: int, at: list[int], values: list[float]) -> float:
     return values[right - 1] + part * (values[right] - values[right - 1])
 
 
-def alone(book: Book, kind: Kind) -> float:
+def seconds_of_one(calls: Calls, kind: Kind) -> float:
     """Return the median seconds of one call on random tensors, with its backward pass in the update."""
     train = kind.phase == "update"
     shapes = (kind.query, kind.key, kind.value)
@@ -287,13 +287,13 @@ def alone(book: Book, kind: Kind) -> float:
 
     def run() -> None:
         with torch.set_grad_enabled(train):
-            out = book.again[kind](*tensors)
+            out = calls.repeat[kind](*tensors)
         if train:
             torch.autograd.grad(out, tensors, torch.ones_like(out))
 
     run()
     times: list[float] = []
-    while len(times) < 2 or (sum(times) < SECONDS and len(times) < MOST):
+    while len(times) < 2 or (sum(times) < SECONDS and len(times) < REPEATS):
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
@@ -311,14 +311,14 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the figures as text, a line a phase and length."""
-    head = f"{found['model']}, {found['threads']} threads, {found['epochs']} epochs, torch {found['torch']}"
+    head = f"{result['model']}, {result['threads']} threads, {result['epochs']} epochs, torch {result['torch']}"
     lines = [
         head,
         f"{'':12}{'phase':10} {'seconds':>9} {'attention':>10} {'its GFLOP':>10} {'ms/token':>9} {'apart':>8}",
     ]
-    for row in found["lengths"]:
+    for row in result["lengths"]:
         for place, name in enumerate((*PHASES, "batch")):
             which, phase = f"{row['rows']} × {row['tokens']}" if place == 0 else "", row[name]
             counted = phase["attention_operations"] / 1e9
@@ -326,9 +326,9 @@ def table(found: dict[str, Any]) -> str:
                 f"{which:12}{name:10} {phase['s']:>9.3f} {phase['attention_s']:>10.3f} {counted:>10.4g} "
                 f"{phase['token_ms']:>9.3f} {phase['token_apart_ms']:>8.3f}"
             )
-    short, long = (f(row["tokens"] for row in found["lengths"]) for f in (min, max))
+    short, long = (f(row["tokens"] for row in result["lengths"]) for f in (min, max))
     lines.append(f"time a token at {long} over {short}, raw and apart from attention:")
-    lines += [f"{'':12}{name:10} {r['raw']:>9.2f} {r['apart']:>10.2f}" for name, r in found["ratio"].items()]
+    lines += [f"{'':12}{name:10} {r['raw']:>9.2f} {r['apart']:>10.2f}" for name, r in result["ratio"].items()]
     return "\n".join(lines) + "\n"
 
 

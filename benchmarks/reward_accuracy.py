@@ -1,10 +1,10 @@
-"""Is the reward model better than word counts? Both judge the same excerpts of held-out reviews.
+"""Accuracy of a reward model and of word counts on the same excerpts of held-out reviews.
 
-    python benchmarks/reward_accuracy.py --model runs/demo/reward/final
+    python -m benchmarks.reward_accuracy --model runs/demo/reward/final
 
-The word counts are TF-IDF with logistic regression on the judge's reviews, which the reward model never saw. The
-excerpts are word runs of part reward_test, which neither saw. Prints accuracies with 95% intervals and the paired
-difference.
+The word counts are TF-IDF with logistic regression on the judge's reviews, on which the reward model was not
+trained. The excerpts come from split reward_test, on which neither was trained. Prints accuracies with 95% intervals
+and the paired difference.
 """
 
 from __future__ import annotations

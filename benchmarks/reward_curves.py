@@ -1,19 +1,19 @@
-"""What the speed costs in learning: reward a batch of our runs beside TRL's PPO, on the same prompts and reward model.
+"""Learning curves: reward per batch of our runs and of TRL's PPO, with the same prompts and reward model.
 
-    python benchmarks/reward_curves.py --reward_model runs/demo/reward/final            # 3 seeds, 20 batches, an hour
-    python benchmarks/reward_curves.py --reward_model ... --sides default peer --batches 15
+    python -m benchmarks.reward_curves --reward_model runs/demo/reward/final    # 3 seeds, 20 batches, an hour
+    python -m benchmarks.reward_curves --reward_model ... --sides default peer --batches 15
 
 Sides: `default` (our defaults: adapters, a value head on the shared trunk), `adapters` (the same at --adapters_lr),
 `prefix` (as that, with the credit prefix_difference: GAE then is that of a critic that starts as the reward model),
 `full` (all weights, a separate value model, float32 masters and moments), `full16` (the same with optim.moments:
-bfloat16), `peer` (TRL 1.12.0's PPO, all weights in float32, its value model begun as the reward model), `peer16` (the
-same with weights in bfloat16), `peer_as_is` (as `peer`, at its own default rate). Each run is a process of its own, as
-in `apportion bench speed`. The others' learning rate is --lr, chosen with seeds that are not reported (--first_seed
-100), as is --adapters_lr.
+bfloat16), `peer` (TRL 1.12.0's PPO, all weights in float32, its value model initialised from the reward model),
+`peer16` (the same with weights in bfloat16), `peer_as_is` (as `peer`, at its own default rate). Each run is a process
+of its own, as in `benchmarks.speed`. The other sides' learning rate is --lr, chosen with seeds that are not reported
+(--first_seed 100), as is --adapters_lr.
 
-A batch's reward is the mean raw score of its rollouts, sampled before it is learned from. A seed gives all sides the
-same prompts. Intervals are over seeds: Student's t, 95%. Curves that --output holds already are kept: a run that was
-stopped goes on, and sides and seeds can be added.
+A batch's reward is the mean raw score of its rollouts. A seed gives all sides the same prompts. Intervals are over
+seeds: Student's t, 95%. Curves already in --output are not run again: an interrupted benchmark resumes, and sides and
+seeds can be added.
 """
 
 from __future__ import annotations
@@ -68,45 +68,44 @@ T95 = {
 def main() -> int:
     """Run every side with every seed, print the curves and write them."""
     options = parse()
-    found = begun(options)
+    result = load_output(options)
     with tempfile.TemporaryDirectory(prefix="apportion-curves-") as name:
         work = make_work(options, Path(name))
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for side in options.sides:
-                curves = found["curves"].setdefault(side, {})
+                curves = result["curves"].setdefault(side, {})
                 if str(seed) not in curves:
                     curves[str(seed)], cost = curve(replace(work, seed=seed), side, options)
-                    found["cost"].setdefault(side, {})[str(seed)] = cost
-                    write(found, options)
+                    result["cost"].setdefault(side, {})[str(seed)] = cost
+                    write(result, options)
                 print(f"{side:10} seed {seed}: " + " ".join(f"{s:+.2f}" for s in curves[str(seed)]), file=sys.stderr)
-    found["compared"] = compared(found["curves"], options.against)
-    write(found, options)
-    print(json.dumps(found) if options.json else table(found))
+    result["compared"] = compared(result["curves"], options.against)
+    write(result, options)
+    print(json.dumps(result) if options.json else table(result))
     return 0
 
 
-def begun(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what --output holds already, or nothing yet; exit where its curves are of other settings."""
+def load_output(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the contents of --output, or an empty result; exit where its curves have other settings."""
     rates = {side: rate(side, options) for side in options.sides}
     settings = {name: str(getattr(options, name)) for name in ("model", "prompts", "batches")}
     weights = sorted(Path(locate("--reward_model", options.reward_model)).glob("*.safetensors"))
     settings["reward_model"] = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
-    found: dict[str, Any] = {"machine": describe(), "settings": settings, "lr": {}, "curves": {}, "cost": {}}
+    result: dict[str, Any] = {"machine": describe(), "settings": settings, "lr": {}, "curves": {}, "cost": {}}
     if options.output and Path(options.output).is_file():
-        found = json.loads(Path(options.output).read_text(encoding="utf-8"))
-        other = {k: v for k, v in rates.items() if found["lr"].get(k, v) != v}
-        if found["settings"] != settings or other:
-            sys.exit(
-                f"--output: {options.output} holds curves of {found['settings']} at rates {found['lr']}. Name another."
-            )
-    found["lr"] |= rates
-    return found
+        result = json.loads(Path(options.output).read_text(encoding="utf-8"))
+        other = {k: v for k, v in rates.items() if result["lr"].get(k, v) != v}
+        if result["settings"] != settings or other:
+            stored = f"{result['settings']} at rates {result['lr']}"
+            sys.exit(f"--output: {options.output} holds curves of {stored}. Name another.")
+    result["lr"] |= rates
+    return result
 
 
-def write(found: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write what there is to --output."""
+def write(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the result to --output."""
     if options.output:
-        Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -120,7 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--batches", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=PEER.lr, help="where all weights learn, ours and the peer's")
+    parser.add_argument("--lr", type=float, default=PEER.lr, help="of the sides that train all weights")
     parser.add_argument("--adapters_lr", type=float, default=1e-3, help="of the sides adapters and prefix")
     parser.add_argument("--threads", type=int, default=cpu.available_cores().count)
     parser.add_argument("--output", help="a JSON file to write")
@@ -129,7 +128,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_work(options: argparse.Namespace, folder: Path) -> Work:
-    """Write prompts and a reward model of one label, which TRL wants, and return what every run is given."""
+    """Write prompts and a reward model of one label, as TRL requires, and return the work of every run."""
     shape = shaped(SpeedConfig(batches=options.batches))
     base = locate("--model", options.model)
     tokenizer = load_tokenizer("--model", base)
@@ -194,23 +193,23 @@ def curve(work: Work, side: str, options: argparse.Namespace) -> tuple[list[floa
         ours, overrides = OURS[side]
         overrides = overrides if ours == "full" or lr is None else [*overrides, f"optim.lr={lr}"]
         work, python = replace(work, ours=ours, overrides=overrides), Path()
-    found = process(work, PEER, python, f"{side}-{work.seed}")
-    seconds = [batch["total"] for batch in found["batches"]]
-    cost = {"batch_s": statistics.median(seconds[1:] or seconds), "peak_mb": max(found["peak"].values())}
-    return [batch["score"] for batch in found["batches"]], cost
+    result = process(work, PEER, python, f"{side}-{work.seed}")
+    seconds = [batch["total"] for batch in result["batches"]]
+    cost = {"batch_s": statistics.median(seconds[1:] or seconds), "peak_mb": max(result["peak"].values())}
+    return [batch["score"] for batch in result["batches"]], cost
 
 
 def compared(curves: dict[str, dict[str, list[float]]], other: str) -> dict[str, Any]:
     """Return, of each side against `other`, the paired difference of the last batches' rewards over seeds, and in how
     many batches its running mean first reached what the other one ended with."""
     ends = {side: {seed: statistics.fmean(run[-LAST:]) for seed, run in runs.items()} for side, runs in curves.items()}
-    found: dict[str, Any] = {"against": other, "last_batches": LAST, "end": ends}
+    result: dict[str, Any] = {"against": other, "last_batches": LAST, "end": ends}
     for side in (s for s in curves if s != other and other in curves):
         seeds = [seed for seed in curves[side] if seed in curves[other]]
         differences = [ends[side][seed] - ends[other][seed] for seed in seeds]
         reached = [first(curves[side][seed], ends[other][seed]) for seed in seeds]
-        found[side] = {"difference": interval(differences), "batches_to_reach": reached}
-    return found
+        result[side] = {"difference": interval(differences), "batches_to_reach": reached}
+    return result
 
 
 def first(run: list[float], level: float) -> int | None:
@@ -228,22 +227,24 @@ def interval(values: list[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the mean curves and the comparison for a reader."""
-    curves, said = found["curves"], found["compared"]
+    curves, comparison = result["curves"], result["compared"]
     lines = ["batch " + "".join(f"{side:>11}" for side in curves)]
-    for step in range(int(found["settings"]["batches"])):
+    for step in range(int(result["settings"]["batches"])):
         means = (statistics.fmean(run[step] for run in runs.values()) for runs in curves.values())
         lines.append(f"{step + 1:5} " + "".join(f"{mean:>+11.2f}" for mean in means))
-    for side, runs in found["cost"].items():
+    for side, runs in result["cost"].items():
         spent, peak = ([cost[name] for cost in runs.values()] for name in ("batch_s", "peak_mb"))
         span = f"{min(spent):.2f}–{max(spent):.2f} s a batch, at most {max(peak) / 1000:.2f} GB"
         lines.append(f"{side}: {span}, over {len(runs)} runs")
     for side in curves:
-        if side in said:
-            d, reached = said[side]["difference"], ", ".join(str(n) for n in said[side]["batches_to_reach"])
+        if side in comparison:
+            d, reached = comparison[side]["difference"], ", ".join(str(n) for n in comparison[side]["batches_to_reach"])
             span = f"{d['mean']:+.2f} " + ("(one seed)" if d["low"] is None else f"[{d['low']:+.2f}, {d['high']:+.2f}]")
-            lines.append(f"{side} − {said['against']}, last {LAST}: {span}; reached its end after {reached} batches")
+            lines.append(
+                f"{side} − {comparison['against']}, last {LAST}: {span}; reached its end after {reached} batches"
+            )
     return "\n".join(lines)
 
 

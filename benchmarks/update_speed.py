@@ -1,11 +1,11 @@
-"""How near the update comes to the machine's matmul rate, and what its speed costs in numbers.
+"""Rate of the update beside the machine's matmul rate, and the numerical effect of its optimisations.
 
-    python benchmarks/update_speed.py [--rows 64] [--prompt 16] [--response 112] [--repeats 3] [--json]
+    python -m benchmarks.update_speed [--rows 64] [--prompt 16] [--response 112] [--repeats 3] [--json]
 
 One optimizer step over rows of random tokens: all weights with a critic's head, and adapters with a critic's head.
-Operations are those that must be executed: for every linear weight of n numbers 2n a token forward, 2n for the input's
-gradient and 2n for its own where it learns; the output layer at response tokens alone; attention's products are left
-out. Recomputation, norms, softmax and the optimizer count as nothing, their time counts in full.
+Operations are the necessary ones: for every linear weight of n numbers 2n a token forward, 2n for the input's
+gradient and 2n for its own where it is trained; the output layer only at response tokens; without
+attention's products. Recomputation, norms, softmax and the optimizer count as zero operations; their time is included.
 
 The loss of a fixed batch is also computed in float32 with every shortcut off (whole logits, whole rows, autograd's own
 norms and linear layers, no micro-batches) and on, and in bfloat16.
@@ -28,11 +28,12 @@ from apportion import Rollouts, losses
 from apportion.config import LoraConfig, OptimConfig, PPOConfig, RLConfig, SamplingConfig
 from apportion.models.fast.linear import FlatLinear
 from apportion.models.fast.norms import FAST
-from apportion.models.policy import Policy, load_policy
+from apportion.models.policy import Policy
+from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.update import Targets, update
 from apportion.system import cpu
 from apportion.training.optimizer import make_optimizer
-from benchmarks.harness.machine import describe, matmul_rate
+from benchmarks.harness.machine import SIZES, describe, matmul_rate
 
 
 def main() -> int:
@@ -41,18 +42,19 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2", help="the policy's start: a built-in name or a folder")
     for name, value in {"rows": 64, "prompt": 16, "response": 112, "repeats": 3, "micro_tokens": 1024}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--matmul_sizes", type=int, nargs="+", default=SIZES, help="of the machine's rate")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     threads = cpu.configure_threads(options.threads).count
     cpu.set_threads(threads)
     cpu.keep_freed_memory()
-    found: dict[str, Any] = {"machine": describe(), "threads": threads, "rows": options.rows}
-    found |= {"prompt": options.prompt, "response": options.response, "settings": {}}
+    result: dict[str, Any] = {"machine": describe(), "threads": threads, "rows": options.rows}
+    result |= {"prompt": options.prompt, "response": options.response, "settings": {}}
     for name, rank in (("all weights", 0), ("adapters", 16)):
-        found["settings"][name] = rate(load(options, rank, "bfloat16"), options)
-    found["numbers"] = numbers(options)
-    print(json.dumps(found) if options.json else table(found))
+        result["settings"][name] = rate(load(options, rank, "bfloat16"), options)
+    result["numbers"] = numbers(options)
+    print(json.dumps(result) if options.json else table(result))
     return 0
 
 
@@ -60,7 +62,7 @@ def load(options: argparse.Namespace, rank: int, dtype: str) -> Policy:
     """Return the policy as a run would load it."""
     longest = SamplingConfig(max_new_tokens=options.response, prompt_tokens=[options.prompt, options.prompt])
     settings = RLConfig(policy=options.model, dtype=dtype, lora=LoraConfig(rank=rank), sampling=longest)
-    policy = load_policy(settings)
+    policy = make_policy(settings)
     assert policy.value_head is not None
     nn.init.normal_(policy.value_head.weight, std=0.01, generator=torch.Generator().manual_seed(1))
     return policy
@@ -73,7 +75,7 @@ def batch_of(policy: Policy, rows: int, prompt: int, response: int) -> tuple[Rol
     ids = torch.randint(5, size - 5, (rows, prompt + response), generator=generator)
     noise = torch.randn(4, rows, response, generator=generator)
     mask = torch.ones(rows, response, dtype=torch.bool)
-    plain = Rollouts(
+    sampled = Rollouts(
         prompt_ids=ids[:, :prompt],
         prompt_mask=torch.ones(rows, prompt, dtype=torch.bool),
         response_ids=ids[:, prompt:],
@@ -82,10 +84,10 @@ def batch_of(policy: Policy, rows: int, prompt: int, response: int) -> tuple[Rol
         group=torch.arange(rows),
     )
     with torch.no_grad():
-        parts = [policy.forward(plain.select(r)).logprobs for r in torch.arange(rows).split(8)]
+        parts = [policy.forward(sampled.select(r)).logprobs for r in torch.arange(rows).split(8)]
     logprobs = torch.cat(parts) + 0.05 * noise[0]
     rollouts = Rollouts(
-        **{**vars(plain), "logprobs": logprobs, "old_logprobs": logprobs, "evidence": {"values": noise[3]}}
+        **{**vars(sampled), "logprobs": logprobs, "old_logprobs": logprobs, "evidence": {"values": noise[3]}}
     )
     segments = torch.arange(response).expand(rows, -1)
     return rollouts, Targets(1.0 + noise[1], noise[2], mask, mask, segments)
@@ -97,7 +99,7 @@ def rate(policy: Policy, options: argparse.Namespace) -> dict[str, float]:
     optimizer = make_optimizer(policy.trainable(), policy.remainders, OptimConfig(lr=1e-6))
     times, peaks = [], []
     for _ in range(options.repeats + 1):
-        peaks.append(matmul_rate(torch.bfloat16))
+        peaks.append(matmul_rate(torch.bfloat16, sizes=options.matmul_sizes))
         began = time.perf_counter()
         run(policy, optimizer, rollouts, targets, options.micro_tokens)
         times.append(time.perf_counter() - began)
@@ -118,7 +120,7 @@ def run(policy: Policy, optimizer: Any, rollouts: Rollouts, targets: Targets, to
 
 
 def operations(policy: Policy, rows: int, prompt: int, response: int) -> float:
-    """Return the operations of one update that must be executed, attention's products left out."""
+    """Return the necessary operations of one update, without attention's products."""
     head = policy.model.get_output_embeddings()
     total = 0.0
     for module in policy.model.modules():
@@ -130,7 +132,7 @@ def operations(policy: Policy, rows: int, prompt: int, response: int) -> float:
 
 
 def numbers(options: argparse.Namespace) -> dict[str, float]:
-    """Return the loss of a fixed batch in float32 the plain way, and how far from it the others are, relatively."""
+    """Return a fixed batch's float32 loss without shortcuts, and the relative differences of the other ways."""
     exact = load(options, 0, "float32")
     rollouts, targets = batch_of(exact, min(options.rows, 8), options.prompt, options.response)
     quick = loss_of(exact, rollouts, targets, options.micro_tokens // 4)
@@ -158,15 +160,17 @@ def without_shortcuts(policy: Policy) -> Policy:
     return other
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the figures as text."""
-    lines = [f"{found['rows']} sequences of {found['prompt'] + found['response']} tokens, {found['threads']} threads"]
-    for name, f in found["settings"].items():
+    lines = [
+        f"{result['rows']} sequences of {result['prompt'] + result['response']} tokens, {result['threads']} threads"
+    ]
+    for name, f in result["settings"].items():
         lines.append(
             f"{name:12} {f['seconds']:6.2f} s  {f['operations'] / 1e12:5.2f} TFLOP  {f['rate'] / 1e9:5.0f} of "
             f"{f['matmul_rate'] / 1e9:.0f} GFLOP/s  {f['ratio']:.1%} [{f['least']:.1%}, {f['most']:.1%}]"
         )
-    n = found["numbers"]
+    n = result["numbers"]
     lines.append(f"loss {n['loss']:.6f}: shortcuts change it by {n['shortcuts']:.1e}, bfloat16 by {n['bfloat16']:.1e}")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Credit methods of one's own: one that spreads the score, with evidence of its own, and one that charges a price.
+"""Your own credit methods: one that spreads the score, with its own evidence, and one that subtracts a penalty.
 
 With PYTHONPATH=examples, for any reward model RM:
 
@@ -22,9 +22,9 @@ LETTERS = f"{__name__}:letters"  # evidence by import path: `letters` below prod
 
 
 def words(*, mix: float = 0.8) -> Credit:
-    """Return r_t = β·Σr/n on the n tokens that hold a letter, (1−β)·r_t besides: punctuation earns nothing.
+    """Return r_t = β·Σr/n on the n tokens that hold a letter, (1−β)·r_t besides: punctuation gets nothing.
 
-    A row without letters falls back to uniform, which is counted. Not causal: n depends on later tokens.
+    A row without letters falls back to uniform shares, which is counted. Not causal: n depends on later tokens.
     """
 
     def weights(rollouts: Rollouts) -> Tensor:
@@ -41,7 +41,7 @@ def letters(models: Any, rollouts: Rollouts, texts: Sequence[str]) -> Tensor:
 
 
 def repetition(*, cost: float = 0.1) -> Credit:
-    """Return r_t − cost where tokens (t−1, t) stood side by side before in the same response.
+    """Return r_t − cost where the pair of tokens (t−1, t) occurred before in the same response.
 
     Causal, but it changes the return, so `keeps_return` is False and it comes after redistributors in a chain.
     """

@@ -1,4 +1,4 @@
-"""The pure core in a plain PyTorch loop: a toy policy learns to write tokens 3 and 7; no model library is loaded."""
+"""The pure core in a plain PyTorch loop: a toy policy is trained on tokens 3 and 7; no model library is loaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(name: str = "attention") -> None:
             for t in range(LENGTH):
                 tokens[:, t] = policy(tokens)[0][:, t].exp().multinomial(1).squeeze(1)
             (_, old, values), (_, ref, _) = policy(tokens), reference(tokens)
-        liked = ((tokens == 3) | (tokens == 7)).float()  # stands for a reward model: its score and its attention
+        liked = ((tokens == 3) | (tokens == 7)).float()  # in place of a reward model: its score and its attention
         seen = {"values": values, "reference_logprobs": ref, "reward_attention": 0.1 + liked}
         prompt = {"prompt_ids": tokens[:, :0], "prompt_mask": mask[:, :0], "group": torch.arange(BATCH)}
         response = {"response_ids": tokens, "mask": mask, "logprobs": old, "scores": liked.sum(dim=1)}

@@ -33,9 +33,9 @@ PROMPT_TOKENS = "keep the first n tokens of each prompt, n from LOW to HIGH [sam
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="%(prog)s --reward_model FOLDER [settings]",
-        description="Train a policy with ABC-PPO. One batch: sample a response to each prompt; score it with the "
-        "reward model; spread the score over the tokens by the reward model's attention; subtract the KL penalty; "
-        "estimate advantages with GAE; take clipped PPO steps. Each batch prints one line.",
+        description="Train a policy with ABC-PPO. One batch: sample a response to each prompt; score it with a reward "
+        "model; spread the score over the tokens by the reward model's attention; subtract the KL penalty; estimate "
+        "advantages with GAE; take clipped PPO steps. Each batch prints one line.",
         epilog="The name in brackets is the same setting of `apportion rl`, with the same default.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -144,7 +144,7 @@ def train(args):
         B, P = prompt_ids.shape
 
         # 8. Sample one response to each prompt, and keep log π of each token. The sampled token is the first whose
-        #    cumulative probability exceeds a uniform number. They are drawn for the whole batch before any token.
+        #    cumulative probability exceeds a uniform number. All uniform numbers of a batch are drawn beforehand.
         uniforms = torch.rand(B, args.max_new_tokens, dtype=torch.float64, generator=generator)
         response_ids, mask, logprobs = prompt_ids[:, :0], prompt_mask[:, :0], torch.zeros(B, 0)
         alive, cache = torch.ones(B, 1, dtype=torch.bool), DynamicCache()

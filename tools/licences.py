@@ -25,7 +25,7 @@ SHORT = {  # what a classifier says -> the name that SPDX gives it
     "ISC License (ISCL)": "ISC",
     "The Unlicense (Unlicense)": "Unlicense",
 }
-BY_HAND = {"typeshed-client": "MIT"}  # where the metadata says nothing: from the package's LICENSE file
+BY_HAND: dict[str, str] = {}  # where the metadata says nothing: from the package's LICENSE file
 
 
 def locked(name: str) -> dict[str, str]:
@@ -36,14 +36,15 @@ def locked(name: str) -> dict[str, str]:
 
 def licence(package: str) -> str:
     """Return what the installed package says of its licence. Raises PackageNotFoundError when it is not installed."""
-    said = metadata(package)
-    if expression := said.get("License-Expression"):
+    message = metadata(package)
+    if expression := message.get("License-Expression"):
         return str(expression)
-    classifiers = [line.split(" :: ")[-1] for line in said.get_all("Classifier") or () if line.startswith("License ::")]
+    lines = message.get_all("Classifier") or ()
+    classifiers = [line.split(" :: ")[-1] for line in lines if line.startswith("License ::")]
     known = sorted({SHORT.get(name, name) for name in classifiers if name != "OSI Approved"})
     if known:
         return " or ".join(known)
-    first = (said.get("License") or "").strip().splitlines()
+    first = (message.get("License") or "").strip().splitlines()
     return SHORT.get(first[0], first[0])[:60] if first else BY_HAND.get(package, "unknown")
 
 

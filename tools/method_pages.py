@@ -64,10 +64,10 @@ def pages() -> dict[str, str]:
     found = {"README.md": index()}
     for field, (_, room) in ROOMS.items():
         for name, factory in room.METHODS.items():
-            drawing = picture(field, name)
-            if drawing is not None:
-                found[f"images/{field}-{name}.svg"] = drawing
-            found[f"{field}-{name}.md"] = page(field, name, factory, drawing is not None)
+            drawn_figure = picture(field, name)
+            if drawn_figure is not None:
+                found[f"images/{field}-{name}.svg"] = drawn_figure
+            found[f"{field}-{name}.md"] = page(field, name, factory, drawn_figure is not None)
     return found
 
 
@@ -127,13 +127,13 @@ def body(doc: str) -> str:
 
 
 def _listed(lines: list[str]) -> str:
-    """Return `    name: text` lines as a list; deeper lines go on."""
+    """Return `    name: text` lines as a list; deeper lines continue it."""
     items: list[str] = []
     for line in lines:
         text = line.strip()
         if not line.startswith("     ") and re.match(r"[\w, ]+: ", text):
-            names, _, said = text.partition(": ")
-            items.append(f"- `{names}`: {said}")
+            names, _, message = text.partition(": ")
+            items.append(f"- `{names}`: {message}")
         elif items:
             items[-1] += f" {text}"
         else:
@@ -185,10 +185,10 @@ def _number(value: float | None) -> str:
 def pictured(field: str, name: str) -> str:
     """Return the section that shows a method's picture and says where the responses come from."""
     stored = json.loads((FOLDER / "responses.json").read_text(encoding="utf-8"))
-    said, how = "Its credit", stored["how"]
+    message, how = "Its credit", stored["how"]
     if field == "segments":
-        said, how = "Its actions", how.partition(" Each picture")[0]
-    return f"## {said} on the same three responses\n\n![{said}](images/{field}-{name}.svg)\n\n{how}"
+        message, how = "Its actions", how.partition(" Each picture")[0]
+    return f"## {message} on the same three responses\n\n![{message}](images/{field}-{name}.svg)\n\n{how}"
 
 
 def picture(field: str, name: str) -> str | None:

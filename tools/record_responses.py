@@ -1,4 +1,4 @@
-"""Records docs/methods/responses.json: three responses of a policy with everything that any method can be told of them.
+"""Records docs/methods/responses.json: three responses of a policy with the evidence of every method.
 
     python tools/record_responses.py --reward_model runs/demo/reward/final
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def main() -> int:
     config = DiagnoseConfig(reward_model=options.reward_model, count=3, sampling=sampling, dtype=dtype)
     models, prompts = open_models(config, {})
     assert models.generator is not None
-    rollouts = sample(models.policy, prompts, replace(sampling, samples_per_prompt=1), models.generator)
+    rollouts = sample(models.policy, prompts, sampling.model_copy(update={"samples_per_prompt": 1}), models.generator)
     rollouts = score(models, rollouts, wanted(), ScoreConfig())
     decode = models.policy.tokenizer.decode
     rows = []

@@ -28,6 +28,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 MEASURED = ("time/", "memory/")  # metrics of how fast and how large a run is, not of what it computes
 RENAMED = {"guards/": "monitors/", "/tightened": "/raised_kl_coef"}  # names of metrics that 0.1.0 had
+OLD_FLAGS = {"excerpts": "clips", "excerpt_tokens": "clip_tokens", "probe_excerpts": "probe_clips"}  # of 0.1.0
 RL: dict[str, Any] = {
     "steps": 4,
     "checkpoint_every": 0,
@@ -125,9 +126,11 @@ def make_world(folder: Path) -> None:
     tiny.tokenizer().save_pretrained(folder / "ending")
 
 
-def words_of(case: dict[str, Any], world: Path, output: Path) -> list[str]:
-    """Return the words of the command."""
+def words_of(case: dict[str, Any], world: Path, source: Path, output: Path) -> list[str]:
+    """Return the words of the command in the tree of `source`."""
     flags = dict(case["flags"])
+    if (source / "apportion" / "config.py").exists():
+        flags = {OLD_FLAGS.get(name, name): value for name, value in flags.items()}
     if case["stage"] == "reward":
         places: dict[str, Any] = {"model": world / "policy", "data": world / "reviews.csv"}
     else:
@@ -144,7 +147,7 @@ def run(case: dict[str, Any], world: Path, source: Path, output: Path) -> None:
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "MASTER_"))}
     environment = plain | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= case.get("environment", {})
-    words = words_of(case, world, output)
+    words = words_of(case, world, source, output)
     if case.get("killed"):
         kill_after(words, environment, output / "metrics.jsonl", lines=2)
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)

@@ -1,1 +1,1 @@
-"""`apportion bench faults` and `soak`: real runs that are killed and go on, and a long one that may not grow."""
+"""Fault injection on real runs: kills, resumes, and a comparison with undisturbed runs."""

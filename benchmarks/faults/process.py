@@ -1,7 +1,7 @@
-"""Runs of the command as processes that can be killed: forked from this one, whose libraries are loaded, or anew.
+"""Runs of the command as processes that can be killed: forks of this process, or new interpreters.
 
-A fork is a process as any other, takes milliseconds instead of seconds to begin, and runs `python -m apportion` from
-its first line. It is only taken where no other thread runs.
+A fork starts in milliseconds instead of seconds, as the libraries are imported already, and executes `python -m
+apportion` from its first line. The parent must have a single thread.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.harness.environment import environment
+
 LIBRARIES = (
-    "jsonargparse",
+    "pydantic",
     "rich.progress",
     "peft",
     "transformers.models.llama.modeling_llama",
@@ -28,8 +30,8 @@ LIBRARIES = (
 )
 
 
-def warm() -> None:
-    """Load what a run loads, once, for its forks; on one thread, so that none is there to be lost."""
+def import_libraries() -> None:
+    """Import the libraries of a run once, for its forks; on one thread, as a fork has only one."""
     import torch
 
     torch.set_num_threads(1)
@@ -38,28 +40,31 @@ def warm() -> None:
 
 
 class Process:
-    """One command in a process of its own, its output in a file."""
+    """One command in a process of its own, its output in a file.
 
-    def __init__(self, words: Sequence[str], said: Path, *, anew: bool = False) -> None:
-        self.said, self.code = said, None if anew else 0
+    Args:
+        fork: fork this process instead of starting a new interpreter.
+    """
+
+    def __init__(self, words: Sequence[str], output: Path, *, fork: bool = True) -> None:
+        self.output = output
         self.began = time.monotonic()
         self.ended: int | None = None
         self._popen: subprocess.Popen[bytes] | None = None
-        if anew:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "apportion", *words]
-            with said.open("wb") as file:
-                self._popen = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment
-                )
-            self.pid = self._popen.pid
-        else:
+        if fork:
             self.pid = os.fork()
             if self.pid == 0:
-                _become(words, said)
+                _become(words, output)
+        else:
+            command = [sys.executable, "-m", "apportion", *words]
+            with output.open("wb") as file:
+                self._popen = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(1)
+                )
+            self.pid = self._popen.pid
 
     def poll(self) -> int | None:
-        """Return the exit code, −9 for a killed one, None while it runs."""
+        """Return the exit code (−9 if killed), None while it runs."""
         if self.ended is None:
             if self._popen is not None:
                 self.ended = self._popen.poll()
@@ -69,27 +74,27 @@ class Process:
         return self.ended
 
     def kill(self) -> int:
-        """Kill it, and return how it ended: 0 where it was done already."""
+        """Kill it and return its exit code; 0 where it had finished."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         return self.wait()
 
     def wait(self) -> int:
-        """Return the exit code when it has ended."""
+        """Wait for the end and return the exit code."""
         while (code := self.poll()) is None:
             time.sleep(0.005)
         return code
 
     def text(self) -> str:
-        """Return what it printed."""
-        return self.said.read_text(encoding="utf-8", errors="replace")
+        """Return its output."""
+        return self.output.read_text(encoding="utf-8", errors="replace")
 
 
-def _become(words: Sequence[str], said: Path) -> None:
-    """Be the command, in a fork, and end with its exit code."""
+def _become(words: Sequence[str], output: Path) -> None:
+    """Execute the command in a forked child and exit with its code."""
     code = 1
     try:
-        handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         for stream in (1, 2):
             os.dup2(handle, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -1,4 +1,4 @@
-"""The settings of `apportion bench faults` and `apportion bench soak`; standard library alone."""
+"""Settings of `benchmarks.faults` and `benchmarks.soak`; standard library only."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from apportion.errors import ConfigError
 
 @dataclass
 class FaultsConfig:
-    """`apportion bench faults`: runs are killed (SIGKILL), go on, and are compared with ones that were left alone.
+    """Runs are killed (SIGKILL), resumed, and compared with undisturbed ones.
 
     Attributes:
-        kills: how many, half of them with adapters and half with all weights learning.
-        model_kills: of these, how many on the whole built-in model instead of a 2-layer one.
-        in_checkpoint: part of the kills that is aimed at the writing of a checkpoint; the others come at any time.
+        kills: number of kills, half of them with adapters and half with all weights trained.
+        model_kills: number of them on the whole built-in model instead of a 2-layer one.
+        in_checkpoint: fraction of the kills aimed at the writing of a checkpoint; the others come at any time.
         tokenizer: `smollm2`, or a folder with a tokenizer (then model_kills must be 0).
         steps: batches of a run.
         checkpoint_every: batches between checkpoints.
-        jobs: runs at a time, with one thread each.
-        seed: of the moments.
-        folder: where the runs are written; null is a temporary folder, removed at the end.
+        jobs: runs in parallel, with one thread each.
+        seed: of the moments of the kills.
+        folder: folder of the runs; null is a temporary folder, removed at the end.
         out: the result file; null writes none.
     """
 
@@ -38,14 +38,14 @@ class FaultsConfig:
 
 @dataclass
 class SoakConfig:
-    """`apportion bench soak`: one long run of a small model, whose memory and file handles may not grow.
+    """One long run of a small model, whose memory and file handles must not grow.
 
     Attributes:
-        batches: how many.
+        batches: number of batches.
         judge_after: batches before memory is judged.
         tokenizer: `smollm2`, or a folder with a tokenizer.
         seed: of the run.
-        folder: where it is written; null is a temporary folder, removed at the end.
+        folder: folder of the run; null is a temporary folder, removed at the end.
         out: the result file; null writes none.
     """
 
@@ -59,9 +59,9 @@ class SoakConfig:
 
 def check_faults(config: FaultsConfig) -> None:
     """Raise ConfigError for a setting outside its range."""
-    whole = {"kills": (config.kills, 1), "model_kills": (config.model_kills, 0), "jobs": (config.jobs, 1)}
-    whole |= {"steps": (config.steps, 3), "checkpoint_every": (config.checkpoint_every, 1)}
-    for name, (value, low) in whole.items():
+    minima = {"kills": (config.kills, 1), "model_kills": (config.model_kills, 0), "jobs": (config.jobs, 1)}
+    minima |= {"steps": (config.steps, 3), "checkpoint_every": (config.checkpoint_every, 1)}
+    for name, (value, low) in minima.items():
         if type(value) is not int or value < low:
             raise ConfigError(name, value, f"a whole number >= {low}", f"Set {name} to one.")
     if not 0 <= config.in_checkpoint <= 1:
@@ -70,11 +70,11 @@ def check_faults(config: FaultsConfig) -> None:
     if config.model_kills > config.kills:
         raise ConfigError("model_kills", config.model_kills, f"at most kills ({config.kills})", "Lower it.")
     if config.model_kills and config.tokenizer != "smollm2":
-        fix = "The whole model reads its own tokenizer: set model_kills to 0."
+        fix = "The whole model has its own tokenizer: set model_kills to 0."
         raise ConfigError("tokenizer", config.tokenizer, "smollm2 where model_kills > 0", fix)
     if config.checkpoint_every >= config.steps:
         expected = f"less than steps ({config.steps})"
-        fix = "Without a checkpoint there is nothing to go on from."
+        fix = "Without a checkpoint there is nothing to resume."
         raise ConfigError("checkpoint_every", config.checkpoint_every, expected, fix)
 
 

@@ -1,4 +1,4 @@
-"""Small real models on a real tokenizer, prompts, and the flags of the runs that are killed."""
+"""Inputs of the killed runs: small models with a real tokenizer, prompts, and the flags."""
 
 from __future__ import annotations
 
@@ -45,12 +45,14 @@ def make_world(folder: Path, tokenizer: str) -> Path:
 
     from apportion.models.loading import load_tokenizer, locate
 
-    words = load_tokenizer("tokenizer", str(Path(tokenizer)) if Path(tokenizer).is_dir() else locate("", tokenizer))
-    made: list[tuple[str, Any, dict[str, Any]]] = [
+    vocabulary = load_tokenizer(
+        "tokenizer", str(Path(tokenizer)) if Path(tokenizer).is_dir() else locate("", tokenizer)
+    )
+    kinds: list[tuple[str, Any, dict[str, Any]]] = [
         ("policy", AutoModelForCausalLM, {}),
         ("reward", AutoModelForSequenceClassification, {"num_labels": 2}),
     ]
-    for seed, (name, auto, more) in enumerate(made):
+    for seed, (name, auto, more) in enumerate(kinds):
         torch.manual_seed(seed)
         config = LlamaConfig(
             hidden_size=32,
@@ -58,24 +60,24 @@ def make_world(folder: Path, tokenizer: str) -> Path:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            vocab_size=len(words),
+            vocab_size=len(vocabulary),
             max_position_embeddings=256,
-            pad_token_id=words.pad_token_id,
-            eos_token_id=words.eos_token_id,
-            bos_token_id=words.bos_token_id,
+            pad_token_id=vocabulary.pad_token_id,
+            eos_token_id=vocabulary.eos_token_id,
+            bos_token_id=vocabulary.bos_token_id,
             initializer_range=0.2,
             tie_word_embeddings=True,
             **more,
         )
         auto.from_config(config).save_pretrained(folder / name)
-        words.save_pretrained(folder / name)
+        vocabulary.save_pretrained(folder / name)
     rows = [{"prompt": SENTENCES[i % 4][: 20 + i]} for i in range(24)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
-def arguments(world: Path, output: Path, kind: str, **more: Any) -> list[str]:
-    """Return the command line of a run of `kind` into `output`; `more` are the defaults that a kind may change."""
+def arguments_of(world: Path, output: Path, kind: str, **more: Any) -> list[str]:
+    """Return the command line of a run of `kind` into `output`; the kind's own settings override `more`."""
     paths = {"policy": world / "policy", "reward_model": world / "reward", "prompts": world / "prompts.jsonl"}
     settings = {**SMALL, **paths, **more, **KINDS[kind], "output": output}
     return ["rl", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]

@@ -1,1 +1,1 @@
-"""What the benchmarks share: work, processes, recordings, figures."""
+"""Parts that the benchmarks share: command lines, workloads, measured processes, recordings, figures."""

@@ -1,4 +1,4 @@
-"""An environment for each peer: its package without dependencies, in a folder of its own, before ours on the path."""
+"""The environment of a measured process: paths, threads, and a peer's package in a folder of its own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from apportion.data.assets import cache_dir
 from apportion.errors import ConfigError, DiskError
 from benchmarks.harness.settings import Peer
 
-SOURCE = Path(__file__).parents[2]  # where this package is imported from
+ROOT = Path(__file__).parents[2]  # of the checkout
 
 
 def installed(peer: Peer) -> Path:
-    """Return the folder with the peer's package, installed at the first call, whole or not at all.
+    """Return the folder with the peer's package, installed atomically at the first call.
 
-    Torch, transformers and all else are those of this environment.
+    Torch, transformers and everything else come from this environment.
 
     Raises:
         ConfigError: pip cannot install it. DiskError: the cache folder cannot be written to.
@@ -31,11 +31,11 @@ def installed(peer: Peer) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     except OSError as error:
-        expected, fix = "a cache folder that can be written to", "Set XDG_CACHE_HOME to a folder elsewhere."
+        expected, fix = "a writable cache folder", "Set XDG_CACHE_HOME to a folder elsewhere."
         raise DiskError("cache folder", f"{folder.parent}: {error.strerror}", expected, fix) from error
     try:
         _pip(peer, work)
-        if not folder.is_dir():  # another process may have been quicker
+        if not folder.is_dir():  # another process may have installed it meanwhile
             os.replace(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -47,19 +47,19 @@ def _pip(peer: Peer, target: Path) -> None:
     command += ["--only-binary=:all:", "--quiet", "--no-input", "--disable-pip-version-check"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = " ".join([line for line in said if "ERROR" in line] or said[-2:])
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = " ".join([line for line in lines if "ERROR" in line] or lines[-2:])
         got = f"{peer.spec}: pip failed: {reason}"
         fix = "Check the network, or set PIP_FIND_LINKS to a folder with its wheel."
         raise ConfigError("peer", got, "a package index that pip can reach", fix)
 
 
 def environment(threads: int, first: Path | None = None) -> dict[str, str]:
-    """Return the environment variables of a measured process: its path, `first` before all, and its threads."""
-    paths = [str(path) for path in (first, SOURCE) if path is not None]
-    given = os.environ.get("PYTHONPATH")
+    """Return the environment of a measured process: its threads, and a path of `first`, then this checkout."""
+    paths = [str(path) for path in (first, ROOT / "src", ROOT) if path is not None]
+    inherited = os.environ.get("PYTHONPATH")
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])]),
+        "PYTHONPATH": os.pathsep.join([*paths, *([inherited] if inherited else [])]),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",

@@ -1,4 +1,4 @@
-"""From what processes wrote down to medians, ratios and rates; a ratio is refused where the work differs."""
+"""Medians, ratios and rates from the measured processes' results, and the check that both sides did the same work."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from statistics import median
 from typing import Any
 
 from apportion.errors import DataError
+from benchmarks.harness.measuring import spread
 
 PHASES = ("generate", "score", "reference", "update", "other")
 WORK = ("prompts", "prompt_tokens", "generated_tokens", "trained_tokens", "optimizer_steps")
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return {median, min, max}."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
@@ -34,7 +30,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float], cud
     phases = {name: spread([batch["phases"][name] for batch in batches]) for name in PHASES}
     flop: dict[str, float] = next((run["flop"] for run in runs if run["flop"]), {})
     peaks = [run["peak"]["gpu_mb" if cuda else "rss_mb"] for run in runs]
-    took = {name: value["median"] for name, value in phases.items()} | {"total": median(seconds)}
+    medians = {name: value["median"] for name, value in phases.items()} | {"total": median(seconds)}
     return {
         "seconds": spread(seconds),
         "phases": phases,
@@ -42,12 +38,12 @@ def summarise(runs: Sequence[Mapping[str, Any]], rates: Mapping[str, float], cud
         "batch_seconds": seconds,
         "work": work,
         "tokens_per_s": {
-            "generated_in_generate": work["generated_tokens"] / len(batches) / took["generate"],
-            "generated_in_all": work["generated_tokens"] / len(batches) / took["total"],
-            "trained_in_update": work["trained_tokens"] / len(batches) / took["update"],
+            "generated_in_generate": work["generated_tokens"] / len(batches) / medians["generate"],
+            "generated_in_all": work["generated_tokens"] / len(batches) / medians["total"],
+            "trained_in_update": work["trained_tokens"] / len(batches) / medians["update"],
         },
         "flop": flop,
-        "flops": {name: achieved(count, took.get(name, 0.0), rates) for name, count in flop.items()},
+        "flops": {name: achieved(count, medians.get(name, 0.0), rates) for name, count in flop.items()},
         "memory_mb": spread(peaks),
         "peak_mb": peaks,
         "peaks": [run["peak"] for run in runs],
@@ -65,9 +61,9 @@ def achieved(count: float, seconds: float, rates: Mapping[str, float]) -> dict[s
 
 
 def check_same_work(ours: Mapping[str, int], peer: Mapping[str, int]) -> None:
-    """Raise DataError unless both sides did the same work: a ratio of different work says nothing."""
-    other = [name for name in WORK if ours[name] != peer[name]]
-    if other:
-        got = "; ".join(f"{name.replace('_', ' ')}: ours {ours[name]}, peer {peer[name]}" for name in other)
+    """Raise DataError unless both sides did the same work: a ratio of different work is meaningless."""
+    different = [name for name in WORK if ours[name] != peer[name]]
+    if different:
+        got = "; ".join(f"{name.replace('_', ' ')}: ours {ours[name]}, peer {peer[name]}" for name in different)
         fix = "No ratio is given: choose settings under which both do the same (--ours_settings may differ)."
         raise DataError("work of both sides", got, "the same on both", fix)

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on: what it is, and how fast it multiplies and reads when nothing else runs."""
+"""Description of the machine, and its matmul rates and read bandwidth when nothing else runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -43,36 +43,38 @@ def describe() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that decide how fast a batch is."""
+    """Return the installed versions of the packages that determine the speed of a batch."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for name in ("torch", "transformers", "peft", "accelerate", "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def processor() -> tuple[str, set[str]]:
-    """Return the processor's name and its flags; elsewhere than on Linux, what Python knows and no flags."""
+    """Return the processor's name and its flags; outside Linux, Python's name for it and no flags."""
     file = Path("/proc/cpuinfo")
     if not file.is_file():
         return platform.processor() or platform.machine(), set()
     lines = [line.partition(":") for line in file.read_text().splitlines()]
-    found = {key.strip().lower(): value.strip() for key, _, value in reversed(lines)}  # the first processor's
-    return found.get("model name", platform.machine()), set(found.get("flags", found.get("features", "")).split())
+    values = {key.strip().lower(): value.strip() for key, _, value in reversed(lines)}  # of the first processor
+    return values.get("model name", platform.machine()), set(values.get("flags", values.get("features", "")).split())
 
 
-def matmul_rate(dtype: torch.dtype, *, device: str = "cpu", seconds: float = 0.4) -> float:
-    """Return FLOP/s of square matrix products in `dtype`: the median of each of three sizes, and the best of those.
+def matmul_rate(
+    dtype: torch.dtype, *, device: str = "cpu", seconds: float = 0.4, sizes: Sequence[int] = SIZES
+) -> float:
+    """Return FLOP/s of square matrix products in `dtype`: the median of each of several sizes, and the best of those.
 
     Args:
-        seconds: how long each size is repeated, after two products to warm up; at least five products each.
+        seconds: minimum time of each size, after two warm-up products; at least five products each.
     """
     rates = []
-    for size in SIZES:
+    for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
         rates.append(2 * size**3 / _median_time(partial(torch.mm, left, right, out=out), seconds, device))

@@ -1,4 +1,4 @@
-"""Operation counts of kernels that PyTorch's FlopCounterMode does not know: CPU attention and in-place products."""
+"""Operation counts of kernels that PyTorch's FlopCounterMode lacks: CPU attention and in-place products."""
 
 from __future__ import annotations
 

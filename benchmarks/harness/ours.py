@@ -1,6 +1,6 @@
-"""Run in a process of its own: `apportion.stages.rl.train.train` on a benchmark's work, watched from outside.
+"""Our side of the comparison, run in a process of its own: `apportion.stages.rl.train.train`, timed from outside.
 
-The loop runs as if for a long training, so that the learning rate stays where it is, and is left after the last batch.
+The run is configured for many steps, so that the learning rate stays constant, and is stopped after the last batch.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
-from apportion.config import RLConfig, check
-from apportion.errors import ApportionError, ConfigError, unknown_name
+from apportion.cli.arguments import value_of
+from apportion.config import RLConfig
+from apportion.config.section import settings_of, takes_null, takes_text
+from apportion.errors import ApportionError, unknown_name
 from apportion.system import cpu
 from apportion.types import Rollouts
 from benchmarks.harness.recorder import Recorder, read_work
 from benchmarks.harness.settings import Work
 
-LONG = 100_000  # steps of the training that is begun
+MANY = 100_000  # steps in the settings; the run stops long before
 
 
-class Enough(Exception):
-    """The last batch is measured: the training is left without saving."""
+class LastBatch(Exception):
+    """Stops the training after the last measured batch, without saving."""
 
 
 def rl_config(work: Work) -> RLConfig:
-    """Return the settings of `apportion rl` for the work: exact lengths, nothing written but metrics.
+    """Return the settings of `apportion rl` for the work: exact lengths, metrics as the only output.
 
     Raises:
         ConfigError: an override that is no setting, or a value outside its range.
@@ -40,7 +40,7 @@ def rl_config(work: Work) -> RLConfig:
         reward_model=work.reward,
         prompts=work.prompts,
         output=str(Path(work.folder) / "run"),
-        steps=LONG,
+        steps=MANY,
         checkpoint_every=0,
         log_rollouts=0,
         compare=[],
@@ -62,32 +62,23 @@ def rl_config(work: Work) -> RLConfig:
     elif not critic:
         config.algorithm = work.algorithm
     for text in work.overrides:
-        lay_over(config, text)
-    check(config)
+        override(config, text)
     return config
 
 
-def lay_over(config: Any, text: str) -> None:
+def override(config: Any, text: str) -> None:
     """Set one "section.name=value" of a configuration. Raises ConfigError for a name that is no setting."""
     name, _, value = text.partition("=")
-    place, parts = config, name.strip().split(".")
-    for part in parts[:-1]:
-        place = getattr(place, part, None)
-    if not hasattr(place, parts[-1]):
-        known = [key for key in vars(config) if not hasattr(getattr(config, key), "__dataclass_fields__")]
-        inner = {key: vars(getattr(config, key)) for key in vars(config) if key not in known}
-        raise unknown_name("ours_settings", name, [*known, *(f"{k}.{n}" for k in inner for n in inner[k])])
-    try:
-        # as the command's own flags: 1e-6 is a number
-        loaded = yaml.safe_load(value)
-        loaded = float(loaded) if isinstance(loaded, str) and isinstance(getattr(place, parts[-1]), float) else loaded
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"ours_settings {name}", value, "a YAML value of its type", "Fix it.") from error
-    setattr(place, parts[-1], loaded)
+    name, fields = name.strip(), settings_of(type(config))
+    if name not in fields:
+        raise unknown_name("ours_settings", name, fields)
+    section, _, key = name.rpartition(".")
+    given = value_of(name, value, text=takes_text(fields[name]), null=takes_null(fields[name]))
+    setattr(getattr(config, section) if section else config, key, given)
 
 
 def monitor(recorder: Recorder) -> None:
-    """Time the phases of the loop and count its work; nothing of it is replaced."""
+    """Time the phases of the loop and count its work by wrapping its functions."""
     from apportion.models.policy import Policy
 
     rl: Any = importlib.import_module("apportion.stages.rl.train")
@@ -117,7 +108,7 @@ def monitor(recorder: Recorder) -> None:
 
 
 def logged(work: Work) -> dict[str, float]:
-    """Return the medians of what the run itself logged of its time and memory over the timed batches."""
+    """Return the medians over the timed batches of the run's own `time/*` and `memory/*` metrics."""
     lines = (Path(work.folder) / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines[work.warmup : work.warmup + work.batches]]
     names = [name for name in rows[0] if name.startswith(("time/", "memory/"))]
@@ -127,7 +118,7 @@ def logged(work: Work) -> dict[str, float]:
 def main() -> int:
     """Train, measure, write; return 0, or 2 with a message in error.txt."""
     work = read_work()
-    cpu.keep_freed_memory()  # as every command of ours does
+    cpu.keep_freed_memory()  # as every command does
     try:
         config = rl_config(work)
         from apportion.stages.rl.train import train
@@ -137,11 +128,11 @@ def main() -> int:
 
         def on_step(step: int, steps: int, metrics: dict[str, float]) -> None:
             if recorder.batch_done():
-                raise Enough
+                raise LastBatch
 
         try:
             train(config, on_step=on_step)
-        except Enough:
+        except LastBatch:
             recorder.save(logged=logged(work))
     except ApportionError as error:
         (Path(work.folder) / "error.txt").write_text(str(error))

@@ -1,4 +1,4 @@
-"""What a measured process writes down: seconds by phase, work done, memory, operations, and what a step changed."""
+"""The recorder of a measured process: seconds by phase, work, memory, operations, and the weights changed by a step."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ LEFT = ("generate", "score", "reference", "update")
 
 
 class Recorder:
-    """Monitors one run: `wrap` its functions, call `batch_done` at the end of each batch, `save` at the end.
+    """Records one run: `wrap` its functions, call `batch_done` at the end of each batch, `save` at the end.
 
-    Phases are exclusive: time inside an inner one is not the outer one's. Everything of the timed batches is kept; the
+    Phases are exclusive: the time of an inner one is not counted in the outer one. All timed batches are recorded; the
     counted batch at the end gives operations and the share of weights that its first step changed.
     """
 
@@ -43,21 +43,21 @@ class Recorder:
         self._before: list[tuple[Tensor, Tensor]] | None = None
         self._cuda = work.device != "cpu" and torch.cuda.is_available()
         self._reset()
-        # of every optimizer in the process, so that neither side has to be told
+        # of every optimizer in the process, so that neither side needs code for it
         register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
 
     # --- phases -------------------------------------------------------------------------------------------------------
 
     def wrap(self, owner: Any, name: str, phase: str, after: Callable[..., None] | None = None) -> None:
-        """Time `owner.name` as `phase`; `after(result, *args, **kwargs)` may count what it did.
+        """Time `owner.name` as `phase`; `after(result, *args, **kwargs)` may count its work.
 
         Raises:
             ConfigError: there is no such function (another version of the package).
         """
         if not callable(getattr(owner, name, None)):
             got = f"{getattr(owner, '__name__', type(owner).__name__)} without {name}"
-            raise ConfigError("peer", got, "the version that is measured", "Check its installed version.")
+            raise ConfigError("peer", got, "the measured version", "Check its installed version.")
         inner = getattr(owner, name)
 
         @functools.wraps(inner)
@@ -88,7 +88,7 @@ class Recorder:
             self._stack[-1][4] += flop
 
     def open(self, phase: str) -> None:
-        """Begin a phase that lasts until the batch is done, unless it has begun."""
+        """Begin a phase that lasts until the batch is done, unless it is open."""
         if not self.inside(phase):
             self.enter(phase)
 
@@ -106,7 +106,7 @@ class Recorder:
             self._counts[name] += int(value)
 
     def scored(self, scores: Tensor) -> None:
-        """Note the reward model's raw scores of the current batch."""
+        """Record the reward model's raw scores of the current batch."""
         self._scores += scores.detach().flatten().tolist()
 
     # --- batches ------------------------------------------------------------------------------------------------------
@@ -153,13 +153,13 @@ class Recorder:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._counter is not None and self.changed is None:
-            learned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            self._before = [(p, whole(optimizer, p)) for p in learned]
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            self._before = [(p, stepped_weight(optimizer, p)) for p in parameters]
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.add(optimizer_steps=1)
         if self._before is not None:
-            different = sum(int((whole(optimizer, p) != old).sum()) for p, old in self._before)
+            different = sum(int((stepped_weight(optimizer, p) != old).sum()) for p, old in self._before)
             self.changed = different / max(1, sum(p.numel() for p, _ in self._before))
             self._before = None
 
@@ -167,13 +167,13 @@ class Recorder:
 
     def save(self, **more: Any) -> None:
         """Write result.json into the work's folder."""
-        found = {"batches": self.batches, "peak": self.peak, "flop": self.flop, "changed": self.changed, **more}
-        found["versions"] = versions()
-        (Path(self.work.folder) / "result.json").write_text(json.dumps(found, indent=1))
+        result = {"batches": self.batches, "peak": self.peak, "flop": self.flop, "changed": self.changed, **more}
+        result["versions"] = versions()
+        (Path(self.work.folder) / "result.json").write_text(json.dumps(result, indent=1))
 
 
-def whole(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
-    """Return a copy of what is stepped: the float32 master where the weight is half of one, else the weight."""
+def stepped_weight(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """Return a copy of the weight that the optimizer steps: its float32 master where there is one."""
     remainder = getattr(optimizer, "remainders", {}).get(parameter)
     return parameter.detach().clone() if remainder is None else join(parameter.detach(), remainder)
 
@@ -186,7 +186,7 @@ def peak_memory(cuda: bool) -> dict[str, float]:
 def peak_rss() -> float:
     """Return the peak resident memory of this process, MB.
 
-    Linux's VmHWM; elsewhere ru_maxrss, which on Linux would also hold what the parent had when it forked.
+    VmHWM on Linux, where ru_maxrss includes the parent's memory at the fork; ru_maxrss elsewhere.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -200,13 +200,13 @@ def peak_rss() -> float:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that this process has really loaded."""
+    """Return the versions of the packages that this process has loaded."""
     names = ("torch", "transformers", "trl", "accelerate", "peft", "apportion")
     return {name: str(sys.modules[name].__version__) for name in names if hasattr(sys.modules.get(name), "__version__")}
 
 
 def read_work() -> Work:
-    """Return the work named on the command line, with this process's threads set as it says."""
+    """Return the work that the command line names, and set this process's threads and seed to its values."""
     work = Work(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(work.threads)
     torch.manual_seed(work.seed)

@@ -1,4 +1,4 @@
-"""The settings of `apportion bench speed` and the peers it knows; standard library alone."""
+"""Settings of `benchmarks.speed`, the peers, and the work of one process; standard library only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Peer(NamedTuple):
 
     @property
     def spec(self) -> str:
-        """What pip is asked for."""
+        """The requirement for pip."""
         return f"{self.project}=={self.version}"
 
 
@@ -42,30 +42,30 @@ PEERS: Mapping[str, Peer] = {
 
 @dataclass
 class SpeedConfig:
-    """`apportion bench speed`: seconds and memory of a batch, ours and a peer's, at the same work.
+    """Seconds and memory of a batch, ours and a peer's, at the same work.
 
     Attributes:
         peer: the released trainer beside ours: trl-ppo (TRL 1.12.0), trl-grpo or trl-rloo (TRL 1.16.0).
         ours: "full" (all weights, a separate value model with PPO: the peer's work), or "default" (our own defaults:
             adapters, a value head on the shared trunk).
-        ours_settings: settings of `apportion rl` laid over ours, each "name=value".
+        ours_settings: overrides of `apportion rl` settings for our side, each "name=value".
         peer_precision: float32, autocast (bfloat16 products over float32 weights), bfloat16 (weights too), or best: all
-            three for two batches each, then the quickest.
+            three for two batches each, then the fastest.
         model: policy, reference and trunk of the reward model: `smollm2`, a folder, or a hub id.
         prompts: where prompts come from: `imdb`, a file or folder with a column prompt or text, or a hub id.
         batches: timed batches of each side.
-        rounds: turns of ours and the peer over which they are spread, a process a turn, one warm-up batch each.
-        batch: rollouts a batch; null is the peer's usual one (16 with PPO, else 32).
+        rounds: alternations between ours and the peer; a process each, with one warm-up batch.
+        batch: rollouts a batch; null is the peer's default (16 with PPO, else 32).
         samples: rollouts of one prompt; null is 1 with PPO, else 8.
         prompt_tokens: tokens of every prompt; null is 8 with PPO, else 128.
         new_tokens: tokens of every response; null is 24 with PPO, else 64.
         epochs: passes over a batch; null is 4 with PPO, else 1.
         mini_batch: rollouts an optimizer step; null is the whole batch.
         peer_micro_batch: rollouts a forward pass of the peer's update; null is the whole mini-batch.
-        peer_checkpointing: let the peer recompute activations, its own default: slower, less memory.
-        threads: of each process; null is every core that this process may use.
+        peer_checkpointing: let the peer recompute activations, as it does by default: slower, less memory.
+        threads: of each process; null is every core available to this process.
         device: auto, cpu, cuda.
-        pad_token: a token of the tokenizer to pad with, when it has none of its own.
+        pad_token: the padding token, for a tokenizer without one.
         seed: random seed.
         output: the result file; null is benchmarks/results/speed-PEER-OURS.json.
     """
@@ -95,9 +95,9 @@ class SpeedConfig:
 
 @dataclass
 class Work:
-    """What one process does, written to a file for it: paths, the shape of a batch, and how many batches.
+    """The work of one process, passed to it as a file: paths, the shape of a batch, and the number of batches.
 
-    `role` is "ours" or the peer's algorithm; `precision` is the peer's. The first `warmup` batches are not timed;
+    `role` is "ours" or "peer"; `precision` is the peer's. The first `warmup` batches are not timed;
     `count` adds an untimed one at the end under a counter of operations.
     """
 
@@ -129,7 +129,7 @@ class Work:
 
     @property
     def total(self) -> int:
-        """Batches in all, timed or not."""
+        """Number of batches, timed or not."""
         return self.warmup + self.batches + self.count
 
     @property
@@ -139,7 +139,7 @@ class Work:
 
 
 def check(config: SpeedConfig) -> None:
-    """Raise ConfigError for a setting that cannot work, before anything is loaded or installed."""
+    """Raise ConfigError for an invalid setting, before anything is loaded or installed."""
     if config.peer not in PEERS:
         raise unknown_name("peer", config.peer, PEERS)
     for name, known in (("ours", ("full", "default")), ("peer_precision", (*PRECISIONS, "best"))):
@@ -154,7 +154,7 @@ def check(config: SpeedConfig) -> None:
         expected = f"at most batches ({config.batches}): a round times one batch at least"
         raise ConfigError("rounds", config.rounds, expected, "Lower it, or raise batches.")
     if config.output is not None and not config.output.strip():
-        raise ConfigError("output", config.output, "a file name, or null", "Leave it out for the usual one.")
+        raise ConfigError("output", config.output, "a file name, or null", "Leave it out for the default.")
     _check_shape(shaped(config))
     for text in config.ours_settings:
         if not text.partition("=")[0].strip() or "=" not in text:
@@ -170,21 +170,21 @@ def _check_shape(config: SpeedConfig) -> None:
     if not grouped and config.peer_micro_batch < config.mini_batch < config.batch:
         expected = f"mini_batch ({config.mini_batch}): TRL's PPO cannot accumulate within one of several mini-batches"
         raise ConfigError("peer_micro_batch", config.peer_micro_batch, expected, "Leave it out.")
-    for name, whole, other in (
+    for name, size, other in (
         ("samples", config.batch, "batch"),
         ("mini_batch", config.batch, "batch"),
         ("peer_micro_batch", config.mini_batch, "mini_batch"),
     ):
-        if whole % getattr(config, name):
-            expected = f"a divisor of {other} ({whole})"
+        if size % getattr(config, name):
+            expected = f"a divisor of {other} ({size})"
             raise ConfigError(name, getattr(config, name), expected, "Change one of the two.")
 
 
 def shaped(config: SpeedConfig) -> SpeedConfig:
-    """Return the settings with the peer's usual shape where they are null."""
-    given: dict[str, Any] = {
+    """Return the settings with the peer's default shape where they are null."""
+    shape: dict[str, Any] = {
         name: value if getattr(config, name) is None else getattr(config, name)
         for name, value in PEERS[config.peer].shape.items()
     }
-    mini = config.mini_batch or given["batch"]
-    return replace(config, **given, mini_batch=mini, peer_micro_batch=config.peer_micro_batch or mini)
+    mini = config.mini_batch or shape["batch"]
+    return replace(config, **shape, mini_batch=mini, peer_micro_batch=config.peer_micro_batch or mini)

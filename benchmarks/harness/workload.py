@@ -1,4 +1,4 @@
-"""What both sides are given: the same prompts of an exact length, and the same reward model."""
+"""Inputs that both sides share: prompts of an exact length and a reward model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from apportion.models.loading import load_classifier, load_tokenizer
 def write_prompts(source: str, tokenizer: Any, length: int, count: int, target: Path) -> Path:
     """Write `count` different prompts of exactly `length` tokens to `target` as JSON lines, and return it.
 
-    A prompt is the text of a row's first `length` tokens, kept only if the text becomes the same ids again, so that a
-    side that is given text and one that is given ids do the same.
+    A prompt is the text of a row's first `length` tokens, used only if it is tokenised to the same ids, so that a side
+    that takes text and one that takes ids process the same tokens.
 
     Raises:
         DataError: there are fewer such prompts than `count`.
@@ -26,28 +26,28 @@ def write_prompts(source: str, tokenizer: Any, length: int, count: int, target: 
     from apportion.data import prompts
 
     texts = prompts(source, "rl" if source == "imdb" else None)
-    found = exact([text for text in texts if isinstance(text, str)], tokenizer, length, count)
-    if len(found) < count:
-        got = f"{source} with {len(found)} different prompts of exactly {length} tokens"
+    chosen = exact([text for text in texts if isinstance(text, str)], tokenizer, length, count)
+    if len(chosen) < count:
+        got = f"{source} with {len(chosen)} different prompts of exactly {length} tokens"
         fix = "Give more texts, or lower batches, batch or prompt_tokens."
         raise DataError("prompts", got, f"{count} of them, enough for every batch", fix)
-    target.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in found), encoding="utf-8")
+    target.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in chosen), encoding="utf-8")
     return target
 
 
 def exact(texts: Sequence[str], tokenizer: Any, length: int, count: int) -> list[str]:
-    """Return up to `count` different beginnings of `texts` that are exactly `length` tokens, none of them special."""
+    """Return up to `count` different prefixes of `texts` of exactly `length` tokens, none of them special."""
     special = set(tokenizer.all_special_ids)
-    found: dict[str, None] = {}
+    prefixes: dict[str, None] = {}
     for text in texts:
         # a token is never longer than 50 characters of ordinary text
         ids = list(tokenizer(text[: 50 * length])["input_ids"])[:length]
         cut = tokenizer.decode(ids)
         if len(ids) == length and not special & set(ids) and list(tokenizer(cut)["input_ids"]) == ids:
-            found.setdefault(cut)
-        if len(found) == count:
+            prefixes.setdefault(cut)
+        if len(prefixes) == count:
             break
-    return list(found)
+    return list(prefixes)
 
 
 def save_reward(folder: str, target: Path, pad_token: str | None, seed: int) -> Path:

@@ -1,1 +1,1 @@
-"""Real runs of other packages' released trainers, each in a process and an environment of its own."""
+"""Runs of other packages' released trainers, each in a process and an environment of its own."""

@@ -1,4 +1,4 @@
-"""What the runs of TRL's trainers share: prompts, tokenizer, settings, and when a batch is over."""
+"""Parts that the runs of TRL's trainers share: prompts, tokenizer, settings, and the end of a batch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from benchmarks.harness.settings import Work
 
 
 class BatchEnd(TrainerCallback):  # type: ignore[misc]
-    """Tells the recorder that a batch is done after every `steps` calls of on_step_end."""
+    """Closes the recorder's batch after every `steps` calls of on_step_end."""
 
     def __init__(self, recorder: Recorder, steps: int) -> None:
         self.recorder, self.steps, self.seen = recorder, steps, 0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The first batch begins here."""
+        """Begin the first batch."""
         self.recorder.begin()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Count, and close the batch when it is time."""
+        """Count steps, and close the batch after the last one."""
         self.seen += 1
         if self.seen % self.steps == 0:
             self.recorder.batch_done()
@@ -37,7 +37,7 @@ def prompts_of(work: Work) -> list[str]:
 
 
 def tokenizer_of(work: Work) -> Any:
-    """Return the tokenizer, padded on the left as TRL asks."""
+    """Return the tokenizer, padded on the left as TRL requires."""
     tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
     if work.pad_token is not None:
         tokenizer.pad_token = work.pad_token
@@ -45,12 +45,12 @@ def tokenizer_of(work: Work) -> Any:
 
 
 def weights_dtype(work: Work) -> torch.dtype:
-    """Return the dtype in which every model's weights are kept."""
+    """Return the dtype of every model's weights."""
     return torch.bfloat16 if work.precision == "bfloat16" else torch.float32
 
 
 def common_settings(work: Work) -> dict[str, Any]:
-    """Return what all of TRL's configurations are told: no logging to services, no files, a constant learning rate."""
+    """Return the settings of all of TRL's configurations: no logging to services, no files, constant learning rate."""
     return {
         "output_dir": str(Path(work.folder) / "run"),
         "report_to": "none",

@@ -1,7 +1,7 @@
 """Run in a process of its own, with TRL 1.16.0 first on its path: its GRPOTrainer or RLOOTrainer on a benchmark's work.
 
-Nothing of TRL's is replaced: methods of the trainer are wrapped, timed and counted. The reward model is given to TRL as
-a model, so that TRL calls it in its own way.
+TRL's code is unchanged: methods of the trainer are wrapped, timed and counted. The reward model is passed to TRL as a
+model, so that TRL calls it in its own way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.harness.recorder import Recorder, read_work
 from benchmarks.harness.settings import Work
 from benchmarks.peers.common import BatchEnd, common_settings, prompts_of, tokenizer_of, weights_dtype
 
-BETA = {"grpo": 0.04, "rloo": 0.05}  # a reference is read on both sides
+BETA = {"grpo": 0.04, "rloo": 0.05}  # both sides evaluate a reference model
 
 
 def make(work: Work) -> Any:

@@ -1,6 +1,6 @@
 """Run in a process of its own, with TRL 1.12.0 first on its path: its PPOTrainer on a benchmark's work.
 
-Nothing of TRL's is replaced: its `batch_generation`, `get_reward` and `forward` are wrapped, timed and counted.
+TRL's code is unchanged: its `batch_generation`, `get_reward` and `forward` are wrapped, timed and counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def make(work: Work) -> PPOTrainer:
     for model in (policy, reference, judge, value):
         model.config.pad_token_id = tokenizer.pad_token_id
     policy.generation_config.suppress_tokens = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-    # its accumulation counts over mini-batches: with several of them, each has to be one pass
+    # its accumulation spans mini-batches: with several of them, each must be one pass
     whole = work.batch if work.micro_batch == work.mini_batch else work.micro_batch
     settings = PPOConfig(
         **common_settings(work),
@@ -40,7 +40,7 @@ def make(work: Work) -> PPOTrainer:
         total_episodes=work.batch * work.total,
         response_length=work.new_tokens,
         num_sample_generations=0,
-        kl_coef=KL["kl_penalty"]["coef"],  # what ours begins with
+        kl_coef=KL["kl_penalty"]["coef"],  # our initial coefficient
     )
     rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in prompts_of(work)]
     return PPOTrainer(
@@ -67,7 +67,7 @@ def monitor(recorder: Recorder, trainer: PPOTrainer, work: Work) -> None:
     recorder.wrap(ppo_trainer, "batch_generation", "generate", generated)
 
     def judged(result: Any, model: Any, *args: Any) -> None:
-        if model is trainer.reward_model:  # it reads values with the same function
+        if model is trainer.reward_model:  # values come from the same function
             recorder.scored(result[1])
 
     recorder.wrap(ppo_trainer, "get_reward", "score", judged)
@@ -93,7 +93,7 @@ def main() -> int:
     trainer = make(work)
     recorder = Recorder(work)
     monitor(recorder, trainer, work)
-    trainer.add_callback(BatchEnd(recorder, 1))  # its callbacks hear of whole batches
+    trainer.add_callback(BatchEnd(recorder, 1))  # its callbacks are called once a batch
     trainer.train()
     recorder.save(peer=str(Path(sys.modules["trl"].__file__ or "").parent.parent))
     return 0

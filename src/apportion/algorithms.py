@@ -1,4 +1,4 @@
-"""The named algorithms: few-line combinations of a credit, segments, an estimator and a policy loss."""
+"""The named algorithms: combinations of a credit, segments, an estimator and a policy loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from apportion import advantages, compatibility, credit, losses, registry, segments
-from apportion.errors import format_problem, unknown_name
+from apportion.errors import unknown_name
 from apportion.types import Method
 from apportion.user_code import guard_credit
 
@@ -137,12 +137,12 @@ def build(
     advantages_spec: Spec = None,
     loss_spec: Spec = None,
 ) -> Method:
-    """Return the method of that name, with any of its choices replaced.
+    """Return the method called `algorithm`, with any of its choices replaced.
 
     A single credit in place of the algorithm's is followed by the algorithm's KL penalty; a list is the whole chain.
 
     Raises:
-        ConfigError: an unknown name or setting, or a combination that means nothing (`refusals`).
+        ConfigError: an unknown name or setting, or a combination without meaning (`compatibility`).
     """
     if algorithm not in ALGORITHMS:
         raise unknown_name("algorithm", algorithm, ALGORITHMS)
@@ -152,9 +152,9 @@ def build(
         field: registry.parse(field, getattr(named, field) if spec is None else spec)
         for field, spec in zip(FIELDS, given, strict=True)
     }
-    compatibility.refuse_repeated([name for name, _ in parts["credit"]])
+    compatibility.check_distinct([name for name, _ in parts["credit"]])
     credits = {name: guard_credit(name, credit.make(name, kwargs)) for name, kwargs in parts["credit"]}
-    compatibility.refuse_credits(credits)
+    compatibility.check_redistributors(credits)
     method = Method(
         credit.chain(*credits.values()),
         segments.build(parts["segments"]),
@@ -163,26 +163,15 @@ def build(
         {field: [{name: kwargs} for name, kwargs in pairs] for field, pairs in parts.items()},
     )
     names = {field: pairs[0][0] for field, pairs in parts.items()}
-    compatibility.refuse(compatibility.Combination(credits, method.segment, method.estimate, method.loss, names))
+    compatibility.check_methods(compatibility.Combination(credits, method.segment, method.estimate, method.loss, names))
     return method
 
 
 def merge(named: Spec, given: Spec) -> Spec:
-    """Return the credit chain to use: `given` alone if it is a list, else `given` followed by the named penalty."""
+    """Return the credit chain to use: only `given` if it is a list, else `given` followed by the named penalty."""
     if given is None:
         return named
     if isinstance(given, (list, tuple)):
         return given
     penalties = [spec for spec in registry.parse("credit", named) if spec[0] == "kl_penalty"]
     return [given, *({name: kwargs} for name, kwargs in penalties if name not in dict(registry.parse("credit", given)))]
-
-
-def discount_warning(method: Method) -> str | None:
-    """Return a warning when γ < 1 meets a redistributing credit: the return is then no longer what was scored."""
-    gamma = getattr(method.estimate, "gamma", 1.0)
-    if gamma >= 1.0 or not (method.credit.share is not None or method.credit.redistributes):
-        return None
-    expected = "1 with a redistributing credit"
-    fix = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."
-    name = next(iter(method.specs["advantages"][0]))
-    return format_problem(f"advantages.{name}.gamma", gamma, expected, fix)

@@ -1,16 +1,51 @@
-"""The refusal table: combinations of methods that mean nothing, each refused by name with what to do instead."""
+"""All rules on combinations of methods and settings, and the defaults that depend on the method.
+
+Each rule is one line of a table: when it applies, the setting and the value it names, what is expected, and the fix.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
-from apportion.errors import ConfigError
-from apportion.types import Credit, Estimator, PolicyLoss, Segmenter
+from apportion.config import DiagnoseConfig, RLConfig
+from apportion.errors import ConfigError, format_problem
+from apportion.registry import EvidenceKey
+from apportion.system import time_limit
+from apportion.types import Credit, Estimator, Method, PolicyLoss, Segmenter
+from apportion.user_code import user_defined_names
+
+T = TypeVar("T")
+GROUP = 4  # rollouts of one prompt where an estimator compares them
+EPOCHS = {True: 4, False: 1}  # passes over a batch, with a critic and without
 
 
-class Combination(NamedTuple):
-    """The built choices, and the name of each by field ("credit", "segments", "advantages", "loss")."""
+@dataclass(frozen=True)
+class Refusal(Generic[T]):
+    """One refusal. `field`, `got` and `expected` are texts, or functions of what the rule is about."""
+
+    applies: Callable[[T], bool]
+    field: str | Callable[[T], str]
+    got: Callable[[T], Any]
+    expected: str | Callable[[T], str]
+    fix: str
+
+    def check(self, subject: T) -> None:
+        """Raise ConfigError where it applies to `subject`."""
+        if self.applies(subject):
+            field = self.field if isinstance(self.field, str) else self.field(subject)
+            expected = self.expected if isinstance(self.expected, str) else self.expected(subject)
+            raise ConfigError(field, self.got(subject), expected, self.fix)
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The four choices as built, and the name of each by field ("credit", "segments", "advantages", "loss")."""
 
     credits: Mapping[str, Credit]
     segment: Segmenter
@@ -20,7 +55,7 @@ class Combination(NamedTuple):
 
     @property
     def dense(self) -> list[str]:
-        """The credits that move a reward to other tokens: where it lands is all that they say, up to a constant."""
+        """The credits that move a reward to other tokens: its place is all that they determine, up to a constant."""
         return [
             name
             for name, one in self.credits.items()
@@ -29,11 +64,11 @@ class Combination(NamedTuple):
 
     @property
     def beyond_the_score(self) -> list[str]:
-        """The credits that a mean score of fresh rollouts does not foresee; a KL penalty is paid as it comes."""
+        """The credits that a mean score of fresh rollouts does not estimate; a KL penalty is paid where it arises."""
         return [name for name in self.credits if name not in ("sparse", "kl_penalty")]
 
     @property
-    def spreading(self) -> list[str]:
+    def sharing(self) -> list[str]:
         """The credits that declare how they share a score out."""
         return [name for name, one in self.credits.items() if one.share is not None]
 
@@ -44,26 +79,16 @@ class Combination(NamedTuple):
 
     @property
     def scalar(self) -> bool:
-        """Whether the estimator reads the sum of each row's rewards only."""
+        """Whether the estimator uses the sum of each row's rewards only."""
         return bool(getattr(self.estimate, "scalar", False))
 
-
-class Refusal(NamedTuple):
-    """One line of the table: when it applies, the field and the value it names, what was expected, the fix."""
-
-    applies: Callable[[Combination], bool]
-    field: str
-    got: Callable[[Combination], str]
-    expected: str
-    fix: str
+    @property
+    def one_advantage(self) -> bool:
+        """Whether all tokens of a response have the same advantage."""
+        return not self.weighs and (self.scalar or self.names["segments"] == "whole_response")
 
 
-def pair(first: str, second: str) -> Callable[[Combination], str]:
-    """Return the names of two choices, joined."""
-    return lambda c: f"{c.names[first]} with {c.names[second]}"
-
-
-TABLE: tuple[Refusal, ...] = (
+METHODS: tuple[Refusal[Combination], ...] = (
     Refusal(
         lambda c: c.scalar and bool(c.dense) and not c.weighs,
         "credit",
@@ -72,16 +97,14 @@ TABLE: tuple[Refusal, ...] = (
         "Set advantages.credit_mix above 0 to weigh its advantage by the credit's shares, or use sparse.",
     ),
     Refusal(
-        lambda c: c.weighs and not c.spreading,
+        lambda c: c.weighs and not c.sharing,
         "advantages",
         lambda c: f"credit_mix > 0 of {c.names['advantages']} with {' + '.join(c.credits)}",
         "a credit that shares a score out (uniform, attention, policy_attention)",
         "Choose such a credit, or set advantages.credit_mix to 0.",
     ),
     Refusal(
-        lambda c: (
-            c.loss.ratio == "sequence" and (c.weighs or not (c.scalar or c.names["segments"] == "whole_response"))
-        ),
+        lambda c: c.loss.ratio == "sequence" and not c.one_advantage,
         "loss",
         lambda c: f"{c.names['loss']} with the token-wise advantages of {c.names['advantages']}",
         "one advantage a response: its ratio covers the whole response",
@@ -111,28 +134,193 @@ TABLE: tuple[Refusal, ...] = (
 )
 
 
-def refuse(combination: Combination) -> None:
-    """Raise ConfigError for the first line of the table that applies."""
-    for line in TABLE:
-        if line.applies(combination):
-            raise ConfigError(line.field, line.got(combination), line.expected, line.fix)
+def check_methods(combination: Combination) -> None:
+    """Raise ConfigError for the first refusal that applies to the combination."""
+    for refusal in METHODS:
+        refusal.check(combination)
 
 
-def refuse_repeated(names: Sequence[str]) -> None:
+def check_distinct(names: Sequence[str]) -> None:
     """Raise ConfigError for a credit chain that holds a method twice."""
     if len(set(names)) < len(names):
         raise ConfigError("credit", list(names), "each method once", "Drop the repeated one.")
 
 
-def refuse_credits(credits: Mapping[str, Credit]) -> None:
-    """Raise ConfigError for a credit chain with two that redistribute."""
-    spreading = redistributors(credits)
-    if len(spreading) > 1:
-        got = " with ".join(spreading)
+def check_redistributors(credits: Mapping[str, Credit]) -> None:
+    """Raise ConfigError for a credit chain with two that redistribute: that declare a share, or say so."""
+    names = [name for name, one in credits.items() if one.share is not None or one.redistributes]
+    if len(names) > 1:
         fix = "The second would spread what the first has spread. Choose one."
-        raise ConfigError("credit", got, "at most one redistributor", fix)
+        raise ConfigError("credit", " with ".join(names), "at most one redistributor", fix)
 
 
-def redistributors(credits: Mapping[str, Credit]) -> list[str]:
-    """Return the names of the credits that redistribute, a user's too: those that declare a share, or say so."""
-    return [name for name, one in credits.items() if one.share is not None or one.redistributes]
+def discount_warning(method: Method) -> str | None:
+    """Return a warning when γ < 1 meets a redistributing credit: the return is then no longer what was scored."""
+    gamma = getattr(method.estimate, "gamma", 1.0)
+    if gamma >= 1.0 or not (method.credit.share is not None or method.credit.redistributes):
+        return None
+    expected = "1 with a redistributing credit"
+    fix = "With γ < 1 a redistribution changes the discounted return, so the optimum moves. Use gamma: 1."
+    return format_problem(f"advantages.{estimator_name(method)}.gamma", gamma, expected, fix)
+
+
+def estimator_name(method: Method) -> str:
+    """Return the name of a method's estimator."""
+    return str(next(iter(method.specs["advantages"][0])))
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def resolve_defaults(config: RLConfig, method: Method) -> None:
+    """Set what is null in `config` to the method's own value, then check the settings against the method.
+
+    Raises:
+        ConfigError: a setting that the method, or another setting, does not allow.
+    """
+    ppo, sampling, estimate = config.ppo, config.sampling, method.estimate
+    if sampling.samples_per_prompt is None:
+        sampling.samples_per_prompt = GROUP if method.group_wise else 1
+    if ppo.truncated is None:
+        ppo.truncated = "terminal"
+    if ppo.value_tokens is None:
+        ppo.value_tokens = "first" if getattr(estimate, "pooling", "first") == "first" else "all"
+    if ppo.epochs is None:
+        ppo.epochs = EPOCHS[method.critic]
+    if ppo.whiten_advantages is None:
+        ppo.whiten_advantages = bool(getattr(estimate, "whitened", method.critic))
+    for refusal in SETTINGS:
+        refusal.check(Run(config, method))
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run, none of them null, and its method."""
+
+    config: RLConfig
+    method: Method
+
+    @property
+    def estimator(self) -> str:
+        """The name of the estimator."""
+        return estimator_name(self.method)
+
+    @property
+    def per_prompt(self) -> int:
+        """Rollouts of one prompt."""
+        return self.config.sampling.samples_per_prompt or 1
+
+    @property
+    def pays_prefixes(self) -> bool:
+        """Whether the method pays the score of the text so far."""
+        return any(EvidenceKey.of(need).name == "prefix_scores" for need in self.method.needs)
+
+    @property
+    def raising(self) -> list[str]:
+        """The monitors that raise the KL coefficient."""
+        return [f"monitors.{name}" for name, value in self.config.monitors if value == "raise_kl_coef"]
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a kl_penalty with a coefficient above 0 is in the credit chain."""
+        chain = (pair for spec in self.method.specs["credit"] for pair in spec.items())
+        return any(kwargs.get("coef", 1.0) > 0 for name, kwargs in chain if name == "kl_penalty")
+
+    @cached_property
+    def user_functions(self) -> list[str]:
+        """The user-supplied functions among the methods and their evidence."""
+        timed = [self.method.specs[field] for field in ("credit", "segments", "advantages")]
+        return user_defined_names([*timed, list(self.config.compare), self.method.needs])
+
+
+SETTINGS: tuple[Refusal[Run], ...] = (
+    Refusal(
+        lambda r: bool(r.config.sampling.batch_size % r.per_prompt),
+        "sampling.batch_size",
+        lambda r: r.config.sampling.batch_size,
+        lambda r: f"a multiple of sampling.samples_per_prompt ({r.per_prompt})",
+        "A batch holds every sample of each of its prompts: change one of the two.",
+    ),
+    Refusal(
+        lambda r: r.method.group_wise and r.per_prompt < 2,
+        "sampling.samples_per_prompt",
+        lambda r: r.per_prompt,
+        lambda r: f"at least 2 with {r.estimator}, which compares the rollouts of one prompt",
+        f"Set it to {GROUP}, say.",
+    ),
+    Refusal(
+        lambda r: r.config.ppo.truncated == "bootstrap" and not r.method.critic,
+        "ppo.truncated",
+        lambda r: "bootstrap",
+        lambda r: f"terminal, mask or penalty: {r.estimator} has no critic to estimate what would have followed",
+        "Choose one of them, or gae.",
+    ),
+    Refusal(
+        lambda r: r.config.ppo.truncated == "bootstrap" and r.pays_prefixes,
+        "ppo.truncated",
+        lambda r: "bootstrap",
+        "terminal, mask or penalty with prefix_difference, which pays the score of the text so far",
+        "Choose one of them: the critic's value after a cut would count that score again.",
+    ),
+    Refusal(
+        lambda r: r.config.ppo.truncated != "terminal" and r.config.sampling.stop == "length",
+        "ppo.truncated",
+        lambda r: r.config.ppo.truncated,
+        "terminal: with sampling.stop length no response ever ends by itself",
+        "Use sampling.stop: eos, where it tells responses apart.",
+    ),
+    Refusal(
+        lambda r: bool(r.raising) and not r.has_penalty,
+        lambda r: r.raising[0],
+        lambda r: "raise_kl_coef",
+        "off, warn or stop: the credit chain has no kl_penalty with a coefficient above 0 to raise",
+        "Choose one of them, or add kl_penalty to --credit.",
+    ),
+    Refusal(
+        lambda r: r.config.monitors.timeout is not None and time_limit.SIGNAL is None and bool(r.user_functions),
+        "monitors.timeout",
+        lambda r: r.config.monitors.timeout,
+        lambda r: f"null: this system has no signal that could interrupt {r.user_functions[0]}",
+        "Set it to null: the time is then not limited.",
+    ),
+    Refusal(
+        lambda r: r.estimator == "vine" and r.config.ppo.truncated == "penalty",
+        "ppo.truncated",
+        lambda r: "penalty",
+        "terminal or mask: vine's values are mean scores, cut off or not, and carry no penalty",
+        "Choose one of them, or gae.",
+    ),
+    Refusal(
+        lambda r: r.estimator == "vine" and r.config.ppo.whiten_rewards,
+        "ppo.whiten_rewards",
+        lambda r: True,
+        "false: vine's values are scores, and whitened rewards are in other units",
+        "Use scores.scale, which both go through.",
+    ),
+    Refusal(
+        lambda r: r.config.ppo.value_model != "shared" and not r.method.critic,
+        "ppo.value_model",
+        lambda r: r.config.ppo.value_model,
+        lambda r: f"shared: {r.estimator} learns no values",
+        "Leave it out, or choose gae.",
+    ),
+)
+
+
+def check_processes(config: RLConfig, processes: int) -> None:
+    """Raise ConfigError where a batch has fewer prompts, or a mini-batch fewer rollouts, than there are processes."""
+    sampling, fix = config.sampling, "Raise it, or launch fewer."
+    prompts = sampling.batch_size // (sampling.samples_per_prompt or 1)
+    if prompts < processes:
+        expected = f"at least {processes} prompts a batch, one a process: it has {prompts}"
+        raise ConfigError("sampling.batch_size", sampling.batch_size, expected, fix)
+    if config.ppo.mini_batch < processes:
+        expected = f"at least {processes}, a rollout a process"
+        raise ConfigError("ppo.mini_batch", config.ppo.mini_batch, expected, fix)
+
+
+def check_diagnosis(config: DiagnoseConfig) -> None:
+    """Raise ConfigError where a diagnosis sets its rollouts of one prompt twice."""
+    given = config.sampling.samples_per_prompt
+    if given is not None:
+        raise ConfigError("sampling.samples_per_prompt", given, "null", "Use --samples here.")

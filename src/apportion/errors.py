@@ -99,7 +99,7 @@ class ScoreError(ApportionError, ValueError):
 
 
 class UserCodeError(ApportionError, RuntimeError):
-    """A function of the user's raised, or did not return in time; the run folder holds its traceback."""
+    """A user-supplied function raised, or did not return in time; the run folder holds its traceback."""
 
 
 class MonitorError(ApportionError, ArithmeticError):

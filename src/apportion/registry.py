@@ -63,21 +63,21 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     expected = "an importable package.module:function"
     try:
         factory = getattr(_import(module), attribute)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a user-supplied module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(field, name, expected, f"The import failed: {reason}.") from error
+        raise ConfigError(field, name, expected, f"The import failed with {reason}.") from error
     if not callable(factory):
         raise ConfigError(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function.")
     return factory
 
 
 def _import(module: str) -> Any:
-    """Import `module`, also from the working folder, which a console script's import path does not include."""
+    """Import `module`, also from the working folder, which is not on the path of a console script."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
-            raise  # the module exists; one of its own imports does not
+            raise  # the module exists, and something that it imports does not
     sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module)
@@ -86,16 +86,16 @@ def _import(module: str) -> Any:
 
 
 def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> Any:
-    """Return `factory(**kwargs)`, after checking the keys against its signature.
+    """Return `factory(**kwargs)`, its keys checked against the signature.
 
     Raises:
-        ConfigError: an unknown key (with suggestions), or a required one that is missing.
+        ConfigError: a key that the factory does not take (with suggestions), or a required one that is absent.
     """
     try:
         parameters = inspect.signature(factory).parameters
     except (ValueError, TypeError) as error:
-        fix = "Wrap it in a Python function."
-        raise ConfigError(field, name, "a function with a signature that Python can read", fix) from error
+        fix = "Wrap it in a function of your own."
+        raise ConfigError(field, name, "a function with a signature", fix) from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in kwargs:
         if key not in parameters and not takes_any:
@@ -114,7 +114,7 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
         return factory(**kwargs)
     except ConfigError:
         raise
-    except Exception as error:  # a user's factory may raise anything
+    except Exception as error:  # a user-supplied factory may raise anything
         got = f"{name}, which raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ConfigError(field, got, "a method", "Fix the function, or its settings.") from error
 

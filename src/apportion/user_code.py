@@ -56,13 +56,13 @@ class UserCode:
             UserCodeError: it raised (that is the cause), tried to end the process, or took too long.
             ConfigError: its time cannot be limited, because no process can be started.
         """
-        if self._running:
+        if self._running or self.timeout is None:
             return call_named(name, function, *args)
         hung = f"{LATE}. It hung in code that cannot be interrupted. {self.last_words.place}".strip()
-        files = {} if self.timeout is None else self.last_words.files(str(self._late(name, hung)))
+        message = str(self._late(name, hung))
         self._running = True
         try:
-            with time_limit(self.timeout, str(self._late(name, hung)), files, self.last_words.trace):
+            with time_limit(self.timeout, message, self.last_words.files(message), self.last_words.trace):
                 return call_named(name, function, *args)
         except TimedOut as error:
             raise self._late(name, f"{LATE}.") from error
@@ -136,6 +136,7 @@ def guard_credit(name: str, credit: Credit, code: UserCode | None = None) -> Cre
         return validate_rewards(name, result[0], rollouts.mask), validate_state(name, result[1])
 
     def update(state: State, sums: Any) -> State:
+        assert credit.update is not None
         return validate_state(name, call(credit.update, state, sums))
 
     def limited(function: Callable[..., Any] | None) -> Any:
@@ -156,8 +157,10 @@ def guard_method(method: Method, code: UserCode) -> Method:
     name = user_defined(name for spec in method.specs["credit"] for name in spec)
     if name is not None:  # a chain of guarded credits: the call of the chain has the time
         call = partial(code.call, name)
-        functions = {key: getattr(credit, key) for key in ("init", "assign", "share", "stats", "update")}
-        credit = credit._replace(**{key: partial(call, f) for key, f in functions.items() if f is not None})
+        parts = ("init", "assign", "share", "stats", "update")
+        functions: dict[str, Any] = {key: getattr(credit, key) for key in parts}
+        limited: dict[str, Any] = {key: partial(call, function) for key, function in functions.items() if function}
+        credit = credit._replace(**limited)
     plain = credit.assign
 
     def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:

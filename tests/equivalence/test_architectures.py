@@ -48,13 +48,13 @@ def test_rows_equal_the_models_own_eager_attention(name: str, implementation: st
 def test_a_row_of_the_batch_equals_the_row_alone(name: str, implementation: str) -> None:
     model = on(name, implementation)
     inputs, pooled = inputs_of(name, "both")
-    together = tap(model, inputs).weights(pooled)
+    in_batch = tap(model, inputs).weights(pooled)
     for i in range(3):
         real = inputs["attention_mask"][i].bool()
         alone = {k: v[i : i + 1, real] for k, v in inputs.items()}
         at = pooled[i : i + 1] - int(real.int().argmax())
         row = tap(model, alone).weights(at)
-        torch.testing.assert_close(together[i : i + 1, :, real], row, rtol=0, atol=1e-5)
+        torch.testing.assert_close(in_batch[i : i + 1, :, real], row, rtol=0, atol=1e-5)
         del alone["attention_mask"]
         torch.testing.assert_close(tap(model, alone).weights(at), row, rtol=0, atol=1e-5)
 

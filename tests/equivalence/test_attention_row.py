@@ -86,12 +86,12 @@ def test_rows_one_by_one_and_without_padding_equal_the_batch(name):
     model = tiny_models.build(name)
     inputs, last = tiny_models.batch("right" if name == "bert" else "both")
     inputs = tiny_models.positions(inputs)
-    together = tap(model, inputs).weights(last)
+    in_batch = tap(model, inputs).weights(last)
     for i in range(3):
         real = inputs["attention_mask"][i].bool()
         alone = {k: v[i : i + 1, real] for k, v in inputs.items()}
         row = tap(model, alone).weights(torch.tensor([int(real.sum()) - 1]))
-        torch.testing.assert_close(together[i : i + 1, :, real], row, rtol=0, atol=1e-5)
+        torch.testing.assert_close(in_batch[i : i + 1, :, real], row, rtol=0, atol=1e-5)
         del alone["attention_mask"]  # no mask at all: causality is rebuilt
         bare = tap(model, alone).weights(torch.tensor([int(real.sum()) - 1]))
         torch.testing.assert_close(bare, row, rtol=0, atol=1e-5)

@@ -12,10 +12,10 @@ import tiny_runs
 import torch
 
 from apportion.errors import ConfigError
-from apportion.models.policy import load_policy
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.value_head import score_layer
 from apportion.stages.rl import train
+from apportion.stages.rl.policy import make_policy
 
 RESPONSES = [[50, 60, 70, 80, 90], [33, tiny_runs.EOS], [tiny_runs.EOS], [21, 22, 23, tiny_runs.EOS]]
 STATISTICS = {"mean": 0.7, "sd": 2.5}
@@ -43,14 +43,14 @@ def test_values_begin_as_the_reward_of_the_text_so_far(
     (folder / "reward.json").write_text(json.dumps(STATISTICS))
     reward = load_reward(str(folder), device="cpu")
     changes = {"lora.rank": rank, "ppo.value_model": "reward", "sampling.stop": "eos"} | scores
-    policy = load_policy(tiny_runs.config(world, **changes), reward)
+    policy = make_policy(tiny_runs.config(world, **changes), reward)
     prompts = tiny_runs.prompts(4)
     batch = tiny_runs.rollouts_of(prompts, RESPONSES)
     with torch.no_grad():
         values, after = policy.values(batch)
     for row, (prompt, response) in enumerate(zip(prompts, RESPONSES, strict=True)):
         expected = prefix_scores(reward, prompt, response)
-        if scores:  # an excerpt is no part of a value: it would have no gradient
+        if scores:  # the clip is no part of a value: it would have no gradient
             expected = (expected - STATISTICS["mean"]) / STATISTICS["sd"]
         assert torch.allclose(values[row, : len(response)], expected[:-1], atol=1e-5)
         assert torch.allclose(after[row], expected[-1], atol=1e-5)
@@ -61,7 +61,7 @@ def test_values_begin_as_the_reward_of_the_text_so_far(
 def test_the_critic_learns_and_the_reward_model_stays(world: Path) -> None:
     reward = tiny_runs.judge(world)
     before = {name: p.clone() for name, p in reward.model.named_parameters()}
-    policy = load_policy(tiny_runs.config(world, **{"lora.rank": 0, "ppo.value_model": "reward"}), reward)
+    policy = make_policy(tiny_runs.config(world, **{"lora.rank": 0, "ppo.value_model": "reward"}), reward)
     learning = {id(p) for p in policy.trainable()}
     assert all(id(p) in learning for p in policy.value_trunk.parameters())
     tiny_runs.stir(policy)

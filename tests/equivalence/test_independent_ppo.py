@@ -24,7 +24,7 @@ CLIP = 0.15
 SETTINGS = PPOConfig(
     epochs=1, mini_batch=8, micro_batch=3, value_clip=0.1, value_coef=0.3, whiten_advantages=True, value_tokens="first"
 )
-# one token an action, however it is said
+# one token an action, in any form
 CUTS = {"tokens": segments.tokens, "ngrams": lambda: segments.ngrams(n=1)}
 
 
@@ -33,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_runs.world(tmp_path_factory.mktemp("world"))
 
 
-class Scene(NamedTuple):
+class Setup(NamedTuple):
     """The policy as it sampled, the policy that now learns, and the scored rollouts."""
 
     before: Policy
@@ -42,7 +42,7 @@ class Scene(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def scene(world: Path) -> Scene:
+def scene(world: Path) -> Setup:
     changes = {"sampling.stop": "eos", "policy": world / "ending", "lora.rank": 0}
     now = tiny_runs.policy(world, stirred=False, **changes)
     torch.nn.init.normal_(now.value_head.weight, std=0.1)
@@ -55,7 +55,7 @@ def scene(world: Path) -> Scene:
     batch = score(Models(now, tiny_runs.judge(world)), batch, needs, ScoreConfig())
     tiny_runs.stir(now, 0.02)
     assert batch.ended.any() and not batch.ended.all() and batch.mask.sum(dim=1).unique().numel() > 2
-    return Scene(before, now, batch)
+    return Setup(before, now, batch)
 
 
 # --- the second writing: nothing of ours is called below this line, up to the next ------------------------------------
@@ -111,7 +111,7 @@ class Found(NamedTuple):
 
 
 def second_writing(
-    scene: Scene, texts: list[tuple[list[int], list[int]]], scores: list[float], ended: list[bool]
+    scene: Setup, texts: list[tuple[list[int], list[int]]], scores: list[float], ended: list[bool]
 ) -> Found:
     before, now = copy.deepcopy(scene.before), copy.deepcopy(scene.now)
     now.value_head.double()
@@ -162,7 +162,7 @@ def near(got: list[list[float]], expected: list[list[float]]) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_our_path_is_token_ppo_written_a_second_time(scene: Scene, cut: str) -> None:
+def test_our_path_is_token_ppo_written_a_second_time(scene: Setup, cut: str) -> None:
     batch, mask = scene.batch, scene.batch.mask
     texts = [tiny_runs.alone(batch, i) for i in range(len(batch))]
     found = second_writing(scene, texts, batch.scores.tolist(), batch.ended.tolist())

@@ -17,8 +17,9 @@ from apportion.config import LoraConfig
 from apportion.losses import clipped_policy
 from apportion.models.loading import load_causal, locate
 from apportion.models.lora import add_adapter, target_names
-from apportion.models.policy import Policy, load_policy
+from apportion.models.policy import Policy
 from apportion.models.saving import save_policy
+from apportion.stages.rl.policy import make_policy
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ["llama (grouped queries)", "gpt2", "opt", "gpt-neox", "mistral (window 4)", "qwen3 (q/k norm)"]
@@ -151,7 +152,7 @@ def test_the_reference_of_adapters_takes_no_memory(world: Path, rank: int, value
     """Counted twice: transformers alive in this process, and parameter bytes."""
     gc.collect()
     before = {id(o) for o in gc.get_objects() if type(o) is LlamaModel}
-    policy = load_policy(tiny_runs.config(world, **{"lora.rank": rank, "ppo.value_model": value_model}))
+    policy = make_policy(tiny_runs.config(world, **{"lora.rank": rank, "ppo.value_model": value_model}))
     gc.collect()
     made = [o for o in gc.get_objects() if type(o) is LlamaModel and id(o) not in before]
     assert len(made) == trunks

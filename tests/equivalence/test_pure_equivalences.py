@@ -1,4 +1,4 @@
-"""What must equal what: limits of credits, chains, GAE and segments that recover a known method."""
+"""Equal methods: limits of credits, chains, GAE and segments that recover a known method."""
 
 from __future__ import annotations
 

@@ -35,10 +35,11 @@ from apportion.models.master_weights import (
     to_float32,
     to_sixteen_bit,
 )
-from apportion.models.policy import Policy, load_policy, plain_head
+from apportion.models.policy import Policy, plain_head
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.shared_prompt import shared_prompts
 from apportion.models.token_logprobs import token_logprobs
+from apportion.stages.rl.policy import make_policy
 from apportion.training.state import pack_state, unpack_state
 
 
@@ -117,10 +118,10 @@ def test_split_and_join_lose_no_bit() -> None:
     assert (weight == numbers.bfloat16()).float().mean() > 0.999  # nearest; ties alone may differ
 
 
-def layers() -> nn.Module:
+def layers(width: int = 700) -> nn.Module:
     """Return parameters of several shapes, one larger than a block."""
     torch.manual_seed(0)
-    return nn.ModuleList([nn.Linear(700, 900), nn.Linear(5, 3, bias=False), nn.LayerNorm(7)])
+    return nn.ModuleList([nn.Linear(width, 900), nn.Linear(5, 3, bias=False), nn.LayerNorm(7)])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -147,7 +148,7 @@ def test_steps_on_split_weights_are_adamws_on_float32(monkeypatch: pytest.Monkey
 
 def test_moments_in_16_bit_follow_those_in_32() -> None:
     """A second moment of steps 0.001 stands still if it is rounded to nearest; rounded at random it follows."""
-    halves = [layers(), layers()]
+    halves = [layers(30), layers(30)]
     made = [to_sixteen_bit(h) for h in halves]
     optimizers = [
         MasterAdamW(h.parameters(), lr=1e-4, remainders=r, moments=m)
@@ -163,7 +164,7 @@ def test_moments_in_16_bit_follow_those_in_32() -> None:
     assert narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32
     assert float(narrow.float().mean() / wide.mean()) == pytest.approx(1.0, abs=0.01)
     moved = [torch.cat([join(p, r).flatten() for p, r in m.items()]) for m in made]
-    start = torch.cat([p.detach().flatten() for p in layers().parameters()])
+    start = torch.cat([p.detach().flatten() for p in layers(30).parameters()])
     assert (moved[0] - start).norm() > 1e-3 * start.norm()
     assert (moved[1] - moved[0]).norm() < 0.1 * (moved[0] - start).norm()
 
@@ -481,7 +482,7 @@ def test_trimming_takes_columns_that_are_padding_everywhere() -> None:
 
 
 def test_loading_leaves_heads_and_sharing_known(world: Path) -> None:
-    policy = load_policy(tiny_runs.config(world))
+    policy = make_policy(tiny_runs.config(world))
     assert policy.plain and policy.shares
 
 

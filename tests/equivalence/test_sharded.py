@@ -132,15 +132,15 @@ def test_a_checkpoint_of_parts_is_that_of_one_process(world: Path, out: Path) ->
 
 def test_the_final_model_holds_the_masters(out: Path) -> None:
     weights = tiny_runs.weights(out / "halves" / "final")
-    said = json.loads((out / "halves" / "final" / "config.json").read_text())
-    assert said["architectures"] == ["LlamaForCausalLM"]
+    message = json.loads((out / "halves" / "final" / "config.json").read_text())
+    assert message["architectures"] == ["LlamaForCausalLM"]
     wide = torch.cat([w.flatten() for w in weights.values()])
     assert wide.dtype == torch.float32 and (wide != wide.bfloat16().float()).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["stopped", "begun"])
 def test_a_run_goes_on_in_parts_and_whole(world: Path, out: Path, plain: Path, name: str) -> None:
-    """`stopped` was begun in parts and goes on in one process, `begun` the other way."""
+    """`stopped` was started sharded and is resumed in one process, `begun` the other way."""
     if name == "stopped":
         rl.train(sharded_worker.settings(world, out / name))
     one, two = (tiny_runs.read_lines(path / "metrics.jsonl") for path in (plain, out / name))

@@ -218,12 +218,12 @@ def test_truncated_says_what_a_response_without_eos_is_worth(world: Path, trunca
 def test_settling_changes_what_ended_and_nothing_else(world: Path) -> None:
     _, batch, _ = learner_of(world, "terminal")
     for truncated in ("terminal", "bootstrap", "mask", "penalty"):
-        settled = apply_truncation(batch, ppo_config(truncated=truncated, truncation_penalty=-3.0))
+        resolved = apply_truncation(batch, ppo_config(truncated=truncated, truncation_penalty=-3.0))
         kept = truncated in ("bootstrap", "mask")
-        assert torch.equal(settled.ended, batch.ended) if kept else settled.ended.all()
+        assert torch.equal(resolved.ended, batch.ended) if kept else resolved.ended.all()
         instead = {"penalty": -3.0, "bootstrap": 0.0}.get(truncated)
         expected = batch.scores if instead is None else torch.where(batch.ended, batch.scores, instead)
-        assert torch.equal(settled.scores, expected) and settled.response_ids is batch.response_ids
+        assert torch.equal(resolved.scores, expected) and resolved.response_ids is batch.response_ids
 
 
 def test_a_value_that_stands_for_what_would_come_is_not_paid_beside_the_score(world: Path) -> None:
@@ -232,9 +232,9 @@ def test_a_value_that_stands_for_what_would_come_is_not_paid_beside_the_score(wo
     assert not batch.ended.all()
     worth = torch.linspace(-2.0, 2.0, len(batch))[:, None].expand(batch.mask.shape)
     known = {"values": torch.where(batch.mask, worth, 0.0), "bootstrap_values": worth[:, 0].clone()}
-    settled = apply_truncation(batch.with_evidence(**known), config.ppo)
-    rewards, _ = credit.apply(credit.uniform(), settled)
-    found = learner.method.estimate(rewards, learner.method.segment(settled), settled).advantages
+    resolved = apply_truncation(batch.with_evidence(**known), config.ppo)
+    rewards, _ = credit.apply(credit.uniform(), resolved)
+    found = learner.method.estimate(rewards, learner.method.segment(resolved), resolved).advantages
     cut = ~batch.ended
     torch.testing.assert_close(found[cut], torch.zeros_like(found[cut]), atol=1e-6, rtol=0)
     assert (found[batch.ended].abs().sum(dim=1) > 1e-3).all()

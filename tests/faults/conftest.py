@@ -18,13 +18,13 @@ import pytest
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-ANEW = os.environ.get("APPORTION_LONG") == "1"  # long: every command is started anew, nothing is forked
+ANEW = os.environ.get("APPORTION_LONG") == "1"  # long: every command is a new process, nothing is forked
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
 
 
 @dataclass
 class Result:
-    """What a command left behind: exit code, output, and the model libraries that it loaded."""
+    """The result of a command: exit code, output, and the model libraries that it loaded."""
 
     code: int
     out: str
@@ -34,7 +34,7 @@ class Result:
 
     @property
     def loads_nothing(self) -> bool:
-        """Whether no model library was loaded; a command started anew is not asked."""
+        """Whether no model library was loaded; not known of a new process."""
         return self.loaded == () or (ANEW and self.loaded is None)
 
     def assert_refused(self, *pieces: str, before: str = "") -> None:
@@ -130,7 +130,7 @@ def model_command(heavy: Server, tmp_path: Path) -> Callable[..., Result]:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Callable[..., Result]:
-    """Return a Python of its own, started anew, in the test's own folder: slow, and exactly what a user runs."""
+    """Return the command as a new Python process in the test's folder: slow, and exactly what a user runs."""
     return lambda *arguments: run_python(*arguments, cwd=tmp_path)
 
 

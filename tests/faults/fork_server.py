@@ -20,7 +20,7 @@ STAGES = (
     "apportion.stages.reward.train",
     "apportion.stages.evaluate.evaluate",
 )
-LIGHT = ("torch", "yaml", "jsonargparse", "rich.progress", "apportion.cli.main", "apportion.cli.rl", *STAGES)
+LIGHT = ("torch", "yaml", "pydantic", "rich.progress", "apportion.cli.main", "apportion.cli.rl", *STAGES)
 HEAVY = (*LIGHT, "peft", "transformers.models.llama.modeling_llama")
 MODEL_LIBRARIES = ("transformers", "peft", "trl", "accelerate", "datasets")
 

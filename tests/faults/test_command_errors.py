@@ -14,7 +14,7 @@ Command = Callable[..., Any]
 LISTED = ("transformers", "peft", "trl", "accelerate", "datasets")
 PROBE = """
 import sys
-from apportion.cli import main
+from apportion.cli.main import main
 try:
     code = main(sys.argv[1:])
 except SystemExit as done:
@@ -54,7 +54,7 @@ def test_help_of_a_command_loads_no_model_library(command: Command, name: str) -
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        (["rll"], ["command: got 'rll'", "algorithms, bench, credit", "Did you mean 'rl'"]),
+        (["rll"], ["command: got 'rll'", "algorithms, credit, demo", "Did you mean 'rl'"]),
         (["--dry"], ["command: got '--dry'"]),
         (["rl", "--stepz", "3"], ["flag: got '--stepz'", "Did you mean '--steps'"]),
         (["rl", "--ppo.epoch=1"], ["flag: got '--ppo.epoch'", "Did you mean '--ppo.epochs'"]),
@@ -64,7 +64,7 @@ def test_help_of_a_command_loads_no_model_library(command: Command, name: str) -
         (["algorithms", "abc"], ["argument: got 'abc'", "no arguments"]),
         (["rl", "--steps"], ["--steps: got 'nothing'", "expected a value", "--steps VALUE"]),
         (["rl", "--reward_model", "--steps", "3"], ["--reward_model: got 'nothing'", "expected a value"]),
-        (["rl", "--fresh=yes"], ["--fresh: got 'yes'", "no value", "--fresh alone"]),
+        (["rl", "--fresh=yes"], ["--fresh: got 'yes'", "no value", "only --fresh"]),
         (["rl", "--optim", "5"], ["--optim: got 'nothing'", "Write --optim.lr VALUE"]),
         (["rl"], ["reward_model: got ''", "sequence classifier", "apportion reward"]),
     ],
@@ -76,23 +76,27 @@ def test_a_wrong_flag_is_named(command: Command, arguments: list[str], pieces: l
 @pytest.mark.parametrize(
     ("flag", "value", "pieces"),
     [
-        ("steps", "0", ["steps: got 0", "whole number >= 1", "Set steps"]),
-        ("steps", "2.5", ["--steps: got '2.5'", "type int"]),
-        ("steps", "many", ["--steps: got 'many'", "type int"]),
-        ("steps", "null", ["--steps: got", "type int"]),
-        ("optim.lr", "-1", ["optim.lr: got -1.0", "a number > 0"]),
+        ("steps", "0", ["steps: got 0", "whole number >= 1", "Set it to"]),
+        ("steps", "2.5", ["steps: got 2.5", "whole number >= 1"]),
+        ("steps", "many", ["steps: got 'many'", "whole number >= 1"]),
+        ("steps", "null", ["steps: got None", "whole number >= 1"]),
+        ("optim.lr", "-1", ["optim.lr: got -1;", "a number > 0"]),
         ("optim.lr", ".nan", ["optim.lr: got nan", "a number > 0"]),
-        ("optim.lr", "nan", ["--optim.lr: got 'nan'", "type float"]),
+        ("optim.lr", "nan", ["optim.lr: got 'nan'", "a number > 0"]),
         ("optim.lr", ".inf", ["optim.lr: got inf", "a number > 0"]),
-        ("optim.lr", "fast", ["--optim.lr: got 'fast'", "type float"]),
-        ("sampling.temperature", "0", ["sampling.temperature: got 0.0", "a number > 0"]),
+        ("optim.lr", "fast", ["optim.lr: got 'fast'", "a number > 0"]),
+        ("sampling.temperature", "0", ["sampling.temperature: got 0;", "a number > 0"]),
         ("loss.clip", "-1", ["ppo.clip: got -1"]),
-        ("optim.warmup", "2", ["optim.warmup: got 2.0", "[0, 1]"]),
+        ("optim.warmup", "2", ["optim.warmup: got 2;", "[0, 1]"]),
         ("seed", "99999999999", ["seed: got 99999999999", "from 0 to 2^31"]),
-        ("ppo.whiten_advantages", "perhaps", ["--ppo.whiten_advantages: got 'perhaps'", "type bool, or null"]),
-        ("ppo.epochs", "1.5", ["--ppo.epochs: got '1.5'", "type int, or null"]),
-        ("ppo.value_clip", "narrow", ["--ppo.value_clip: got 'narrow'", "type float, or null"]),
-        ("sampling.samples_per_prompt", "many", ["--sampling.samples_per_prompt: got 'many'", "type int, or null"]),
+        ("ppo.whiten_advantages", "perhaps", ["ppo.whiten_advantages: got 'perhaps'", "true or false, or null"]),
+        ("ppo.epochs", "1.5", ["ppo.epochs: got 1.5", "a whole number >= 1, or null"]),
+        ("ppo.value_clip", "narrow", ["ppo.value_clip: got 'narrow'", "a number > 0, or null"]),
+        (
+            "sampling.samples_per_prompt",
+            "many",
+            ["sampling.samples_per_prompt: got 'many'", "a whole number >= 1, or null"],
+        ),
         ("sampling.stop", "never", ["sampling.stop: got 'never'", "length, eos"]),
         ("ppo.truncated", "maybe", ["ppo.truncated: got 'maybe'", "bootstrap"]),
         ("device", "tpu", ["device: got 'tpu'", "auto, cpu, cuda"]),
@@ -100,7 +104,7 @@ def test_a_wrong_flag_is_named(command: Command, arguments: list[str], pieces: l
         ("sampling.prompt_tokens", "[8, 4]", ["sampling.prompt_tokens: got [8, 4]", "low <= high", "Example: [4, 8]"]),
         ("sampling.samples_per_prompt", "3", ["sampling.batch_size: got 32", "multiple of"]),
         ("lora.targets", "5", ["lora.targets: got 5", '"attention", "all"', "Example: [q_proj"]),
-        ("compare", "sparse", ["--compare: got 'sparse'", "list"]),
+        ("compare", "sparse", ["compare: got 'sparse'", "a list of names"]),
         ("compare", "[sprase]", ["compare: got 'sprase'", "Did you mean 'sparse'"]),
         ("output", "", ["output: got ''", "a name or a path"]),
         ("policy", " ", ["policy: got ' '", "a name or a path"]),

@@ -176,7 +176,7 @@ def test_an_impossible_number_is_refused(threads: Any) -> None:
 
 
 def test_the_setting_reaches_torch_and_the_run_folder(tmp_path: Path) -> None:
-    """The real command from its start; then the run resumes with other threads, which is said."""
+    """The real command from its start; then the run resumes with other threads, which is reported."""
     world = tiny_runs.world(tmp_path)
     run, base = tmp_path / "run", {name: value for name, value in os.environ.items() if name not in SETTINGS}
 

@@ -115,7 +115,7 @@ def test_a_system_without_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RLConfig(reward_model="x")
     build_method(config)
     config.credit = [{"process": {"function": "os:getcwd"}}]
-    with pytest.raises(ConfigError, match=r"monitors\.timeout: got 600\.0; expected null: .* could end os:getcwd"):
+    with pytest.raises(ConfigError, match=r"monitors\.timeout: got 600\.0; expected null: .* interrupt os:getcwd"):
         build_method(config)
     config.monitors.timeout = None
     build_method(config)

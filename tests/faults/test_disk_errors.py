@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_and_is_emptied_again(tmp_path: Path, disk: Path, r
         first.count("apportion: paused: the disk of disk/run is full (") == 1 and "It waits 1 s (--disk_wait)" in first
     )
     assert "apportion: output: got 'disk/run (" in first and "No space left on device" in first
-    assert first.endswith("Free some space, then run the same command again: it goes on from the last checkpoint.\n")
+    assert first.endswith("Free some space, then run the same command again: it resumes from the last checkpoint.\n")
     assert json.loads((tmp_path / "first.json").read_text())["status"] != "finished"
     second = (tmp_path / "second.err").read_text()
     assert (tmp_path / "second.code").read_text() == "0\n", second
@@ -94,13 +94,13 @@ cp -r disk/run kept
 """
 
 
-def test_a_run_waits_for_space_and_goes_on_by_itself(tmp_path: Path, disk: Path, rl_flags: list[str]) -> None:
+def test_a_run_waits_for_space_and_continues_by_itself(tmp_path: Path, disk: Path, rl_flags: list[str]) -> None:
     """Whether a log or a checkpoint came first: no half a line stays and no checkpoint is lost."""
     flags = [*rl_flags, "--steps", "60", "--checkpoint_every", "2", "--log_rollouts", "4"]
     in_namespace(PAUSED, [*flags, "--output", "disk/run"], tmp_path)
-    said = (tmp_path / "run.err").read_text()
-    assert (tmp_path / "run.code").read_text() == "0\n" and "Traceback" not in said, said
-    assert "apportion: paused: " in said and "there is space in disk/run again: the run goes on.\n" in said
+    err = (tmp_path / "run.err").read_text()
+    assert (tmp_path / "run.code").read_text() == "0\n" and "Traceback" not in err, err
+    assert "apportion: paused: " in err and "there is space in disk/run again: the run continues.\n" in err
     left = (tmp_path / "left").read_text().split()
     assert left and all(name.startswith("step-") for name in left)
     rows = [json.loads(line) for line in (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()]

@@ -78,8 +78,8 @@ def test_the_broken_clause_is_named_with_the_smallest_batch(command: Command, mi
     assert f"\n{clause}: " in done.out and "The smallest batch that shows it:" in done.out
     row = next(line for line in done.out.splitlines() if line.startswith("│") and clause in line)
     assert "FAIL" in row
-    said = done.out[done.out.index(f"\n{clause}: ") :]
-    mask = eval(said[said.index("mask    = ") + 10 :].split("\n")[0])
+    case = done.out[done.out.index(f"\n{clause}: ") :]
+    mask = eval(case[case.index("mask    = ") + 10 :].split("\n")[0])
     assert sum(map(len, mask)) <= 6, "not a small batch"
 
 

@@ -1,4 +1,4 @@
-"""What `apportion doctor` answers to single questions: templates, heads, spare tokens, files that a stranger wrote."""
+"""Single checks of `apportion doctor`: templates, heads, spare tokens, untrusted files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from apportion.data import Labelled
 from apportion.errors import ModelError
 from apportion.models.loading import with_pad
-from apportion.stages.doctor import Case, Check, examine
-from apportion.stages.doctor.checks import labels, policy, prompts, reading, tokens
-from apportion.stages.doctor.checks.reward import as_drawn, head_of
-from apportion.stages.doctor.checkup import CHECKS, generation_stops
-from apportion.stages.doctor.checkup_reward import CHECKS as REWARD_CHECKS
-from apportion.stages.doctor.findings import FAIL, OK, WARN, ok, together, warn
+from apportion.stages.doctor import Case, Check, run_checks
+from apportion.stages.doctor.checks import labels, policy, prompts, reward_tokenizer, tokens
+from apportion.stages.doctor.checks.reward import head_of, looks_initialised
+from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, combine, fail, ok, warn
+from apportion.stages.doctor.reward import CHECKS as REWARD_CHECKS
+from apportion.stages.doctor.rl import CHECKS, generation_stops
 
 THINKING = (
     "{% for m in messages %}<eos>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
@@ -50,29 +50,29 @@ def templated(template: str) -> Any:
 @pytest.mark.parametrize(
     "template", [foreign_models.BRACKETS, THINKING, planted.TURNS.replace("{END}", "") + planted.ASKS]
 )
-def test_templates_that_ask_for_the_answer_in_their_own_way_are_fine(template: str) -> None:
+def test_templates_without_a_usual_generation_prompt_are_fine(template: str) -> None:
     """[/INST] with no generation prompt (Mistral, Llama 2); thoughts before a shown answer (Qwen 3); ChatML."""
     made = templated(template)
     turns = [[turn] for turn in planted.CHAT]
-    assert prompts.asked(made, turns, prompts.rendered(made, turns, True)) == (OK, "", "")
+    assert prompts.generation_prompt(made, turns, prompts.rendered(made, turns, True)) == (OK, "", "")
     assert prompts.chat_template(case(turns, made))[0] == OK
 
 
-def test_the_other_questions_about_a_template_are_always_asked() -> None:
-    level, found, fix = prompts.chat_template(
+def test_the_other_checks_of_a_template_always_run() -> None:
+    level, message, fix = prompts.chat_template(
         case([[{"role": "user", "content": "say <eos>"}]], templated(planted.TURNS.replace("{END}", "")))
     )
-    assert level == WARN and "no generation prompt" in found and "inside a message" in found
-    assert "add_generation_prompt" in fix and "Take special tokens out" in fix
+    assert level == WARN and "no generation prompt" in message and "inside a message" in message
+    assert "add_generation_prompt" in fix and "Remove special tokens" in fix
 
 
-def test_answers_are_put_together_by_the_worst() -> None:
-    assert together(ok("a"), ok("")) == (OK, "a", "")
-    assert together(ok("a"), warn("b", "B."), (FAIL, "c", "C.")) == (FAIL, "a; b; c", "B. C.")
+def test_combined_results_have_the_worst_level() -> None:
+    assert combine(ok("a"), ok("")) == (OK, "a", "")
+    assert combine(ok("a"), warn("b", "B."), fail("c", "C.")) == (FAIL, "a; b; c", "B. C.")
 
 
 def test_a_token_that_nothing_uses_needs_no_embedding() -> None:
-    """As <image_soft_token> of models that read text alone."""
+    """As <image_soft_token> of text-only models."""
     made = tiny.tokenizer()
     made.add_tokens(["<image>"])
     assert tokens.vocabulary(case(["a film"], made)) == (
@@ -84,37 +84,37 @@ def test_a_token_that_nothing_uses_needs_no_embedding() -> None:
     plain = tiny.tokenizer()
     fewer = case(["!"], plain)
     fewer.policy_settings = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=390))
-    level, found, fix = tokens.vocabulary(fewer)  # ten words of its own: they may be met any time
-    assert level == WARN and "10 tokens have none" in found and "trained with" in fix
+    level, message, fix = tokens.vocabulary(fewer)  # ten words of its own: they may be met any time
+    assert level == WARN and "10 tokens have none" in message and "trained with" in fix
 
 
-def test_a_reward_model_with_spare_tokens_reads_ids() -> None:
+def test_a_reward_model_with_spare_tokens_scores_ids() -> None:
     made = tiny.tokenizer()
     made.add_tokens(["<image>"])
     one = case(["a film"], made)
     one.reward_tokenizer, one.context = made, 128
     shape = SimpleNamespace(vocab_size=400, pad_token_id=0, max_position_embeddings=128)
     one.reward_settings = SimpleNamespace(get_text_config=lambda: shape)
-    level, found, _ = reading.tokenizer(one)
-    assert level == OK and "reads ids" in found
+    level, message, _ = reward_tokenizer.tokenizer(one)
+    assert level == OK and "scores ids" in message
     one.policy_settings = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=401))
-    level, found, _ = reading.tokenizer(one)  # now the policy can write it
-    assert level == FAIL and "1 ids in use have none: 400" in found
+    level, message, _ = reward_tokenizer.tokenizer(one)  # now the policy can generate it
+    assert level == FAIL and "1 ids in use have none: 400" in message
 
 
-def test_a_head_that_learned_is_told_from_a_new_one() -> None:
+def test_a_trained_head_is_distinguished_from_a_new_one() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = [0.02 * torch.randn(576, generator=generator) for _ in range(200)]
     step = 0.01 * torch.sign(torch.randn(576, generator=generator))  # a thousand steps of 1e-5, as Adam moves a weight
-    assert sum(as_drawn(one, None, 0.02) for one in drawn) >= 180
-    assert sum(as_drawn(one + step, None, 0.02) for one in drawn) <= 30
-    assert not as_drawn(drawn[0], torch.tensor([1e-4]), 0.02), "a bias that moved"
-    assert as_drawn(drawn[0], torch.zeros(1), 0.02) == as_drawn(drawn[0], None, 0.02)
-    assert not as_drawn(0.02 * torch.sign(drawn[0]), None, 0.02), "no normal distribution"
-    assert not as_drawn(drawn[0], None, 0.0)
+    assert sum(looks_initialised(one, None, 0.02) for one in drawn) >= 180
+    assert sum(looks_initialised(one + step, None, 0.02) for one in drawn) <= 30
+    assert not looks_initialised(drawn[0], torch.tensor([1e-4]), 0.02), "a bias that moved"
+    assert looks_initialised(drawn[0], torch.zeros(1), 0.02) == looks_initialised(drawn[0], None, 0.02)
+    assert not looks_initialised(0.02 * torch.sign(drawn[0]), None, 0.02), "no normal distribution"
+    assert not looks_initialised(drawn[0], None, 0.0)
 
 
-def test_the_last_layer_of_a_head_is_looked_at() -> None:
+def test_the_last_layer_of_a_head_is_checked() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = RobertaForSequenceClassification(RobertaConfig(**sizes, vocab_size=20, num_labels=1))
     assert head_of(model) is model.classifier.out_proj
@@ -123,29 +123,29 @@ def test_the_last_layer_of_a_head_is_looked_at() -> None:
 
 def test_texts_with_both_labels_fail_from_one_in_a_hundred() -> None:
     rows = [Labelled(f"a film {i}", i % 2) for i in range(199)]
-    level, found, fix = labels.repeated(Case(None, training=[*rows, Labelled("A film 0", 1)]))
-    assert level == WARN and "1 with the other label" in found and fix
+    level, message, fix = labels.repeated(Case(None, training=[*rows, Labelled("A film 0", 1)]))
+    assert level == WARN and "1 with the other label" in message and fix
     assert labels.repeated(Case(None, training=[*rows[:50], Labelled("A film 0", 1)]))[0] == FAIL
 
 
-def test_the_longest_and_the_shortest_prompts_are_always_probed() -> None:
+def test_the_longest_and_the_shortest_prompts_are_always_among_them() -> None:
     for count in (1, 2, 7, 8, 9, 15, 16, 17, 100):
         rows = [[0] * (1 + i) for i in range(count)]
-        lengths = [len(row) for row in policy.shown(Case(None, rows=rows))]
+        lengths = [len(row) for row in policy.some_prompts(Case(None, rows=rows))]
         assert lengths == sorted(set(lengths)) and len(lengths) == min(8, count)
         assert lengths[-1] == count and (lengths[0] == 1)
 
 
 def test_an_unexpected_error_while_files_are_opened_fails() -> None:
-    def broken(case: Case) -> tuple[str, str, str]:
+    def broken(case: Case) -> Result:
         raise KeyError("rope")
 
     checks = [
-        Check("opened", "", broken, opens=True),
-        Check("looked at", "", broken),
-        Check("run", "", broken, loads=True),
+        Check("opens", "", broken, opens=True),
+        Check("other", "", broken),
+        Check("loads", "", broken, loads=True),
     ]
-    assert [(one.level, one.found) for one in examine(Case(None), checks)] == [
+    assert [(one.level, one.message) for one in run_checks(Case(None), checks)] == [
         (level, "KeyError: 'rope'") for level in (FAIL, WARN, FAIL)
     ]
     assert {one.name for one in CHECKS if one.opens} == {"method", "policy", "reward model", "prompts"}

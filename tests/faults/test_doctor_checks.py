@@ -17,9 +17,9 @@ import torch
 import yaml
 
 from apportion.models.loading import load_settings, load_tokenizer
-from apportion.stages.doctor import Case, checkup_reward
+from apportion.stages.doctor import Case, reward
 from apportion.stages.doctor.checks import machine, policy
-from apportion.stages.doctor.checkup import CHECKS, OWN, quick
+from apportion.stages.doctor.rl import CHECKS, PREFLIGHT, preflight
 
 Command = Callable[..., Any]
 PLANTED = planted.PLANTED | planted_texts.PLANTED
@@ -39,70 +39,70 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def findings(done: Any) -> dict[str, dict[str, str]]:
     """Return the findings of a `--json` run by name, once the object is what it should be."""
     assert "Traceback" not in done.err, done.err
-    said = json.loads(done.out)
-    assert set(said) == {"stage", "fast", "passed", "counts", "findings"}
-    assert said["passed"] == (said["counts"]["fail"] == 0) == (done.code == 0), done.out
-    assert sum(said["counts"].values()) == len(said["findings"])
-    return {one["name"]: one for one in said["findings"]}
+    report = json.loads(done.out)
+    assert set(report) == {"stage", "fast", "passed", "counts", "findings"}
+    assert report["passed"] == (report["counts"]["fail"] == 0) == (done.code == 0), done.out
+    assert sum(report["counts"].values()) == len(report["findings"])
+    return {one["name"]: one for one in report["findings"]}
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_what_is_planted_is_found(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
     make, check, level, pieces, fast = PLANTED[name]
     flags = planted.flags(good, **make(good, tmp_path))
-    found = findings(model_command("doctor", *flags, "--json", *(["--fast"] if fast else [])))
-    one = found[check]
-    assert one["level"] == level, found
-    assert one["fix"].endswith(".") and one["found"]
+    results = findings(model_command("doctor", *flags, "--json", *(["--fast"] if fast else [])))
+    one = results[check]
+    assert one["level"] == level, results
+    assert one["fix"].endswith(".") and one["message"]
     for piece in pieces:
-        assert piece in f"{one['found']} {one['fix']}", one
-    blamed = {other["name"] for other in found.values() if other["level"] == "fail"} - {check}
+        assert piece in f"{one['message']} {one['fix']}", one
+    blamed = {other["name"] for other in results.values() if other["level"] == "fail"} - {check}
     assert not blamed or level == "fail", f"{blamed} fail as well"
 
 
 def test_every_check_has_something_planted_for_it() -> None:
-    asked = {one.name for one in CHECKS}
-    assert {one.check for one in PLANTED.values()} | NEVER_PLANTED == asked
+    known = {one.name for one in CHECKS}
+    assert {one.check for one in PLANTED.values()} | NEVER_PLANTED == known
     assert len({one.check for one in PLANTED.values()}) >= 12
 
 
 def test_a_good_run_passes_wholly(model_command: Command, good: Path, tmp_path: Path) -> None:
     other = planted.rows(tmp_path / "other.jsonl", ["A new story", "Some other beginning"])
     flags = planted.flags(good, eval_prompts=other)
-    found = findings(model_command("doctor", *flags, "--json"))
-    assert {name: one for name, one in found.items() if one["level"] != "ok"}.keys() == {
+    results = findings(model_command("doctor", *flags, "--json"))
+    assert {name: one for name, one in results.items() if one["level"] != "ok"}.keys() == {
         "chat template",
         "likely beginning",
     }
-    assert list(found) == [one.name for one in CHECKS]
+    assert list(results) == [one.name for one in CHECKS]
 
 
 @pytest.mark.parametrize("name", ["encoder", "other", "trimming", "chat"])
 def test_reward_models_with_tokenizers_of_their_own_pass(model_command: Command, foreign: Path, name: str) -> None:
-    found = findings(model_command("doctor", *tiny_runs.flags(foreign, reward_model=foreign / name), "--json"))
-    assert not [one for one in found.values() if one["level"] == "fail"], found
-    assert "it reads text" in found["reward tokenizer"]["found"]
+    results = findings(model_command("doctor", *tiny_runs.flags(foreign, reward_model=foreign / name), "--json"))
+    assert not [one for one in results.values() if one["level"] == "fail"], results
+    assert "it scores text" in results["reward tokenizer"]["message"]
     for check in ("reward padding", "attention row", "scores"):
-        assert found[check]["level"] == "ok", found[check]
-    assert ("left" in found["reward padding"]["found"]) == (name != "encoder")  # encoders are padded on the right
+        assert results[check]["level"] == "ok", results[check]
+    assert ("left" in results["reward padding"]["message"]) == (name != "encoder")  # encoders are padded on the right
 
 
 def test_a_good_run_on_conversations_that_end_passes(model_command: Command, good: Path, tmp_path: Path) -> None:
     template = planted.TURNS.replace("{END}", "<eos>") + planted.ASKS
     flags = planted.flags(good, **planted.conversations(good, tmp_path, template, **{"sampling.stop": "eos"}))
-    found = findings(model_command("doctor", *flags, "--json", "--fast"))
-    assert {one["level"] for one in found.values()} <= {"ok", "skip"}, found
-    assert found["chat template"]["level"] == "ok" and "assistant" in found["chat template"]["found"]
+    results = findings(model_command("doctor", *flags, "--json", "--fast"))
+    assert {one["level"] for one in results.values()} <= {"ok", "skip"}, results
+    assert results["chat template"]["level"] == "ok" and "assistant" in results["chat template"]["message"]
 
 
 def test_adapters_that_do_something_are_no_reference(good: Path) -> None:
-    """A policy whose reference is elsewhere: no setting makes one, so its adapters are moved."""
+    """A policy whose reference differs: no setting makes one, so its adapters are changed."""
     config = tiny_runs.config(good)
     case = Case(config, rows=tiny_runs.prompts(), policy=tiny_runs.policy(good, stirred=False))
     assert policy.reference(case)[0] == "ok"
     tiny_runs.stir(case.policy)
-    level, found, fix = policy.reference(case)
-    assert level == "fail" and "without its adapters" in found and "merged weights" in fix
+    level, message, fix = policy.reference(case)
+    assert level == "fail" and "without its adapters" in message and "merged weights" in fix
 
 
 def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Pa
     levels = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in done.out.splitlines() if "│" in line}
     assert list(levels) == [one.name for one in CHECKS]
     assert [name for name, level in levels.items() if level == "fail"] == ["order of scores"]
-    assert "\nfail order of scores: Its labels are the other way round" in done.out
+    assert "\nfail order of scores: Its labels are swapped" in done.out
     assert done.out.rstrip().endswith(", 1 fail, 3 skip")
 
 
@@ -122,7 +122,7 @@ def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Pa
     ("words", "pieces"),
     [
         (["--stage", "sft"], ["--stage: got 'sft'", "one of reward, rl"]),
-        (["--fast=1"], ["--fast: got '1'", "Write --fast alone"]),
+        (["--fast=1"], ["--fast: got '1'", "Write --fast without a value"]),
         (["--eval_prompts"], ["--eval_prompts: got 'nothing'", "--eval_prompts VALUE"]),
         (["--stepz", "3"], ["flag: got '--stepz'", "Did you mean '--steps'"]),
         (["--config", "absent.yaml"], ["--config: got 'absent.yaml'", "check the path"]),
@@ -141,12 +141,15 @@ def test_a_file_of_settings_is_read_and_flags_win(model_command: Command, good: 
     flags = planted.flags(good)
     settings = yaml.safe_dump({"reward_model": str(good / "policy"), "compare": [], "credit": "sparse"})
     (tmp_path / "run.yaml").write_text(settings)
-    found = findings(model_command("doctor", "--config", "run.yaml", *flags, "--json"))
-    assert found["reward head"]["level"] == "ok" and found["attention row"]["found"] == "no credit of this run reads it"
+    results = findings(model_command("doctor", "--config", "run.yaml", *flags, "--json"))
+    assert (
+        results["reward head"]["level"] == "ok"
+        and results["attention row"]["message"] == "no credit of this run uses it"
+    )
 
 
-@pytest.mark.parametrize("name", [n for n, one in PLANTED.items() if one.check in OWN and one.check != "memory"])
-def test_rl_asks_the_quick_questions_itself(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [n for n, one in PLANTED.items() if one.check in PREFLIGHT and one.check != "memory"])
+def test_rl_runs_the_preflight_checks_itself(model_command: Command, good: Path, tmp_path: Path, name: str) -> None:
     make, check, level, pieces, _ = PLANTED[name]
     done = model_command("rl", *planted.flags(good, **make(good, tmp_path)), "--steps", "1", "--output", "run")
     if level == "fail":
@@ -155,13 +158,13 @@ def test_rl_asks_the_quick_questions_itself(model_command: Command, good: Path, 
         return
     done.assert_done()
     assert f"warning: {check}: " in done.err
-    told = json.loads((tmp_path / "run" / "status.json").read_text())["doctor"]
-    assert check in [one["name"] for one in told]
-    assert all(f"{one['found']}. {one['fix']}" in done.err for one in told)
+    warnings = json.loads((tmp_path / "run" / "status.json").read_text())["doctor"]
+    assert check in [one["name"] for one in warnings]
+    assert all(f"{one['message']}. {one['fix']}" in done.err for one in warnings)
 
 
-def test_counting_the_weights_of_a_hub_model_draws_no_random_number(good: Path) -> None:
-    """A run's adapters are drawn after its check-up: a seed must give what it gave without."""
+def test_counting_the_weights_of_a_hub_model_uses_no_random_number(good: Path) -> None:
+    """A run's adapters are initialised after its preflight checks: the seed must give the same weights."""
     settings = load_settings("policy", str(good / "policy"))
     before = torch.get_rng_state()
     counted = machine.weights_of(Case(None, policy_folder="nobody/model", policy_settings=settings), "policy")
@@ -170,11 +173,11 @@ def test_counting_the_weights_of_a_hub_model_draws_no_random_number(good: Path) 
 
 
 def test_memory_is_an_estimate_that_stops_no_run(good: Path) -> None:
-    """The command would really take it: the check-up of the run is asked alone."""
+    """The command would really allocate it, so only the preflight checks run."""
     config = tiny_runs.config(good, **{"sampling.batch_size": 6 * 10**8})
     tokenizer = load_tokenizer("policy", config.policy)
-    found = quick(config, config.policy, tokenizer, ["a film"], [[5, 6]])
-    assert [(one.name, one.level) for one in found] == [("memory", "fail")] and "sampling.rows" in found[0].fix
+    results = preflight(config, config.policy, tokenizer, ["a film"], [[5, 6]])
+    assert [(one.name, one.level) for one in results] == [("memory", "fail")] and "sampling.rows" in results[0].fix
 
 
 def test_a_run_with_nothing_to_warn_of_says_nothing(model_command: Command, good: Path, tmp_path: Path) -> None:
@@ -194,9 +197,9 @@ def test_the_reward_stage_is_checked_as_well(model_command: Command, good: Path)
         "--excerpt_tokens",
         "[4,24]",
     )
-    found = findings(model_command("doctor", *flags, "--json"))
-    assert list(found) == [one.name for one in checkup_reward.CHECKS]
-    assert {one["level"] for one in found.values()} == {"ok"}, found
+    results = findings(model_command("doctor", *flags, "--json"))
+    assert list(results) == [one.name for one in reward.CHECKS]
+    assert {one["level"] for one in results.values()} == {"ok"}, results
 
 
 def labelled(path: Path, rows: list[tuple[str, int]]) -> Path:
@@ -227,4 +230,4 @@ def test_what_is_wrong_with_labelled_texts_is_found(
         settings |= {"data": labelled(tmp_path / "d.csv", rows), "test_data": labelled(tmp_path / "t.csv", fine)}
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     one = findings(model_command("doctor", "--stage", "reward", *words, "--json"))[check]
-    assert one["level"] == "fail" and all(piece in f"{one['found']} {one['fix']}" for piece in pieces), one
+    assert one["level"] == "fail" and all(piece in f"{one['message']} {one['fix']}" for piece in pieces), one

@@ -1,6 +1,7 @@
-"""Every class of bad input once through `python -m apportion` itself, started anew as a user starts it.
+"""Every class of bad input once through `python -m apportion` itself, in a new process as a user starts it.
 
-The other files of this folder try many more cases of each, in processes forked from one that is warm.
+A start takes seconds. `make test` has one case of each class here; the others run in `make test-long`, since the other
+files of this folder have them, and many more, in processes forked from one that has the libraries imported.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ Command = Callable[..., Any]
 LONG = "film" + " film" * 130
 
 
+def one_of(*cases: Any) -> list[Any]:
+    """Return the cases, all but the first for `make test-long`."""
+    first, *rest = cases
+    return [first, *(pytest.param(*case, marks=pytest.mark.long) for case in rest)]
+
+
 @pytest.fixture
 def apportion(python: Command) -> Command:
-    """Return the command, started anew."""
+    """Return the command, each in a new process."""
     return lambda *arguments: python("-m", "apportion", *arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
-    [
+    one_of(
         (["--stepz", "3"], ["flag: got '--stepz'", "Did you mean '--steps'"]),
         (["--algorithm", "abcd"], ["algorithm: got 'abcd'", "Did you mean 'abc-d'"]),
         (["--credit", "atention"], ["credit: got 'atention'", "Did you mean 'attention'"]),
@@ -34,7 +41,7 @@ def apportion(python: Command) -> Command:
         (["--credit.mix", "-0.1"], ["attention.mix: got -0.1", "a number in [0, 1]"]),
         (["--policy", "./absent"], ["policy: got", "a model folder, or a hub id"]),
         (["--policy", "empty"], ["policy: got 'empty'", "config.json and weights"]),
-    ],
+    ),
 )
 def test_flags_methods_and_absent_models(
     apportion: Command, tmp_path: Path, rl_flags: list[str], arguments: list[str], pieces: list[str]
@@ -45,11 +52,11 @@ def test_flags_methods_and_absent_models(
 
 @pytest.mark.parametrize(
     ("content", "pieces"),
-    [
+    one_of(
         ("stepz: 3\n", ["stepz", "Did you mean 'steps'"]),
         ("credit: atention\n", ["credit: got 'atention'", "Did you mean 'attention'"]),
         ("credit: {attention: {mix: 7}}\n", ["attention.mix: got 7", "a number in [0, 1]"]),
-    ],
+    ),
 )
 def test_configuration_files(
     apportion: Command, tmp_path: Path, rl_flags: list[str], content: str, pieces: list[str]
@@ -58,6 +65,7 @@ def test_configuration_files(
     apportion("rl", "--config", "a.yaml", *rl_flags).assert_refused(*pieces)
 
 
+@pytest.mark.long
 def test_a_discount_under_redistribution_warns(apportion: Command, rl_flags: list[str]) -> None:
     done = apportion("rl", *rl_flags, "--dry_run", "--advantages.gamma", "0.9")
     done.assert_done()
@@ -66,13 +74,13 @@ def test_a_discount_under_redistribution_warns(apportion: Command, rl_flags: lis
 
 @pytest.mark.parametrize(
     ("content", "pieces"),
-    [
+    one_of(
         (b"review,label\nx,1\n", ["data: got", "a column 'text'"]),
         (b'text,label\n"  ",1\n', ["a.csv, line 2: text = '  '"]),
         (b"text,label\nfine,2\n", ["a.csv, line 2: label = '2'"]),
         (b"text,label\nna\xefve,1\n", ["a.csv, line 2: byte 0xef", "UTF-8"]),
         (b"text,label\n", ["a.csv: no rows"]),
-    ],
+    ),
 )
 def test_tables_of_reviews(apportion: Command, tmp_path: Path, world: Path, content: bytes, pieces: list[str]) -> None:
     (tmp_path / "a.csv").write_bytes(content)
@@ -82,13 +90,13 @@ def test_tables_of_reviews(apportion: Command, tmp_path: Path, world: Path, cont
 
 @pytest.mark.parametrize(
     ("content", "pieces"),
-    [
+    one_of(
         (b'{"prompts": "a"}\n', ["p.jsonl, line 1: columns prompts", "a column 'prompt'"]),
         (b'{"prompt": ""}\n', ["p.jsonl, line 1: prompt = ''"]),
         (b'{"prompt": "a\xff"}\n', ["p.jsonl, line 1: byte 0xff"]),
         (b"", ["p.jsonl: no rows"]),
         (json.dumps({"prompt": LONG}).encode(), ["prompt 1: got", "context 128", "Shorten it"]),
-    ],
+    ),
 )
 def test_tables_of_prompts(
     apportion: Command, tmp_path: Path, rl_flags: list[str], content: bytes, pieces: list[str]
@@ -100,12 +108,12 @@ def test_tables_of_prompts(
 
 @pytest.mark.parametrize(
     ("flag", "name", "pieces"),
-    [
+    one_of(
         ("policy", "no-weights", ["policy: got", "weights in safetensors"]),
         ("policy", "no-pad", ["policy's tokenizer: got \"pad None", "--pad_token"]),
         ("policy", "pad-is-eos", ["policy's tokenizer: got \"pad '<eos>'", "distinct from EOS", "--pad_token"]),
         ("reward_model", "nan-head", ["score of rollout 0: got nan", "A failure never becomes a reward"]),
-    ],
+    ),
 )
 def test_models_that_cannot_be_used(
     apportion: Command, broken: Path, rl_flags: list[str], flag: str, name: str, pieces: list[str]

@@ -1,23 +1,22 @@
-"""A few of the inputs that `benchmarks/fuzz.py` throws for minutes, and each that it found something with."""
+"""A few inputs of `benchmarks.fuzz`, and every input on which it found a fault."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import fuzzing
 import pytest
+from benchmarks import fuzz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripts import FOLDER, script
+from scripts import run_benchmark
 
 
 @pytest.mark.parametrize("target", fuzzing.TARGETS)
 @settings(suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_only_errors_of_ours_come_out(target: str, data: st.DataObject) -> None:
+def test_only_apportion_errors_are_raised(target: str, data: st.DataObject) -> None:
     fuzzing.TARGETS[target](data)
 
 
@@ -32,7 +31,7 @@ def test_only_errors_of_ours_come_out(target: str, data: st.DataObject) -> None:
         (".csv", b'text\n"\r'),
     ],
 )
-def test_tables_that_were_found(suffix: str, content: bytes) -> None:
+def test_tables_of_former_faults(suffix: str, content: bytes) -> None:
     fuzzing.check_table(suffix, content)
 
 
@@ -48,26 +47,24 @@ def test_tables_that_were_found(suffix: str, content: bytes) -> None:
         ("rl", "credit: {class_path: os.getcwd}\n", []),
     ],
 )
-def test_settings_that_were_found(stage: str, text: str | None, flags: list[tuple[str, str]]) -> None:
+def test_settings_of_former_faults(stage: str, text: str | None, flags: list[tuple[str, str]]) -> None:
     fuzzing.check_settings(stage, text, flags)
 
 
-def test_the_long_one_counts_and_tells_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    fuzz = script("fuzz")
-    found = fuzz.fuzz("offsets", 0.001, 7)
-    assert found["examples"] > 0 and found["failure"] is None and found["cpu_minutes"] < 1
+def test_the_benchmark_counts_examples_and_reports_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = fuzz.fuzz("offsets", 0.001, 7)
+    assert result["examples"] > 0 and result["failure"] is None and result["cpu_minutes"] < 1
 
     def fragile(data: st.DataObject) -> None:
         assert data.draw(st.integers()) < 1000
 
     monkeypatch.setitem(fuzz.TARGETS, "readers", fragile)
-    found = fuzz.fuzz("readers", 1, 7)
-    assert "AssertionError" in found["failure"] and "1000" in found["failure"] and found["failing_seed"] >= 7
+    result = fuzz.fuzz("readers", 1, 7)
+    assert "AssertionError" in result["failure"] and "1000" in result["failure"] and result["failing_seed"] >= 7
 
 
 @pytest.mark.long
-def test_the_long_one_as_a_command(tmp_path: Path) -> None:
-    words = [sys.executable, FOLDER / "fuzz.py", "--target", "readers", "--minutes", "0.2"]
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, cwd=tmp_path)
+def test_the_command(tmp_path: Path) -> None:
+    done = run_benchmark("fuzz", "--target", "readers", "--minutes", 0.2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["examples"] > 100

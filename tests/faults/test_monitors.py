@@ -1,5 +1,5 @@
-"""Faults injected into real runs of the real command: what goes wrong is named, counted or ends the run, and the
-rollouts at hand are saved."""
+"""Faults injected into real runs of the real command: each fault is named, counted or ends the run, and the
+current rollouts are saved."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_nan_reward_at_batch_seven(rl: Command, tmp_path: Path) -> None:
     done = rl(steps=9, credit=by("nan_at_seven"))
     assert_stopped(
         done,
-        "process rewards of rollout 2 from rewards:nan_at_seven, number 1: got nan; expected a finite number.",
+        "process rewards from rewards:nan_at_seven, number 1 of rollout 2: got nan; expected a finite number.",
         "A failure never becomes a reward",
         "The rollouts are in run/stopped/step-7.",
     )
@@ -109,8 +109,8 @@ def test_a_reward_model_that_says_nan_at_batch_seven(rl: Command, tmp_path: Path
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 6
 
 
-def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
-    """A run that failed at its seventh batch and goes on has the monitors' state of one that never did, bit for bit."""
+def test_monitors_resume_their_state(rl: Command, tmp_path: Path) -> None:
+    """A run that failed at its seventh batch and is resumed has the monitor state of an uninterrupted one, bitwise."""
     more = {"steps": 9, "checkpoint_every": 1, "optim.lr": 0.03}
     assert rl(credit=by("nan_at_seven"), **more).code == 2
     rl(credit=by("nan_at_seven"), **more).assert_done()  # the function counts from one again
@@ -142,7 +142,7 @@ def test_guards_go_on_where_they_were(rl: Command, tmp_path: Path) -> None:
         (estimator("narrow"), ["advantages (advantages): got 'methods:estimate, which returned torch.float32 (4, 3)"]),
         (estimator("flat"), ["advantages (returns): got 'methods:estimate, which returned torch.float32 (4,)"]),
         (estimator("whole"), ["advantages (advantages): got 'methods:estimate, which returned torch.int64 (4, 4)"]),
-        (estimator("nan"), ["returns of rollout 2, token 0: got nan; expected a finite number"]),
+        (estimator("nan"), ["returns of rollout 2, token 1: got nan; expected a finite number"]),
         (estimator("bare stats"), ["advantages (stats mine): got", "expected {name: (sum, count)}"]),
         (estimator("infinite stats"), ["mine at step 1: got ", "expected a finite number. The training diverged"]),
         (
@@ -176,7 +176,7 @@ def test_infinite_gradients_are_skipped_and_counted(rl: Command, tmp_path: Path)
     done.assert_done()
     logged = rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["monitors/skipped_updates"] for row in logged] == [0, 2, 0, 1]
-    # none of the second batch's two updates was taken: there is no loss to tell of
+    # none of the second batch's two updates was taken: there is no loss to report
     assert ["loss/policy" in row for row in logged] == [True, False, True, True]
     assert "warning: monitor max_skipped at step 2: updates skipped as not finite: 2" in done.err
     assert done.err.count("warning: monitor max_skipped") == 2
@@ -219,8 +219,8 @@ def test_an_exploding_ratio_is_named_once_and_stops_a_run_that_says_so(rl: Comma
         done.err.count("warning: monitor ratio at step 1: got 'policy/") == 1 and done.err.count("monitor ratio") == 1
     )
     assert "Likely causes: steps too large" in done.err and "monitors/kl" not in logged[0]
-    told = json.loads((tmp_path / "run" / "status.json").read_text())["monitors"]
-    assert told["ratio"]["step"] == 1 and told["ratio"]["episodes"] == 1
+    reported = json.loads((tmp_path / "run" / "status.json").read_text())["monitors"]
+    assert reported["ratio"]["step"] == 1 and reported["ratio"]["episodes"] == 1
     done = rl("--fresh", **WILD, **others, **{"monitors.ratio": "stop"})
     assert done.code == 2 and "Traceback" not in done.err and done.out == ""
     assert re.search(
@@ -256,8 +256,8 @@ def test_a_healthy_run_says_nothing(rl: Command, tmp_path: Path) -> None:
     assert "monitor" not in done.err
     names = {"negative_kl", "sampler_gap", "ratio", "entropy", "length", "reward", "value_loss", "kl"}
     for row in rows(tmp_path / "run" / "metrics.jsonl"):
-        told = {name: value for name, value in row.items() if name.startswith("monitors/")}
-        assert told == {f"monitors/{name}": 0.0 for name in names | {"skipped_updates"}}
+        reported = {name: value for name, value in row.items() if name.startswith("monitors/")}
+        assert reported == {f"monitors/{name}": 0.0 for name in names | {"skipped_updates"}}
 
 
 def test_a_reward_function_that_raises(rl: Command, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ STEPS = {"process": {"function": "rewards:plain", "keep": True, "unit": "step"}}
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ({"credit": "[methods:slow_credit: {at: 2}]"}, "methods:slow_credit"),  # what is written down of a batch
+        ({"credit": "[methods:slow_credit: {at: 2}]"}, "methods:slow_credit"),  # in the log of a batch
         ({"credit": "[methods:slow_credit: {part: stats}]"}, "methods:slow_credit"),
         ({"credit": "[methods:slow_credit: {part: update}]"}, "methods:slow_credit"),
         (
@@ -340,7 +340,9 @@ def test_ids_that_the_evidence_reads_are_checked(
     chosen = json.dumps({"methods:uneven": {"listed": listed}})
     done = rl(credit=json.dumps([credit]), segments=chosen, **{"scores.micro_batch": 1, "compare": "[]"})
     wrong = (
-        ["segments: got 'list'"] if listed else ["segments of rollout 2, token 0: got", "0 on the row's first token"]
+        ["segments", "got 'list'; expected int64"]
+        if listed
+        else ["segments of rollout 2, token 0: got", "0 on the row's first token"]
     )
     assert_stopped(done, *wrong, "run/stopped/step-1")
     assert_saved(tmp_path / "run", 1)
@@ -398,4 +400,4 @@ def test_help_explains_them(command: Command) -> None:
     assert done.code == 0 and done.loads_nothing
     text = " ".join(done.out.split())
     assert "--monitors.entropy" in text and "the policy's entropy collapses" in text
-    assert "Each monitor is off, warn, stop, or raise_kl_coef (kl, entropy, length, reward)" in text
+    assert "Each monitor: off, warn, stop, or raise_kl_coef (kl, entropy, length, reward)" in text

@@ -60,7 +60,7 @@ def places(value: Any, here: Path_ = ()) -> list[Path_]:
 
 
 def put(value: Any, place: Path_, new: Any) -> Any:
-    """Return `value` with `new` in `place`."""
+    """Return `value` with `new` in `replace_durably`."""
     if not place:
         return new
     changed = value.copy()
@@ -110,8 +110,8 @@ def test_any_damage_leaves_a_page_or_one_error(data: st.DataObject) -> None:
 DAMAGE: dict[str, tuple[str, Any, str]] = {
     "a step that is a list": ("rollouts.jsonl", [{"step": [1], "tokens": ["a"]}], 'id="credit"'),
     "a reward that is a list": ("samples.jsonl", [{"prompt": "p", "reward_before": [1]}], 'id="samples"'),
-    "methods in a list": ("diagnosis.json", {"methods": ["a"]}, "methods that are no objects; left out"),
-    "methods that say nothing": ("diagnosis.json", {"methods": {"a": 1}}, "methods that are no objects; left out"),
+    "methods in a list": ("diagnosis.json", {"methods": ["a"]}, "methods that are not objects; left out"),
+    "methods that say nothing": ("diagnosis.json", {"methods": {"a": 1}}, "methods that are not objects; left out"),
     "an end that is none": ("rollouts.jsonl", [{"tokens": ["a"], "ended": {"a": float("nan")}}], 'id="credit"'),
     "an end of updates": ("metrics.jsonl", [{"monitors/skipped_updates": 1e308}] * 2, "updates were skipped"),
     "a sum beyond all": ("metrics.jsonl", [{"step": i, "mine": 1.7e308} for i in range(40)], "further metrics"),
@@ -121,9 +121,9 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_that_was_a_traceback_once(tmp_path: Path, name: str) -> None:
-    file, content, told = DAMAGE[name]
+    file, content, reported = DAMAGE[name]
     run = lay(tmp_path / "run", FOLDER | {file: content})
-    assert told in write_report([run], tmp_path / "page.html").read_text()
+    assert reported in write_report([run], tmp_path / "page.html").read_text()
 
 
 def test_a_whole_number_of_many_digits_in_yaml(tmp_path: Path) -> None:

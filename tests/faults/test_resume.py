@@ -22,7 +22,7 @@ import torch
 from benchmarks.faults.compare import difference, traces
 
 from apportion.cli.arguments import parse
-from apportion.cli.main import again, main
+from apportion.cli.main import main, resume_command
 from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DiskError, Interrupted
 from apportion.stages.reward import train as reward
@@ -184,11 +184,11 @@ def test_a_kill_while_a_folder_takes_anothers_place_loses_neither(tmp_path: Path
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     final = tmp_path / "final"
-    disk.place(tmp_path / "old", final)
-    os.replace(final, disk.aside(final))  # as if killed between the two renames
+    disk.replace_durably(tmp_path / "old", final)
+    os.replace(final, disk.backup_of(final))  # as if killed between the two renames
     disk.recover(final)
     assert (final / "file").read_text() == "old"
-    disk.place(tmp_path / "new", final)
+    disk.replace_durably(tmp_path / "new", final)
     assert [p.name for p in tmp_path.iterdir()] == ["final"] and (final / "file").read_text() == "new"
 
 
@@ -229,10 +229,8 @@ def test_what_moved_the_last_bits_is_told(
     (newest / MANIFEST).write_text(manifest(newest))
     assert resumed(models, run, whole) == 3
     said = capsys.readouterr().err
-    assert (
-        "not be bitwise those of an uninterrupted run" in said
-        and f"torch was '1.0' and is {torch.__version__!r}." in said
-    )
+    assert "not be bitwise those of an uninterrupted run" in said
+    assert f"torch was '1.0' and is {torch.__version__!r}." in said
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with(models: Path, run: Path, whole: Path) -> None:
@@ -475,7 +473,8 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
     assert process.returncode == 143 and "Traceback" not in said
     assert "SIGTERM: finishing this batch and writing a checkpoint" in said
     printed = said.strip().splitlines()[-1].strip()
-    assert printed == again(["rl", *flags]) and printed.startswith("apportion rl ") and "--fresh" not in printed
+    assert printed == resume_command(["rl", *flags])
+    assert printed.startswith("apportion rl ") and "--fresh" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 
@@ -501,7 +500,7 @@ with Signals(lambda line: print(line, end="", flush=True)) as signals:
 
 def test_a_second_signal_stops_at_once(python: Callable[..., Any]) -> None:
     done = python("-c", TWICE)
-    assert done.code == -signal.SIGTERM and "stopped at once" in done.out and "not reached" not in done.out
+    assert done.code == -signal.SIGTERM and "apportion: stopped;" in done.out and "not reached" not in done.out
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""What a stranger's model, table or run folder may not do: run code, or have files written outside the run folder."""
+"""Untrusted models, tables and run folders run no code and write no files outside the run folder."""
 
 from __future__ import annotations
 
@@ -173,13 +173,13 @@ def test_names_from_a_model_write_no_file_elsewhere(
     ],
 )
 def test_a_chat_template_reaches_nothing(
-    model_command: Command, tmp_path: Path, tiny: Any, rl_flags: list[str], template: str, said: str
+    model_command: Command, tmp_path: Path, tiny: Any, rl_flags: list[str], template: str, message: str
 ) -> None:
     model = tiny.save_policy(tmp_path / "model")
     edited(model / "tokenizer_config.json", chat_template=template)
     (tmp_path / "p.jsonl").write_text('{"prompt": [{"role": "user", "content": "hello"}]}\n')
     done = model_command("rl", *rl_flags, "--policy", model, "--prompts", "p.jsonl")
-    done.assert_refused("prompts: got", said)
+    done.assert_refused("prompts: got", message)
     assert not list(tmp_path.rglob("planted-code-ran"))
 
 

@@ -68,8 +68,8 @@ def test_a_large_table_is_never_in_memory(tmp_path: Path) -> None:
     large = [write_table(tmp_path / f"large{suffix}", count) for suffix in SUFFIXES]
     assert min(path.stat().st_size for path in large) > MEGABYTES * 2**20
     done = subprocess.run([sys.executable, "-c", MEASURE, *small, *large], capture_output=True, text=True, check=True)
-    for path, said in zip(large, done.stdout.splitlines(), strict=True):
-        rows, grown = said.split()
+    for path, message in zip(large, done.stdout.splitlines(), strict=True):
+        rows, grown = message.split()
         assert int(rows) == count
         assert float(grown) < BOUND, f"{path.name}: {grown} MB more than for small files"
         path.unlink()
@@ -163,13 +163,13 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
     (tmp_path / "lost.jsonl").symlink_to(tmp_path / "gone.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
-    for name, said in (
+    for name, message in (
         ("pipe.csv", "pipe.csv, which is no regular file"),
         ("loop.csv", "loop.csv, a link that leads nowhere"),
         ("lost.jsonl", "lost.jsonl, a link that leads nowhere"),
         ("zero.jsonl", "zero.jsonl, which is no regular file"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             read_rows(str(tmp_path / name), field="data")
     with pytest.raises(DataError, match=r"no regular file|no such|readable file"):  # nor inside a folder
         read_rows(str(tmp_path), field="data")
@@ -179,8 +179,8 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     ("name", "said"),
     [("x" * 5000 + ".csv", "File name too long"), ("a\0b.csv", "null byte"), ("~nobody-here/a.csv", "home directory")],
 )
-def test_a_name_that_no_file_has_is_refused(name: str, said: str) -> None:
-    with pytest.raises(DataError, match=rf"data: got .*{said}.*a path of this system"):
+def test_a_name_that_no_file_has_is_refused(name: str, message: str) -> None:
+    with pytest.raises(DataError, match=rf"data: got .*{message}.*a path of this system"):
         read_rows(name, field="data")
 
 

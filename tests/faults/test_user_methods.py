@@ -28,7 +28,7 @@ def first(*, share: float = 0.5, needs: tuple = ()):
     return Credit(dict, assign, frozenset(needs), keeps_return=True, causal=False)
 
 
-def zero_with_grad():
+def nothing():
     return "not a method"
 
 
@@ -170,8 +170,8 @@ def test_a_segmenter_an_estimator_and_a_loss_are_one_file_each(
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["segments/actions"] for row in rows] == [2.0, 2.0]
     assert all("loss/value" not in row and row["mine/tokens"] == 1.0 for row in rows)  # a token each, over the tokens
-    settled = (tmp_path / "run" / "config.yaml").read_text()
-    assert all(name in settled for name in ("mine.halves:halves", "mine.centred:centred", "mine.plain:plain"))
+    resolved = (tmp_path / "run" / "config.yaml").read_text()
+    assert all(name in resolved for name in ("mine.halves:halves", "mine.centred:centred", "mine.plain:plain"))
 
 
 def test_ids_that_a_segmenter_got_wrong_are_named(

@@ -33,8 +33,8 @@ def steps(monitor: monitors.Monitor, series: dict[str, Sequence[float]]) -> list
     state, found = monitors.init([monitor]), []
     named = {key.replace("__", "/"): values for key, values in series.items()}
     for step in range(len(next(iter(named.values())))):
-        said, state = monitors.observe([monitor], {key: values[step] for key, values in named.items()}, state)
-        found.append((step + 1, said[monitor.name]))
+        message, state = monitors.observe([monitor], {key: values[step] for key, values in named.items()}, state)
+        found.append((step + 1, message[monitor.name]))
     return found
 
 

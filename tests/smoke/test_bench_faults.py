@@ -1,49 +1,45 @@
-"""`apportion bench faults` and `soak`: five real kills, and what their comparisons would notice."""
+"""`benchmarks.faults` and `benchmarks.soak`: five real kills, and the sensitivity of their comparisons."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from benchmarks.faults import soak as soaking
+from benchmarks import soak as soaking
+from benchmarks.faults.__main__ import main as faults_main
 from benchmarks.faults.compare import difference, traces
 from benchmarks.faults.harness import clear, enough, plans
-from benchmarks.faults.kills import Broken
+from benchmarks.faults.kills import UnexpectedEnd
 from benchmarks.faults.settings import FaultsConfig, SoakConfig
-from benchmarks.faults.soak import judged
-
-from apportion.cli.main import main
+from benchmarks.soak import growth
+from scripts import run_benchmark
 
 QUICK = ("--kills", "5", "--model_kills", "0", "--steps", "8", "--checkpoint_every", "2")
 
 
-def bench(*words: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run `apportion bench` as a user does: it forks, which a process with threads should not."""
-    command = [sys.executable, "-m", "apportion", "bench", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
 def test_five_kills_change_nothing(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    done = bench("faults", *QUICK, "--tokenizer", tmp_path / "tokenizer", "--json", "--out", tmp_path / "found.json")
+    # in a process of its own: it forks, which a process with threads should not
+    flags = ["--tokenizer", tmp_path / "tokenizer", "--json", "--out", tmp_path / "result.json"]
+    done = run_benchmark("faults", *QUICK, *flags, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found == json.loads((tmp_path / "found.json").read_text())
-    assert found["kills"] == found["bit_identical"] == 5 and found["log_rows_lost"] == found["log_rows_doubled"] == 0
-    assert found["kills_in_checkpoint"] >= 2 and found["resumed_from_checkpoint"] >= 1
-    assert len(found["reference_sha256"]) == 64 and set(found["kinds"]) == {"adapters", "all weights"}
-    one, two = (found["kinds"][kind] for kind in ("adapters", "all weights"))
+    result = json.loads(done.stdout)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert (
+        result["kills"] == result["bit_identical"] == 5 and result["log_rows_lost"] == result["log_rows_doubled"] == 0
+    )
+    assert result["kills_in_checkpoint"] >= 2 and result["resumed_from_checkpoint"] >= 1
+    assert len(result["reference_sha256"]) == 64 and set(result["kinds"]) == {"adapters", "all weights"}
+    one, two = (result["kinds"][kind] for kind in ("adapters", "all weights"))
     assert one["weights"] != two["weights"] and one["logs"] != two["logs"]
 
 
-def test_a_share_of_the_kills_is_aimed_at_checkpoints_and_each_kind_is_there() -> None:
+def test_plans_cover_every_kind_and_aim_a_fraction_at_checkpoints() -> None:
     made = plans(FaultsConfig(), Path())
     kinds = [plan.kind for plan in made]
     assert len(made) == 50 and kinds.count("smollm2") == 3 and kinds.count("adapters") - kinds.count("all weights") == 1
@@ -51,7 +47,7 @@ def test_a_share_of_the_kills_is_aimed_at_checkpoints_and_each_kind_is_there() -
     assert all(plan.aimed for plan in plans(FaultsConfig(in_checkpoint=1.0), Path()))
 
 
-def test_what_an_earlier_benchmark_left_is_not_judged_again(tmp_path: Path) -> None:
+def test_earlier_runs_are_cleared(tmp_path: Path) -> None:
     for name in ("whole-adapters", "kill-3", "mine", "kill-notes"):
         (tmp_path / name).mkdir()
     for name in ("whole-adapters", "kill-3", "mine"):
@@ -62,17 +58,17 @@ def test_what_an_earlier_benchmark_left_is_not_judged_again(tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kill-notes", "mine"]
 
 
-@pytest.mark.parametrize(("hit", "resumed", "said"), [(2, 5, True), (1, 9, False), (5, 4, False)])
-def test_too_few_kills_where_they_count_are_said_not_to_be_enough(hit: int, resumed: int, said: bool) -> None:
-    assert enough({"kills": 10, "kills_in_checkpoint": hit, "resumed_from_checkpoint": resumed}) == said
+@pytest.mark.parametrize(("hit", "resumed", "expected"), [(2, 5, True), (1, 9, False), (5, 4, False)])
+def test_enough_kills_hit_checkpoints_and_resumed(hit: int, resumed: int, expected: bool) -> None:
+    assert enough({"kills": 10, "kills_in_checkpoint": hit, "resumed_from_checkpoint": resumed}) == expected
 
 
-class Over:
-    """What stands for a process that is over already: it was another's run."""
+class Finished:
+    """A process that has ended already: another's run."""
 
     pid, began = os.getpid(), 0.0
 
-    def __init__(self, words: list[str], said: Path, **more: Any) -> None:
+    def __init__(self, words: list[str], output: Path, **more: Any) -> None:
         run = Path(words[words.index("--output") + 1])
         run.mkdir()
         (run / "metrics.jsonl").write_text('{"step": 1, "memory/rss_mb": 1.0}\n')
@@ -83,11 +79,11 @@ class Over:
     wait = poll
 
 
-def test_a_soak_that_ran_nothing_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soak_of_a_finished_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.setattr(soaking, "Process", Over)
+    monkeypatch.setattr(soaking, "Process", Finished)
     config = SoakConfig(batches=2, judge_after=1, tokenizer=str(tmp_path / "tokenizer"), folder=str(tmp_path / "soak"))
-    with pytest.raises(Broken, match="1 of 2 batches and was seen 0 times"):
+    with pytest.raises(UnexpectedEnd, match="1 of 2 batches and was sampled 0 times"):
         soaking.soak(config)
 
 
@@ -108,7 +104,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_what_differs_is_noticed(folder: Callable[..., Path]) -> None:
+def test_differences_are_reported(folder: Callable[..., Path]) -> None:
     rows = [(1, 0), (1, 1), (2, 0)]
     one = traces(folder("one", [1, 2], rows, b"w"))
     assert difference(one, traces(folder("same", [1, 2], rows, b"w"))) == {
@@ -131,7 +127,7 @@ def test_growth_is_seen_through_noise() -> None:
     def rows(slope: float) -> list[dict[str, float]]:
         return [{"step": i, "memory/rss_mb": 500 + slope * i + 3 * (-1) ** i} for i in range(1, 1001)]
 
-    flat, grows = judged(rows(0.0), [(i, 9) for i in range(1000)], 200), judged(rows(0.02), [(500, 9), (900, 12)], 200)
+    flat, grows = growth(rows(0.0), [(i, 9) for i in range(1000)], 200), growth(rows(0.02), [(500, 9), (900, 12)], 200)
     assert abs(flat["memory_growth"]) < 1e-9 and flat["handles"]["most"] == 9
     assert grows["memory_growth"] == pytest.approx(0.02 * 720 / (500 + 0.02 * 240.5), rel=1e-3)
     assert grows["memory_slope_mb_per_1000"] == pytest.approx(20, rel=1e-2)
@@ -147,18 +143,23 @@ def test_growth_is_seen_through_noise() -> None:
         (["faults", "--steps", "3"], "checkpoint_every: got 3"),
         (["faults", "--in_checkpoint", "2"], "in_checkpoint: got 2"),
         (["faults", "--fresh"], "--fresh"),
+        (["faults", "--jobs", "many"], "many"),
         (["soak", "--batches", "300"], "batches: got 300"),
-        (["fault"], "Did you mean 'faults'"),
     ],
 )
 def test_bad_settings_are_named(words: list[str], piece: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *words]) == 2
-    assert piece in capsys.readouterr().err
+    run = {"faults": faults_main, "soak": soaking.main}[words[0]]
+    try:
+        code = run(words[1:])
+    except SystemExit as end:  # of the parser
+        code = end.code
+    assert code == 2 and piece in capsys.readouterr().err
 
 
 @pytest.mark.long
 def test_a_short_soak(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    done = bench("soak", "--batches", 300, "--judge_after", 100, "--tokenizer", tmp_path / "tokenizer", "--json")
-    found = json.loads(done.stdout)
-    assert found["batches"] == 300 and found["handles"]["least"] > 0
+    flags = ["--batches", 300, "--judge_after", 100, "--tokenizer", tmp_path / "tokenizer", "--json"]
+    done = run_benchmark("soak", *flags, folder=tmp_path)
+    result = json.loads(done.stdout)
+    assert result["batches"] == 300 and result["handles"]["least"] > 0

@@ -1,23 +1,19 @@
-"""The benchmark of ABC's cost, tiny: its fields and what it counts, never a time."""
+"""The benchmark of ABC's cost on tiny models: its fields and counts, never a time."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from scripts import script
+from benchmarks import abc_cost
+from scripts import run_benchmark
 
 from apportion.models.attention.row import attention_row
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "abc_cost.py"
 TINY = ["--random", "llama-tiny", "--tokens", "40", "90", "--pairs", "3", "--repetitions", "4", "--threads", "1"]
 LENGTHS = (40, 90)  # neither is the size of a head nor of anything else in the model
 
@@ -30,19 +26,12 @@ def same_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def abc_cost() -> ModuleType:
-    return script("abc_cost")
-
-
-def tiny_model(abc_cost: ModuleType, *more: str) -> Any:
+def tiny_model(*more: str) -> Any:
     return abc_cost.build(abc_cost.parse([*TINY, *more]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_reports_every_figure_of_every_length(
-    abc_cost: ModuleType, capsys: pytest.CaptureFixture[str], dtype: str
-) -> None:
+def test_it_reports_every_figure_of_every_length(capsys: pytest.CaptureFixture[str], dtype: str) -> None:
     assert abc_cost.main([*TINY, "--dtype", dtype, "--batch", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["model"], found["dtype"], found["threads"], found["batch"]) == ("llama-tiny", dtype, 1, 2)
@@ -59,9 +48,9 @@ def test_it_reports_every_figure_of_every_length(
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_square_matrix_would_be_noticed(abc_cost: ModuleType, length: int) -> None:
-    """The way that ABC does not go: a softmax over all T rows."""
-    model = tiny_model(abc_cost)
+def test_a_square_matrix_would_be_noticed(length: int) -> None:
+    """A softmax over all T rows, which ABC avoids."""
+    model = tiny_model()
     inputs = {
         "input_ids": torch.randint(2, 400, (1, length)),
         "attention_mask": torch.ones(1, length, dtype=torch.long),
@@ -81,9 +70,9 @@ def test_a_square_matrix_would_be_noticed(abc_cost: ModuleType, length: int) -> 
     assert abc_cost.memory(plain, lambda: (plain(), torch.zeros(3).exp()), length)["extra_square"] == 0
 
 
-def test_the_operations_timed_alone_are_those_of_a_credit(abc_cost: ModuleType) -> None:
-    """One row of the last layer, head mean, normalised: what eager attention says."""
-    model = tiny_model(abc_cost)
+def test_the_operations_timed_alone_are_those_of_a_credit() -> None:
+    """One row of the last layer, head mean, normalised: equal to eager attention's."""
+    model = tiny_model()
     ids, mask = torch.randint(2, 400, (2, 40)), torch.ones(2, 40, dtype=torch.bool)
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
     with torch.no_grad(), attention_row(model) as tap:
@@ -93,10 +82,10 @@ def test_the_operations_timed_alone_are_those_of_a_credit(abc_cost: ModuleType) 
     with torch.no_grad():
         expected = model(**inputs, output_attentions=True).attentions[-1][:, :, -1].mean(dim=1)
     torch.testing.assert_close(alpha, expected, rtol=0, atol=1e-6)
-    assert len(abc_cost.timed_alone(tiny_model(abc_cost), inputs, torch.full((2,), 39), mask, 3)) == 3
+    assert len(abc_cost.timed_alone(tiny_model(), inputs, torch.full((2,), 39), mask, 3)) == 3
 
 
-def test_runs_are_interleaved_and_their_interval_is_the_medians(abc_cost: ModuleType) -> None:
+def test_runs_are_interleaved_and_their_interval_is_the_medians() -> None:
     order: list[str] = []
     times = abc_cost.rounds([lambda name=name: order.append(name) for name in "abc"], 4)
     assert "".join(order) == "abcbcacababc" and [len(t) for t in times] == [4, 4, 4]
@@ -107,23 +96,20 @@ def test_runs_are_interleaved_and_their_interval_is_the_medians(abc_cost: Module
 
 
 def test_the_script_prints_a_table(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), *TINY]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_benchmark("abc_cost", *TINY, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "llama-tiny, float32, 1 threads" in done.stdout and done.stdout.count("no T×T tensor") == 2
     assert "Traceback" not in done.stderr
 
 
 def test_the_updates_rate_and_numbers(tmp_path: Path) -> None:
-    """Operations counted by hand, and the shortcuts' numbers: far below what the issue of speed allows."""
+    """Operations counted by hand, and the small numerical effect of the shortcuts."""
     import tiny
 
     folder = tiny.save_policy(tmp_path / "policy")
     words = ["--model", folder, "--rows", 4, "--prompt", 5, "--response", 7, "--repeats", 1, "--micro_tokens", 24]
-    script = SCRIPT.parent / "update_speed.py"
-    command = [sys.executable, str(script), *map(str, words), "--threads", "1", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    words += ["--matmul_sizes", 128]
+    done = run_benchmark("update_speed", *words, "--threads", 1, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     attention, gated, head = 32 * (32 + 16 + 16 + 32), 3 * 32 * 64, 400 * 32  # weights of a layer's parts

@@ -1,4 +1,4 @@
-"""Checkpoints of real tiny runs: going on after an interruption gives the uninterrupted run bit for bit."""
+"""Checkpoints of real tiny runs: a resumed run is bitwise equal to the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(
     whole = train(settings(world, tmp_path / "whole", **changes))
     with pytest.raises(Interrupted):
         train(settings(world, tmp_path / "parts", **changes), on_step=stop_after(last))
-    assert len(metrics(tmp_path / "parts")) == last, "what was logged after the last checkpoint is cut when it goes on"
+    assert len(metrics(tmp_path / "parts")) == last, (
+        "what was logged after the last checkpoint is truncated when it is resumed"
+    )
     torch.manual_seed(12345)
     torch.rand(7)  # another process would have another state here
     parts = train(settings(world, tmp_path / "parts", **changes))

@@ -1,21 +1,17 @@
-"""The benchmarks of ABC's share of a batch and of response length, tiny: their fields and counts, never a time."""
+"""The benchmarks of ABC's share of a batch and of response length on tiny models: fields and counts, never a time."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import tiny
 import torch
-from scripts import FOLDER, script
+from benchmarks import abc_batch, length
+from benchmarks.harness import measuring
+from scripts import run_benchmark
 
 from apportion.models.reward import load_reward
 
@@ -35,22 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny.save_policy(tmp_path_factory.mktemp("model")))
 
 
-@pytest.fixture(scope="module")
-def abc_batch() -> ModuleType:
-    return script("abc_batch")
-
-
-@pytest.fixture(scope="module")
-def length() -> ModuleType:
-    return script("length")
-
-
-@pytest.fixture(scope="module")
-def measuring() -> ModuleType:
-    return importlib.import_module("measuring")
-
-
-def test_what_abc_adds_to_a_batch(abc_batch: ModuleType, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cost_of_abc_in_a_batch(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--rows", "3", "--new_tokens", "6", "--pairs", "2", "--repetitions", "3", "--limit_gb", "0.0018"]
     assert abc_batch.main([*TINY, "--model", model, *sizes, "--lengths", *map(str, LENGTHS), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -69,9 +50,7 @@ def test_what_abc_adds_to_a_batch(abc_batch: ModuleType, model: str, capsys: pyt
     assert found["operations_ratio"] == by_hand / operations["sparse"] < 0.01
 
 
-def test_abcs_memory_grows_with_the_length_and_the_other_ways_with_its_square(
-    abc_batch: ModuleType, model: str, tmp_path: Path
-) -> None:
+def test_abcs_memory_grows_with_the_length_and_the_other_ways_with_its_square(model: str, tmp_path: Path) -> None:
     options = abc_batch.parse([*TINY, "--lengths", *map(str, LENGTHS), "--limit_gb", "0.0009"])
     reward = load_reward(str(abc_batch.reward_model(model, tmp_path / "reward")), device="cpu")
     before = reward.model.config._attn_implementation
@@ -89,16 +68,16 @@ def test_abcs_memory_grows_with_the_length_and_the_other_ways_with_its_square(
     assert found["fit"]["output_attentions"]["square_share"] > 0.5
 
 
-def test_the_peak_is_the_most_that_was_held_at_once(measuring: ModuleType) -> None:
+def test_peak_bytes_counts_live_tensors() -> None:
     with measuring.peak_bytes() as peak:
         for _ in range(3):
-            held = torch.ones(100_000)
-            more = torch.ones(50_000)
-            del held, more
+            first = torch.ones(100_000)
+            second = torch.ones(50_000)
+            del first, second
     assert 600_000 <= peak[0] < 640_000
 
 
-def test_a_fit_finds_its_own_powers(measuring: ModuleType) -> None:
+def test_a_fit_finds_its_own_powers() -> None:
     line = measuring.fitted([128, 512, 2048], [7 + 3.0 * t for t in (128, 512, 2048)])
     assert line["per_token"] == pytest.approx(3.0) and line["square_share"] < 1e-9
     both = measuring.fitted([128, 512, 1024, 2048], [2.0 * t + 0.5 * t * t for t in (128, 512, 1024, 2048)])
@@ -106,7 +85,7 @@ def test_a_fit_finds_its_own_powers(measuring: ModuleType) -> None:
     assert both["square_share"] == pytest.approx(1024 / 1026)
 
 
-def test_time_a_token_by_length(length: ModuleType, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_a_token_by_length(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert length.main([*TINY, "--model", model, "--shapes", "2x5", "2x40", "--micro_tokens", "40", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(row["rows"], row["tokens"], row["batches"]) for row in found["lengths"]] == [(2, 5, 3), (2, 40, 1)]
@@ -118,8 +97,8 @@ def test_time_a_token_by_length(length: ModuleType, model: str, capsys: pytest.C
         assert row["batch"]["s"] == pytest.approx(sum(row[p]["s"] for p in ("generate", "score", "update")))
         assert row["score"]["attention_operations"] == 3 * by_hand(2, 8 + row["tokens"])  # policy, reference, reward
         assert row["update"]["attention_operations"] == 3 * by_hand(2, 8 + row["tokens"])  # one pass, forward and back
-        # the prompt at once with a column nobody sees, then all tokens but the last over every column of the buffers:
-        # as many as are ever needed, but at most 32 more than were read, and 32 more when those are full
+        # the prompt at once with an unused column, then all tokens but the last over every column of the buffers: at
+        # most as many as are ever needed, at first 32 beyond the prompt, and 32 more when those are full
         columns = {5: [14] * 4, 40: [41] * 32 + [73] * 7}[row["tokens"]]
         assert row["generate"]["attention_operations"] == by_hand(2, 9) + 2 * 2 * 4 * sum(columns) * (8 + 8) * 2
     short, long = found["lengths"]
@@ -134,31 +113,29 @@ def by_hand(rows: int, tokens: int) -> int:
     return 2 * rows * 4 * pairs * (8 + 8) * 2
 
 
-def test_attention_that_is_not_seen_is_no_zero(length: ModuleType) -> None:
+def test_unseen_attention_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="no attention call was seen in phase update"):
-        length.phase_figures(length.Book(), "update", 1.0, 1, 8)
+        length.phase_figures(length.Calls(), "update", 1.0, 1, 8)
 
 
-def test_the_registry_is_what_it_was(length: ModuleType) -> None:
+def test_the_registry_is_restored() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as REGISTRY
 
     before = dict(REGISTRY._local_mapping)
-    with pytest.raises(KeyError), length.watched(length.Book()):
+    with pytest.raises(KeyError), length.recorded(length.Calls()):
         raise KeyError
     assert dict(REGISTRY._local_mapping) == before
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "said"),
+    ("name", "more", "line"),
     [
         ("abc_batch", ["--rows", "2", "--pairs", "1", "--repetitions", "2", "--lengths", "20", "40", "80"], "ABC adds"),
         ("length", ["--shapes", "2x4", "2x16"], "time a token at 16 over 4"),
     ],
 )
-def test_the_scripts_print_tables(model: str, tmp_path: Path, name: str, more: list[str], said: str) -> None:
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *TINY, "--model", model, *more]
-    environment: dict[str, Any] = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+def test_the_scripts_print_tables(model: str, tmp_path: Path, name: str, more: list[str], line: str) -> None:
+    done = run_benchmark(name, *TINY, "--model", model, *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout and "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    assert line in done.stdout and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ PACKAGE = {
     "credit/uniform.py": "def uniform(n):\n    return [1 / n] * n\n",
     "edges.py": "def main():\n    return 1\n",
 }
-FLOORS = '[tool.apportion.floors]\nwords = ["masking"]\nmathematics = ["credit"]\n'
+FLOORS = '[[tool.importlinter.contracts]]\nid = "floors"\nlayers = ["edges", "credit", "masking"]\n'
 PARENT = """
 import os, subprocess, sys
 from apportion import edges, masking
@@ -70,7 +70,7 @@ def test_lines_that_only_a_subprocess_or_a_forked_process_runs_count(complete: P
     assert files["src/apportion/edges.py"]["missing_lines"] == [2]
     done = check(complete, FLOORS)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.splitlines() == ["words: 4 of 4 lines run (100.0%)", "mathematics: 3 of 3 lines run (100.0%)"]
+    assert done.stdout.splitlines() == ["floor 0: 4 of 4 lines run (100.0%)", "floor 1: 3 of 3 lines run (100.0%)"]
 
 
 def test_a_line_that_is_never_run_is_named_with_its_file(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_a_line_that_is_never_run_is_named_with_its_file(tmp_path: Path) -> None
 
 def test_files_above_the_floors_may_miss_lines_and_a_module_that_is_gone_may_not(complete: Path) -> None:
     assert check(complete, FLOORS).returncode == 0
-    assert check(complete, FLOORS.replace('"credit"', '"credit", "edges"')).returncode == 1
+    assert check(complete, FLOORS.replace('"credit"', '"credit : edges"')).returncode == 1
     renamed = check(complete, FLOORS.replace('"masking"', '"masks"'))
     assert renamed.returncode == 1 and "masks: no such module" in renamed.stdout
     part = check(complete, FLOORS.replace('"credit"', '"credit.uniform"'))
-    assert part.returncode == 0 and "mathematics: 2 of 2" in part.stdout
+    assert part.returncode == 0 and "floor 1: 2 of 2" in part.stdout

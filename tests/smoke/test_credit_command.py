@@ -146,8 +146,8 @@ def test_methods_that_read_more_than_attention(world: Path, capsys: pytest.Captu
 def test_an_encoder_gives_attention_alone(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["credit", "--model", str(world / "encoder"), "--text", TEXT, "--method", "attribution"]
     assert main(flags) == 2
-    said = capsys.readouterr().err
-    assert "--method: got 'reward_attribution'" in said and "Use a decoder, or attention" in said
+    message = capsys.readouterr().err
+    assert "--method: got 'reward_attribution'" in message and "Use a decoder, or attention" in message
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_a_text_that_ends_with_the_models_pad_is_refused(
 ) -> None:
     """The model would read its score before the pad: credit from another position would be a silent error."""
     assert main(["credit", "--model", str(world / "decoder"), "--text", text, "--json"]) == 2
-    said = capsys.readouterr().err
-    assert "pad" in said and "expected" in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert "pad" in message and "expected" in message and "Traceback" not in message
 
 
 def test_a_text_without_any_token_is_refused(world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_a_text_without_any_token_is_refused(world: Path, capsys: pytest.Capture
     tokens.backend_tokenizer.normalizer = normalizers.Replace("\x07", "")
     tokens.save_pretrained(folder)
     assert main(["credit", "--model", str(folder), "--text", "\x07\x07"]) == 2
-    said = capsys.readouterr().err
-    assert "--text" in said and "token" in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert "--text" in message and "token" in message and "Traceback" not in message
 
 
 def test_text_from_standard_input(

@@ -75,9 +75,9 @@ def test_projected_states_keep_inner_products_in_expectation() -> None:
 
 
 def test_every_figure_is_there_and_says_what_it_must(found: tuple[Path, dict[str, Any]]) -> None:
-    told = found[1]
-    assert told["rollouts"] == 24 and told["prompts"] == 6 and told["samples"] == 4
-    methods = told["methods"]
+    reported = found[1]
+    assert reported["rollouts"] == 24 and reported["prompts"] == 6 and reported["samples"] == 4
+    methods = reported["methods"]
     assert set(methods) == {
         "sparse", "uniform", "attention", "prefix_difference", "attention(mix=0.0)", "ma-ppo", "abc-grpo",
     }  # fmt: skip
@@ -95,30 +95,30 @@ def test_every_figure_is_there_and_says_what_it_must(found: tuple[Path, dict[str
     for key in FIGURES:
         assert methods["attention(mix=0.0)"][key] == methods["sparse"][key]
     assert methods["attention"]["credit/kept_mass"] > 0
-    assert told["recommended"] is None or told["recommended"] in methods
-    assert "prompts" in told["why"] or "signal" in told["why"]
+    assert reported["recommended"] is None or reported["recommended"] in methods
+    assert "prompts" in reported["why"] or "signal" in reported["why"]
 
 
 def test_a_finished_diagnosis_is_reused_and_printed_as_one_object(
     world: Path, found: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, told = found
+    folder, reported = found
     methods = "[sparse, uniform, attention, prefix_difference, {attention: {mix: 0.0}}, ma-ppo, abc-grpo]"
     before = (folder / "diagnosis.json").stat().st_mtime_ns
     assert main(flags(world, folder, "--methods", methods, "--json")) == 0
-    assert json.loads(capsys.readouterr().out) == told
+    assert json.loads(capsys.readouterr().out) == reported
     assert (folder / "diagnosis.json").stat().st_mtime_ns == before
 
 
 def test_a_finished_diagnosis_is_not_passed_off_as_one_of_other_settings(
     world: Path, found: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, told = found
+    folder, reported = found
     settings = (folder / "config.yaml").read_text()
     assert main(flags(world, folder, "--methods", "[sparse, uniform]")) == 2
-    said = capsys.readouterr().err
-    assert "output: got" in said and "methods" in said and "--fresh" in said
-    assert json.loads((folder / "diagnosis.json").read_text()) == told
+    message = capsys.readouterr().err
+    assert "output: got" in message and "methods" in message and "--fresh" in message
+    assert json.loads((folder / "diagnosis.json").read_text()) == reported
     assert (folder / "config.yaml").read_text() == settings
 
 
@@ -129,7 +129,7 @@ def test_the_table_and_the_page_name_every_method(
     out = capsys.readouterr().out
     assert "sparse" in out and "uniform" in out and "95% intervals" in out
     page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
-    assert "Which credit points the true way" in page and "its expected gradient" in page
+    assert "Direction of each credit method's gradient" in page and "its expected gradient" in page
     assert "No evaluation yet" not in page
 
 
@@ -141,7 +141,7 @@ def test_the_table_and_the_page_name_every_method(
         (["--methods", "[{grpo: {std: false}}]"], ["methods.grpo: got 'std'", "no settings"]),
         (["--methods", "[]"], ["methods: got []", "at least one"]),
         (["--samples", "1"], ["samples: got 1", "whole number >= 2"]),
-        (["--count", "1"], ["count: got 1", "at least 2"]),
+        (["--count", "1"], ["count: got 1", "a whole number >= 2"]),
         (["--lam", "1.5"], ["lam: got 1.5", "[0, 1]"]),
         (["--sampling.samples_per_prompt", "4"], ["sampling.samples_per_prompt: got 4", "Use --samples"]),
         (["--methods", "[implicit]"], ["implicit.model"]),
@@ -151,17 +151,17 @@ def test_mistakes_are_named(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], pieces: list[str]
 ) -> None:
     assert main(flags(world, tmp_path / "run", *arguments)) == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     for piece in pieces:
-        assert piece in said, said
+        assert piece in message, message
     assert not (tmp_path / "run").exists()
 
 
 def test_the_verdict_says_what_a_stop_bias_pays_for() -> None:
     wide = {"mean": 0.9, "low": 0.8, "high": 0.97}
     bias = {"mean": -0.2, "low": -0.3, "high": -0.1}
-    assert "pays for going on" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
+    assert "rewards longer responses" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
     bias = {"mean": 0.2, "low": 0.1, "high": 0.3}
-    assert "pays for stopping early" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
+    assert "rewards stopping early" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
     bias = {"mean": 0.0, "low": -0.1, "high": 0.1}
-    assert "pays" not in verdict("sparse", {"cosine": wide, "stop_bias": bias})
+    assert "rewards" not in verdict("sparse", {"cosine": wide, "stop_bias": bias})

@@ -1,28 +1,19 @@
-"""The benchmark of writing, tiny: its fields, what it counts by hand, and that both sides write all; never a time."""
+"""The benchmark of generation on a tiny model: its fields, counts by hand, and complete responses; never a time."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from scripts import script
+from benchmarks import generation_speed
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "generation_speed.py"
 TINY = ["--random", "llama-tiny", "--rows", "4", "--prompt", "6", "--new", "5", "--rounds", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def generation_speed() -> ModuleType:
-    return script("generation_speed")
+TINY += ["--matmul_sizes", "128"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_reports_both_sides_and_the_bound_counted_by_hand(
-    generation_speed: ModuleType, capsys: pytest.CaptureFixture[str], dtype: str
-) -> None:
+def test_it_reports_both_sides_and_the_bound_counted_by_hand(capsys: pytest.CaptureFixture[str], dtype: str) -> None:
     assert generation_speed.main([*TINY, "--dtype", dtype, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     # a layer: q and o 32×32, k and v 32×16, three of 32×64; the head 32×400
@@ -37,7 +28,7 @@ def test_it_reports_both_sides_and_the_bound_counted_by_hand(
         assert row["of_bound"] == pytest.approx(found["bound_s"] / row["step_s"])
 
 
-def test_both_sides_write_every_token(generation_speed: ModuleType) -> None:
+def test_both_sides_generate_every_token() -> None:
     model = generation_speed.build(generation_speed.parse([*TINY, "--dtype", "float32"]))
     prompts = torch.randint(2, 400, (4, 6), generator=torch.Generator().manual_seed(0))
     batch = generation_speed.ours(model, prompts)(5)
@@ -45,6 +36,6 @@ def test_both_sides_write_every_token(generation_speed: ModuleType) -> None:
     assert generation_speed.peer(model, prompts)(5).shape == (4, 11)
 
 
-def test_a_step_needs_two_tokens(generation_speed: ModuleType) -> None:
+def test_a_step_needs_two_tokens() -> None:
     with pytest.raises(SystemExit):
         generation_speed.parse(["--new", "1"])

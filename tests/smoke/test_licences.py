@@ -28,5 +28,5 @@ def test_a_package_that_is_not_listed_is_named() -> None:
 
 
 @pytest.mark.parametrize(("package", "said"), [("torch", "BSD"), ("transformers", "Apache"), ("pytest", "MIT")])
-def test_licences_come_from_the_packages(package: str, said: str) -> None:
-    assert said in licences.licence(package)
+def test_licences_come_from_the_packages(package: str, message: str) -> None:
+    assert message in licences.licence(package)

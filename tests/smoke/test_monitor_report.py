@@ -1,4 +1,4 @@
-"""The report's section on monitors: what fired and when, what was skipped, and what a stopped run left behind."""
+"""The report's section on monitors: fired monitors, skipped updates, crash dumps of stopped runs."""
 
 from __future__ import annotations
 

@@ -30,11 +30,11 @@ def test_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "some_rewards.py").write_text(own)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "some_rewards", raising=False)
-    spec, told = CREDITS[name]
+    spec, reported = CREDITS[name]
     changes: dict[str, Any] = {"credit": spec.replace("MODEL", f"'{world / 'dpo'}'"), "algorithm": "ppo"}
     run = train(tiny_runs.config(world, tmp_path / "run", **changes))
     steps = tiny_runs.read_lines(run.path / "metrics.jsonl")
-    assert len(steps) == 2 and all(key in step for step in steps for key in told)
+    assert len(steps) == 2 and all(key in step for step in steps for key in reported)
     if name == "process":
         assert steps[0]["credit/process"] == pytest.approx(2.5)  # halves of five tokens
     if name == "length_penalty":

@@ -1,4 +1,4 @@
-"""What the README, the examples and the recipes print is run as it stands."""
+"""Every output, command, example and recipe of the README is run and compared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ABOVE = (
     "transformers",
     "peft",
     "datasets",
-    *(f"apportion.{m}" for m in ("models", "data", "stages", "scoring", "runs")),
+    *(f"apportion.{m}" for m in ("models", "data", "stages", "generation", "evidence", "training")),
 )
 STEPS = ["--steps", "2", "--sampling.batch_size", "8", "--sampling.max_new_tokens", "8", "--log_rollouts", "8"]
 
@@ -92,9 +92,9 @@ print([name for name in sys.modules if name.startswith({ABOVE})])
 """
     done = python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    *told, loaded = done.stdout.splitlines()
-    scores = [float(re.search(r"score ([\d.]+)", line)[1]) for line in told]
-    assert scores[0] < 5 and scores[-1] > 12, told
+    *reported, loaded = done.stdout.splitlines()
+    scores = [float(re.search(r"score ([\d.]+)", line)[1]) for line in reported]
+    assert scores[0] < 5 and scores[-1] > 12, reported
     assert loaded == "[]"
 
 

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 
 from apportion.errors import ConfigError, DataError, DiskError
-from apportion.report.colours import blend, credit_limit, level, scale_limit
 from apportion.report.curves import running_mean
 from apportion.report.document import embed_json
 from apportion.report.figures import learning_curve_png
 from apportion.report.heatmap import tokens_html, tokens_rich
-from apportion.report.numbers import Interval, interval, number
 from apportion.report.page import write_report
 from apportion.report.read import read_run
 from apportion.report.rollouts import STEPS, logged
+from apportion.report.style import Interval, blend, credit_limit, interval, level, number, scale_limit
 
 METRICS = [{"step": i, "objective/scores": i / 10, "objective/kl": float("nan") if i == 3 else 1.0} for i in range(40)]
 

@@ -1,4 +1,4 @@
-"""The benchmark of what is learned: its reward model, its comparison by hand, and runs that are added to."""
+"""The benchmark of learning curves: its reward model, its comparison by hand, and added sides."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ import argparse
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from scripts import script
+from benchmarks import reward_curves as curves
 
 from apportion.models.reward import load_reward
 
 WORDS = ("a", "the", "in", "of", "and", "good", "bad", "film", "story", "heart", "music", "cast", "jokes", "time")
-
-
-@pytest.fixture(scope="module")
-def curves() -> ModuleType:
-    return script("reward_curves")
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +28,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(curves: ModuleType, world: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
-    """Run the script with --output; return what it wrote."""
+def run(world: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """Run the benchmark with --output; return the file's contents."""
     output = world / "curves.json"
-    given = ["--model", world / "model", "--prompts", world / "prompts.jsonl", "--reward_model", world / "reward"]
-    flags = [str(word) for word in ("x", *given, "--batches", "2", "--threads", "1", "--output", output, *words)]
+    inputs = ["--model", world / "model", "--prompts", world / "prompts.jsonl", "--reward_model", world / "reward"]
+    flags = [str(word) for word in ("x", *inputs, "--batches", "2", "--threads", "1", "--output", output, *words)]
     monkeypatch.setattr("sys.argv", flags)
     assert curves.main() == 0
     return json.loads(output.read_text())
 
 
 def test_sides_are_added_to_what_was_run(
-    curves: ModuleType, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = run(curves, world, monkeypatch, "--sides", "default", "--seeds", "1")
+    one = run(world, monkeypatch, "--sides", "default", "--seeds", "1")
     assert list(one["curves"]) == ["default"] and len(one["curves"]["default"]["0"]) == 2
     assert all(math.isfinite(score) for score in one["curves"]["default"]["0"])
-    two = run(curves, world, monkeypatch, "--sides", "default", "prefix", "--seeds", "1", "--against", "prefix")
+    two = run(world, monkeypatch, "--sides", "default", "prefix", "--seeds", "1", "--against", "prefix")
     assert two["curves"]["default"] == one["curves"]["default"] and two["cost"]["default"] == one["cost"]["default"]
     assert two["lr"] == {"default": None, "prefix": 1e-3}
     # the same seed: the first batch is sampled before anything is learned
@@ -60,10 +54,10 @@ def test_sides_are_added_to_what_was_run(
     assert two["compared"]["default"]["difference"]["mean"] == pytest.approx(ends[0] - ends[1])
     assert "default − prefix" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds curves of"):
-        run(curves, world, monkeypatch, "--sides", "prefix", "--adapters_lr", "0.5")
+        run(world, monkeypatch, "--sides", "prefix", "--adapters_lr", "0.5")
 
 
-def test_the_comparison_by_hand(curves: ModuleType) -> None:
+def test_the_comparison_by_hand() -> None:
     ours = {"0": [0.0] * 5 + [2.0] * 5, "1": [0.0] * 9 + [5.0]}
     theirs = {"0": [1.0] * 10, "1": [0.5] * 10, "2": [9.0] * 10}
     found = curves.compared({"full": ours, "peer": theirs}, "peer")
@@ -78,7 +72,7 @@ def test_the_comparison_by_hand(curves: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_the_one_label_is_the_score(curves: ModuleType, tmp_path: Path, labels: int) -> None:
+def test_the_one_label_is_the_score(tmp_path: Path, labels: int) -> None:
     folder = tiny.save_reward(tmp_path / "reward", labels=labels)
     before = load_reward(str(folder), device="cpu")
     after = load_reward(str(curves.one_label(str(folder), tmp_path / "one")), device="cpu")
@@ -87,7 +81,7 @@ def test_the_one_label_is_the_score(curves: ModuleType, tmp_path: Path, labels: 
     assert torch.allclose(after.score(ids, mask)[0], before.score(ids, mask)[0], atol=1e-6)
 
 
-def test_each_side_has_its_rate(curves: ModuleType) -> None:
+def test_each_side_has_its_rate() -> None:
     options = argparse.Namespace(lr=1e-4, adapters_lr=2e-3)
     rates = {side: curves.rate(side, options) for side in curves.SIDES}
     ours = {"default": None, "adapters": 2e-3, "prefix": 2e-3, "full": 1e-4, "full16": 1e-4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -69,9 +70,14 @@ def check_folder(path: Path, steps: int = 2) -> list[dict[str, Any]]:
     return records
 
 
-@pytest.mark.parametrize("stop", ["length", "eos"])
-@pytest.mark.parametrize("value_model", ["shared", "separate", "reward"])
-@pytest.mark.parametrize("rank", [4, 0])
+KINDS = list(itertools.product([4, 0], ["shared", "separate", "reward"], ["length", "eos"]))
+PAIRS = (0, 3, 5, 7, 8, 10)  # of `KINDS`: every rank, value model and stop with every other
+
+
+@pytest.mark.parametrize(
+    ("rank", "value_model", "stop"),
+    [kind if i in PAIRS else pytest.param(*kind, marks=pytest.mark.long) for i, kind in enumerate(KINDS)],
+)
 def test_two_steps_of_every_kind_of_training(
     world: Path, tmp_path: Path, rank: int, value_model: str, stop: str
 ) -> None:
@@ -87,8 +93,18 @@ def test_two_steps_of_every_kind_of_training(
     assert moved == ({name for name in start if "self_attn" in name} if rank else set(start))
 
 
-@pytest.mark.parametrize("credit", sorted(name for name, make in METHODS.items() if make().keeps_return))
-@pytest.mark.parametrize("penalty", ["kl_penalty", "{kl_penalty: {coef: 0.2, target: 1.0, horizon: 30}}"])
+PENALTIES = ("kl_penalty", "{kl_penalty: {coef: 0.2, target: 1.0, horizon: 30}}")
+KEEPING = sorted(name for name, make in METHODS.items() if make().keeps_return)
+
+
+@pytest.mark.parametrize(
+    ("credit", "penalty"),
+    [
+        pytest.param(credit, penalty, marks=[] if (i + j) % 2 == 0 else pytest.mark.long)  # alternately
+        for i, credit in enumerate(KEEPING)
+        for j, penalty in enumerate(PENALTIES)
+    ],
+)
 def test_two_steps_with_every_credit_and_penalty(world: Path, tmp_path: Path, credit: str, penalty: str) -> None:
     run = finished(world, tmp_path / "run", credit=f"[{credit}, {penalty}]", compare=f"[attention, {credit}]")
     for record in check_folder(run):
@@ -127,8 +143,7 @@ def credit_by_hand(folder: Path, record: dict[str, Any], mix: float) -> tuple[fl
     return score, alpha, credit
 
 
-@pytest.mark.parametrize("mix", [0.8, 0.3])
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize(("mix", "rank"), [(0.8, 4), (0.3, 0)])
 def test_logged_credit_is_recomputed_from_the_saved_reward_model(
     world: Path, tmp_path: Path, mix: float, rank: int
 ) -> None:
@@ -144,8 +159,15 @@ def test_logged_credit_is_recomputed_from_the_saved_reward_model(
     assert max(len(set(record["alpha"])) for record in records) > 2
 
 
-@pytest.mark.parametrize("compare", ["[]", "[attention]"])
-@pytest.mark.parametrize("reading", ["{layers: 0}", "{heads: max}", "{rollout: true}"])
+@pytest.mark.parametrize(
+    ("reading", "compare"),
+    [
+        ("{layers: 0}", "[]"),
+        ("{heads: max}", "[attention]"),
+        ("{rollout: true}", "[]"),
+        ("{rollout: true}", "[attention]"),
+    ],
+)
 def test_logged_alpha_is_the_reading_that_the_run_used(world: Path, tmp_path: Path, reading: str, compare: str) -> None:
     run = finished(world, tmp_path / "run", credit=f"{{attention: {reading}}}", compare=compare)
     for record in tiny_runs.read_lines(run / "rollouts.jsonl"):
@@ -191,7 +213,7 @@ def test_logged_credit_adds_up_to_the_score_of_long_responses(world: Path, tmp_p
         assert abs(sum(record["alpha"]) - 1.0) <= 1e-5
 
 
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("rank", [4, pytest.param(0, marks=pytest.mark.long)])
 def test_without_mix_a_run_is_the_sparse_run_bit_for_bit(world: Path, tmp_path: Path, rank: int) -> None:
     common = {"lora.rank": rank, "policy": world / "ending", "steps": 3, **ENDING}
     sparse = finished(world, tmp_path / "sparse", credit="sparse", **common)
@@ -251,9 +273,9 @@ def test_a_start_that_is_an_adapter_runs(world: Path, tmp_path: Path) -> None:
     records = check_folder(finished(world, tmp_path / "run", policy=tmp_path / "adapter"))
     assert max(abs(kl) for record in records[:4] for kl in record["kl"]) < 1e-5, "the reference is the merged adapter"
     settings = tmp_path / "adapter" / "adapter_config.json"
-    for base, said in (("/nowhere/base", "/nowhere/base"), (None, "names no base model")):
+    for base, message in (("/nowhere/base", "/nowhere/base"), (None, "names no base model")):
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": base}))
-        with pytest.raises(ModelError, match=f"policy: got .*adapter.*{said}"):
+        with pytest.raises(ModelError, match=f"policy: got .*adapter.*{message}"):
             train(tiny_runs.config(world, tmp_path / "other", policy=tmp_path / "adapter"))
 
 
@@ -275,8 +297,7 @@ def test_samples_of_one_prompt_stand_together(world: Path, tmp_path: Path) -> No
     assert first[0] == first[1] == first[2] != first[3] == first[4] == first[5]
 
 
-@pytest.mark.parametrize("value_model", ["shared", "separate"])
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize(("rank", "value_model"), [(4, "separate"), (0, "shared")])
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     world: Path, tmp_path: Path, rank: int, value_model: str
 ) -> None:
@@ -307,27 +328,19 @@ def untimed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_same_seed_gives_the_same_run_in_processes_of_their_own(world: Path, tmp_path: Path) -> None:
-    """With two threads, other addresses in memory and other hash seeds."""
-    found = []
+    """With two threads, other addresses in memory and other hash seeds; stdout holds the run folder and no more."""
+    results = []
     for name in ("one", "two"):
+        (tmp_path / name).mkdir()
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": {"one": "1", "two": "2"}[name]}
-        words = tiny_runs.flags(world, tmp_path / name, **{"lora.rank": 0, "threads": 2})
+        words = tiny_runs.flags(world, "out/run", **{"lora.rank": 0, "threads": 2})
         command = [sys.executable, "-m", "apportion", "rl", *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        metrics = [untimed(row) for row in tiny_runs.read_lines(tmp_path / name / "metrics.jsonl")]
-        found.append(((tmp_path / name / "final" / "model.safetensors").read_bytes(), metrics))
-    assert found[0] == found[1]
-
-
-def test_the_command_as_a_process(world: Path, tmp_path: Path) -> None:
-    """A Python of its own: progress on stderr, the run folder alone on stdout."""
-    flags = tiny_runs.flags(world, "out/run")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "apportion", "rl", *flags],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "out/run\n"), done.stderr
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
-    check_folder(tmp_path / "out" / "run")
+        done = subprocess.run(
+            command, cwd=tmp_path / name, env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert (done.returncode, done.stdout) == (0, "out/run\n"), done.stderr
+        assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+        run = tmp_path / name / "out" / "run"
+        metrics = [untimed(row) for row in tiny_runs.read_lines(run / "metrics.jsonl")]
+        results.append(((run / "final" / "model.safetensors").read_bytes(), metrics))
+    assert results[0] == results[1]

@@ -85,11 +85,11 @@ def judge(folder: Path, name: str, **more: Any) -> RewardModel:
     return load_reward(str(folder / name), device="cpu", policy=replace(policy_text(), **more))
 
 
-def batch_of(said: Sequence[tuple[str, str]], *, eos: bool = True, extra: int = 0) -> Rollouts:
+def batch_of(message: Sequence[tuple[str, str]], *, eos: bool = True, extra: int = 0) -> Rollouts:
     """Return rollouts of the policy's ids of (prompt, response), with an EOS at the end."""
     tokenizer = policy_text().tokenizer
     prompts, responses = ([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-                          for texts in zip(*said, strict=True))  # fmt: skip
+                          for texts in zip(*message, strict=True))  # fmt: skip
     return tiny_runs.rollouts_of(prompts, [r + [tiny_runs.EOS] * eos for r in responses], extra=extra)
 
 

@@ -1,7 +1,7 @@
-"""What is thrown at the data readers, the configuration parser and the offset mapping, and what must hold of it.
+"""Fuzz targets: inputs of the data readers, the configuration parser and the offset mapping, and their properties.
 
-Each target draws one input and checks it; only an ApportionError may come out of it. `tests/faults/test_fuzz.py` runs a
-few of each, `benchmarks/fuzz.py` as many as fit into some minutes.
+Each target samples one input and checks it; only an ApportionError may be raised. `tests/faults/test_fuzz.py` runs a
+few examples of each, `benchmarks.fuzz` as many as some minutes allow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ JUNK = [
 
 @st.composite
 def csv_bytes(draw: st.DrawFn) -> bytes:
-    """A CSV file, right or nearly so."""
+    """A CSV file, valid or nearly so."""
     header = draw(st.sampled_from(["text,label", "prompt", "text", "label,text", ""]))
     right = draw(st.booleans())
     width = header.count(",") + 1
@@ -83,7 +82,7 @@ def csv_bytes(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def json_bytes(draw: st.DrawFn) -> bytes:
-    """JSON lines or a list, right or nearly so, or scraps of JSON."""
+    """JSON lines or a list, valid or nearly so, or fragments of JSON."""
     if draw(st.booleans()):
         finite = st.one_of(st.none(), st.integers(), st.text(max_size=8), st.lists(st.text(max_size=4), max_size=2))
         made = draw(st.lists(st.dictionaries(NAMES, finite, min_size=1, max_size=3), min_size=1, max_size=5))
@@ -173,12 +172,12 @@ def tables(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 def readers(data: st.DataObject) -> None:
-    """Any bytes as any table: rows or a DataError; the first row left out is the one that is an error otherwise."""
+    """Any bytes as any table: rows or a DataError; the first skipped row is the one that raises otherwise."""
     check_table(*data.draw(tables()))
 
 
 def check_table(suffix: str, content: bytes) -> None:
-    """Check what must hold of one table."""
+    """Check the properties of one table."""
     handle, name = tempfile.mkstemp(suffix=suffix)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -193,7 +192,7 @@ def check_table(suffix: str, content: bytes) -> None:
             bad = BadRows(written.extend)
             lenient = outcome(lambda read=read, bad=bad: read(bad=bad))
             bad.flush()
-            json.dumps(written, ensure_ascii=False).encode()  # each can be written down
+            json.dumps(written, ensure_ascii=False).encode()  # each can be logged
             assert bad.count == len(written)
             if not isinstance(strict, str):
                 assert repr(lenient) == repr(strict) and not written  # repr: NaN is not equal to itself
@@ -204,7 +203,7 @@ def check_table(suffix: str, content: bytes) -> None:
 
 
 def outcome(read: Callable[[], Any]) -> Any:
-    """Return what `read` does, or the text of its ApportionError."""
+    """Return the result of `read`, or the text of its ApportionError."""
     try:
         return read()
     except ApportionError as error:
@@ -260,15 +259,15 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
 
 @st.composite
 def plausible(draw: st.DrawFn, stage: str) -> dict[str, Any]:
-    """Settings of a stage that are mostly right."""
-    known = {f.name for f in fields(KINDS[stage])}
+    """Mostly valid settings of a stage."""
+    known = KINDS[stage].model_fields
     chosen = {name: made for name, made in PLAUSIBLE.items() if name in known}
     return draw(st.fixed_dictionaries({}, optional=chosen))
 
 
 @st.composite
 def yaml_text(draw: st.DrawFn) -> str:
-    """YAML that says something of settings, or looks like it."""
+    """YAML of settings, or text that resembles it."""
     if draw(st.booleans()):
         return yaml.safe_dump(draw(st.dictionaries(KEYS, VALUES, max_size=5)), allow_unicode=True)
     lines = draw(st.lists(st.tuples(st.sampled_from(["", "  ", "- ", "\t"]), KEYS, WORDS), max_size=6))
@@ -276,7 +275,7 @@ def yaml_text(draw: st.DrawFn) -> str:
 
 
 def settings(data: st.DataObject) -> None:
-    """Any YAML and any flags: settings or a ConfigError; what is shown of settings reads back as the same."""
+    """Any YAML and any flags: settings or a ConfigError; printed settings parse to the same settings."""
     stage = data.draw(st.sampled_from(list(KINDS)))
     pairs = data.draw(st.lists(st.tuples(KEYS, st.one_of(WORDS, st.text(max_size=6))), max_size=3))
     text = data.draw(st.one_of(st.none(), yaml_text(), st.text(max_size=40)))
@@ -287,7 +286,7 @@ def settings(data: st.DataObject) -> None:
 
 
 def check_settings(stage: str, text: str | None, pairs: list[tuple[str, str]]) -> None:
-    """Check what must hold of a configuration file and flags."""
+    """Check the properties of a configuration file and flags."""
     words = [word for key, value in pairs if key != "config" for word in (f"--{key}", value)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "c.yaml"
@@ -321,14 +320,14 @@ def data_free(words: list[str]) -> bool:
 
 @cache
 def tokenizers() -> dict[str, Any]:
-    """Return the small tokenizers of every family, and that of the built-in model where it was fetched."""
-    found = {name: make() for name, make in tiny_tokenizers.FAMILIES.items()}
+    """Return the small tokenizers of every family, and the built-in model's where it is cached."""
+    known = {name: make() for name, make in tiny_tokenizers.FAMILIES.items()}
     real = sorted(cache_dir().glob("smollm2-*/tokenizer.json"))
-    return found | ({"smollm2": AutoTokenizer.from_pretrained(real[0].parent)} if real else {})
+    return known | ({"smollm2": AutoTokenizer.from_pretrained(real[0].parent)} if real else {})
 
 
 def offsets(data: st.DataObject) -> None:
-    """Any text or ids through any two tokenizers: spans in order that cover the text, amounts that are conserved."""
+    """Any text or ids through any two tokenizers: ordered spans that cover the text, and conserved amounts."""
     names = sorted(tokenizers())
     policy, reward = data.draw(st.sampled_from(names)), data.draw(st.sampled_from(names))
     size = len(tokenizers()[policy])
@@ -338,29 +337,29 @@ def offsets(data: st.DataObject) -> None:
     check_offsets(policy, reward, ids, data.draw(st.integers(0, 24)))
 
 
-def check_offsets(policy: str, reward: str, given: str | list[int], cut: int) -> None:
-    """Check what must hold of a text, or of ids that need not be any text's, cut into prompt and response."""
+def check_offsets(policy: str, reward: str, source: str | list[int], cut: int) -> None:
+    """Check a text, or arbitrary ids, cut into prompt and response."""
     reads = PolicyText(tokenizers()[policy])
-    ids = given
-    if isinstance(given, str):
-        given = given.encode("utf-8", "replace").decode()  # tokenizers take no lone surrogates, and readers refuse them
-        ids = reads.tokenizer(given, add_special_tokens=False)["input_ids"]
+    ids = source
+    if isinstance(source, str):
+        text = source.encode("utf-8", "replace").decode()  # tokenizers take no lone surrogates, and readers refuse them
+        ids = reads.tokenizer(text, add_special_tokens=False)["input_ids"]
     prompt, response = list(ids[:cut]), list(ids[cut:])
-    found = reads.decode_response(prompt, response)
+    decoded = reads.decode_response(prompt, response)
     reach = 0
-    for first, end in found.spans:
-        assert 0 <= first <= end <= len(found.text)
+    for first, end in decoded.spans:
+        assert 0 <= first <= end <= len(decoded.text)
         if first != end:
             assert first <= reach <= end, "in order, without gaps"
             reach = end
-    assert reach == len(found.text), "they cover the text"
+    assert reach == len(decoded.text), "they cover the text"
     reading = render(tokenizers()[reward], reads, prompt, response)
     encoded = encode(tokenizers()[reward], reading)
     conserved(encoded.spans, reading.spans, len(reading.text))
 
 
 def conserved(source: list[tuple[int, int]], target: list[tuple[int, int]], length: int) -> None:
-    """Check that `transfer` gives the target what the source has on its characters, and nothing else."""
+    """Check that `transfer` moves exactly the source's weight on the target's characters to the target."""
     weights = torch.linspace(-1.0, 2.0, max(1, len(source)))[None, : len(source)]
     have = torch.tensor(source, dtype=torch.int64).reshape(1, -1, 2)
     want = torch.tensor(target, dtype=torch.int64).reshape(1, -1, 2)

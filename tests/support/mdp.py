@@ -1,4 +1,4 @@
-"""Small token problems in which every response can be written down: exact ∇J, and a method's exact expected gradient.
+"""Small token problems in which every response can be enumerated: exact ∇J, and a method's exact expected gradient.
 
 A problem has a vocabulary, a length, a tabular softmax policy (one row of logits a state, a state being the tokens so
 far) and a score for *every* sequence, so that prefixes and coalitions have scores too. With `free_end` token 0 ends

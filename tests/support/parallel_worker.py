@@ -1,4 +1,4 @@
-"""What a test compares between one process and several: runs of a few batches, every optimizer step written down.
+"""Runs of a few batches with every optimizer step recorded, to compare one process with several.
 
 As a program, under torchrun: `parallel_worker.py WORLD OUT` writes OUT/rank-R.pt, one trace a case of `CASES`.
 """
@@ -14,9 +14,12 @@ from typing import Any
 import tiny_runs
 import torch
 
+from apportion.cli.arguments import parse
+from apportion.config import RewardConfig
 from apportion.distributed import collectives
 from apportion.errors import MonitorError
 from apportion.masking import masked_mean, whiten
+from apportion.stages.reward import train as reward
 from apportion.stages.rl.learner import make_learner
 from apportion.stages.rl.method import build_method
 from apportion.training.nonfinite import SkippedUpdates
@@ -44,7 +47,7 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     learner = make_learner(config, build_method(config))
     learner.share_weights(failed)
     policy = learner.models.policy
-    parameters, whole = policy.learning(), set(policy.weights.alike(policy.trainable()))
+    parameters, whole = policy.learning(), set(policy.weights.replicated(policy.trainable()))
     gradients: list[torch.Tensor] = []
     step = learner.optimizer.step
 
@@ -60,8 +63,8 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     learner.optimizer.step = noted  # type: ignore[method-assign]
     metrics, records = [], []
     for number in range(1, config.steps + 1):
-        told, written = tiny_runs.one_batch(learner, number)
-        metrics.append(told)
+        reported, written = tiny_runs.one_batch(learner, number)
+        metrics.append(reported)
         records += written
     return {
         "gradients": gradients,
@@ -87,23 +90,31 @@ def reductions() -> dict[str, torch.Tensor]:
     white = whiten(x[mine], mask[mine], reduce=collectives.all_reduce_tensor)
     mean = masked_mean(x[mine], mask[mine], collectives.all_reduce_tensor)
     ragged = collectives.gather_rows(x[mine, : 3 + collectives.rank()], fill=9, left=True)
-    told = collectives.gather_rows(mask[mine])
-    return {"white": collectives.gather_rows(white), "mean": mean, "ragged": ragged, "mask": told}
+    reported = collectives.gather_rows(mask[mine])
+    return {"white": collectives.gather_rows(white), "mean": mean, "ragged": ragged, "mask": reported}
 
 
 def skips() -> dict[str, Any]:
-    """Return what this process is told of four updates: a loss that is not finite in the last process alone, a
+    """Return this process's results of four updates: a loss that is not finite in the last process alone, a
     gradient that is not, a good one, and a fault of both kinds that is one too many."""
     plain, bad, rows = torch.tensor(1.0), torch.tensor(torch.nan), torch.tensor([0, 1])
     mine = bad if collectives.rank() == collectives.world_size() - 1 else plain
     counted = SkippedUpdates(most=2)
-    told = [counted.allow(mine, plain, rows), counted.allow(plain, plain, rows), counted.allow(plain, bad, rows)]
+    reported = [counted.allow(mine, plain, rows), counted.allow(plain, plain, rows), counted.allow(plain, bad, rows)]
     error = ""
     try:
         counted.allow(mine, bad, rows)
     except MonitorError as caught:
         error = str(caught)
-    return {"told": told, "total": counted.total, "error": error}
+    return {"told": reported, "total": counted.total, "error": error}
+
+
+def rewarded(world: Path, output: Path) -> RewardConfig:
+    """Return the settings of a reward model's training over ragged mini-batches."""
+    given = {"model": world / "policy", "data": world / "reviews.csv", "excerpts": 30, "excerpt_tokens": "[4, 12]"}
+    given |= {"batch_size": 5, "micro_batch": 2, "probe_excerpts": 20, "lora.rank": 4, "dtype": "float32"}
+    flags = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    return parse(RewardConfig, "reward", [*flags, "--device", "cpu", "--output", str(output)]).config
 
 
 def run() -> None:
@@ -112,6 +123,7 @@ def run() -> None:
     collectives.start(torch.device("cpu"))
     found: dict[str, Any] = {case: trace(world, out / case, settings) for case, settings in CASES.items()}
     found |= {"skips": skips(), "reductions": reductions(), "main": collectives.broadcast_object(collectives.rank())}
+    reward.train(rewarded(world, out / "reward"))
     torch.save(found, out / f"rank-{os.environ['RANK']}.pt")
     collectives.stop()
 

@@ -1,4 +1,4 @@
-"""Runs that are wrong in one way each: models, tokenizers, data and settings, and what `apportion doctor` must say."""
+"""Runs with one fault each (models, tokenizers, data, settings), and the finding of `apportion doctor` for each."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def with_begin(world: Path, folder: Path, template: str | None = None) -> Path:
 
 
 def long_rope(folder: Path) -> Path:
-    """Return a policy whose positions turn otherwise once a text is longer than 8 tokens: its cache is then stale."""
+    """Return a policy whose rotary embedding changes beyond 8 tokens, so that its cache becomes stale."""
     torch.manual_seed(0)
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8, "factor": 16.0}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [40.0] * 4}
@@ -114,13 +114,13 @@ def long_rope(folder: Path) -> Path:
 
 
 def falcon(folder: Path) -> Path:
-    """Return a reward model whose attention is code of its own, which cannot be read."""
+    """Return a reward model with its own attention code, which is not supported."""
     wide = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400, "num_labels": 2}
     return save_model(folder, tiny.tokenizer(), FalconConfig(**wide, pad_token_id=0, bos_token_id=None, eos_token_id=1))
 
 
 def same_data(world: Path, folder: Path) -> Path:
-    """Return a reward model that was judged on the texts that it learned from."""
+    """Return a reward model that was evaluated on its training texts."""
     import yaml
 
     final = judge(world, folder / "judge")
@@ -131,12 +131,12 @@ def same_data(world: Path, folder: Path) -> Path:
 
 
 def nan_pad(weights: dict[str, torch.Tensor]) -> None:
-    """Leave the pad token's embedding as memory had it: no number."""
+    """Set the pad token's embedding to NaN, as uninitialised memory may have it."""
     weights["model.embed_tokens.weight"][0] = torch.nan
 
 
 def used_to_begin(folder: Path) -> Path:
-    """Return a policy that has learned four sentences after `<s>`, and noise without it; its tokenizer writes none."""
+    """Return a policy trained on four sentences after `<s>`, and on noise without it; its tokenizer adds none."""
     made = tiny.tokenizer()
     made.add_special_tokens({"bos_token": "<unk>"})
     model = AutoModelForCausalLM.from_config(tiny.config(0))
@@ -210,14 +210,14 @@ PLANTED: dict[str, Planted] = {
     "blank prompt": Planted(lambda w, f: texts(f, ["short", " "]), "prompts", "fail", ("p.jsonl", "remove the row")),
     "rows that cannot be used": Planted(
         lambda w, f: texts(f, ["a film", "a story", None]) | {"skip_bad_rows": "true"}, "prompts", "warn",
-        ("2 prompts", "1 rows left out", "bad_rows.jsonl"),
+        ("2 prompts", "1 rows skipped", "bad_rows.jsonl"),
     ),
     "padding in the texts": Planted(
-        lambda w, f: texts(f, ["a <pad> film", "a story"]), "prompt tokens", "warn", ("1 pad", "stands in the texts")
+        lambda w, f: texts(f, ["a <pad> film", "a story"]), "prompt tokens", "warn", ("1 pad", "occurs in the texts")
     ),
     "doubled beginning": Planted(
         lambda w, f: {"policy": with_begin(w, f), **texts(f, ["<unk>a film", "a story"])}, "beginning of text", "fail",
-        ("twice in 1", "writes one already"),
+        ("twice in 1", "adds one already"),
     ),
     "missing beginning": Planted(
         lambda w, f: {"policy": with_begin(w, f, TURNS.replace("{END}", "<eos>") + ASKS),
@@ -238,7 +238,7 @@ PLANTED: dict[str, Planted] = {
     "markers inside a message": Planted(
         lambda w, f: conversations(w, f, TURNS.replace("{END}", "<eos>") + ASKS)
         | texts(f, [[{"role": "user", "content": "say <eos>"}]]),
-        "chat template", "warn", ("1 have special tokens inside", "Take special tokens out"),
+        "chat template", "warn", ("1 have special tokens inside", "Remove special tokens"),
     ),
     "turns end otherwise": Planted(
         lambda w, f: conversations(w, f, TURNS.replace("{END}", "<unk>") + ASKS, **{"sampling.stop": "eos"}),
@@ -255,7 +255,7 @@ PLANTED: dict[str, Planted] = {
     ),
     "reward model pads with a word": Planted(
         lambda w, f: {"reward_model": settings_of(judge(w, f / "judge"), pad_token_id=2)}, "reward tokenizer", "fail",
-        ("'<unk>' (2), which the policy can write", "pad_token_id"),
+        ("'<unk>' (2), which the policy can generate", "pad_token_id"),
     ),
     "duplicates": Planted(
         lambda w, f: texts(f, ["a film", "a  Film", "a story"]), "duplicates", "warn", ("1 of 3 prompts", "Drop")
@@ -267,7 +267,8 @@ PLANTED: dict[str, Planted] = {
         lambda w, f: {"reward_model": same_data(w, f)}, "reward data", "fail", ("of 20 held-out texts", "--test_data")
     ),
     "prompts that the reward model learned from": Planted(
-        lambda w, f: {"prompts": w / "reviews.csv"}, "reward data", "warn", ("surest where it learned", "of 60 prompts")
+        lambda w, f: {"prompts": w / "reviews.csv"}, "reward data", "warn",
+        ("most confident on its training texts", "of 60 prompts"),
     ),
     "too large for memory": Planted(
         lambda w, f: {"sampling.batch_size": 6 * 10**8}, "memory", "fail", ("generation", "sampling.rows")
@@ -288,7 +289,8 @@ PLANTED: dict[str, Planted] = {
         lambda w, f: {"reward_model": w / "policy"}, "reward head", "fail", ("score.weight", "would be random"), False
     ),
     "new head": Planted(
-        lambda w, f: {"reward_model": w / "reward"}, "reward head", "warn", ("as a new one is drawn", "trained"), False
+        lambda w, f: {"reward_model": w / "reward"}, "reward head", "warn",
+        ("like a newly initialised one", "trained"), False,
     ),
     "no response ends": Planted(
         lambda w, f: {"sampling.stop": "eos"}, "responses", "warn", ("0 end with EOS", "sampling.stop length"), False
@@ -320,7 +322,7 @@ PLANTED: dict[str, Planted] = {
         ("all the same", "nothing to learn"), False,
     ),
     "scores cut off": Planted(
-        lambda w, f: {"scores.clip": 0.001}, "scores", "warn", ("cut off at ±0.001", "Raise scores.clip"), False
+        lambda w, f: {"scores.clip": 0.001}, "scores", "warn", ("clipped at ±0.001", "Raise scores.clip"), False
     ),
     "labels the other way round": Planted(
         lambda w, f: {"reward_model": settings_of(judge(w, f / "judge"), id2label={"0": "positive", "1": "negative"},

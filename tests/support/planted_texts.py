@@ -1,4 +1,4 @@
-"""More runs that are wrong in one way each, in what their models are given to read: openings, ends, templates."""
+"""More runs with one fault each, in the text of prompts: beginnings, ends, templates."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def stopping(world: Path, folder: Path, stops: list[int]) -> dict[str, object]:
 
 
 def short(folder: Path, positions: int, chars: int) -> dict[str, object]:
-    """Return the flags of a run whose reward model reads so many tokens, with a prompt of so many characters."""
+    """Return the flags of a run whose reward model has `positions` positions, with a prompt of `chars` characters."""
     made = save_model(folder / "judge", tiny_tokenizers.wordpiece(), encoder(max_position_embeddings=positions))
     return {"reward_model": made, **texts(folder, ["a film", tiny.TEXTS[0][:chars]])}
 
 
 def chatty(folder: Path, template: str) -> Path:
-    """Return a reward model of the policy's vocabulary with a chat template, trained by somebody else."""
+    """Return a reward model of the policy's vocabulary with a chat template, not trained by `apportion reward`."""
     made = tiny.tokenizer()
     made.chat_template = template
     return tokenizer_of(tiny.save_reward(folder / "judge", labels=1), made)
 
 
-def learned_from(world: Path, folder: Path, **settings: Any) -> Path:
-    """Return a reward model in a run folder whose settings say other things."""
+def reward_run_with(world: Path, folder: Path, **settings: Any) -> Path:
+    """Return a reward model in a run folder with changed settings."""
     final = judge(world, folder / "judge")
     (final.parent / "config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in {"excerpts": 10, **settings}.items()))
     return final
@@ -57,14 +57,14 @@ PLANTED: dict[str, Planted] = {
     ),
     "openings that are alike": Planted(
         lambda w, f: texts(f, SAME) | {"sampling.prompt_tokens": "[4,5]"}, "duplicates", "warn",
-        ("6 of 8 are alike in the 4 to 5 tokens", "prompt_tokens to null"),
+        ("6 of 8 have the same first 4 to 5 tokens", "prompt_tokens to null"),
     ),
     "prompts that end": Planted(
         lambda w, f: {"policy": with_end(w, f), **texts(f, ["a film", "a story"])}, "prompt tokens", "fail",
-        ("2 of 2 end with EOS '<eos>'", "Set add_eos_token false, and save the tokenizer again"),
+        ("2 of 2 end with EOS '<eos>'", "Set add_eos_token to false, and save the tokenizer again"),
     ),
     "EOS at the end of a text": Planted(
-        lambda w, f: texts(f, ["a film<eos>", "a story"]), "prompt tokens", "warn", ("1 of 2 end with EOS", "Take it")
+        lambda w, f: texts(f, ["a film<eos>", "a story"]), "prompt tokens", "warn", ("1 of 2 end with EOS", "Remove it")
     ),
     "the model stops where EOS is not": Planted(
         lambda w, f: stopping(w, f, [1, 2]), "end of text", "fail", ("ends a turn with '<unk>' (2)", "Set eos_token")
@@ -85,7 +85,7 @@ PLANTED: dict[str, Planted] = {
     ),
     "another template than the reward model's": Planted(
         lambda w, f: conversations(w, f, ENDED + ASKS, reward_model=chatty(f, BRACKETS)),
-        "reward tokenizer", "warn", ("its own renders otherwise", "for both"),
+        "reward tokenizer", "warn", ("its own renders differently", "for both"),
     ),
     "generation settings that are no ids": Planted(
         lambda w, f: {"policy": settings_of(policy(w, f / "m"), "generation_config.json", eos_token_id=2.5)}, "policy",
@@ -96,13 +96,13 @@ PLANTED: dict[str, Planted] = {
         "fail", ("generation_config.json: got", "max_new_tokens", "Fix it"),
     ),
     "reward model that names a hub set": Planted(
-        lambda w, f: {"reward_model": learned_from(w, f, data="nobody/none")}, "reward data", "warn",
+        lambda w, f: {"reward_model": reward_run_with(w, f, data="nobody/none")}, "reward data", "warn",
         ("data: got 'nobody/none'", "Nothing else is read"),
     ),
     "reward model's settings that cannot be": Planted(
-        lambda w, f: {"reward_model": learned_from(w, f, lora=3)}, "reward data", "warn", ("cannot be read: ", "int")
+        lambda w, f: {"reward_model": reward_run_with(w, f, lora=3)}, "reward data", "warn", ("cannot be read: ", "int")
     ),
     "reward model's settings that are no YAML": Planted(
-        lambda w, f: {"reward_model": learned_from(w, f, data="[")}, "reward data", "warn", ("cannot be read: ",)
+        lambda w, f: {"reward_model": reward_run_with(w, f, data="[")}, "reward data", "warn", ("cannot be read: ",)
     ),
 }  # fmt: skip

@@ -1,22 +1,21 @@
-"""The benchmarks as modules: scripts that lie in no package, with the module that they share beside them."""
+"""`python -m benchmarks.NAME` in a process of its own, from any folder."""
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.harness.environment import environment
 
 
-def script(name: str) -> ModuleType:
-    """Return benchmarks/`name`.py as a module, made anew."""
-    if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def run_benchmark(name: str, *words: object, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Return the finished process of benchmark `name`, run in `folder` offline on one thread."""
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *map(str, words)],
+        cwd=folder,
+        env=environment(1) | {"HF_HUB_OFFLINE": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -1,7 +1,7 @@
-"""What a test of sharded weights compares: runs of two processes, each with a part of every weight.
+"""Runs of two processes with sharded weights, for the tests to compare.
 
 As a program, under torchrun: `sharded_worker.py WORLD OUT` writes OUT/rank-R.pt with a trace a case of `CASES`, what
-went wrong with a loss that fails in one process, and runs: OUT/halves, finished; OUT/stopped, to go on with; OUT/begun,
+went wrong with a loss that fails in one process, and runs: OUT/halves, finished; OUT/stopped, to be resumed; OUT/begun,
 which one process began.
 """
 
@@ -73,7 +73,7 @@ def stop_after(last: int) -> Any:
 
 
 def failing_loss(world: Path, output: Path) -> str:
-    """Return what this process is told where a loss fails in process 1 alone, in its first micro-batch."""
+    """Return this process's error where a loss fails in process 1 alone, in its first micro-batch."""
     config = tiny_runs.config(world, output)
     learner = make_learner(config, build_method(config))
     learner.share_weights(parallel_worker.failed)

@@ -18,9 +18,10 @@ from apportion.config import RLConfig, SamplingConfig
 from apportion.evidence import Models
 from apportion.evidence.scoring import score
 from apportion.generation import sample
-from apportion.models.policy import Policy, load_policy
+from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel, load_reward
 from apportion.stages.rl.learner import Learner
+from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.sources import FixedSource
 from apportion.stages.rl.train import train_batch
 from apportion.training.session import TrainingSession
@@ -47,7 +48,7 @@ def world(folder: Path) -> Path:
     tiny.save_reward(folder / "reward")
     tiny.save_prompts(folder / "prompts.jsonl")
     tiny.save_reviews(folder / "reviews.csv")
-    ending = load_policy(config(folder, **{"lora.rank": 0})).model
+    ending = make_policy(config(folder, **{"lora.rank": 0})).model
     make_likely(ending, EOS, 3.5)
     ending.save_pretrained(folder / "ending")
     tiny.tokenizer().save_pretrained(folder / "ending")
@@ -68,7 +69,7 @@ def config(folder: Path, output: Path | str = "run", **changes: Any) -> RLConfig
 
 def policy(folder: Path, *, stirred: bool = True, **changes: Any) -> Policy:
     """Return the policy of a run; `stirred` moves adapters and value head away from zero, so that they do something."""
-    made = load_policy(config(folder, **changes))
+    made = make_policy(config(folder, **changes))
     if stirred:
         stir(made)
     return made
@@ -117,7 +118,7 @@ def sampled(made: Policy, rows: Sequence[Sequence[int]], /, *, seed: int = 0, **
 
 def scored(learner: Learner, step: int = 1) -> Rollouts:
     """Return the scored rollouts that a learner's policy generates for batch `step`."""
-    with learner.policy.weights.gathered():
+    with learner.policy.weights.unsharded():
         rollouts = learner.source.take(step)
         return score(learner.models, rollouts, learner.needs, learner.config.scores, learner.always)
 

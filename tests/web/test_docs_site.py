@@ -161,8 +161,8 @@ def address(site: Path) -> Iterator[str]:
 def test_a_page_is_found_by_the_search_and_only_the_site_is_asked(address: str, browser: Any) -> None:
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     page = context.new_page()
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(f"{address}/index.html")
     page.locator(".md-search__input").click()
     page.keyboard.type("glossary")
@@ -171,4 +171,4 @@ def test_a_page_is_found_by_the_search_and_only_the_site_is_asked(address: str, 
     hit.click()
     page.wait_for_url("**/glossary.html*")
     context.close()
-    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert [url for url in requested if not url.startswith((address, "data:", "blob:"))] == []

@@ -42,8 +42,8 @@ def rl_run(folder: Path) -> Path:
     folder.mkdir()
     config = {"stage": "rl", planted(): planted(), "credit": [{planted(): {planted(): planted()}}], "seed": 1}
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    said = {"stage": "rl", "status": "failed", "name": planted(), "error": planted()}
-    (folder / "status.json").write_text(json.dumps(said))
+    message = {"stage": "rl", "status": "failed", "name": planted(), "error": planted()}
+    (folder / "status.json").write_text(json.dumps(message))
     metric = planted()
     rows = [{"step": i, "objective/scores": 0.1 * i, metric: 1.0 * i, planted(): 2.0} for i in range(4)]
     write_lines(folder / "metrics.jsonl", rows)

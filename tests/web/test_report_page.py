@@ -149,8 +149,8 @@ def test_policy_blocks_a_script_that_gets_in(report: Path, open_page: Open, tmp_
 
 def test_policy_forbids_the_network(report: Path, open_page: Open) -> None:
     page = open_page(report, expect="Content Security Policy")
-    said = page.evaluate("fetch('https://example.org/').then(() => 'reached', error => error.name)")
-    assert said == "TypeError"
+    message = page.evaluate("fetch('https://example.org/').then(() => 'reached', error => error.name)")
+    assert message == "TypeError"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,1 +1,1 @@
-"""The commands of `apportion`, one file each; each has `run(arguments) -> exit code`."""
+"""The commands of `apportion`, one file each, with a function `run(arguments) -> exit code`."""

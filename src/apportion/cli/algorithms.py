@@ -12,11 +12,11 @@ from apportion import advantages, credit, losses, registry, segments
 from apportion.algorithms import ALGORITHMS
 from apportion.errors import ConfigError
 
-ROOMS = {"credit": credit, "segments": segments, "advantages": advantages, "loss": losses}
+FIELDS = {"credit": credit, "segments": segments, "advantages": advantages, "loss": losses}
 
 
 def run(arguments: list[str]) -> int:
-    """Print the tables. Takes no arguments but --help."""
+    """Print the tables; takes no arguments."""
     if arguments and arguments[0] not in ("-h", "--help"):
         raise ConfigError("argument", arguments[0], "no arguments", "Write `apportion algorithms`.")
     console = Console(markup=False)
@@ -24,11 +24,11 @@ def run(arguments: list[str]) -> int:
     for name, algorithm in ALGORITHMS.items():
         table.add_row(name, algorithm.formula, algorithm.paper)
     console.print(table)
-    table = Table("algorithm", *ROOMS, title="the four choices of each")
+    table = Table("algorithm", *FIELDS, title="the four choices of each")
     for name, algorithm in ALGORITHMS.items():
-        table.add_row(name, *(written(field, getattr(algorithm, field)) for field in ROOMS))
+        table.add_row(name, *(one_line(field, getattr(algorithm, field)) for field in FIELDS))
     console.print(table)
-    for title, module in ROOMS.items():
+    for title, module in FIELDS.items():
         table = Table("name", "settings", "what it is", title=f"--{title}")
         for name, factory in module.METHODS.items():
             settings = ", ".join(str(p).split(":")[0] + f"={p.default}" for p in _parameters(factory))
@@ -37,8 +37,8 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def written(field: str, spec: Any) -> str:
-    """Return a choice in one line: names joined by +, settings in brackets (a KL penalty's are left out)."""
+def one_line(field: str, spec: Any) -> str:
+    """Return a choice in one line: names joined by +, settings in brackets (not those of a KL penalty)."""
     parts = []
     for name, kwargs in registry.parse(field, spec):
         settings = ", ".join(f"{key}={value}" for key, value in kwargs.items())
@@ -47,7 +47,7 @@ def written(field: str, spec: Any) -> str:
 
 
 def _purpose(factory: object) -> str:
-    """Return the first line of the file that holds the method: what it is for."""
+    """Return the first line of the method's module docstring."""
     return (inspect.getmodule(factory).__doc__ or "").split("\n")[0]  # type: ignore[union-attr]
 
 

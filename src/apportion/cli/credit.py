@@ -1,4 +1,4 @@
-"""`apportion credit`: which tokens of a text a reward model's score falls on."""
+"""`apportion credit`: the distribution of a reward model's score over the tokens of a text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Score a text with any reward model and show how its score is apportioned over th
 
   --model    a sequence classifier with 1 or 2 labels: a folder or a hub id
   --text     the response to apportion; `-` reads it from standard input
-  --prompt   what it responds to (read by the model, given no credit)
+  --prompt   the text that it responds to (input of the model, gets no credit)
   --method   attention, prefix_difference, attribution, shapley, uniform, sparse, or a list; a method with settings:
              '{attention: {mix: 1.0, exclude_self: true}}' (default: [attention, uniform, sparse])
   --json     print one JSON object
@@ -35,7 +35,7 @@ OPTIONS = ("model", "text", "prompt", "method", "html", "device", "dtype", "pad_
 
 
 def run(arguments: list[str]) -> int:
-    """Apportion one text and print it."""
+    """Apportion the score of one text and print it."""
     as_json = "--json" in arguments
     flags, switches = split_flags([a for a in arguments if a != "--json"], [*OPTIONS, "json"])
     if "help" in switches:
@@ -55,18 +55,18 @@ def run(arguments: list[str]) -> int:
     locate("--model", options["model"])
     settings: dict[str, Any] = {k: options[k] for k in ("device", "dtype", "pad_token") if k in options}
     reward = load_reward(options["model"], field="--model", **settings)
-    found = apportion_text(reward, options.get("prompt", ""), text, methods)
+    result = apportion_text(reward, options.get("prompt", ""), text, methods)
     if "html" in options:
-        note(f"wrote {write_html(found, options['model'], Path(options['html']).expanduser())}")
+        note(f"wrote {write_html(result, options['model'], Path(options['html']).expanduser())}")
     if as_json:
-        sys.stdout.write(json.dumps(found._asdict(), ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(result._asdict(), ensure_ascii=False) + "\n")
     else:
-        show(found)
+        show(result)
     return 0
 
 
 def _check(options: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the methods asked for. Raises ConfigError for what is missing, before anything is loaded."""
+    """Return the requested methods. Raises ConfigError for missing or invalid options, before anything is loaded."""
     for name, fix in (("model", "Point to a reward model."), ("text", "Write the response to apportion.")):
         if not options.get(name):
             raise ConfigError(f"--{name}", options.get(name), "a value", fix)
@@ -76,26 +76,26 @@ def _check(options: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
     return registry.parse("--method", load_value("method", options.get("method", "[attention, uniform, sparse]")))
 
 
-def show(found: Any) -> None:
+def show(result: Any) -> None:
     """Print the score and each method's heat map."""
-    from apportion.report.colours import credit_limit
     from apportion.report.heatmap import tokens_rich
+    from apportion.report.style import credit_limit
 
     console = Console(highlight=False, markup=False)
-    kept = f"{found.kept_mass:.0%} of the attention kept"
-    console.print(f"score {found.score:+.3f}   {len(found.tokens)} tokens   {kept}")
-    for name, values in found.methods.items():
+    mass = f"{result.kept_mass:.0%} of the attention on the text"
+    console.print(f"score {result.score:+.3f}   {len(result.tokens)} tokens   {mass}")
+    for name, values in result.methods.items():
         console.print(f"\n{name}", style="bold")
-        console.print(tokens_rich(found.tokens, values, limit=credit_limit(values)))
+        console.print(tokens_rich(result.tokens, values, limit=credit_limit(values)))
         best = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:5]
-        console.print("   ".join(f"{found.tokens[i]!r} {values[i]:+.3f}" for i in best), style="dim")
+        console.print("   ".join(f"{result.tokens[i]!r} {values[i]:+.3f}" for i in best), style="dim")
 
 
-def write_html(found: Any, model: str, path: Path) -> Path:
+def write_html(result: Any, model: str, path: Path) -> Path:
     """Write the page of one text and return its path."""
     from apportion.report.document import write_page
     from apportion.report.heatmap import credit_page
 
-    notes = [f"reward model: {model}", f"{found.kept_mass:.0%} of the attention falls on the response"]
-    page = credit_page("Where the score falls", found.prompt, found.tokens, found.methods, found.score, notes)
+    notes = [f"reward model: {model}", f"{result.kept_mass:.0%} of the attention falls on the response"]
+    page = credit_page("Where the score falls", result.prompt, result.tokens, result.methods, result.score, notes)
     return write_page(page, path)

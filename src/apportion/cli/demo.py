@@ -1,4 +1,4 @@
-"""`apportion demo`: reward model, PPO with dense credit, an independent judge, and a page that shows it."""
+"""`apportion demo`: a reward model, PPO with dense credit, an independent judge, and a report page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXAMPLES = """examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the stages that are not finished yet, write report.html and summary.json, and print the latter's path."""
+    """Run the stages that are not finished, write report.html and summary.json, and print the path of the latter."""
     parsed = parse(DemoConfig, "demo", arguments, EXAMPLES)
     reward, rl = stages(parsed.config)
     rl_command.check_method(rl)
@@ -34,12 +34,14 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(show(parsed.config) + "---\n" + show(reward) + "---\n" + show(rl))
         return 0
     configure_threads(parsed.config)
-    began = time.perf_counter()
+    start = time.perf_counter()
     with PeakMemory() as memory:
-        reward_run, rl_run, found = train(parsed, reward, rl)
+        reward_run, rl_run, figures = train(parsed, reward, rl)
         report = write_report(parsed.config, reward_run, rl_run)
-    path = write_summary(parsed.config, reward_run, rl_run, found, report, time.perf_counter() - began, memory.peak_mb)
-    sys.stdout.write(evaluation_lines(found))
+    path = write_summary(
+        parsed.config, reward_run, rl_run, figures, report, time.perf_counter() - start, memory.peak_mb
+    )
+    sys.stdout.write(evaluation_lines(figures))
     sys.stdout.write(f"report: {report}\n{path}\n")
     return 0
 
@@ -57,7 +59,7 @@ def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
         steps=config.steps,
         seed=config.seed,
         threads=config.threads,
-        # two epochs, not four: the KL budget is spent before more passes over a batch pay for their time
+        # two epochs, not four: the KL budget is used up before more passes over a batch are worth their time
         ppo=PPOConfig(epochs=2),
         optim=OptimConfig(lr=config.lr),
     )
@@ -65,26 +67,28 @@ def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
 
 
 def rl_folder(config: DemoConfig) -> str:
-    """Return the folder of the PPO stage: one for each credit and number of steps, so that they can be compared."""
+    """Return the folder of the PPO stage: one for each credit and number of steps."""
     parts = ["rl", re.sub(r"[^\w.]+", "-", str(config.credit)).strip("-")]
-    return "-".join([*parts, str(config.steps)] if config.steps != DemoConfig.steps else parts)
+    return "-".join([*parts, str(config.steps)] if config.steps != DemoConfig().steps else parts)
 
 
-def train(parsed: Parsed, reward: RewardConfig, rl: RLConfig) -> tuple[RunFolder, RunFolder, dict[str, Any]]:
-    """Run reward model, PPO and evaluation, each only if it is not finished; return their runs and the figures."""
+def train(
+    parsed: Parsed[DemoConfig], reward: RewardConfig, rl: RLConfig
+) -> tuple[RunFolder, RunFolder, dict[str, Any]]:
+    """Run reward model, PPO and evaluation, each if it is not finished; return their runs and the figures."""
     from apportion.stages.evaluate.evaluate import evaluate
 
     reward_run = reward_command.train(Parsed(reward, parsed.fresh, False), "1/3 reward model")
     accuracy = reward_run.read("evaluation.json")["accuracy"]
     note(f"reward model: held-out accuracy {interval(accuracy, 3)} on excerpts of {reward.excerpt_tokens} tokens")
     rl_run = rl_command.train(Parsed(rl, parsed.fresh, False), "2/3 PPO")
-    found = rl_run.read("evaluation.json")
-    asked = EvaluateConfig(
+    figures = rl_run.read("evaluation.json")
+    wanted = EvaluateConfig(
         run=str(rl_run.path), count=parsed.config.count, seed=parsed.config.seed + 1, threads=parsed.config.threads
     )
-    if found.get("prompts") != asked.count or found.get("seed") != asked.seed:
-        found = evaluate(asked, tell=lambda line: note(f"3/3 evaluation: {line}"))
-    return reward_run, rl_run, found
+    if figures.get("prompts") != wanted.count or figures.get("seed") != wanted.seed:
+        figures = evaluate(wanted, on_progress=lambda line: note(f"3/3 evaluation: {line}"))
+    return reward_run, rl_run, figures
 
 
 def write_report(config: DemoConfig, reward_run: RunFolder, rl_run: RunFolder) -> Path:
@@ -100,7 +104,7 @@ def write_summary(
     config: DemoConfig,
     reward_run: RunFolder,
     rl_run: RunFolder,
-    found: dict[str, Any],
+    figures: dict[str, Any],
     report: Path,
     seconds: float,
     peak: float,
@@ -113,9 +117,9 @@ def write_summary(
         "summary.json",
         {
             "reward_model_accuracy": reward_run.read("evaluation.json")["accuracy"],
-            **{key: found[key] for key in pairs},
-            "kl": found["kl"]["mean"],  # nats a sequence
-            "kl_interval": found["kl"],
+            **{key: figures[key] for key in pairs},
+            "kl": figures["kl"]["mean"],  # nats a sequence
+            "kl_interval": figures["kl"],
             "credit": config.credit,
             "steps": config.steps,
             "seed": config.seed,

@@ -1,4 +1,4 @@
-"""`apportion diagnose`: which credit suits this policy and this reward model, before any training."""
+"""`apportion diagnose`: comparison of credit methods for a policy and a reward model, before any training."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.table import Table
 from apportion.cli.arguments import parse, show
 from apportion.cli.terminal import bar
 from apportion.cli.threads import configure_threads
+from apportion.compatibility import check_diagnosis
 from apportion.config import DiagnoseConfig
-from apportion.errors import ConfigError
 
 EXAMPLES = """examples:
   apportion diagnose --reward_model runs/demo/reward/final
   apportion diagnose --reward_model my/reward --policy my/model --prompts prompts.jsonl --sampling.prompt_tokens null \\
       --sampling.stop eos --methods '[sparse, attention, {attention: {exclude_self: true}}, ma-ppo]' --json
 
-What the rows mean: `cosine` of the method's expected policy gradient with the true one; `bias`, the length of their
-difference over the true one's; `signal`, the length of the expected gradient over the noise of one batch; `useful`, the
-same along the true gradient; `stop bias`, what it adds to the gradient of the EOS logit.
+Rows: `cosine` of the method's expected policy gradient with the true one; `bias`, the norm of their difference over the
+true one's; `signal`, the norm of the expected gradient over the noise of one batch; `useful`, the same along the true
+gradient; `stop bias`, what the method adds to the gradient of the EOS logit.
 """
-ROWS = {  # what a row shows: its key, and how it is written
+ROWS = {  # title: (key, digits)
     "cosine": ("cosine", 2),
     "bias": ("bias", 2),
     "signal": ("snr", 3),
@@ -52,45 +52,43 @@ def run(arguments: list[str]) -> int:
     from apportion.stages.diagnose.diagnose import diagnose
 
     with bar("diagnose", parsed.config.count, {}) as progress:
-        found = diagnose(parsed.config, fresh=parsed.fresh, tell=lambda done, count: progress.on_step(done, count, {}))
+        result = diagnose(
+            parsed.config, fresh=parsed.fresh, on_progress=lambda done, count: progress.on_step(done, count, {})
+        )
     if as_json:
-        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.write(json.dumps(result) + "\n")
     else:
-        print_table(found)
+        print_table(result)
     return 0
 
 
 def check(config: DiagnoseConfig) -> None:
-    """Raise ConfigError for settings that do not go together, before anything is loaded."""
+    """Raise ConfigError for incompatible settings, before anything is loaded."""
     from apportion.stages.diagnose.candidates import candidates
 
-    if config.count < 2:
-        raise ConfigError("count", config.count, "at least 2: intervals are over prompts", "Set it to 64.")
-    if config.sampling.samples_per_prompt is not None:
-        got = config.sampling.samples_per_prompt
-        raise ConfigError("sampling.samples_per_prompt", got, "null", "Use --samples here.")
+    check_diagnosis(config)
     candidates(config.methods, config.lam)
 
 
-def print_table(found: Mapping[str, Any]) -> None:
+def print_table(result: Mapping[str, Any]) -> None:
     """Print a column a method, the verdicts and the recommendation."""
-    methods = found["methods"]
+    methods = result["methods"]
     table = Table("", *methods)
     for title, (key, digits) in ROWS.items():
         table.add_row(title, *(cell(measured.get(key), digits) for measured in methods.values()))
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:  # a file is as wide as it has to be
+    if not console.is_terminal:  # no wrapping in a file
         console.width = 14 + 26 * len(methods)
     console.print(table)
     for name, measured in methods.items():
         console.print(f"{name}: {measured['verdict']}.")
-    console.print(f"\n{found['recommended'] or 'nothing to recommend'}: {found['why']}")
-    size = f"{found['rollouts']} rollouts of {found['prompts']} prompts, 95% intervals over prompts"
-    console.print(f"({size}; signal for batches of {found['batch']})")
+    console.print(f"\n{result['recommended'] or 'nothing to recommend'}: {result['why']}")
+    size = f"{result['rollouts']} rollouts of {result['prompts']} prompts, 95% intervals over prompts"
+    console.print(f"({size}; signal for batches of {result['batch']})")
 
 
 def cell(value: Any, digits: int) -> str:
-    """Return a number or "mean [low, high]"; a dash for what was not resolved or does not apply."""
+    """Return a number or "mean [low, high]"; a dash for a figure that is not resolved or does not apply."""
     if not isinstance(value, Mapping):
         return "–" if value is None else f"{value:.{digits}f}"
     if value["mean"] is None:

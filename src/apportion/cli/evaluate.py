@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 
 
 def run(arguments: list[str]) -> int:
-    """Parse, evaluate, print what was measured."""
+    """Parse, evaluate, and print the figures."""
     parsed = parse(EvaluateConfig, "evaluate", arguments, EXAMPLES)
     if parsed.dry_run:
         sys.stdout.write(show(parsed.config))
@@ -25,19 +25,19 @@ def run(arguments: list[str]) -> int:
     configure_threads(parsed.config)
     from apportion.stages.evaluate.evaluate import evaluate
 
-    found = evaluate(parsed.config, tell=note)
-    sys.stdout.write(summary(found))
+    figures = evaluate(parsed.config, on_progress=note)
+    sys.stdout.write(summary(figures))
     return 0
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(figures: dict[str, Any]) -> str:
     """Return the measured figures as a few lines of text."""
-    lines = [f"reward      {interval(found['reward_before'])} -> {interval(found['reward_after'])}"]
-    if "judge_before" in found:
-        lines.append(f"judge       {interval(found['judge_before'])} -> {interval(found['judge_after'])}")
+    lines = [f"reward      {interval(figures['reward_before'])} -> {interval(figures['reward_after'])}"]
+    if "judge_before" in figures:
+        lines.append(f"judge       {interval(figures['judge_before'])} -> {interval(figures['judge_after'])}")
     lines += [
-        f"KL          {interval(found['kl'], 1)} nats a sequence",
-        f"distinct-2  {found['distinct2_before']:.3f} -> {found['distinct2_after']:.3f}",
-        f"perplexity  {found['perplexity_before']:.1f} -> {found['perplexity_after']:.1f} under the start",
+        f"KL          {interval(figures['kl'], 1)} nats a sequence",
+        f"distinct-2  {figures['distinct2_before']:.3f} -> {figures['distinct2_after']:.3f}",
+        f"perplexity  {figures['perplexity_before']:.1f} -> {figures['perplexity_after']:.1f} under the start",
     ]
-    return "\n".join(lines) + f"\n({found['prompts']} fresh prompts, 95% intervals)\n"
+    return "\n".join(lines) + f"\n({figures['prompts']} fresh prompts, 95% intervals)\n"

@@ -1,4 +1,4 @@
-"""The command line: finds the command, runs it, and shows an error as one message with its fix (exit code 2)."""
+"""The command line: dispatch to a command, and errors as one message with its fix (exit code 2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
     "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),
     "doctor": ("doctor", "check a run before it starts, or a credit method of your own; show the cores"),
-    "bench": ("bench", "measure speed and memory beside a released package, at the same work"),
     "report": ("report", "draw run folders on one page that works offline"),
     "algorithms": ("algorithms", "list algorithms, credit methods, segments, estimators and losses"),
 }
@@ -42,7 +41,7 @@ Find out which tokens earned the reward, and train on it.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 done, 2 a mistake whose fix was printed, 130 or 143 interrupted by a signal."""
+    """Run the command line; return 0 on success, 2 after a user error, 130 or 143 after a signal."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(usage())
@@ -56,33 +55,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(arguments[0], arguments[1:])
     except ApportionError as error:
-        say(f"apportion: {error}\n")
+        write_error(f"apportion: {error}\n")
         return 2
     except Interrupted as end:
-        say(f"apportion: {end} Go on with:\n\n  {again(arguments)}\n")
+        write_error(f"apportion: {end} Resume with:\n\n  {resume_command(arguments)}\n")
         return end.code
     except KeyboardInterrupt:
-        say("apportion: interrupted; the same command goes on from the last checkpoint.\n")
+        write_error("apportion: interrupted; the same command resumes from the last checkpoint.\n")
         return 130
     finally:
         collectives.stop()
 
 
-def again(arguments: Sequence[str]) -> str:
-    """Return the command that goes on with an interrupted run: the same one, which must not start it over."""
+def resume_command(arguments: Sequence[str]) -> str:
+    """Return the command that resumes an interrupted run: the same one, without --fresh."""
     command = shlex.join(["apportion", *(word for word in arguments if word != "--fresh")])
     processes = collectives.launched()
     return command if processes == 1 else f"{command}    (in {processes} processes, through the same launcher)"
 
 
-def say(text: str) -> None:
-    """Write `text` to stderr, in one of several processes alone."""
+def write_error(text: str) -> None:
+    """Write `text` to stderr, in only one of several processes."""
     if collectives.is_log_rank():
         stderr.write(text)
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Run command `name`. Raises ConfigError for an unknown one, and for one that several processes cannot share."""
+    """Run command `name`. Raises ConfigError where it is unknown, or cannot run in several processes."""
+    if name == "bench":
+        fix = "In a checkout: `python -m benchmarks.speed`, `benchmarks.faults` or `benchmarks.soak`."
+        raise ConfigError("command", name, "a command; the benchmarks are no part of the package", fix)
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
     if collectives.launched() > 1 and name not in PARALLEL:
@@ -101,7 +103,7 @@ def usage() -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars and advice out of the terminal, and switch telemetry off."""
+    """Silence progress bars and advice of other libraries, and switch telemetry off."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

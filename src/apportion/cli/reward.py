@@ -30,13 +30,13 @@ def run(arguments: list[str]) -> int:
     finished = train(parsed)
     if not collectives.is_log_rank():
         return 0
-    found = finished.read("evaluation.json")
-    note(f"held-out accuracy {interval(found['accuracy'], 3)}, calibration error {found['ece']:.3f}")
+    figures = finished.read("evaluation.json")
+    note(f"held-out accuracy {interval(figures['accuracy'], 3)}, calibration error {figures['ece']:.3f}")
     sys.stdout.write(f"{finished.path}\n")
     return 0
 
 
-def train(parsed: Parsed, label: str = "reward model") -> Any:
+def train(parsed: Parsed[RewardConfig], label: str = "reward model") -> Any:
     """Run the stage under a progress bar and return its run folder."""
     from apportion.stages.reward.train import train as train_reward
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from apportion.algorithms import discount_warning
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import bar, note
 from apportion.cli.threads import configure_threads
+from apportion.compatibility import discount_warning
 from apportion.config import RLConfig
 from apportion.distributed import collectives
 from apportion.types import Method
@@ -48,7 +48,7 @@ def check_method(config: RLConfig) -> Method:
     return method
 
 
-def train(parsed: Parsed, label: str = "rl") -> Any:
+def train(parsed: Parsed[RLConfig], label: str = "rl") -> Any:
     """Run the stage under a progress bar and return its run folder."""
     from apportion.stages.rl.train import train as train_rl
 

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a progress bar with the time left and the numbers that matter."""
+"""Terminal output of a stage: a progress bar with the time left and chosen metrics, and notes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from apportion.system import stderr
 
 
 def console() -> Console:
-    """Return the console of progress and notes: stderr, so that stdout stays for results."""
+    """Return the console for progress and notes: stderr, since stdout is for results."""
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:
-    """One bar; `on_step(done, total, metrics)` moves it. Without a terminal it prints a line now and then instead."""
+    """One bar; `on_step(done, total, metrics)` moves it. Without a terminal it prints about ten lines."""
 
     def __init__(self, progress: Progress, label: str, total: int, shown: Mapping[str, str]) -> None:
         self._progress, self._label, self._total, self._shown = progress, label, total, shown
@@ -34,7 +34,7 @@ class Bar:
             stderr.write(f"{self._label} {done}/{self._total}  {numbers}\n")
 
     def line(self, done: int, text: str) -> None:
-        """Move the bar to `done` with a line beside it, which is printed alone without a terminal."""
+        """Move the bar to `done` and show a line of text; without a terminal only the text is printed."""
         moved = done > self._progress.tasks[self._task].completed or not done
         self._progress.update(self._task, completed=done, numbers=text)
         every = max(1, self._total // 50)
@@ -60,8 +60,8 @@ def bar(label: str, total: int, shown: Mapping[str, str]) -> Iterator[Bar]:
 
 
 def note(line: str) -> None:
-    """Print one line to stderr; where nobody reads it any more, it is lost."""
-    with suppress(OSError, ValueError, SystemExit):  # rich ends the program where a pipe's reader is gone
+    """Print one line to stderr; it is lost where stderr was closed."""
+    with suppress(OSError, ValueError, SystemExit):  # rich exits where the reader of a pipe is gone
         console().print(line)
 
 

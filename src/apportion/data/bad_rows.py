@@ -12,7 +12,7 @@ from apportion.data.formats import Row, Unreadable
 from apportion.distributed import collectives
 from apportion.errors import DataError
 from apportion.system import stderr
-from apportion.system.disk import explained
+from apportion.system.disk import explain_disk_errors
 
 LONGEST = 2000  # characters of a row that are logged
 NAME = "bad_rows.jsonl"
@@ -67,7 +67,7 @@ def leaving_out(folder: Path, wanted: bool, name: str = NAME) -> Iterator[BadRow
     """
     path = folder / name
     if collectives.is_main():
-        with explained(folder):
+        with explain_disk_errors(folder):
             path.unlink(missing_ok=True)
     if not wanted:
         yield None
@@ -75,7 +75,7 @@ def leaving_out(folder: Path, wanted: bool, name: str = NAME) -> Iterator[BadRow
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         if collectives.is_main():
-            with explained(folder), path.open("a", encoding="utf-8") as file:
+            with explain_disk_errors(folder), path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     bad = BadRows(write)

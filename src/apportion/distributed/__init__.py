@@ -1,1 +1,1 @@
-"""Several processes: collectives, launchers, sharded weights."""
+"""Several processes: collectives, error relay, launcher checks, sharded weights."""

@@ -1,9 +1,9 @@
-"""Data parallelism: what processes tell one another. Everything here is the identity in one process.
+"""Collectives of data parallelism, each of them the identity in one process.
 
 Processes are started by `accelerate launch` or `torchrun`; accelerate opens the process group and chooses devices. Each
 process samples, scores and apportions its own prompts; the batch is then gathered, so that statistics over it are those
-of one process; each mini-batch is split, and its gradient summed. Errors are told over a group of their own ("control",
-gloo), so that one that strikes a single process ends all of them with one message.
+of one process; each mini-batch is split, and its gradients are summed. Errors and small objects use a gloo group of
+their own ("control"), so that an error in one process ends all of them with one message.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from apportion.errors import ApportionError, ConfigError
 
 T = TypeVar("T")
 BUCKET = 32 * 2**20  # elements of one all-reduce: 128 MB of float32
-FAREWELL = timedelta(seconds=10)  # what the others wait for the main process to say what went wrong
-PATIENCE = timedelta(hours=12)  # the main process may evaluate for hours while the others wait for it
+STOP_TIMEOUT = timedelta(seconds=10)  # how long the others wait for the main process to print an error
+TIMEOUT = timedelta(hours=12)  # the main process may evaluate for hours while the others wait for it
 _control: Any = None  # the gloo group of small messages, while a process group is open
 
 
 class ProcessError(ApportionError):
-    """Another process failed: raised in those that did not, the main one with what went wrong."""
+    """Another process failed: raised in those that did not."""
 
 
 def launched() -> int:
-    """Return how many processes the launcher says it started, 1 without one; nothing needs to be open yet."""
+    """Return how many processes the launcher started, 1 without one; the process group need not be open."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_log_rank() -> bool:
-    """Whether this process may print: the main one, and before a group is open the first one of each machine."""
+    """Whether this process prints: the main one, or before a group is open the first one of each machine."""
     return is_main() if _control is not None else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -49,12 +49,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if _control is not None else 0
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which writes files and messages."""
+    """Whether this is rank 0, which writes files and messages."""
     return rank() == 0
 
 
@@ -64,7 +64,7 @@ def start(device: torch.device) -> None:
     gloo on a CPU, nccl on GPUs, where each process gets the GPU of its local number as its current device.
 
     Raises:
-        ConfigError: fewer GPUs than processes, or a device other than the launcher's.
+        ConfigError: fewer GPUs than processes, or another device than the launcher's.
     """
     global _control
     if launched() == 1 or _control is not None:
@@ -72,8 +72,8 @@ def start(device: torch.device) -> None:
     _check_device(device)
     from accelerate import PartialState
 
-    PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-    _control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
+    _control = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def _check_device(device: torch.device) -> None:
@@ -89,24 +89,24 @@ def _check_device(device: torch.device) -> None:
 
 
 def stop() -> None:
-    """Close the process group. The others wait a little for the main process, whose message would be lost if they
-    left first: a launcher ends all processes when one fails."""
+    """Close the process group. The others first wait a little for the main process: a launcher ends all processes when
+    one fails, and its message would be lost if they left before it."""
     global _control
     if _control is None:
         return
-    with suppress(RuntimeError):  # a process that is gone, or that is still busy: there is nothing to wait for
-        dist.monitored_barrier(_control, timeout=FAREWELL)
+    with suppress(RuntimeError):  # a process is gone or still busy
+        dist.monitored_barrier(_control, timeout=STOP_TIMEOUT)
     _control = None
     dist.destroy_process_group()
 
 
 @contextmanager
 def error_barrier() -> Iterator[None]:
-    """Run a part that exchanges nothing in every process; an error in any of them is raised in all at its end.
+    """Run a block without collectives in every process; an error in any of them is raised in all at its end.
 
-    The main process raises the first failing process's error: the same class and text for one that the user can fix,
-    else a ProcessError with its traceback. The others raise ProcessError, which is not printed. A part inside another
-    tells of an error for both.
+    The main process raises the first failing process's error: the same class and text for one that a user can fix, else
+    a ProcessError with its traceback. The others raise ProcessError, which is not printed. Of nested blocks the inner
+    one exchanges the error.
     """
     if world_size() == 1:
         yield
@@ -114,7 +114,7 @@ def error_barrier() -> Iterator[None]:
     error: BaseException | None = None
     try:
         yield
-    except (Exception, SystemExit) as caught:  # raised again below, in every process
+    except (Exception, SystemExit) as caught:  # raised below, in every process
         if getattr(caught, "shared", False):
             raise
         error = caught
@@ -129,15 +129,15 @@ def error_barrier() -> Iterator[None]:
 
 
 def _first(error: BaseException | None) -> BaseException:
-    """Return what this process raises for the error of the first process that has one, as `together` says."""
-    told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, None if error is None else describe_error(error), group=_control)
-    first = next(i for i, one in enumerate(told) if one is not None)
+    """Return the error that this process raises for the first failing process's; see `error_barrier`."""
+    descriptions: list[Any] = [None] * world_size()
+    dist.all_gather_object(descriptions, None if error is None else describe_error(error), group=_control)
+    first = next(i for i, description in enumerate(descriptions) if description is not None)
     if first == rank() == 0 and error is not None:
         return error
     if not is_main():
-        return ProcessError(f"process {first} failed: {told[first]['text']}")
-    return error_of_process(first, told[first])
+        return ProcessError(f"process {first} failed: {descriptions[first]['text']}")
+    return error_of_process(first, descriptions[first])
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
@@ -148,14 +148,14 @@ def describe_error(error: BaseException) -> dict[str, Any]:
 
 
 def error_of_process(process: int, data: Mapping[str, Any]) -> ApportionError:
-    """Return the error of another process: of the same class where the user can fix it, else with its traceback."""
+    """Return the error of another process: of the same class where a user can fix it, else with its traceback."""
     if data["known"] is not None:
         return errors.from_data(data["known"], process)
     return ProcessError(f"process {process} failed.\n{data['trace']}")
 
 
 def broadcast_object(value: T) -> T:
-    """Return the main process's `value`, a small object that can be pickled, in every process."""
+    """Return the main process's `value`, a small picklable object, in every process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -164,7 +164,7 @@ def broadcast_object(value: T) -> T:
 
 
 def all_reduce_max(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the largest of each number over the processes; the names are the same in all."""
+    """Return the maximum of each number over the processes; the names are the same in all."""
     names = sorted(values)
     if world_size() == 1 or not names:
         return dict(values)
@@ -174,14 +174,13 @@ def all_reduce_max(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def shard_slice(count: int, process: int | None = None) -> slice:
-    """Return the part of `count` things in a row that belongs to this process (or to `process`): neighbours, as evenly
-    as may be."""
+    """Return the contiguous share of `count` items of this process (or of rank `process`), as even as possible."""
     process = rank() if process is None else process
     return slice(count * process // world_size(), count * (process + 1) // world_size())
 
 
 def shard(rows: Tensor) -> Tensor:
-    """Return this process's part of `rows` (N,): every world-th one, so that parts differ by one row at most."""
+    """Return this process's share of `rows` (N,): every world-size-th row; shares differ by one row at most."""
     return rows[rank() :: world_size()]
 
 
@@ -194,15 +193,15 @@ def all_reduce_tensor(x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return scalars summed over the processes; a name that a process lacks counts as 0 there.
+    """Return scalars summed over the processes; a name missing in a process counts as 0 there.
 
-    All scalars are on the processes' device; on GPUs no process may lack them all.
+    All scalars are on the processes' device; on GPUs every process has at least one.
     """
     if world_size() == 1:
         return dict(sums)
-    told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, list(sums), group=_control)
-    names = sorted({name for one in told for name in one})
+    known: list[Any] = [None] * world_size()
+    dist.all_gather_object(known, list(sums), group=_control)
+    names = sorted({name for one in known for name in one})
     if not names:
         return {}
     zero = torch.zeros_like(next(iter(sums.values())), dtype=torch.float32) if sums else torch.zeros(())
@@ -212,7 +211,7 @@ def all_reduce_sum(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Overwrite `tensors` with the main process's, so that all start from the same."""
+    """Overwrite `tensors` with the main process's, so that all processes start with the same values."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.data, src=0)
@@ -221,17 +220,18 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its sum over the processes, in float32 and in flat buckets.
 
-    Each process's loss is already divided by the denominator of the whole mini-batch, so the sum is one process's
-    gradient. A parameter without a gradient here counts as 0; one without any anywhere keeps None.
+    Each process's loss is already divided by the denominator of the whole mini-batch, so the sum is the gradient that
+    one process would have. A parameter without a gradient here counts as 0; one without a gradient in any process keeps
+    None.
     """
     if world_size() == 1:
         return
-    there = list(parameters)
-    if not there:
+    trained = list(parameters)
+    if not trained:
         return
-    device = there[0].device
-    some = all_reduce_tensor(torch.tensor([p.grad is not None for p in there], dtype=torch.float32, device=device))
-    used = [p for p, count in zip(there, some.tolist(), strict=True) if count]
+    device = trained[0].device
+    counts = all_reduce_tensor(torch.tensor([p.grad is not None for p in trained], dtype=torch.float32, device=device))
+    used = [p for p, count in zip(trained, counts.tolist(), strict=True) if count]
     for bucket in _buckets(used):
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).float().flatten() for p in bucket])
         dist.all_reduce(flat)
@@ -240,7 +240,7 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def _buckets(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Yield neighbours of at most BUCKET elements together, a larger one alone."""
+    """Yield runs of parameters of at most BUCKET elements; a larger parameter is a bucket of its own."""
     bucket: list[torch.nn.Parameter] = []
     for parameter in parameters:
         if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
@@ -252,10 +252,10 @@ def _buckets(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Par
 
 
 def gather_rows(x: Tensor, *, fill: float = 0, left: bool = False) -> Tensor:
-    """Return the rows of all processes' `x` (B,…) below one another, in their order: (ΣB,…).
+    """Return the rows of all processes' `x` (B,…), concatenated in rank order: (ΣB,…).
 
-    The second dimension may differ: it is padded with `fill` to the longest, on the right unless `left`. Exact for
-    every dtype. Dimensions beyond the second are the same in all.
+    The second dimension may differ: it is padded with `fill` to the longest, on the right unless `left`; further
+    dimensions are the same in all. Exact for every dtype.
     """
     if world_size() == 1:
         return x
@@ -270,16 +270,15 @@ def gather_rows(x: Tensor, *, fill: float = 0, left: bool = False) -> Tensor:
     flat = padded.flatten().view(torch.uint8)
     parts = [torch.empty_like(flat) for _ in shapes]
     dist.all_gather(parts, flat)
-    whole = [p.view(x.dtype).view(padded.shape)[:count] for p, (count, _) in zip(parts, shapes, strict=True)]
-    found = torch.cat(whole)
-    return found if x.dim() > 1 else found[:, 0]
+    out = torch.cat([p.view(x.dtype).view(padded.shape)[:count] for p, (count, _) in zip(parts, shapes, strict=True)])
+    return out if x.dim() > 1 else out[:, 0]
 
 
 def gather_rows_to_main(x: Tensor, rows: int) -> Tensor:
-    """Return all processes' parts of a tensor with `rows` rows in the main process, an empty one in the others.
+    """Return the full tensor of `rows` rows in the main process, an empty one in the others.
 
     Args:
-        x: (r,…) on the CPU, neighbouring rows, as `Tensor.chunk` cuts them: ⌈rows/processes⌉, fewer in the last.
+        x: (r,…) on the CPU, this process's chunk as `Tensor.chunk` splits: ⌈rows/processes⌉ rows, fewer in the last.
     """
     size = -(-rows // world_size())
     padded = x.new_zeros((size, *x.shape[1:]))

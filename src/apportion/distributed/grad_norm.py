@@ -1,4 +1,4 @@
-"""The norm of all gradients in float32, a block at a time."""
+"""Norm of all gradients in float32, computed in blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GPU_BLOCK = 1 << 24  # on a GPU, where few launches count and caches do not
 
 
 def block(device: torch.device) -> int:
-    """Return how many weights are done at a time on `device`."""
+    """Return how many weights a block has on `device`."""
     return BLOCK if device.type == "cpu" else GPU_BLOCK
 
 

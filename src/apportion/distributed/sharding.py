@@ -1,11 +1,11 @@
-"""Sharded weights (FSDP2): each process keeps a part of every weight, gradient, moment and float32 master.
+"""Sharded weights (FSDP2): each process keeps a shard of every weight, gradient, moment and float32 master.
 
-`Weights` is the plain case, weights whole in every process, and there everything here is the identity or a sum.
-`Sharded` cuts models by rows with torch's `fully_shard`. While the policy writes and is read, which needs no gradient
-and unlike numbers of forwards, its weights are gathered once (`gathered`); in the update layers are gathered as they
-are needed, and every process makes as many forwards as the others (`even`, `agreed`).
+`Weights` is the plain case, a full copy in every process; everything is then the identity or a sum over the processes.
+`Sharded` splits models by rows with torch's `fully_shard`. While the policy generates and is scored, which needs no
+gradient and unlike numbers of forwards in each process, its weights are gathered once (`unsharded`); in the update each
+layer is gathered when it is needed, and every process must make as many forwards as the others (`pad_micro_batches`).
 
-The optimizer knows nothing of this: it steps each process's parts, which are tensors of their own in the same memory.
+The optimizer knows nothing of this: it steps each process's shards, which are tensors in the same memory.
 """
 
 from __future__ import annotations
@@ -25,95 +25,96 @@ from apportion.distributed.error_relay import relay_errors
 from apportion.distributed.grad_norm import total_norm
 from apportion.errors import ModelError
 
-Files = dict[str, dict[str, Tensor]]  # file -> name -> tensor, as `stages.held` has them
-PARTED = ("weights", "optimizer")  # files whose names begin with a parameter's number
+Files = dict[str, dict[str, Tensor]]  # file -> name -> tensor, as `training.state` packs them
+SHARDED_FILES = ("weights", "optimizer")  # their names begin with a parameter's number
+DDP_RECIPE = "Launch with recipes/accelerate/ddp_gpu.yaml."
 
 
-def asked() -> bool:
+def is_requested() -> bool:
     """Whether the launcher asks for sharded weights, in a run of several processes."""
     return collectives.world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def again() -> bool:
-    """Whether the launcher has layers gathered once more for the backward pass."""
+def reshard_after_forward() -> bool:
+    """Whether the launcher has layers gathered again for the backward pass, rather than kept from the forward."""
     return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
 
 
 def plain_class(module: nn.Module) -> type:
-    """Return the class of `module` as it was before it was sharded, which gives it a subclass."""
+    """Return the class of `module` before it was sharded, which gives it a subclass."""
     from torch.distributed.fsdp import FSDPModule
 
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 class Weights:
-    """How the weights of a policy are kept: whole in every process.
+    """Replicated weights of a policy: a full copy in every process.
 
     Attributes:
-        sharded: whether each process keeps a part. layerwise: whether layers are being gathered as they are needed, so
+        sharded: whether each process keeps a shard. layerwise: whether layers are gathered when they are needed, so
             that every process must make the same forwards.
     """
 
     sharded = False
     layerwise = False
 
-    def learning(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    def local_parameters(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Return what the optimizer steps in this process for each of the model's `parameters`."""
         return list(parameters)
 
-    def alike(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Return those of `parameters` that every process keeps whole."""
+    def replicated(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return those of `parameters` of which every process has a full copy."""
         return list(parameters)
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """Have whole weights inside, where no process waits for another."""
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Have full weights inside, where no process waits for another."""
         return nullcontext()
 
-    def waiting(self) -> AbstractContextManager[None]:
+    def relay_errors(self) -> AbstractContextManager[None]:
         """Run a part in which processes may wait for one another: an error in one ends all."""
         return nullcontext()
 
-    def agreed(self) -> AbstractContextManager[None]:
-        """Run code that may fail in one process alone; between parts that processes do together it fails in all."""
+    def error_barrier(self) -> AbstractContextManager[None]:
+        """Run code that may fail in one process only, between collectives: it then fails in all."""
         return nullcontext()
 
-    def even(self, parts: list[Tensor], spare: Tensor) -> list[tuple[Tensor, bool]]:
-        """Return (rows, whether they count) of each micro-batch of this process, of whose share `parts` are.
+    def pad_micro_batches(self, parts: list[Tensor], spare: Tensor) -> list[tuple[Tensor, bool]]:
+        """Return (rows, whether they count) of each micro-batch of this process, whose own are `parts`.
 
         Args:
-            spare: a row (1,) of the mini-batch that can be computed once more and not count.
+            spare: a row (1,) of the mini-batch that can be computed once more without counting.
         """
         return [(part, True) for part in parts]
 
-    def summed(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Return `learning(parameters)` with gradients that are summed over the processes."""
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return `local_parameters(parameters)` with gradients summed over the processes."""
         collectives.sum_gradients(parameters)
         return list(parameters)
 
-    def norm(self, learning: Sequence[nn.Parameter]) -> Tensor:
-        """Return the 2-norm () of the whole gradient, of which `learning` has this process's part."""
-        return total_norm(learning)
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the 2-norm () of the whole gradient, of which the local `parameters` have this process's shard."""
+        return total_norm(parameters)
 
-    def join(self, files: Files) -> Files:
-        """Return the tensors of a checkpoint whole, from everyone's parts; the main process's, whom all others help."""
+    def gather_state(self, files: Files) -> Files:
+        """Return the full tensors of a checkpoint in the main process; all processes call it together."""
         return files
 
-    def cut(self, files: Files) -> Files:
-        """Return this process's part of what `join` made."""
+    def shard_state(self, files: Files) -> Files:
+        """Return this process's shard of what `gather_state` returned."""
         return files
 
-    def make_whole(self, model: nn.Module, remainders: dict[nn.Parameter, Tensor]) -> None:
-        """Give `model` its whole weights in the main process, on the CPU, for saving; nothing can be learned after.
+    def unshard_for_saving(self, model: nn.Module, remainders: dict[nn.Parameter, Tensor]) -> None:
+        """Give `model` its full weights in the main process, on the CPU, for saving; it cannot be trained after.
 
-        What is frozen stays in parts, and `remainders` are the model's alone from then on.
+        Frozen weights stay sharded, and `remainders` hold the model's only from then on.
         """
 
 
 class Sharded(Weights):
-    """Weights of which every process keeps a part, cut by rows (the first dimension).
+    """Weights of which every process keeps a shard, split by rows (the first dimension).
 
     Attributes:
-        pieces: {the model's parameter: the part of it that the optimizer steps here}, of those that learn.
+        shards: {the model's parameter: its shard that the optimizer steps here}, of those that are trained.
     """
 
     sharded = True
@@ -123,52 +124,52 @@ class Sharded(Weights):
         models: Sequence[nn.Module],
         parameters: Sequence[nn.Parameter],
         remainders: dict[nn.Parameter, Tensor],
-        again: bool,
-        end: Callable[[str], None],
+        reshard: bool,
+        abort: Callable[[str], None],
     ) -> None:
-        """Cut `models` and the `remainders` of their masters, in place.
+        """Shard `models` and the `remainders` of their masters, in place.
 
         Args:
-            parameters: all that learns, in the order of a checkpoint; those not of `models` stay whole.
-            again: whether layers are gathered once more for the backward pass, rather than kept from the forward.
-            end: ends this process with an error while others wait for it (`error_relay`).
+            parameters: all that are trained, in a checkpoint's order; those not of `models` stay replicated.
+            reshard: whether layers are gathered again for the backward pass, rather than kept from the forward.
+            abort: ends this process with its error while others wait for it (`error_relay`).
 
         Raises:
-            ModelError: a layer's weights that learn are of several dtypes.
+            ModelError: a layer's trained weights have several dtypes.
         """
-        self.again, self.layerwise, self.end = again, True, end
+        self.reshard, self.layerwise, self.abort = reshard, True, abort
         # a warning for models whose output is changed in place, which none here is
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         self.modules: list[Any] = []
         number = {p: i for i, p in enumerate(parameters)}
         named = [(model, name, p) for model in models for name, p in model.named_parameters()]
         for model in models:
-            self.modules += shard(model, again)
+            self.modules += shard(model, reshard)
         self.frozen: list[Any] = [m for m in models if not any(p.requires_grad for p in m.parameters())]
-        self.pieces: dict[nn.Parameter, nn.Parameter] = {}
+        self.shards: dict[nn.Parameter, nn.Parameter] = {}
         self.numbers: dict[int, nn.Parameter] = {}
         for model, name, before in named:
             after: Any = model.get_parameter(name)
             if before not in number or after is before:
                 continue
             with torch.no_grad():
-                self.pieces[after] = piece = nn.Parameter(after.to_local(), requires_grad=True)
+                self.shards[after] = local = nn.Parameter(after.to_local(), requires_grad=True)
             self.numbers[number[before]] = after
             if before in remainders:
-                remainders[piece] = chunk(remainders.pop(before)).clone()
+                remainders[local] = chunk(remainders.pop(before)).clone()
 
-    def learning(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """See `Weights.learning`."""
-        return [self.pieces.get(p, p) for p in parameters]
+    def local_parameters(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """See `Weights.local_parameters`."""
+        return [self.shards.get(p, p) for p in parameters]
 
-    def alike(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """See `Weights.alike`."""
-        return [p for p in parameters if p not in self.pieces]
+    def replicated(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """See `Weights.replicated`."""
+        return [p for p in parameters if p not in self.shards]
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """See `Weights.gathered`."""
-        with self.waiting():
+    def unsharded(self) -> Iterator[None]:
+        """See `Weights.unsharded`."""
+        with self.relay_errors():
             for module in self.modules:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
@@ -178,96 +179,96 @@ class Sharded(Weights):
         finally:
             self.layerwise = True
             for module in self.modules:
-                module.set_reshard_after_forward(self.again and not module.apportion_root, recurse=False)
+                module.set_reshard_after_forward(self.reshard and not module.apportion_root, recurse=False)
                 module.reshard()
-        for model in self.frozen:  # else it keeps a note of every forward for a backward pass that never comes
+        for model in self.frozen:  # else it keeps a record of every forward for a backward pass that never comes
             model.reset_iter_state()
 
-    def waiting(self) -> AbstractContextManager[None]:
-        """See `Weights.waiting`."""
-        return relay_errors(self.end)
+    def relay_errors(self) -> AbstractContextManager[None]:
+        """See `Weights.relay_errors`."""
+        return relay_errors(self.abort)
 
-    def agreed(self) -> AbstractContextManager[None]:
-        """See `Weights.agreed`."""
+    def error_barrier(self) -> AbstractContextManager[None]:
+        """See `Weights.error_barrier`."""
         return collectives.error_barrier()
 
-    def even(self, parts: list[Tensor], spare: Tensor) -> list[tuple[Tensor, bool]]:
-        """See `Weights.even`: as many as the process that has most."""
+    def pad_micro_batches(self, parts: list[Tensor], spare: Tensor) -> list[tuple[Tensor, bool]]:
+        """See `Weights.pad_micro_batches`: as many as the process that has most."""
         most = int(collectives.all_reduce_max({"micro-batches": len(parts)})["micro-batches"])
         return [(part, True) for part in parts] + [(spare, False)] * (most - len(parts))
 
-    def summed(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """See `Weights.summed`; the parts' were summed as soon as each layer's were there."""
-        collectives.sum_gradients(self.alike(parameters))
-        for parameter, piece in self.pieces.items():
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """See `Weights.reduce_gradients`; FSDP summed those of the shards layer by layer in the backward pass."""
+        collectives.sum_gradients(self.replicated(parameters))
+        for parameter, local in self.shards.items():
             gradient: Any = parameter.grad
-            piece.grad = None if gradient is None else gradient.to_local()
+            local.grad = None if gradient is None else gradient.to_local()
             parameter.grad = None
-        return self.learning(parameters)
+        return self.local_parameters(parameters)
 
-    def norm(self, learning: Sequence[nn.Parameter]) -> Tensor:
-        """See `Weights.norm`."""
-        parts = set(self.pieces.values())
-        whole = total_norm([p for p in learning if p not in parts])
-        part = total_norm([p for p in learning if p in parts]).to(learning[0].device)
-        return (collectives.all_reduce_tensor(part.square()) + whole.square().to(part.device)).sqrt()
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """See `Weights.gradient_norm`."""
+        shards = set(self.shards.values())
+        full = total_norm([p for p in parameters if p not in shards])
+        local = total_norm([p for p in parameters if p in shards]).to(parameters[0].device)
+        return (collectives.all_reduce_tensor(local.square()) + full.square().to(local.device)).sqrt()
 
-    def join(self, files: Files) -> Files:
-        """See `Weights.join`; the other processes get empty tensors."""
+    def gather_state(self, files: Files) -> Files:
+        """See `Weights.gather_state`; the other processes get empty tensors."""
         return self._each(files, lambda rows, tensor: collectives.gather_rows_to_main(tensor, rows))
 
-    def cut(self, files: Files) -> Files:
-        """See `Weights.cut`."""
+    def shard_state(self, files: Files) -> Files:
+        """See `Weights.shard_state`."""
         return self._each(files, lambda rows, tensor: chunk(tensor).clone())
 
-    def _each(self, files: Files, do: Callable[[int, Tensor], Tensor]) -> Files:
-        """Return `files` with do(rows of the whole, tensor) in place of each tensor of a parameter that is cut."""
-        found = dict(files)
-        for file in PARTED:
-            found[file] = dict(sorted(files[file].items()))  # in the same order in every process
-            for name, tensor in found[file].items():
+    def _each(self, files: Files, convert: Callable[[int, Tensor], Tensor]) -> Files:
+        """Return `files` with convert(rows of the full one, tensor) for each tensor of a sharded parameter."""
+        out = dict(files)
+        for file in SHARDED_FILES:
+            out[file] = dict(sorted(files[file].items()))  # in the same order in every process
+            for name, tensor in out[file].items():
                 parameter = self.numbers.get(int(name.partition(".")[0]))
-                if parameter is not None and tensor.dim():  # an optimizer's `step` is everyone's
-                    found[file][name] = do(parameter.shape[0], tensor)
-        return found
+                if parameter is not None and tensor.dim():  # an optimizer's `step` is replicated
+                    out[file][name] = convert(parameter.shape[0], tensor)
+        return out
 
-    def make_whole(self, model: nn.Module, remainders: dict[nn.Parameter, Tensor]) -> None:
-        """See `Weights.make_whole`."""
-        found: dict[nn.Parameter, Tensor] = {}
-        new: dict[nn.Parameter, nn.Parameter] = {}
-        for parameter in [p for p in model.parameters() if p in self.pieces]:
-            rows, piece = parameter.shape[0], self.pieces[parameter]
-            whole = collectives.gather_rows_to_main(piece.detach().cpu(), rows)
-            new[parameter] = nn.Parameter(whole)
-            if piece in remainders:
-                found[new[parameter]] = collectives.gather_rows_to_main(remainders[piece].cpu(), rows)
+    def unshard_for_saving(self, model: nn.Module, remainders: dict[nn.Parameter, Tensor]) -> None:
+        """See `Weights.unshard_for_saving`."""
+        full_remainders: dict[nn.Parameter, Tensor] = {}
+        full: dict[nn.Parameter, nn.Parameter] = {}
+        for parameter in [p for p in model.parameters() if p in self.shards]:
+            rows, local = parameter.shape[0], self.shards[parameter]
+            full[parameter] = nn.Parameter(collectives.gather_rows_to_main(local.detach().cpu(), rows))
+            if local in remainders:
+                remainder = collectives.gather_rows_to_main(remainders[local].cpu(), rows)
+                full_remainders[full[parameter]] = remainder
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-                if parameter in new and collectives.is_main():
-                    setattr(module, name, new[parameter])
+                if parameter in full and collectives.is_main():
+                    setattr(module, name, full[parameter])
         remainders.clear()
-        remainders.update(found)
+        remainders.update(full_remainders)
 
 
-def chunk(whole: Tensor) -> Tensor:
-    """Return this process's rows of `whole`, as `fully_shard` cuts them: the last processes may have none."""
-    parts = whole.chunk(collectives.world_size())
-    return parts[collectives.rank()] if collectives.rank() < len(parts) else whole[:0]
+def chunk(tensor: Tensor) -> Tensor:
+    """Return this process's rows of a full tensor, as `fully_shard` splits it: the last processes may have none."""
+    parts = tensor.chunk(collectives.world_size())
+    return parts[collectives.rank()] if collectives.rank() < len(parts) else tensor[:0]
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of every stack in `model`: the members of its lists that are not inside another's."""
-    found: list[nn.Module] = []
+    """Return the layers of every stack in `model`: the members of its module lists, except of lists within a layer."""
+    layers: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
-            found += module
+            layers += module
             inside.update(part for layer in module for part in layer.modules())
-    return found
+    return layers
 
 
-def shard(model: nn.Module, again: bool) -> list[Any]:
-    """Cut every layer of `model`, and the rest of it as one; return the modules that are gathered at once."""
+def shard(model: nn.Module, reshard: bool) -> list[Any]:
+    """Shard every layer of `model`, and the rest of it as one; return the modules, each gathered as a unit."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -276,10 +277,10 @@ def shard(model: nn.Module, again: bool) -> list[Any]:
     check_groups(model)
     modules: list[Any] = [*layers_of(model), model]
     for module in modules:
-        root = module is model
-        # sums of gradients are of float32 whatever the weights are; the output layer's weight is read after the forward
-        sums = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        fully_shard(module, mesh=mesh, reshard_after_forward=again and not root, mp_policy=sums)
+        root = module is model  # stays gathered after the forward: the output layer's weight is used after it
+        # gradients are summed in float32 whatever the weights are
+        precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard and not root, mp_policy=precision)
         module.apportion_root = root
         # each loss is divided by the whole mini-batch's count already: sums, not means
         module.set_gradient_divide_factor(1.0)
@@ -288,17 +289,14 @@ def shard(model: nn.Module, again: bool) -> list[Any]:
 
 
 def check_groups(model: nn.Module) -> None:
-    """Raise ModelError where weights cannot be gathered and summed a layer at a time: they learn in several dtypes, or
-    are in several layers."""
+    """Raise ModelError where layers cannot be gathered one by one: trained in several dtypes, or sharing weights."""
     layers = layers_of(model)
     inside = {part for layer in layers for part in layer.modules()}
     rest = [p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)]
-    found = Counter(p for group in ([*layer.parameters()] for layer in layers) for p in group) + Counter(set(rest))
-    if max(found.values(), default=1) > 1:
-        fix = "Launch with recipes/accelerate/ddp_gpu.yaml."
-        raise ModelError("policy", "weights that several layers share", "layers to be sharded apart", fix)
+    uses = Counter(p for group in ([*layer.parameters()] for layer in layers) for p in group) + Counter(set(rest))
+    if max(uses.values(), default=1) > 1:
+        raise ModelError("policy", "weights that several layers share", "layers to be sharded apart", DDP_RECIPE)
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
-        fix = "Launch with recipes/accelerate/ddp_gpu.yaml."
-        got = f"weights that learn in {' and '.join(sorted(dtypes))}"
-        raise ModelError("policy", got, "one dtype, to be sharded", fix)
+        got = f"trained weights in {' and '.join(sorted(dtypes))}"
+        raise ModelError("policy", got, "one dtype, to be sharded", DDP_RECIPE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from apportion.config import SamplingConfig, ScoreConfig
+from apportion.config.sections import SamplingConfig, ScoreConfig
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.types import Segmenter

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from apportion.batching import micro_batches, trim, untrimmed
-from apportion.config import ScoreConfig
+from apportion.config.sections import ScoreConfig
 from apportion.errors import DataError, ScoreError
 from apportion.evidence import Models, plan
 from apportion.evidence.prefix import PREFIX
@@ -70,8 +70,8 @@ def in_score_units(evidence: Mapping[str, Tensor], reward: RewardModel, config: 
     So a prefix's score is comparable with the response's: an affine map of a state potential is one as well. Parts of
     a score (Shapley values and their errors) are only scaled, and not clipped.
     """
-    unclipped = replace(config, clip=None)
+    unclipped = config.model_copy(update={"clip": None})
     configs = dict.fromkeys(PREFIX, config) | {"shapley_empty": unclipped}
-    configs |= dict.fromkeys(("shapley_values", "shapley_error"), replace(unclipped, center=False))
+    configs |= dict.fromkeys(("shapley_values", "shapley_error"), unclipped.model_copy(update={"center": False}))
     chosen = {name: configs.get(EvidenceKey.of(name).name) for name in evidence}
     return {name: adjust(evidence[name], reward, one) for name, one in chosen.items() if one is not None}

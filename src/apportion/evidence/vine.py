@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,7 +67,9 @@ def _values(models: Models, rollouts: Rollouts, rows: Tensor, places: Tensor, sa
     prefixes = [ids[on] for ids, on in zip(rollouts.response_ids[rows], before, strict=True)]
     prompts = [ids[on] for ids, on in zip(rollouts.prompt_ids[rows], rollouts.prompt_mask[rows], strict=True)]
     left = models.sampling.max_new_tokens - torch.tensor([len(p) for p in prefixes])
-    settings = replace(models.sampling, samples_per_prompt=samples, max_new_tokens=int(left.max().clamp_min(1)))
+    settings = models.sampling.model_copy(
+        update={"samples_per_prompt": samples, "max_new_tokens": int(left.max().clamp_min(1))}
+    )
     states = [torch.cat(pair).tolist() for pair in zip(prompts, prefixes, strict=True)]
     continued = sample(models.policy, states, settings, models.generator)
     # states differ in tokens left: the first n tokens of a longer continuation are a continuation of n tokens

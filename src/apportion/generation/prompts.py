@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from apportion.config import SamplingConfig
+from apportion.config.sections import SamplingConfig
 from apportion.data import BadRows
 from apportion.errors import ConfigError, DataError
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from apportion.config import SamplingConfig
+from apportion.config.sections import SamplingConfig
 from apportion.generation.decode import Decoder, SamplingRules, left_pad
 from apportion.generation.llama import LlamaStepModel, is_llama
 from apportion.generation.step_model import StepModel

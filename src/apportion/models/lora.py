@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apportion.config import LoraConfig
+from apportion.config.sections import LoraConfig
 from apportion.errors import ConfigError
 from apportion.models.fast import has_fast_kernels, use_fast_linear
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apportion.config import RLConfig
+from apportion.config.sections import LoraConfig
 from apportion.distributed.sharding import Sharded, Weights
 from apportion.errors import ModelError
 from apportion.losses import entropy_of
@@ -19,10 +19,9 @@ from apportion.masking import last_index
 from apportion.models.loading import load_causal, load_tokenizer, locate, pick_device, pick_dtype, use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import to_sixteen_bit
-from apportion.models.reward import RewardModel
 from apportion.models.shared_prompt import Shared, can_share, shared_prompts, states_after_shared_prompts
 from apportion.models.token_logprobs import token_logprobs
-from apportion.models.value_head import make_head, make_trunk
+from apportion.models.value_head import ValueStart, make_head, make_trunk
 from apportion.types import Rollouts
 
 
@@ -81,7 +80,7 @@ class Policy:
 
     def learning(self) -> list[nn.Parameter]:
         """Return what the optimizer of this process steps for each of `trainable`: it, or this process's shard."""
-        return self.weights.learning(self.trainable())
+        return self.weights.local_parameters(self.trainable())
 
     def shard(self, again: bool, end: Callable[[str], None]) -> None:
         """Shard every weight but the value head's over the processes; see `distributed.sharding.Sharded`."""
@@ -90,7 +89,7 @@ class Policy:
 
     def make_whole(self) -> None:
         """Gather the model's weights in the main process for saving; it is not trained after that."""
-        self.weights.make_whole(self.model, self.remainders)
+        self.weights.unshard_for_saving(self.model, self.remainders)
 
     def allowed(self, logits: Tensor) -> Tensor:
         """Return float32 logits (…,V) over the temperature, −inf on banned ids: the distribution of every pass."""
@@ -261,34 +260,50 @@ def chosen_logprobs(logits: Tensor, rollouts: Rollouts) -> Tensor:
     return torch.where(rollouts.mask, chosen - logits.logsumexp(dim=-1), 0.0)
 
 
-def load_policy(config: RLConfig, reward: RewardModel | None = None) -> Policy:
-    """Return the policy of a run: float32 adapters over a 16-bit base, or all weights beside a frozen copy.
+def load_policy(
+    name: str,
+    *,
+    lora: LoraConfig,
+    max_length: int,
+    dtype: str = "auto",
+    device: str = "auto",
+    pad_token: str | None = None,
+    stop: str = "eos",
+    temperature: float = 1.0,
+    values: ValueStart | None = None,
+    fast_kernels: bool = True,
+) -> Policy:
+    """Return a policy to train: float32 adapters over a 16-bit base, or all weights with a frozen copy as reference.
 
     Where all weights learn in 16 bit, each has a float32 master (`models.master_weights`).
 
     Args:
-        reward: the run's reward model, which may initialise the values (`models.value_head`).
+        name: `smollm2`, a folder, or a hub id. pad_token: as `load_tokenizer` takes it.
+        lora: adapters; rank 0 trains all weights.
+        max_length: the most tokens of a prompt and its response, by which the attention kernel is chosen.
+        dtype, device: as `pick_dtype` and `pick_device` take them.
+        stop: "eos", or "length" where EOS is never sampled.
+        values: how values are initialised; None for a head at zero on the policy's trunk.
+        fast_kernels: compute with the equivalents of `models.fast`.
 
     Raises:
         ModelError, ConfigError: as the loaders, `add_adapter` and `make_trunk` do.
     """
-    folder, device = locate("policy", config.policy), pick_device(config.device)
-    tokenizer = load_tokenizer("policy", folder, config.pad_token)
-    banned = banned_ids(tokenizer, config.sampling.stop)
-    dtype = pick_dtype(config.dtype, device)
-    lora = config.lora.rank > 0
-    weights = dtype if lora else torch.float32
-    model: Any = load_causal("policy", folder, weights, device, fast_kernels=config.fast_kernels)
-    pair = config.sampling.prompt_tokens or [0, config.sampling.max_prompt_tokens]
-    use_fastest_attention(model, device, pair[1] + config.sampling.max_new_tokens)
-    model.requires_grad_(not lora)
-    reference = None if lora else copy.deepcopy(model).requires_grad_(False).to(dtype)
-    trunk = make_trunk(model, config, reward)
-    if lora:
-        model = add_adapter(model, config.lora).eval()
-    head = make_head(model, config, reward)
-    remainders = to_sixteen_bit(model, trunk) if not lora and dtype == torch.bfloat16 else {}
-    return Policy(model, tokenizer, banned, head, trunk, reference, config.sampling.temperature, remainders)
+    folder, where = locate("policy", name), pick_device(device)
+    tokenizer = load_tokenizer("policy", folder, pad_token)
+    banned = banned_ids(tokenizer, stop)
+    compute, values = pick_dtype(dtype, where), values or ValueStart()
+    adapters = lora.rank > 0
+    model: Any = load_causal("policy", folder, compute if adapters else torch.float32, where, fast_kernels=fast_kernels)
+    use_fastest_attention(model, where, max_length)
+    model.requires_grad_(not adapters)
+    reference = None if adapters else copy.deepcopy(model).requires_grad_(False).to(compute)
+    trunk = make_trunk(model, values, lora, max_length)
+    if adapters:
+        model = add_adapter(model, lora).eval()
+    head = make_head(model, values)
+    remainders = to_sixteen_bit(model, trunk) if not adapters and compute == torch.bfloat16 else {}
+    return Policy(model, tokenizer, banned, head, trunk, reference, temperature, remainders)
 
 
 def banned_ids(tokenizer: Any, stop: str) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.config import ScoreConfig
+from apportion.config.sections import ScoreConfig
 from apportion.credit import AttentionSpec
 from apportion.errors import ConfigError, ModelError, ScoreError
 from apportion.masking import check_finite

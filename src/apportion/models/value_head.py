@@ -1,14 +1,15 @@
-"""Initial value models: a zero head on the policy's trunk or on a copy of it, or the reward model itself."""
+"""The value model: a head on the policy's trunk or on a copy of it, or a copy of the reward model."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apportion.config import RLConfig
+from apportion.config.sections import LoraConfig, ScoreConfig
 from apportion.errors import ConfigError
 from apportion.models.loading import use_fastest_attention
 from apportion.models.lora import add_adapter
@@ -17,35 +18,56 @@ from apportion.models.reward import RewardModel, adjust
 HEADS = ("score", "classifier")
 
 
-def make_trunk(model: Any, config: RLConfig, reward: RewardModel | None) -> Any | None:
-    """Return the trunk under the value head, or None for the policy's own.
+@dataclass(frozen=True)
+class ValueStart:
+    """How values are initialised.
 
-    With `ppo.value_model` "reward" V(s) is initially the reward model's score of the text so far, centred and scaled
-    by `scores`: the critic of InstructGPT (Ouyang et al. 2022, 2203.02155, appendix C.4).
+    Attributes:
+        kind: "shared" (a head at zero on the policy's trunk), "separate" (on a copy of that trunk) or "reward" (a copy
+            of the reward model: V(s) is at first its score of the text so far, the critic of InstructGPT, Ouyang et
+            al. 2022, 2203.02155, appendix C.4).
+        reward: the reward model, where kind is "reward".
+        scores: how its score is centred and scaled.
+    """
+
+    kind: str = "shared"
+    reward: RewardModel | None = None
+    scores: ScoreConfig = field(default_factory=ScoreConfig)
+
+    @property
+    def source(self) -> RewardModel:
+        """The reward model. Raises ValueError where it is absent."""
+        if self.reward is None:
+            raise ValueError("values that start as the reward model's score need the loaded reward model")
+        return self.reward
+
+
+def make_trunk(model: Any, start: ValueStart, lora: LoraConfig, max_length: int) -> Any | None:
+    """Return the trunk under the value head, or None for the policy's own.
 
     Args:
         model: the policy's model before adapters are added, in the dtype in which a fully trained trunk learns.
+        max_length: as `load_policy` takes it.
 
     Raises:
         ConfigError: the reward model does not use the policy's ids, or its score is not linear in its last state.
     """
-    kind, weight = config.ppo.value_model, next(model.parameters())
-    if kind == "shared":
+    if start.kind == "shared":
         return None
-    if kind == "reward":
-        score_layer(required(reward))
-        trunk = copy.deepcopy(required(reward).model.base_model).to(weight.dtype)
-        pair = config.sampling.prompt_tokens or [0, config.sampling.max_prompt_tokens]
-        use_fastest_attention(trunk, weight.device, pair[1] + config.sampling.max_new_tokens)
+    if start.kind == "reward":
+        weight = next(model.parameters())
+        score_layer(start.source)
+        trunk = copy.deepcopy(start.source.model.base_model).to(weight.dtype)
+        use_fastest_attention(trunk, weight.device, max_length)
     else:
         trunk = copy.deepcopy(model.base_model)
-    return (add_adapter(trunk, config.lora) if config.lora.rank > 0 else trunk.requires_grad_(True)).eval()
+    return (add_adapter(trunk, lora) if lora.rank > 0 else trunk.requires_grad_(True)).eval()
 
 
-def make_head(model: Any, config: RLConfig, reward: RewardModel | None) -> nn.Linear:
-    """Return the value head d -> 1 in float32: zero, or that of the reward model's score."""
-    if config.ppo.value_model == "reward":
-        return score_head(required(reward), config)
+def make_head(model: Any, start: ValueStart) -> nn.Linear:
+    """Return the value head d -> 1 in float32: zero, or the reward model's score where values start as that."""
+    if start.kind == "reward":
+        return score_head(start.source, start.scores)
     output = model.get_output_embeddings().weight
     head = nn.Linear(output.shape[1], 1, device=output.device)
     nn.init.zeros_(head.weight)
@@ -53,18 +75,15 @@ def make_head(model: Any, config: RLConfig, reward: RewardModel | None) -> nn.Li
     return head
 
 
-def required(reward: RewardModel | None) -> RewardModel:
-    """Return the reward model. Raises ValueError where the caller did not pass one."""
-    if reward is None:
-        raise ValueError("ppo.value_model 'reward' needs the loaded reward model")
-    return reward
-
-
 @torch.no_grad()
-def score_head(reward: RewardModel, config: RLConfig) -> nn.Linear:
-    """Return the head whose output on the reward model's last state is its score, centred and scaled."""
+def score_head(reward: RewardModel, scores: ScoreConfig) -> nn.Linear:
+    """Return the head whose output on the reward model's last state is its score, centred and scaled.
+
+    The clip of `scores` is left out: no linear layer has one.
+    """
     weight, bias = score_layer(reward)
-    ends = adjust(torch.stack([torch.zeros_like(bias), torch.ones_like(bias)]), reward, unclipped(config))
+    unclipped = scores.model_copy(update={"clip": None})
+    ends = adjust(torch.stack([torch.zeros_like(bias), torch.ones_like(bias)]), reward, unclipped)
     factor, shift = ends[1] - ends[0], ends[0]
     head = nn.Linear(len(weight), 1, device=weight.device)
     head.weight.copy_(weight[None] * factor)
@@ -76,7 +95,7 @@ def score_layer(reward: RewardModel) -> tuple[Tensor, Tensor]:
     """Return (weight (d,), bias ()) float32 of R as a function of the last state.
 
     Raises:
-        ConfigError: there is no such function, or the model scores text instead of the policy's ids.
+        ConfigError: there is no such function, or the model encodes text instead of the policy's ids.
     """
     fix = "Use ppo.value_model separate or shared."
     if reward.text is not None:
@@ -91,10 +110,3 @@ def score_layer(reward: RewardModel) -> tuple[Tensor, Tensor]:
     if len(weight) == 1:
         return weight[0], bias[0]
     return weight[reward.positive] - weight[1 - reward.positive], bias[reward.positive] - bias[1 - reward.positive]
-
-
-def unclipped(config: RLConfig) -> Any:
-    """Return the settings of scores without their clip, which a linear layer cannot apply."""
-    scores = copy.copy(config.scores)
-    scores.clip = None
-    return scores

@@ -1,4 +1,4 @@
-"""Learning curves and calibration as plain data that charts.js draws with plotly."""
+"""Learning curves and calibration, as plain data for charts.js and plotly."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from apportion.report.numbers import finite, interval, number
 from apportion.report.read import RunData
+from apportion.report.style import finite, interval, number
 
 POINTS = 2000
 SMOOTH_FROM = 30
@@ -30,18 +30,18 @@ MAIN = (
     Measure("objective/length", "Length", "tokens"),
     Measure("objective/entropy", "Entropy", "nats"),
     Measure("loss/value", "Value loss"),
-    Measure("policy/clipfrac", "Excerpt fraction", "share of clipped ratios"),
+    Measure("policy/clipfrac", "Clip fraction", "share of clipped ratios"),
     Measure("kl/coef", "KL coefficient"),
     Measure("credit/kept_mass", "Kept mass", "share of attention on the response"),
 )
 REWARD = (
     Measure("loss/reward", "Loss", "nats an excerpt"),
-    Measure("accuracy", "Accuracy", "share of training excerpts judged right"),
+    Measure("accuracy", "Accuracy", "share of training excerpts classified correctly"),
 )
 
 
 def main_charts(runs: Sequence[RunData]) -> list[Chart]:
-    """Return the learning curves of policy runs, every run in each chart."""
+    """Return the learning curves of policy runs, all runs in each chart."""
     return _charts(runs, [i for i, run in enumerate(runs) if run.stage != "reward"], MAIN)
 
 
@@ -56,7 +56,9 @@ def other_charts(runs: Sequence[RunData]) -> list[Chart]:
     """Return a curve for every further number in metrics.jsonl, in alphabetical order; monitors have a section."""
     known = {measure.key for measure in (*MAIN, *REWARD)} | {"step"}
     keys = {key for run in runs for row in run.metrics for key, value in row.items() if finite(value) is not None}
-    return _charts(runs, range(len(runs)), [Measure(k, k) for k in sorted(keys - known) if k[:7] != "monitors/"])
+    return _charts(
+        runs, range(len(runs)), [Measure(k, k) for k in sorted(keys - known) if not k.startswith("monitors/")]
+    )
 
 
 def charts_html(charts: Sequence[Chart], names: Sequence[str]) -> str:
@@ -65,17 +67,17 @@ def charts_html(charts: Sequence[Chart], names: Sequence[str]) -> str:
 
 
 def _figure(chart: Chart, names: Sequence[str]) -> str:
-    said = "; ".join(_spoken(trace, names[trace["run"]]) for trace in chart["traces"])
+    label = chart["title"] + ": " + "; ".join(_describe(trace, names[trace["run"]]) for trace in chart["traces"])
     unit = f' <span class="unit">{escape(chart["unit"])}</span>' if chart["unit"] else ""
     name = escape(chart["id"])
     return (
         f'<figure class="chart"><figcaption>{escape(chart["title"])}{unit}</figcaption>'
-        f'<div class="plot" data-chart="{name}" role="img" aria-label="{escape(chart["title"] + ": " + said)}"></div>'
+        f'<div class="plot" data-chart="{name}" role="img" aria-label="{escape(label)}"></div>'
         "</figure>"
     )
 
 
-def _spoken(trace: Mapping[str, Any], name: str) -> str:
+def _describe(trace: Mapping[str, Any], name: str) -> str:
     return f"{name} from {number(trace['y'][0])} to {number(trace['y'][-1])}"
 
 
@@ -100,16 +102,16 @@ def _trace(run: int, metrics: Sequence[Mapping[str, Any]], key: str) -> dict[str
     raw = [p[1] for p in points]
     smooth = running_mean(raw) if len(raw) >= SMOOTH_FROM else None
     stride = -(-len(raw) // POINTS)
-    # The last point stays whatever the stride, so that curves end where the run did.
-    kept = sorted({*range(0, len(raw), stride), len(raw) - 1})
-    trace: dict[str, Any] = {"run": run, "x": [points[i][0] for i in kept], "y": [_short(raw[i]) for i in kept]}
-    if smooth and all(map(math.isfinite, smooth)):  # sums of finite numbers need not be
-        trace["smooth"] = [_short(smooth[i]) for i in kept]
+    # The last point is always included, so that curves end at the last step.
+    chosen = sorted({*range(0, len(raw), stride), len(raw) - 1})
+    trace: dict[str, Any] = {"run": run, "x": [points[i][0] for i in chosen], "y": [_short(raw[i]) for i in chosen]}
+    if smooth and all(map(math.isfinite, smooth)):  # a sum of finite numbers can overflow
+        trace["smooth"] = [_short(smooth[i]) for i in chosen]
     return trace
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean of the nearest tenth of the points around each (of those there are, towards the ends)."""
+    """Return the centred mean over a tenth of the points around each; the window is cut off at the ends."""
     half = max(1, len(values) // 20)
     sums = [0.0]
     for value in values:

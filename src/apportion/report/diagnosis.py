@@ -1,4 +1,4 @@
-"""The panel of `apportion diagnose`: which credit's gradient points the true way, a line a method."""
+"""The panel of `apportion diagnose`: the direction of each credit method's gradient, one line a method."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from apportion.report.numbers import interval, number
 from apportion.report.read import RunData
+from apportion.report.style import interval, number
 from apportion.report.summary import Card, Line, card_html
 
 CARDS = (
     Card("Cosine", "of the expected policy gradient with the true one", None, "cosine"),
-    Card("Bias", "length of the difference from the true gradient, over its length", None, "bias"),
+    Card("Bias", "norm of the difference from the true gradient, over its norm", None, "bias"),
     Card("Useful signal", "along the true gradient, over the noise of one batch", None, "useful_snr"),
     Card("Stop bias", "added to the gradient of the EOS logit", None, "stop_bias"),
 )
@@ -25,35 +25,36 @@ COLUMNS: Mapping[str, str] = {
     "extra_backwards": "extra backwards",
 }
 PROSE = (
-    "Every method apportions the same rollouts. The gradient is taken by a map on the policy's last states; the true "
-    "one weighs each response by its score minus the mean of the prompt's other responses. Products of expectations "
-    "leave out a prompt with itself, so noise does not bias them; 95% intervals are bootstrapped over prompts. A dash "
-    "is a figure that does not rise above the noise, or that does not apply."
+    "All methods apportion the same rollouts. The gradient is that of a linear map on the policy's last hidden states; "
+    "the true one weights each response by its score minus the mean of the prompt's other responses. Products of "
+    "expectations leave out the pairs of a prompt with itself, so noise does not bias them; 95% intervals are "
+    "bootstrapped over prompts. A dash marks a figure that is within the noise, or that does not apply."
 )
 
 
 def widest(runs: Sequence[RunData]) -> int:
-    """Return the largest number of methods that a diagnosis among `runs` compares."""
+    """Return the largest number of methods in a diagnosis among `runs`."""
     return max((len(run.diagnosis.get("methods", {})) for run in runs), default=0)
 
 
 def diagnosis_html(runs: Sequence[RunData]) -> str:
-    """Return the panels of the runs that are diagnoses; empty where none is."""
-    found = [run for run in runs if run.diagnosis.get("methods")]
-    panels = [_panel(run.diagnosis, run.name if len(found) > 1 else "") for run in found]
+    """Return the panels of the diagnoses among `runs`; empty where there are none."""
+    diagnoses = [run for run in runs if run.diagnosis.get("methods")]
+    panels = [_panel(run.diagnosis, run.name if len(diagnoses) > 1 else "") for run in diagnoses]
     return "".join(panels) + f'<p class="note">{escape(PROSE)}</p>' if panels else ""
 
 
-def _panel(found: Mapping[str, Any], name: str) -> str:
-    methods: Mapping[str, Mapping[str, Any]] = found["methods"]
+def _panel(diagnosis: Mapping[str, Any], name: str) -> str:
+    methods: Mapping[str, Mapping[str, Any]] = diagnosis["methods"]
     cards = [card_html(card, lines, True) for card in CARDS if (lines := _lines(methods, card))]
-    said = "".join(f"<li><b>{escape(m)}</b>: {escape(str(v.get('verdict', '')))}.</li>" for m, v in methods.items())
-    chosen = escape(str(found.get("recommended") or "Nothing to recommend"))
+    verdicts = "".join(f"<li><b>{escape(m)}</b>: {escape(str(v.get('verdict', '')))}.</li>" for m, v in methods.items())
+    chosen = escape(str(diagnosis.get("recommended") or "Nothing to recommend"))
     head = f"<h3>{escape(name)}</h3>" if name else ""
-    size = f"{found.get('rollouts')} rollouts of {found.get('prompts')} prompts, batches of {found.get('batch')}"
+    rollouts, prompts, batch = (diagnosis.get(key) for key in ("rollouts", "prompts", "batch"))
+    size = f"{rollouts} rollouts of {prompts} prompts, batches of {batch}"
     return (
-        f'{head}<div class="prose"><p><b>{chosen}</b>: {escape(str(found.get("why", "")))} ({escape(size)}).</p>'
-        f'<ul>{said}</ul></div><div class="cards count-{len(cards)}">{"".join(cards)}</div>{_table(methods)}'
+        f'{head}<div class="prose"><p><b>{chosen}</b>: {escape(str(diagnosis.get("why", "")))} ({escape(size)}).</p>'
+        f'<ul>{verdicts}</ul></div><div class="cards count-{len(cards)}">{"".join(cards)}</div>{_table(methods)}'
     )
 
 

@@ -1,4 +1,4 @@
-"""The HTML shell: one file that carries its styles, scripts and data and may not reach the network."""
+"""The HTML document: one file with its styles, scripts and data inlined, and no network access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _JSON_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
 def embed_json(name: str, value: Any) -> str:
-    """Return `value` as an inert data block `<script type="application/json" id=name>` that nothing inside can close.
+    """Return `value` as a data block `<script type="application/json" id=name>` that its content cannot close.
 
     Raises:
         ValueError: `value` holds a NaN or an infinity, which JSON cannot carry.
@@ -38,8 +38,8 @@ def asset(name: str) -> str:
 def document(title: str, body: str, *, data: Mapping[str, Any], styles: Sequence[str], scripts: Sequence[str]) -> str:
     """Return the page: `body` is trusted HTML, `title` is text, `data` becomes JSON blocks, the rest is inlined.
 
-    Scripts run only if their hash stands in the content security policy, so that text which a model wrote
-    could not run even if it were to reach the page unescaped.
+    The content security policy allows scripts by hash, so that text from a model could not run even if it were to
+    reach the page unescaped.
     """
     hashes = " ".join(_hash(script) for script in scripts)
     # Plotly sets style attributes and adds style rules while it draws, hence 'unsafe-inline' for styles only.
@@ -67,13 +67,13 @@ def document(title: str, body: str, *, data: Mapping[str, Any], styles: Sequence
 
 
 def write_page(html: str, output: Path) -> Path:
-    """Write `html` to `output` in one step: readers see the old file or the new one, never a part.
+    """Write `html` to `output` atomically.
 
     Raises:
         DiskError: the folder cannot be made or written to.
     """
     output = Path(output)
-    # Lone surrogates cannot be written as UTF-8; they become "?".
+    # Lone surrogates cannot be encoded as UTF-8; they become "?".
     raw = html.encode("utf-8", errors="replace")
     temporary: str | None = None
     try:
@@ -81,7 +81,7 @@ def write_page(html: str, output: Path) -> Path:
         handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             file.write(raw)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o644)  # mkstemp creates files with mode 0600
         os.replace(temporary, output)
     except OSError as error:
         if temporary is not None:

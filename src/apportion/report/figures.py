@@ -1,4 +1,4 @@
-"""Static learning curves for documents that cannot carry a page."""
+"""Static learning curves as PNG, for documents that cannot embed a page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from apportion.errors import DataError, DiskError
-from apportion.report.colours import run_colour
 from apportion.report.curves import Chart, main_charts, reward_charts
 from apportion.report.read import read_run
+from apportion.report.style import run_colour
 
 PANELS = 4
 INK, MUTED = "#24272b", "#8a9098"
@@ -26,8 +26,8 @@ def learning_curve_png(runs: Sequence[Path], output: Path) -> Path:
     """
     from matplotlib.figure import Figure  # no pyplot: it keeps global state and may look for a display
 
-    found = [read_run(Path(run)) for run in runs]
-    charts = [c for c in (main_charts(found) or reward_charts(found)) if c["kind"] == "curve"][:PANELS]
+    data = [read_run(Path(run)) for run in runs]
+    charts = [c for c in (main_charts(data) or reward_charts(data)) if c["kind"] == "curve"][:PANELS]
     if not charts:
         got = [str(run) for run in runs]
         raise DataError("runs", got, "runs with metrics.jsonl", "Train first, or name other runs.")
@@ -36,7 +36,7 @@ def learning_curve_png(runs: Sequence[Path], output: Path) -> Path:
     figure = Figure(figsize=(5.2 * columns, 3.0 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, chart in zip(axes, charts, strict=False):
-        _draw(axis, chart, [run.name for run in found])
+        _draw(axis, chart, [run.name for run in data])
     for axis in axes[len(charts) :]:
         axis.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""Token heat maps: as HTML, as rich text for the terminal, and as a page of their own for one text."""
+"""Token heat maps: HTML, rich text for the terminal, and a page for one text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from html import escape
 from rich.style import Style
 from rich.text import Text
 
-from apportion.report.colours import FAINT, blend, credit_limit, is_special, level, scale_limit, shown
 from apportion.report.document import asset, document
-from apportion.report.numbers import finite, number
 from apportion.report.rollouts import pack
+from apportion.report.style import FAINT, blend, credit_limit, finite, is_special, level, number, scale_limit, shown
 
 CAUTION = (
     "A heat map shows where a credit method puts the reward. It is not an explanation of the reward model or of the "
@@ -27,7 +26,7 @@ def tokens_html(
     Args:
         tokens: n tokens as text, leading spaces and newlines included; any text is safe.
         values: n numbers; missing or non-finite ones are drawn with a dotted underline and no colour.
-        limit: the value with full colour; the largest absolute value when None.
+        limit: the value with the strongest colour; the largest absolute value when None.
         label: what the values are, for the tooltip.
     """
     limit = scale_limit(values) if limit is None else limit
@@ -60,7 +59,7 @@ def tokens_rich(tokens: Sequence[str], values: Sequence[float | None], *, limit:
 
 
 def stack_html(tokens: Sequence[str], methods: Mapping[str, Sequence[float | None]]) -> str:
-    """Return every method's heat map of the same text, one above another, each on its own scale."""
+    """Return the heat maps of all methods for the same text, one below the other, each on its own scale."""
     rows = []
     for name, values in methods.items():
         total = number(sum(v for v in map(finite, values) if v is not None))
@@ -71,7 +70,7 @@ def stack_html(tokens: Sequence[str], methods: Mapping[str, Sequence[float | Non
 
 
 def viewer_html(stack: str = "") -> str:
-    """Return the viewer's skeleton, which heatmap.js fills; `stack` is shown until then, and without JavaScript."""
+    """Return the viewer's skeleton, which heatmap.js fills; without JavaScript, `stack` is shown."""
     return f"""<div class="viewer" data-viewer>
 <div class="picker" data-picker hidden>
 <label data-run-field>Run <select data-run></select></label>

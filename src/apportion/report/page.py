@@ -1,4 +1,4 @@
-"""Writes the report: run folders in, one self-contained HTML page out."""
+"""The report: one self-contained HTML page for several run folders."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 
 from apportion.errors import ConfigError
 from apportion.report import summary
-from apportion.report.colours import run_colour
 from apportion.report.curves import charts_html, main_charts, other_charts, reward_charts
 from apportion.report.diagnosis import diagnosis_html, widest
 from apportion.report.document import asset, document, write_page
 from apportion.report.heatmap import CAUTION, viewer_html
-from apportion.report.monitors import guards_html
-from apportion.report.numbers import number
+from apportion.report.monitors import monitors_html
 from apportion.report.read import RunData, read_run
 from apportion.report.rollouts import logged
 from apportion.report.samples import samples_html
 from apportion.report.settings import settings_html
+from apportion.report.style import number, run_colour
 
 Section = tuple[str, str, str]  # anchor, title, HTML
 
@@ -39,16 +38,16 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
 
 
 def report_html(runs: Sequence[RunData]) -> str:
-    """Return the page for runs that were read, in their order; run i has colour i everywhere."""
+    """Return the page for these runs, in their order; run i has colour i everywhere."""
     names = [run.name for run in runs]
     curves, reward, other = main_charts(runs), reward_charts(runs), other_charts(runs)
     viewer, rollouts = _heat_maps(runs)
     sections: list[Section] = [
         ("summary", "Before and after", _summary(runs)),
-        ("monitors", "Monitors", guards_html(runs)),
+        ("monitors", "Monitors", monitors_html(runs)),
         ("reward-model", "Reward model", _reward_model(runs, reward)),
         ("curves", "Learning curves", _curves(runs, curves, other)),
-        ("diagnosis", "Which credit points the true way", diagnosis_html(runs)),
+        ("diagnosis", "Direction of each credit method's gradient", diagnosis_html(runs)),
         ("credit", "Where the reward lands", viewer),
         ("samples", "Samples", samples_html(runs)),
         ("settings", "Configuration", settings_html(runs)),
@@ -67,7 +66,7 @@ def report_html(runs: Sequence[RunData]) -> str:
 
 
 def _plotly() -> str:
-    # Imported here: plotly is slow to load and a faulty run folder should be refused before that.
+    # Imported here: plotly is slow to load, and a bad run folder should be reported before that.
     from plotly.offline import get_plotlyjs
 
     script: str = get_plotlyjs()
@@ -75,7 +74,7 @@ def _plotly() -> str:
 
 
 def _distinct(runs: list[RunData]) -> list[RunData]:
-    """Return the runs with names that tell them apart: the folder is added, then a number, where names repeat."""
+    """Return the runs with distinct names: the folder is added, then a number, where names repeat."""
     names = [run.name for run in runs]
     folders = [f"{n} ({r.path.name})" if names.count(n) > 1 else n for n, r in zip(names, runs, strict=True)]
     final = [f"{n} #{folders[: i + 1].count(n)}" if folders.count(n) > 1 else n for i, n in enumerate(folders)]
@@ -97,10 +96,10 @@ def _header(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
     rows = []
     for i, run in enumerate(runs):
         facts = [run.stage, f"{len(run.metrics)} steps" if run.metrics else "", run.status]
-        said = " \u00b7 ".join(escape(fact) for fact in facts if fact)
+        details = " \u00b7 ".join(escape(fact) for fact in facts if fact)
         state = " failed" if run.status == "failed" else ""
         name = f'<i class="dot"></i><b>{escape(run.name)}</b>'
-        rows.append(f'<li class="run-{i}{state}">{name} <span class="unit">{said}</span></li>')
+        rows.append(f'<li class="run-{i}{state}">{name} <span class="unit">{details}</span></li>')
     links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in sections)
     notes = "".join(f"<p>{escape(run.name)}: {escape(note)}</p>" for run in runs for note in run.notes)
     aside = f'<div class="notice" role="note">{notes}</div>' if notes else ""
@@ -174,34 +173,33 @@ def _heat_maps(runs: Sequence[RunData]) -> tuple[str, list[dict[str, Any]]]:
             notes.append(f"{run.name}: {note}" if len(runs) > 1 else note)
     if not packed:
         return "", []
-    said = "".join(f"<p>{escape(note)}</p>" for note in [CAUTION, *notes])
-    return f'{viewer_html()}<div class="note">{said}</div>', packed
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in [CAUTION, *notes])
+    return f'{viewer_html()}<div class="note">{paragraphs}</div>', packed
 
 
 METHOD = {
     "Reward and judge": "Means over the evaluation prompts, continued by the policy before training and by the policy "
-    "after it. The policy was trained on the reward, so the reward can rise where the text does not improve; a judge "
-    "that took no part in training is the better witness.",
+    "after it. The policy was trained on the reward, so the reward can rise without better text; the judge, which was "
+    "not part of training, is the better measure.",
     "KL": "The log-ratio of the policy to the reference, summed over the sampled tokens of a response and averaged "
-    "over responses: an estimate in nats a sequence, which single batches can make negative.",
+    "over responses: an estimate in nats a sequence, which can be negative in single batches.",
     "Distinct-2 and perplexity": "Distinct bigrams divided by all bigrams of the continuations, and their perplexity "
-    "as the evaluation measured it. A fall in distinct-2 beside a rising reward is a sign of repetition.",
-    "Intervals": "95% intervals as the evaluation wrote them. They cover the choice of evaluation prompts in one run, "
-    "not the difference between training seeds.",
-    "Learning curves": "The numbers of metrics.jsonl, without selection. The running mean is centred and has "
-    "fewer points towards both ends. Of more than 2,000 steps, evenly spaced ones are drawn.",
-    "Heat maps": "Credit is the reward on each token after it was redistributed and before the KL penalty; reward is "
-    "after the penalty; advantage and value are what the update used. "
+    "under the policy before training. A falling distinct-2 with a rising reward is a sign of repetition.",
+    "Intervals": "95% intervals of the evaluation. They cover the choice of evaluation prompts in one run, not "
+    "the difference between training seeds.",
+    "Learning curves": "All numbers of metrics.jsonl. The running mean is centred, over fewer points towards both "
+    "ends. Of more than 2,000 steps, evenly spaced ones are plotted.",
+    "Heat maps": "Credit is the reward on each token after redistribution and before the KL penalty; reward is "
+    "after the penalty; advantage and value are those of the update. "
     "\u201cWhat each method would have given\u201d applies every method to the same text and score; the policy was "
-    "trained with one of them only. The number of effective tokens is exp(entropy) of the shares. Colours are linear "
-    "and symmetric around zero; the ends of each scale are printed, and for credit they are at least four times "
-    "an even share, so that an even spread stays pale. " + CAUTION,
+    "trained with only one of them. The number of effective tokens is exp(entropy) of the shares. Colours are linear "
+    "and symmetric around zero; the ends of each scale are printed. For credit they are at least four times an even "
+    "share, so that an even spread is pale. " + CAUTION,
 }
 REWARD_METHOD = {
-    "Reward model": "Accuracy is the share of held-out excerpts whose label the sign of the score gives. "
-    "Confidence is the "
-    "sigmoid of the score, the probability of a positive label; the calibration error is the mean gap between it and "
-    "the share of positive labels over bins, weighted by their counts, which the marker areas show.",
+    "Reward model": "Accuracy is the share of held-out excerpts whose label is the sign of the score. Confidence is "
+    "the sigmoid of the score, the probability of a positive label; the calibration error is the mean difference "
+    "between it and the share of positive labels over bins, weighted by their counts, which the marker areas show.",
 }
 
 
@@ -211,5 +209,5 @@ def _method(runs: Sequence[RunData]) -> str:
         texts |= METHOD
     if any(run.stage == "reward" for run in runs):
         texts |= REWARD_METHOD
-    said = "".join(f"<p><b>{name}.</b> {text}</p>" for name, text in texts.items())
-    return f'<div class="prose">{said}</div>' if said else ""
+    prose = "".join(f"<p><b>{name}.</b> {text}</p>" for name, text in texts.items())
+    return f'<div class="prose">{prose}</div>' if prose else ""

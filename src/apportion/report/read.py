@@ -1,4 +1,4 @@
-"""Reads a run folder for the report, tolerating whatever part of it is absent or cut off."""
+"""Reader of run folders, which tolerates absent and truncated files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from apportion.data.formats import MAX_DEPTH, depth
 from apportion.errors import DataError
-from apportion.report.numbers import finite
+from apportion.report.style import finite
 from apportion.system import safe_yaml
 from apportion.system.paths import link_outside, local_path
 
@@ -25,7 +25,7 @@ HOLDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What one run folder says.
+    """The contents of one run folder.
 
     Attributes:
         path: the folder.
@@ -33,15 +33,15 @@ class RunData:
         stage: "sft", "reward", "rl", "dpo", ...; empty when unknown.
         status: "running", "finished", "failed"; empty when unknown.
         config: the resolved configuration, nested; empty when absent.
-        config_text: config.yaml as it stands.
+        config_text: the text of config.yaml.
         metrics: one mapping a step.
         rollouts: logged rollouts with per-token values.
-        samples: the evaluation's samples before and after, in file order.
+        samples: the evaluation's samples before and after training, in file order.
         evaluation: the evaluation's summary.
-        diagnosis: what `apportion diagnose` found.
-        stopped: each folder of stopped/: its name, its error and the number of its rollouts, which `rollouts` hold
-            too where their step was not logged.
-        notes: what was absent, skipped or unreadable, as sentences for the reader of the page.
+        diagnosis: the result of `apportion diagnose`.
+        stopped: the crash dumps in stopped/: name, error and number of rollouts, which are also in `rollouts` where
+            their step was not logged.
+        notes: what was absent, skipped or unreadable, as sentences for the page.
     """
 
     path: Path
@@ -60,11 +60,11 @@ class RunData:
 
 
 def read_run(path: Path) -> RunData:
-    """Return what the run folder at `path` says.
+    """Return the contents of the run folder at `path`.
 
     Raises:
-        DataError: `path` is not a folder, holds no metrics, evaluation or diagnosis, cannot be read, or has a link out
-            of it in it: whatever that leads to would stand in the page.
+        DataError: `path` is not a folder, has no metrics, evaluation or diagnosis, cannot be read, or contains a link
+            to outside: the page would show that file's content.
     """
     path = local_path(str(path), "run", DataError)
     try:
@@ -80,16 +80,16 @@ def _read(path: Path) -> RunData:
         raise DataError("run", got, HOLDS, "Give the folder that a stage wrote, for example runs/rl.")
     if link := link_outside(path):
         fix = "Remove it; the run folder itself may be a link."
-        raise DataError("run", f"{link}, a link to {os.readlink(link)}", "a run folder without", fix)
+        raise DataError("run", f"{link}, a link to {os.readlink(link)}", "a run folder without links to outside", fix)
     notes: list[str] = []
     metrics = _lines(path / "metrics.jsonl", notes)
     evaluation = _mapping(path / "evaluation.json", notes)
     diagnosis = _diagnosis(path / "diagnosis.json", notes)
     rollouts = _lines(path / "rollouts.jsonl", notes)
-    stopped, left = _stopped(path / "stopped", {finite(row.get("step")) for row in rollouts}, notes)
+    stopped, dumped = _stopped(path / "stopped", {finite(row.get("step")) for row in rollouts}, notes)
     if not metrics and not evaluation and not diagnosis and not stopped:
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
-        raise DataError("run", f"{path} ({found})", HOLDS, _fix(notes))
+        files = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
+        raise DataError("run", f"{path} ({files})", HOLDS, _fix(notes))
     status = _mapping(path / "status.json", notes)
     config, config_text = _config(path / "config.yaml", notes)
     return RunData(
@@ -100,7 +100,7 @@ def _read(path: Path) -> RunData:
         config=config,
         config_text=config_text,
         metrics=metrics,
-        rollouts=(*rollouts, *left),
+        rollouts=(*rollouts, *dumped),
         samples=_lines(path / "samples.jsonl", notes),
         evaluation=evaluation,
         diagnosis=diagnosis,
@@ -112,15 +112,15 @@ def _read(path: Path) -> RunData:
 def _stopped(
     folder: Path, logged: set[Any], notes: list[str]
 ) -> tuple[tuple[Mapping[str, Any], ...], list[Mapping[str, Any]]]:
-    """Return (what each folder of a stopped step says, its rollouts whose credit is known and step was not logged)."""
-    found: list[Mapping[str, Any]] = []
-    left: list[Mapping[str, Any]] = []
+    """Return (a summary of each crash dump, their rollouts that have credit and whose step was not logged)."""
+    dumps: list[Mapping[str, Any]] = []
+    rollouts: list[Mapping[str, Any]] = []
     for place in sorted(folder.glob("step-*")) if folder.is_dir() else ():
         rows = _lines(place / "rollouts.jsonl", notes)
         error = (_text(place / "error.txt", notes) or "").strip()
-        found.append({"name": f"stopped/{place.name}", "error": error, "rollouts": len(rows)})
-        left += [row for row in rows if "credit" in row and finite(row.get("step")) not in logged]
-    return tuple(found), left
+        dumps.append({"name": f"stopped/{place.name}", "error": error, "rollouts": len(rows)})
+        rollouts += [row for row in rows if "credit" in row and finite(row.get("step")) not in logged]
+    return tuple(dumps), rollouts
 
 
 def _fix(notes: list[str]) -> str:
@@ -134,7 +134,7 @@ def _text(path: Path, notes: list[str]) -> str | None:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        # A run that was killed may stop inside a character; the complete part is still worth showing.
+        # A killed run may stop inside a character; the complete part is still worth showing.
         notes.append(f"{path.name}: not valid UTF-8 at byte {error.start}; such bytes are shown as \ufffd.")
         return raw.decode("utf-8", errors="replace")
 
@@ -179,7 +179,7 @@ def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
 
 
 def _json(text: str) -> Any:
-    """Return the value of `text`. Raises ValueError or RecursionError for what is no JSON, or deeper than MAX_DEPTH."""
+    """Return the value of `text`. Raises ValueError or RecursionError where it is not JSON, or too deep."""
     value = json.loads(text)
     if text.count("[") + text.count("{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
@@ -187,13 +187,13 @@ def _json(text: str) -> Any:
 
 
 def _diagnosis(path: Path, notes: list[str]) -> Mapping[str, Any]:
-    """Return what a diagnosis says; of its methods, those of which it says anything."""
-    found = _mapping(path, notes)
-    methods = found.get("methods", {})
-    told = {name: said for name, said in methods.items() if isinstance(said, dict)} if isinstance(methods, dict) else {}
-    if not isinstance(methods, dict) or len(told) < len(methods):
-        notes.append(f"{path.name}: methods that are no objects; left out.")
-    return {**found, "methods": told} if found else found
+    """Return a diagnosis with those of its methods that are objects."""
+    diagnosis = _mapping(path, notes)
+    methods = diagnosis.get("methods", {})
+    valid = {name: m for name, m in methods.items() if isinstance(m, dict)} if isinstance(methods, dict) else {}
+    if not isinstance(methods, dict) or len(valid) < len(methods):
+        notes.append(f"{path.name}: methods that are not objects; left out.")
+    return {**diagnosis, "methods": valid} if diagnosis else diagnosis
 
 
 def _config(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str]:
@@ -203,6 +203,6 @@ def _config(path: Path, notes: list[str]) -> tuple[Mapping[str, Any], str]:
     try:
         value = safe_yaml.load(text)
     except yaml.YAMLError as error:
-        notes.append(f"{path.name}: not valid YAML ({str(error).splitlines()[0]}); shown as it stands.")
+        notes.append(f"{path.name}: not valid YAML ({str(error).splitlines()[0]}); shown as text.")
         return {}, text
     return (value if isinstance(value, dict) else {}), text

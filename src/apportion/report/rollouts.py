@@ -1,17 +1,16 @@
-"""Chooses the logged rollouts that go into the page and packs them for the heat-map viewer."""
+"""The logged rollouts on the page: which are shown, and their data for the heat-map viewer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apportion.report.colours import is_special, shown
-from apportion.report.numbers import finite, rounded
+from apportion.report.style import finite, is_special, rounded, shown
 
 STEPS = 40
 ROWS = 6
 
-# Key in rollouts.jsonl, and how the page names it. In the order in which a reward is made.
+# key in rollouts.jsonl -> name on the page, in the order of the computation
 QUANTITIES = {
     "credit": "credit as trained",
     "kl": "KL",
@@ -30,7 +29,7 @@ def pack(
     score: float | None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Return one rollout as the viewer wants it: tokens as displayed, and per-token values fitted to their number."""
+    """Return one rollout for the viewer: tokens as displayed, and per-token values, one for each token."""
     length = len(tokens)
     return {
         "prompt": prompt,
@@ -54,9 +53,9 @@ def logged(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str
         by_step.setdefault(int(finite(row.get("step")) or 0), []).append(row)
     steps = _even(sorted(by_step), STEPS)
     chosen: list[dict[str, Any]] = [{"step": s, "rollouts": [_packed(row) for row in by_step[s][:ROWS]]} for s in steps]
-    kept = sum(min(ROWS, len(by_step[s])) for s in steps)
-    how = "all of them" if kept == len(usable) else f"steps evenly spaced, the first {ROWS} rows of each"
-    note = f"{kept} of {len(usable)} logged rollouts: {how}. None was chosen for its content."
+    count = sum(min(ROWS, len(by_step[s])) for s in steps)
+    how = "all of them" if count == len(usable) else f"steps evenly spaced, the first {ROWS} rows of each"
+    note = f"{count} of {len(usable)} logged rollouts: {how}. None was chosen for its content."
     if len(usable) < len(rows):
         note += f" {len(rows) - len(usable)} without tokens are left out."
     return chosen, note

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from apportion.report.numbers import finite, number
 from apportion.report.read import RunData
+from apportion.report.style import finite, number
 
 SHOWN = 6
 MORE = 18
@@ -44,11 +44,11 @@ def _by_prompt(run: RunData) -> dict[Key, Mapping[str, Any]]:
 
 def _block(key: Key, runs: Sequence[RunData], tables: Sequence[Mapping[Key, Mapping[str, Any]]]) -> str:
     prompt = key[0]
-    found = [(i, run, table[key]) for i, (run, table) in enumerate(zip(runs, tables, strict=True)) if key in table]
-    shared = len({str(row.get("before") or "") for _, _, row in found}) == 1
+    rows = [(i, run, table[key]) for i, (run, table) in enumerate(zip(runs, tables, strict=True)) if key in table]
+    shared = len({str(row.get("before") or "") for _, _, row in rows}) == 1
     cells = []
     seen: set[tuple[str, object, object]] = set()
-    for i, run, row in found:
+    for i, run, row in rows:
         text = str(row.get("before") or "")
         start = (text, finite(row.get("reward_before")), finite(row.get("judge_before")))
         # Runs that start from one policy share their text before training: it is shown once.
@@ -56,7 +56,7 @@ def _block(key: Key, runs: Sequence[RunData], tables: Sequence[Mapping[Key, Mapp
             continue
         seen.add(start)
         cells.append(_cell("before", "" if shared else run.name, None if shared else i, prompt, text, row))
-    cells += [_cell("after", run.name, i, prompt, str(row.get("after") or ""), row) for i, run, row in found]
+    cells += [_cell("after", run.name, i, prompt, str(row.get("after") or ""), row) for i, run, row in rows]
     return f'<article class="sample count-{len(cells)}">{"".join(cells)}</article>'
 
 
@@ -64,7 +64,7 @@ def _cell(kind: str, name: str, run: int | None, prompt: str, text: str, row: Ma
     facts = [("reward", row.get(f"reward_{kind}")), ("judge", row.get(f"judge_{kind}"))]
     if kind == "after":
         facts.append(("KL", row.get("kl")))
-    said = "".join(
+    details = "".join(
         f"<span>{label} <b>{number(value)}</b></span>" for label, v in facts if (value := finite(v)) is not None
     )
     continuation = text.removeprefix(prompt) if prompt else text
@@ -72,6 +72,6 @@ def _cell(kind: str, name: str, run: int | None, prompt: str, text: str, row: Ma
     title = kind.capitalize() + (" \u00b7 " if name else "") + dot + escape(name)
     classes = f"cell {kind}" + ("" if run is None else f" run-{run}")
     return (
-        f'<div class="{classes}"><h4>{title}</h4><p class="facts">{said}</p>'
+        f'<div class="{classes}"><h4>{title}</h4><p class="facts">{details}</p>'
         f'<p class="model-text"><span class="prompt">{escape(prompt)}</span>{escape(continuation)}</p></div>'
     )

@@ -1,4 +1,4 @@
-"""The configurations of the runs: what differs between them, and each in full."""
+"""The configurations of the runs: a table of differences, and each config.yaml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The headline: before and after, with 95% intervals, one card a measure and one line a run."""
+"""The summary: means before and after training with 95% intervals, one card a measure and one line a run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from apportion.report.numbers import Interval, interval, number, span
 from apportion.report.read import RunData
+from apportion.report.style import Interval, interval, number, span
 
 
 class Card(NamedTuple):
@@ -27,7 +27,7 @@ POLICY = (
     Card("Perplexity", "of the continuations", "perplexity_before", "perplexity_after"),
 )
 REWARD = (
-    Card("Accuracy", "held-out excerpts whose label the sign of the score says", None, "accuracy"),
+    Card("Accuracy", "share of held-out excerpts whose label is the sign of the score", None, "accuracy"),
     Card("Calibration error", "expected calibration error; 0 is perfect", None, "ece"),
     Card("Score", "mean on held-out texts", None, "score_mean"),
     Card("Spread of the score", "standard deviation", None, "score_sd"),
@@ -39,7 +39,7 @@ Line = tuple[int, str, Interval | None, Interval]
 
 
 def cards_html(runs: Sequence[RunData], cards: Sequence[Card]) -> str:
-    """Return the cards that have a number in some run's evaluation; empty where none has."""
+    """Return the cards with a number in at least one run's evaluation; empty where there are none."""
     built = [card_html(card, lines, len(runs) > 1) for card in cards if (lines := _lines(runs, card))]
     return f'<div class="cards count-{len(built)}">{"".join(built)}</div>' if built else ""
 
@@ -70,7 +70,7 @@ def _line(line: Line, low: float, high: float, compared: bool, named: bool) -> s
     size = max(abs(low), abs(high))
     was = "" if before is None else f'<span class="was">{number(before.mean, beside=size)}</span>'
     arrow = "" if before is None else f'<span class="arrow">{ARROW}</span>'
-    spans = [said for v in (before, after) if v is not None and (said := span(v, size))]
+    spans = [text for v in (before, after) if v is not None and (text := span(v, size))]
     note = f'<p class="interval">{ARROW.join(spans)}</p>' if spans else ""
     track = _track(before, after, low, high) if compared and high > low else ""
     title = f'<p class="run-name"><i class="dot"></i>{escape(name)}</p>' if named else ""
@@ -81,7 +81,7 @@ def _line(line: Line, low: float, high: float, compared: bool, named: bool) -> s
 
 
 def _track(before: Interval | None, after: Interval, low: float, high: float) -> str:
-    # Six per cent of room at either end, so that a marker never stands on the edge.
+    # A margin of 6% at either end, so that no marker is on the edge.
     def place(value: float) -> float:
         return 6 + 88 * (value - low) / (high - low)
 

@@ -1,4 +1,4 @@
-"""Credit of any text under any reward model: tokens, the score, and what each method gives them."""
+"""Credit of one text under a reward model: its tokens, its score, and the rewards of each credit method."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from apportion.models.text.render import context_limit
 from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts
 
-# what a reward model alone can tell: the attention in the forward that scores, the rest of a decoder in passes more
+# evidence from only a reward model: attention comes with the scoring forward, the rest takes further passes
 FURTHER = PRODUCERS["attribution"].provides | PRODUCERS["shapley"].provides | {"prefix_scores", "prompt_score"}
 AVAILABLE = FURTHER | {REWARD_ATTENTION}
 
 
 class TextCredit(NamedTuple):
-    """One text apportioned: its tokens, score, each method's rewards a token, and the attention's kept mass."""
+    """The credit of one text: its tokens, its score, each method's reward on each token, and the attention on it."""
 
     prompt: str
     tokens: list[str]
@@ -40,59 +40,59 @@ def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
     methods = {}
     for name, kwargs in specs:
         method = registry.call("method", name, credit.find(name), kwargs)
-        lacking = ", ".join(sorted(n for n in method.needs if not _told(n)))
+        lacking = ", ".join(sorted(n for n in method.needs if not _available(n)))
         if lacking:
-            fix = f"It needs {lacking}, which only a run has: use it in `apportion rl`."
-            known = ", ".join(n for n, f in credit.METHODS.items() if all(_told(need) for need in f().needs))
+            fix = f"It needs {lacking}, which needs a policy: use it in `apportion rl`."
+            known = ", ".join(n for n, f in credit.METHODS.items() if all(_available(need) for need in f().needs))
             raise ConfigError("--method", name, f"one of {known}", fix)
         methods[name] = method
     return methods
 
 
-def _told(need: str) -> bool:
-    """Whether a reward model alone can tell the evidence `need`."""
+def _available(need: str) -> bool:
+    """Whether a reward model is enough for the evidence `need`."""
     return EvidenceKey.of(need).name in AVAILABLE
 
 
 def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[str, Credit]) -> TextCredit:
     """Return the credit of `text` as a response to `prompt` ("" for none), in one forward of the reward model.
 
-    The special tokens that the tokenizer adds are read by the model and get no credit. Methods that need more than
-    attention (prefix scores, attributions, Shapley values) take further passes, of a decoder.
+    The special tokens that the tokenizer adds are part of the input and get no credit. Methods that need more than
+    attention (prefix scores, attributions, Shapley values) take further passes and need a decoder.
 
     Raises:
-        DataError: the text is empty, too long for the model, or ends with its pad token. ConfigError: such a method
-            with an encoder.
+        DataError: the text is empty, too long for the model, or ends with its pad token.
+        ConfigError: a method that needs a decoder, with an encoder.
     """
     ids, response = _encode(reward, prompt, text)
     wanted = frozenset({REWARD_ATTENTION}).union(*(method.needs for method in methods.values()))
     further = frozenset(name for name in wanted if EvidenceKey.of(name).name in FURTHER)
     names = sorted(wanted - further)
-    readings = [requested_attention(name) for name in names]
-    scores, rows, at = reward.forward(ids, torch.ones_like(ids, dtype=torch.bool), readings)
-    found = dict(zip(names, rows, strict=True))
+    specs = [requested_attention(name) for name in names]
+    scores, rows, at = reward.forward(ids, torch.ones_like(ids, dtype=torch.bool), specs)
+    rows_by_name = dict(zip(names, rows, strict=True))
     if is_decoder(reward.model) and int(at) != ids.shape[1] - 1:
         got = f"{text[-20:]!r}, which ends with the model's pad token"
-        fix = "Remove it: the model reads its score before it; or choose another --pad_token."
+        fix = "Remove it, since the score is taken before it, or choose another --pad_token."
         raise DataError("--text", got, "a text that is scored at its last token", fix)
-    rollouts = _as_rollout(ids, response, scores, found)
+    rollouts = _as_rollout(ids, response, scores, rows_by_name)
     if further:
         rollouts = _with_further(reward, rollouts, further)
     chosen = ids[0, response].tolist()
     by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
     tokens = [reward.tokenizer.decode([i]) for i in chosen]
     return TextCredit(
-        prompt, tokens, chosen, float(scores[0]), by_method, float(found[REWARD_ATTENTION][0, response].sum())
+        prompt, tokens, chosen, float(scores[0]), by_method, float(rows_by_name[REWARD_ATTENTION][0, response].sum())
     )
 
 
 def _with_further(reward: RewardModel, rollouts: Rollouts, needs: frozenset[str]) -> Rollouts:
-    """Return the rollout with evidence of further passes beside what it has."""
+    """Return the rollout with evidence of further passes added."""
     if not is_decoder(reward.model):
         fix = "Use a decoder, or attention, uniform or sparse."
         raise ConfigError("--method", ", ".join(sorted(needs)), "evidence that an encoder can give", fix)
-    reader = Policy(None, reward.tokenizer, [])  # nothing is written: it lends its tokenizer
-    return score(Models(reader, reward), rollouts, needs, ScoreConfig(), frozenset({"scores"}))
+    policy = Policy(None, reward.tokenizer, [])  # only its tokenizer is used
+    return score(Models(policy, reward), rollouts, needs, ScoreConfig(), frozenset({"scores"}))
 
 
 def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     after = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not after:
-        fix = "This tokenizer drops every character of it: write another text."
+        fix = "This tokenizer removes all of its characters: use another text."
         raise DataError("--text", text, "a text of at least one token", fix)
     built, start = _with_special(tokenizer, [*before, *after])
     limit = context_limit(reward.model, tokenizer)

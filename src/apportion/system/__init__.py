@@ -1,1 +1,1 @@
-"""The machine and its files: processors, memory, disks, paths, time limits. Imports no other part of the library."""
+"""The machine: processors, memory, disks, paths, locks, time limits. Imports only `errors` of the library."""

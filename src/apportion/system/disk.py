@@ -1,4 +1,4 @@
-"""Writing where a disk may fill up or a process may die: durable folders, patience, and errors that name the fix."""
+"""Durable writes: folders replaced atomically, full disks waited for, errors that name the fix."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from apportion.errors import DiskError
 
 T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LOOK = 0.5  # seconds between looks at a full disk
-AGAIN = 10.0  # seconds after which a write is tried although there seems to be no room: quotas do not show
+POLL = 0.5  # seconds between checks of a full disk
+RETRY = 10.0  # seconds after which a write is retried although there seems to be no space: quotas do not show
 
 
-class explained:  # a context manager
-    """Turn a failed write into a DiskError that names the folder and the fix."""
+class explain_disk_errors:  # a context manager
+    """Turn a failed write in the block into a DiskError that names the folder and the fix."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class explained:  # a context manager
             error = OSError(int(number[1]) if number else 0, reason)
         if not isinstance(error, OSError) or isinstance(error, DiskError):
             return
-        more = "Free some space, then run the same command again: it goes on from the last checkpoint."
+        more = "Free some space, then run the same command again: it resumes from the last checkpoint."
         fixes = {
             **dict.fromkeys(FULL, more),
             errno.EACCES: "Choose a folder you may write to.",
@@ -47,39 +47,38 @@ class explained:  # a context manager
         raise DiskError("output", f"{self.path} ({reason})", "a folder to write to", fix) from error
 
 
-def need_space(path: Path, wanted: int) -> None:
-    """Raise DiskError unless `wanted` bytes are free where `path` is or will be."""
-    free = shutil.disk_usage(existing(path)).free
+def require_space(path: Path, wanted: int) -> None:
+    """Raise DiskError unless `wanted` bytes are free on the disk of `path`."""
+    free = shutil.disk_usage(nearest_existing(path)).free
     if free < wanted:
         got = f"{path} with {free / 1e6:.0f} MB free"
         fix = "Free some space or choose another --output."
         raise DiskError("output", got, f"at least {wanted / 1e6:.0f} MB for models and checkpoints", fix)
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return `path`, or the nearest folder above it that exists."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return place
+    found = path.absolute()
+    while not found.exists():
+        found = found.parent
+    return found
 
 
-def patiently(
+def retry_when_full(
     path: Path,
     work: Callable[[], T],
     *,
     wanted: int,
     seconds: float,
     stop: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> T:
-    """Return what `work` does; where the disk of `path` is full, wait for space and do it again.
+    """Return `work()`; where the disk of `path` is full, wait for space and retry.
 
     Args:
-        work: leaves nothing behind where it fails.
-        wanted: bytes that it writes.
-        seconds: how long to wait in all; 0 does not wait.
-        stop: asked now and then; True ends the waiting.
+        work: leaves nothing on the disk where it fails. wanted: bytes that it writes.
+        seconds: how long to wait in all; 0 does not wait. stop: polled; True ends the waiting.
+        warn: called with a line when the waiting begins and ends.
 
     Raises:
         DiskError: the disk stayed full, or cannot be written to for another reason.
@@ -87,42 +86,42 @@ def patiently(
     deadline: float | None = None
     while True:
         try:
-            with explained(path):
-                done = work()
+            with explain_disk_errors(path):
+                result = work()
         except DiskError as error:
             full = isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
             deadline, first = time.monotonic() + seconds if deadline is None else deadline, deadline is None
             if not full or time.monotonic() >= deadline or stop():
                 raise
             if first:
-                say(_paused(path, wanted, seconds))
+                warn(_paused(path, wanted, seconds))
             _wait(path, wanted, deadline, stop)
         else:
             if deadline is not None:
-                say(f"apportion: there is space in {path} again: the run goes on.\n")
-            return done
+                warn(f"apportion: there is space in {path} again: the run continues.\n")
+            return result
 
 
 def _paused(path: Path, wanted: int, seconds: float) -> str:
-    free = shutil.disk_usage(existing(path)).free
+    free = shutil.disk_usage(nearest_existing(path)).free
     return (
         f"apportion: paused: the disk of {path} is full ({size(free)} free, {size(wanted)} wanted). Free some space "
-        f"there and the run goes on by itself. It waits {seconds:.0f} s (--disk_wait), then ends; the last checkpoint "
-        "stays.\n"
+        f"there and the run continues by itself. It waits {seconds:.0f} s (--disk_wait), then ends; the last "
+        "checkpoint stays.\n"
     )
 
 
 def _wait(path: Path, wanted: int, deadline: float, stop: Callable[[], bool]) -> None:
-    """Return when there is room for `wanted` bytes, when it is time to try anyway, at the deadline, or on `stop`."""
-    until = min(deadline, time.monotonic() + AGAIN)
+    """Return when `wanted` bytes are free, when it is time to retry anyway, at the deadline, or on `stop`."""
+    until = min(deadline, time.monotonic() + RETRY)
     while True:
-        time.sleep(min(LOOK, max(0.0, until - time.monotonic())))
-        if stop() or time.monotonic() >= until or shutil.disk_usage(existing(path)).free > wanted + 4096:
+        time.sleep(min(POLL, max(0.0, until - time.monotonic())))
+        if stop() or time.monotonic() >= until or shutil.disk_usage(nearest_existing(path)).free > wanted + 4096:
             return
 
 
 def size(count: float) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes as text, in bytes, kB, MB or GB."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -131,28 +130,28 @@ def size(count: float) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to the file `path`, or the names in the folder `path`."""
+    """Flush the file `path`, or the entries of the folder `path`, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # some network and FUSE file systems have no such thing for folders
+        # some network and FUSE file systems cannot flush folders
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
             raise
     finally:
         os.close(handle)
 
 
-def place(part: Path, final: Path) -> None:
-    """Give the finished folder `part` its name `final`, durably.
+def replace_durably(part: Path, final: Path) -> None:
+    """Rename the finished folder `part` to `final`, durably.
 
-    What had that name is moved aside first and removed last, so that a kill at any moment leaves one of the two whole;
-    `recover` puts it back where the new one did not come.
+    A folder of that name is renamed first and removed last, so that a kill at any moment leaves one of the two intact;
+    `recover` restores it where the new one did not get its name.
     """
     for file in sorted(part.rglob("*")):
         sync(file)
     sync(part)
-    old = aside(final)
+    old = backup_of(final)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
@@ -161,14 +160,14 @@ def place(part: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def aside(final: Path) -> Path:
-    """Return the name under which `place` keeps what it replaces."""
+def backup_of(final: Path) -> Path:
+    """Return the name that `replace_durably` gives the folder it replaces."""
     return final.with_name(f"{final.name}.old")
 
 
 def recover(final: Path) -> None:
-    """Finish what a killed `place` began for `final`."""
-    old = aside(final)
+    """Finish or undo a `replace_durably` of `final` that was killed."""
+    old = backup_of(final)
     if not old.is_dir():
         return
     if final.exists():

@@ -1,4 +1,4 @@
-"""The largest resident memory of this process and its children, sampled while a block runs."""
+"""Resident memory of this process and its children, and its peak while a block runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import TracebackType
 
 import psutil
 
-EVERY_SECONDS = 0.25
+INTERVAL = 0.25  # seconds between samples
 
 
 class PeakMemory:
@@ -16,7 +16,7 @@ class PeakMemory:
     def __init__(self) -> None:
         self.peak_mb = 0.0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
@@ -28,11 +28,11 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
 
-    def _watch(self) -> None:
-        me = psutil.Process()
+    def _sample(self) -> None:
+        process = psutil.Process()
         while True:
-            self.peak_mb = max(self.peak_mb, tree_mb(me))
-            if self._stop.wait(EVERY_SECONDS):
+            self.peak_mb = max(self.peak_mb, tree_mb(process))
+            if self._stop.wait(INTERVAL):
                 return
 
 
@@ -43,12 +43,10 @@ def tree_mb(process: psutil.Process) -> float:
         try:
             total += one.memory_info().rss
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue  # it ended between the listing and the reading
+            continue  # it ended since it was listed
     return total / 1e6
 
 
 def memory_mb() -> float:
     """Return this process's resident memory, MB."""
-    import psutil
-
     return psutil.Process().memory_info().rss / 1e6

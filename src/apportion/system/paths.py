@@ -1,4 +1,4 @@
-"""Names of files and folders as people give them, made into paths that can be looked at. Standard library only."""
+"""Paths from names that users give, and links that lead out of a folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from apportion.errors import ApportionError
 
 
 def local_path(name: str, field: str, error: type[ApportionError]) -> Path:
-    """Return the path that `name` stands for, `~` being the home folder; whether anything is there is not asked.
+    """Return the path of `name`, with `~` expanded; it need not exist.
 
     Raises:
-        ApportionError: of the kind `error`, where it cannot be looked up: too long, a NUL in it, an unknown user.
+        ApportionError: of class `error`, where it is no valid path: too long, with a NUL, of an unknown user.
     """
     try:
         path = Path(name).expanduser()
@@ -20,21 +20,21 @@ def local_path(name: str, field: str, error: type[ApportionError]) -> Path:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return path
     except (OSError, ValueError, RuntimeError) as reason:
-        said = getattr(reason, "strerror", None) or str(reason)
+        message = getattr(reason, "strerror", None) or str(reason)
         got = name if len(name) <= 80 else f"{name[:60]}… ({len(name)} characters)"
-        raise error(field, f"{got} ({said})", "a path of this system", "Check the name.") from reason
+        raise error(field, f"{got} ({message})", "a path of this system", "Check the name.") from reason
     return path
 
 
 def link_outside(folder: Path) -> Path | None:
-    """Return a link somewhere in `folder` that leads out of it, or nowhere; None when there is none.
+    """Return a link in `folder` whose target is outside it or does not exist; None when there is none.
 
-    `folder` itself may be a link: that is how a run is put on another disk.
+    `folder` itself may be a link: so a run can be put on another disk.
     """
     root = os.path.realpath(folder)
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         for name in sorted((*folders, *files)):
-            path = os.path.join(place, name)
+            path = os.path.join(parent, name)
             if not os.path.islink(path):
                 continue
             target = os.path.realpath(path)

@@ -1,6 +1,6 @@
-"""YAML as settings need it: plain values of bounded size, each key once; nothing else of YAML's is built.
+"""Safe YAML for settings: plain values of bounded size, each key once, no other YAML objects.
 
-Aliases may be used, but not to make much of little: a document's size is counted as if each were written out.
+A document's size is counted with every alias expanded, so that a small file cannot expand into a large value.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Any
 import yaml
 
 LONGEST = 1_000_000  # characters of a document
-LARGEST = 100_000  # values in it, with every alias written out
+LARGEST = 100_000  # values in it, with every alias expanded
 DEEPEST = 50  # values inside one another
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 5e-4 as a number, as jsonargparse does; YAML 1.1 takes it for a word."""
+    """A loader that reads 5e-4 as a number, as YAML 1.2 does; YAML 1.1 takes it for a word."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Return a whole number that can be shown: 0xfff… may have more digits than Python writes."""
+        """Return a whole number that can be formatted: 0xfff… may have more digits than Python allows."""
         value: int = super().construct_yaml_int(node)
         str(value)  # ValueError
         return value
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back as the same: the text "5e-4" in quotes."""
+    """A dumper whose output `_Loader` reads back unchanged: the text "5e-4" is quoted."""
 
 
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
@@ -43,8 +43,8 @@ def load(text: str) -> Any:
     """Return the value of one YAML document; None when it is empty.
 
     Raises:
-        yaml.YAMLError: invalid YAML, a tag of Python's, a key that stands twice, a value that its tag does not allow.
-        Excess: a YAMLError too; a document beyond the limits above, or an alias inside what it stands for.
+        yaml.YAMLError: invalid YAML, a Python tag, a duplicate key, a value that its tag does not allow.
+        Excess: a YAMLError too; a document beyond the limits above, or an alias inside its own anchor.
     """
     if len(text) > LONGEST:
         raise Excess(f"{len(text)} characters, at most {LONGEST}")
@@ -60,29 +60,29 @@ def load(text: str) -> Any:
     except RecursionError as error:
         raise Excess(f"nested more than {DEEPEST} deep") from error
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        # what Python's own types say of a value such as 2001-99-99, !!bool perhaps, or 5000 digits
+        # raised by Python's own types for a value such as 2001-99-99, !!bool perhaps, or 5000 digits
         raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
     finally:
         loader.dispose()
 
 
 def dump(value: Any) -> str:
-    """Return the YAML of plain values, keys in their order, from which `load` makes the same."""
+    """Return the YAML of plain values, keys in their order; `load` reverses it."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], inside: set[int]) -> tuple[int, int]:
-    """Return (number of values, depth) of `node` with its aliases written out; each key is looked at for repetition."""
+    """Return (number of values, depth) of `node` with its aliases expanded. Raises for a duplicate key."""
     if isinstance(node, yaml.ScalarNode):
         return 1, 1
     if id(node) in known:
         return known[id(node)]
     if id(node) in inside:
-        raise Excess("an alias inside what it stands for", node.start_mark)
+        raise Excess("an alias inside its own anchor", node.start_mark)
     inside.add(id(node))
     if isinstance(node, yaml.MappingNode):
-        _refuse_repetition(node)
+        _check_unique(node)
         parts = [part for pair in node.value for part in pair]
     else:
         parts = node.value
@@ -92,12 +92,12 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], inside: set[int
     return known[id(node)]
 
 
-def _refuse_repetition(node: yaml.MappingNode) -> None:
+def _check_unique(node: yaml.MappingNode) -> None:
     seen: set[tuple[str, str]] = set()
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             name = (key.tag, key.value)
             if name in seen and key.value != "<<":
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"the key {key.value!r} stands twice, the second time in line {line}")
+                raise yaml.YAMLError(f"the key {key.value!r} is repeated in line {line}")
             seen.add(name)

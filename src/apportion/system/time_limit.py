@@ -68,7 +68,7 @@ def time_limit(
         signal.signal(SIGNAL, _expired)
     with tempfile.TemporaryFile() as traceback:
         faulthandler.register(TRACE, file=traceback, all_threads=False)
-        request = {"seconds": seconds, "grace": min(GRACE, max(seconds, 0.5)) if interruptible else 0.0}
+        request: dict[str, Any] = {"seconds": seconds, "grace": min(GRACE, max(seconds, 0.5)) if interruptible else 0.0}
         request |= {"parent": os.getpid(), "message": message, "files": dict(files or {}), "trace": trace}
         watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(traceback.fileno())],

@@ -71,7 +71,7 @@ def _write(final: Path, files: Tensors, progress: dict[str, Any]) -> None:
             save_file(separate_storage(tensors), part / f"{name}.safetensors", metadata=where)
         (part / PROGRESS).write_text(json.dumps(progress, indent=2), encoding="utf-8")
         (part / MANIFEST).write_text(manifest(part), encoding="utf-8")
-        disk.place(part, final)
+        disk.replace_durably(part, final)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # on a full disk its room is needed for the logs
         raise

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, DiskError
-from apportion.system.disk import explained
+from apportion.system.disk import explain_disk_errors
 from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.run_folder import RunFolder
 from apportion.types import Rollouts
@@ -150,7 +150,7 @@ def write(
     Raises:
         DiskError: the folder `target` cannot be written to.
     """
-    with explained(target):
+    with explain_disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         (target / "rollouts.jsonl").write_text(rows, encoding="utf-8", errors="backslashreplace")
         (target / "error.txt").write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")

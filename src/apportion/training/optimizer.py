@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.config import OptimConfig
+from apportion.config.sections import OptimConfig
 from apportion.models.master_weights import MasterAdamW
 
 

@@ -60,7 +60,7 @@ def run_environment(models: Mapping[str, Any]) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "processes": collectives.world_size(),
     }
-    if sharding.asked():
+    if sharding.is_requested():
         factors["weights"] = "sharded"
     for name, model in models.items():
         weight = next(model.parameters())

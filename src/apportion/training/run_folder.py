@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import yaml
 from filelock import FileLock
 
+from apportion.config.renamed import check_renamed
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError
 from apportion.system import disk, safe_yaml, stderr
-from apportion.system.disk import explained as explained
-from apportion.system.disk import need_space as need_space
+from apportion.system.disk import explain_disk_errors as explain_disk_errors
+from apportion.system.disk import require_space as require_space
 from apportion.system.lock import lock_folder
 from apportion.system.paths import link_outside
 from apportion.training.logs import JsonlLogs
@@ -83,11 +84,11 @@ class RunFolder:
             DiskError: it cannot be written to.
         """
         run = cls(Path(output).expanduser(), stage)
-        with explained(run.path):
+        with explain_disk_errors(run.path):
             run._refuse_foreign()  # nor is a lock put beside what is no run
         run.lock, warning = lock_folder(run.path)
         try:
-            with explained(run.path):
+            with explain_disk_errors(run.path):
                 run._prepare(output, config, fresh, warning)
         except BaseException:
             run.lock = None
@@ -219,6 +220,7 @@ class RunFolder:
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
             got = f"{self.path}/config.yaml ({' '.join(str(error).split())})"
             raise ConfigError("output", got, "the settings of the run in it", fix) from error
+        check_renamed(before, f"{self.path}/config.yaml", fix)
         now = flat(config)
         for key in sorted(set(before) | set(now)):
             if key.split(".")[0] not in NOT_COMPARED and before.get(key) != now.get(key):
@@ -279,8 +281,8 @@ class RunFolder:
 
     def retry_when_full(self, work: Callable[[], T], wanted: int) -> T:
         """Return what `work` does, which writes `wanted` bytes here; where the disk is full it waits (`disk_wait`)."""
-        return disk.patiently(
-            self.path, work, wanted=wanted, seconds=self.disk_wait, stop=self.stop_waiting, say=self.warn
+        return disk.retry_when_full(
+            self.path, work, wanted=wanted, seconds=self.disk_wait, stop=self.stop_waiting, warn=self.warn
         )
 
     def warn(self, line: str) -> None:

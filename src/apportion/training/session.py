@@ -44,11 +44,14 @@ class SessionSettings(Protocol):
     """The settings that every training stage has."""
 
     output: str
-    device: str
     threads: int | None
     disk_wait: float
     checkpoint_every: int
     keep_checkpoints: int
+
+    @property
+    def device(self) -> str:
+        """auto, cpu or cuda."""
 
 
 class TrainingSession:
@@ -234,7 +237,7 @@ class TrainingSession:
             if collectives.is_main():
                 run.retry_when_full(work, size)
                 evaluate(part)
-                run.retry_when_full(lambda: disk.place(part, run.path / "final"), 1 << 12)
+                run.retry_when_full(lambda: disk.replace_durably(part, run.path / "final"), 1 << 12)
 
 
 def saved_bytes(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The methods that a diagnosis compares: a credit on its own, or a whole named algorithm."""
+"""The methods of a diagnosis: single credit methods, or named algorithms."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from apportion.user_code import guard_credit
 
 
 class Candidate(NamedTuple):
-    """One method of a comparison: its credit without a KL penalty, its actions, its estimator and a named one's loss.
+    """One method of a comparison: credit without a KL penalty, segments, estimator, and the loss of a named algorithm.
 
-    Without a loss a token's advantage is its weight.
+    Without a loss a token's weight is its advantage.
     """
 
     credit: Credit
@@ -29,37 +29,37 @@ class Candidate(NamedTuple):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the evidence that a model has to give; the values are a baseline that is made here."""
+        """Return the evidence that a model has to provide; values are a baseline computed here."""
         needed = self.credit.needs | self.segment.needs | self.estimate.needs
         return needed - {"values", "credit_share", "bootstrap_values"}
 
     @property
     def in_score_units(self) -> bool:
-        """Whether its gradient has the score's length: dividing by a group's deviation gives it another."""
+        """Whether its gradient has the scale of the score: division by a group's deviation changes it."""
         return not getattr(self.estimate, "std", False)
 
     def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Return (the weight of each token's ∇ log π, rewards), both (B,T).
 
-        The values are those of a critic that knows the position alone: the mean reward-to-go of the prompt's other
-        rollouts there. It depends on no action of the row, so it does not move the expected gradient at λ = 1.
+        The values are those of a critic that knows only the position: the mean reward-to-go of the prompt's other
+        rollouts there. They do not depend on the row's actions, so the expected gradient at λ = 1 is unchanged.
         """
         rewards, _ = credit.apply(self.credit, rollouts)
         returns = reward_to_go(rewards, rollouts.mask)
         values = returns - leave_one_out_baseline(returns, rollouts.mask, rollouts.group)
-        given = {"values": values}
+        extra = {"values": values}
         if self.credit.share is not None:
-            given["credit_share"] = self.credit.share(rollouts)
+            extra["credit_share"] = self.credit.share(rollouts)
         segments = self.segment(rollouts)
-        found = self.estimate(rewards, segments, rollouts.with_evidence(**given)).advantages
-        return (found if self.loss is None else step_weights(self.loss, found, segments, rollouts)), rewards
+        estimated = self.estimate(rewards, segments, rollouts.with_evidence(**extra)).advantages
+        return (estimated if self.loss is None else step_weights(self.loss, estimated, segments, rollouts)), rewards
 
 
 def step_weights(loss: PolicyLoss, advantages: Tensor, segments: Tensor, rollouts: Rollouts) -> Tensor:
     """Return the weight (B,T) of each token's ∇ log π in the first step of `loss`, −∂loss/∂ log π at ratios of 1.
 
-    So a loss that divides by a response's length does so here. The weights are scaled to the advantages' mean size,
-    since a constant in front of a loss acts through the learning rate. The policy is its own reference.
+    So a loss that divides by a response's length does so here. The weights are scaled to the advantages' mean size: a
+    constant factor of a loss acts like a learning rate. The reference is the policy itself.
     """
     own = rollouts.with_evidence(reference_logprobs=rollouts.old_logprobs)
     with torch.enable_grad():
@@ -71,21 +71,21 @@ def step_weights(loss: PolicyLoss, advantages: Tensor, segments: Tensor, rollout
 
 
 def candidates(specs: Sequence[Any], lam: float) -> dict[str, Candidate]:
-    """Return the methods to compare by name: credits with token-level GAE(1, λ), or named algorithms as they are.
+    """Return the methods to compare by name: credits with token-level GAE(1, λ), or unchanged named algorithms.
 
     Raises:
         ConfigError: none at all, an unknown name (it lists both kinds), a bad setting, settings of a named algorithm,
-            or a need that no producer gives.
+            or evidence that no producer provides.
     """
     if not specs:
         raise ConfigError("methods", specs, "at least one credit or named algorithm", "Example: [sparse].")
-    found: dict[str, Candidate] = {}
+    chosen: dict[str, Candidate] = {}
     for spec in specs:
         for name, kwargs in registry.parse("methods", spec):
             label = name if not kwargs else f"{name}({', '.join(f'{k}={v}' for k, v in kwargs.items())})"
-            found[label] = _candidate(name, kwargs, lam)
-    plan(frozenset[str]().union(*(c.needs for c in found.values())))
-    return found
+            chosen[label] = _candidate(name, kwargs, lam)
+    plan(frozenset[str]().union(*(c.needs for c in chosen.values())))
+    return chosen
 
 
 def _candidate(name: str, kwargs: dict[str, Any], lam: float) -> Candidate:
@@ -94,13 +94,13 @@ def _candidate(name: str, kwargs: dict[str, Any], lam: float) -> Candidate:
     if name not in algorithms.ALGORITHMS:
         raise unknown_name("methods", name, [*credit.METHODS, *algorithms.ALGORITHMS])
     if kwargs:
-        fix = f"A named algorithm is compared as it is: write {name} alone, or a credit with its settings."
+        fix = f"A named algorithm is compared unchanged: write only {name}, or a credit with its settings."
         raise ConfigError(f"methods.{name}", next(iter(kwargs)), "no settings", fix)
     method = algorithms.build(name, credit_spec=_without_penalty(name))
     return Candidate(method.credit, method.segment, method.estimate, method.loss)
 
 
 def _without_penalty(name: str) -> list[Any]:
-    """Return an algorithm's credit chain without its KL penalty, which is 0 while the policy is its own reference."""
+    """Return an algorithm's credit chain without its KL penalty, which is 0 where the policy is the reference."""
     pairs = registry.parse("credit", algorithms.ALGORITHMS[name].credit)
     return [{one: kwargs} for one, kwargs in pairs if one != "kl_penalty"]

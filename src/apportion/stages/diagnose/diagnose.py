@@ -1,7 +1,7 @@
-"""Diagnosis: which credit's policy gradient points the true way for this policy and this reward model.
+"""Diagnosis: how well each credit method's policy gradient agrees with the true one, for a policy and a reward model.
 
-Many rollouts of each prompt are scored once; every method apportions the same ones. The gradient is taken by a d×d map
-on the last states (a part of every policy that needs no backward): ∇ log π(a_t) = v_t h_tᵀ with v_t = Wᵀ(e_a − p)/τ.
+Many rollouts of each prompt are scored once, and all methods apportion the same ones. The gradient is that of a d×d map
+on the last hidden states, which needs no backward pass: ∇ log π(a_t) = v_t h_tᵀ with v_t = Wᵀ(e_a − p)/τ.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion import credit
+from apportion.compatibility import check_diagnosis
 from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.data.bad_rows import leaving_out
 from apportion.errors import ConfigError
@@ -33,14 +34,14 @@ from apportion.stages.diagnose.gradients import Gradients, Interval
 from apportion.training.run_folder import RunFolder
 from apportion.types import Rollouts
 
-Tell = Callable[[int, int], None]
-SCORED = frozenset({"scores"})  # what every method is given
-ROWS = 32  # rollouts whose (ROWS,T,V) probabilities are held at a time, and whose scoring is timed
-TIMED = 5  # passes over one batch that a method's extra time is the median of
+ProgressCallback = Callable[[int, int], None]  # (done, total)
+SCORED = frozenset({"scores"})  # the evidence of every method
+ROWS = 32  # rollouts whose (ROWS,T,V) probabilities are in memory at a time, and whose scoring is timed
+TIMED = 5  # passes over one batch; a method's extra time is their median
 
 
 class Block(NamedTuple):
-    """What one batch of rollouts tells, a method at a time, U units (prompts) and B rows in it.
+    """Measurements of one batch of rollouts, by method; U units (prompts) and B rows.
 
     gradients {name: (U,d·e)}, squares {name: (U,)} (mean squared norm of a row's), stop {name: (U,)} (the gradient of
     the EOS logit), ends {name: (B,)} (the last token's return), and lengths, scores (B,). "true" is among the names.
@@ -54,12 +55,15 @@ class Block(NamedTuple):
     scores: Tensor
 
 
-def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda done, count: None) -> dict[str, Any]:
-    """Compare the methods, write gradients.json into the run folder, and return it.
+def diagnose(
+    config: DiagnoseConfig, *, fresh: bool = False, on_progress: ProgressCallback = lambda done, count: None
+) -> dict[str, Any]:
+    """Compare the methods, write diagnosis.json into the run folder, and return its content.
 
     Raises:
-        ConfigError, ModelError, DataError, ScoreError: each names what to fix.
+        ConfigError, ModelError, DataError, ScoreError: each names the fix.
     """
+    check_diagnosis(config)
     methods = candidates(config.methods, config.lam)
     run = RunFolder.open(config.output, "diagnose", to_dict(config), fresh=fresh)
     if run.finished:
@@ -76,18 +80,18 @@ def diagnose(config: DiagnoseConfig, *, fresh: bool = False, tell: Tell = lambda
             rollouts = score(models, rollouts, needs, ScoreConfig(), SCORED)
             blocks.append(block(models.policy, rollouts, methods, config.width))
             _add_stats(sums, methods, rollouts)
-            tell(len(blocks), -(-len(prompts) // _prompts_a_block(config)))
+            on_progress(len(blocks), -(-len(prompts) // _prompts_a_block(config)))
         comparable = frozenset(name for name, method in methods.items() if method.in_score_units)
-        found = summarise(blocks, config, comparable) | {"settings": {"lam": config.lam, "seed": config.seed}}
-        for name, measured in found["methods"].items():
+        result = summarise(blocks, config, comparable) | {"settings": {"lam": config.lam, "seed": config.seed}}
+        for name, measured in result["methods"].items():
             measured |= costs[name] | {k: total / max(count, 1) for k, (total, count) in sums[name].items()}
-        run.write_json("diagnosis.json", found)
+        run.write_json("diagnosis.json", result)
         run.write_status("finished")
-    return found
+    return result
 
 
 def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tuple[Models, list[list[int]]]:
-    """Return the models, to be sampled and read only, and the prompts' ids."""
+    """Return the models, for sampling and scoring, and the prompts' ids."""
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
         texts = load_prompts(config.prompts, "rl", bad)[: config.count]
@@ -100,9 +104,9 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tup
     model: Any = load_causal("policy", folder, pick_dtype(config.dtype, device), device)
     banned = banned_ids(tokenizer, config.sampling.stop)
     policy = Policy(model, tokenizer, banned, reference=model, temperature=config.sampling.temperature)
-    reads = PolicyText(tokenizer, conversations(texts, prompts, config.sampling))
+    policy_text = PolicyText(tokenizer, conversations(texts, prompts, config.sampling))
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
-    reward = load_reward(judge, **settings, policy=reads)
+    reward = load_reward(judge, **settings, policy=policy_text)
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
     return Models(policy, reward, segment, config.sampling, generator), prompts
@@ -115,7 +119,7 @@ def _prompts_a_block(config: DiagnoseConfig) -> int:
 def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) -> Iterator[Rollouts]:
     """Yield unscored rollouts, every sample of a prompt in one block."""
     assert models.generator is not None
-    sampling = type(config.sampling)(**{**vars(config.sampling), "samples_per_prompt": config.samples})
+    sampling = config.sampling.model_copy(update={"samples_per_prompt": config.samples})
     step = _prompts_a_block(config)
     for first in range(0, len(prompts), step):
         yield sample(models.policy, prompts[first : first + step], sampling, models.generator)
@@ -123,11 +127,11 @@ def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) 
 
 @torch.no_grad()
 def block(policy: Policy, rollouts: Rollouts, methods: Mapping[str, Candidate], width: int) -> Block:
-    """Return what scored `rollouts` tell of every method; see `Block`."""
+    """Return the measurements of scored `rollouts` for every method; see `Block`."""
     left, right, stop = score_functions(policy, rollouts, width)
     assert rollouts.scores is not None
-    whole = gradients.centred_scores(rollouts.scores, rollouts.group)
-    advantages = {"true": torch.where(rollouts.mask, whole[:, None], 0.0)}
+    centred = gradients.centred_scores(rollouts.scores, rollouts.group)
+    advantages = {"true": torch.where(rollouts.mask, centred[:, None], 0.0)}
     last = last_index(rollouts.mask).clamp_min(0)[:, None]
     ends = {"true": rollouts.scores}
     for name, method in methods.items():
@@ -145,10 +149,10 @@ def block(policy: Policy, rollouts: Rollouts, methods: Mapping[str, Candidate], 
 
 
 def score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (v (B,T,d), h (B,T,d), EOS (B,T) or None), all 0 off the mask: ∇ log π of each token in parts.
+    """Return (v (B,T,d), h (B,T,d), EOS (B,T) or None), all 0 off the mask: the factors of each token's ∇ log π.
 
-    v h^T is the gradient by a map on the last states, and EOS that of its logit, None where EOS is never sampled.
-    States wider than `width` are projected at random, which keeps inner products in expectation.
+    v h^T is the gradient of a map on the last hidden states, and EOS that of the EOS logit, None where EOS is never
+    sampled. States wider than `width` are projected at random, which preserves inner products in expectation.
     """
     parts = [_score_functions(policy, rollouts.select(r), width) for r in _rows(rollouts)]
     left, right = (torch.cat([part[i] for part in parts]) for i in range(2))
@@ -156,7 +160,7 @@ def score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Ten
 
 
 def can_stop(policy: Policy) -> bool:
-    """Whether the policy may write EOS."""
+    """Whether the policy can generate EOS."""
     eos = policy.tokenizer.eos_token_id
     return eos is not None and eos not in policy.banned
 
@@ -225,22 +229,22 @@ def _cost(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str
     some = rollouts.select(torch.arange(min(ROWS, len(rollouts)), device=rollouts.mask.device))
     for _ in range(TIMED):
         times = []
-        for asked in (frozenset[str](), needs):
-            began = time.perf_counter()
-            score(models, some, asked, ScoreConfig(), SCORED)
-            times.append(time.perf_counter() - began)
+        for wanted in (frozenset[str](), needs):
+            start = time.perf_counter()
+            score(models, some, wanted, ScoreConfig(), SCORED)
+            times.append(time.perf_counter() - start)
         extra.append(1000 * (times[1] - times[0]))
     plain, more = plan(SCORED), plan(SCORED | needs)
-    found = {"extra_ms": float(torch.tensor(extra).median())}
+    cost = {"extra_ms": float(torch.tensor(extra).median())}
     for kind in ("forwards", "backwards"):
-        found[f"extra_{kind}"] = sum(getattr(p, kind) for p, _ in more) - sum(getattr(p, kind) for p, _ in plain)
-    return found
+        cost[f"extra_{kind}"] = sum(getattr(p, kind) for p, _ in more) - sum(getattr(p, kind) for p, _ in plain)
+    return cost
 
 
 def summarise(blocks: list[Block], config: DiagnoseConfig, comparable: frozenset[str]) -> dict[str, Any]:
     """Return the measured figures of every method, with 95% intervals over units, and the recommendation.
 
-    Differences from the true gradient are told of the methods in `comparable`: of the others its length means nothing.
+    Differences from the true gradient are given for the methods in `comparable`; the norm of the others has no meaning.
     """
     names = list(blocks[0].gradients)
     sampled = Gradients(
@@ -276,7 +280,7 @@ def summarise(blocks: list[Block], config: DiagnoseConfig, comparable: frozenset
 
 
 def figures(sampled: Gradients, name: str, batch: int) -> dict[str, Interval]:
-    """Return cosine, relative bias, and signal-to-noise, in all and along the true gradient, of method `name`."""
+    """Return cosine, relative bias, and signal-to-noise ratio (total and along the true gradient) of method `name`."""
     return {
         "cosine": sampled.interval(lambda w: sampled.cosine(name, w)),
         "bias": sampled.interval(lambda w: sampled.bias(name, w)),
@@ -286,18 +290,18 @@ def figures(sampled: Gradients, name: str, batch: int) -> dict[str, Interval]:
 
 
 def verdict(name: str, measured: Mapping[str, Any]) -> str:
-    """Return in words what the figures of one method say."""
+    """Return the conclusion from the figures of one method, in words."""
     parts = [f"its expected gradient {gradients.direction(measured['cosine'])}"]
     bias = measured["stop_bias"]
     if bias is not None and bias["low"] is not None and (bias["low"] > 0 or bias["high"] < 0):
-        parts.append("it pays for stopping early" if bias["low"] > 0 else "it pays for going on")
+        parts.append("it rewards stopping early" if bias["low"] > 0 else "it rewards longer responses")
     return "; ".join(parts)
 
 
 def recommend(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
-    """Return {recommended, why}: the most signal along the true gradient among methods that point its way.
+    """Return {recommended, why}: the most signal along the true gradient among methods with a similar direction.
 
-    Nothing is recommended when no method's direction is resolved, and a tie is said to be one.
+    Nothing is recommended when no method's direction is resolved, and ties are reported.
     """
     fit = {
         name: m["useful_snr"]
@@ -305,11 +309,11 @@ def recommend(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]
         if m["useful_snr"]["mean"] is not None and gradients.direction(m["cosine"]) in gradients.VERDICTS[:2]
     }
     if not fit:
-        why = "No method's gradient is resolved from the noise as pointing the true way: give more prompts or samples."
+        why = "No method's gradient is shown to agree with the true one within the noise: give more prompts or samples."
         return {"recommended": None, "why": why}
     best = max(fit, key=lambda name: fit[name]["mean"])
     rivals = [name for name in fit if name != best and fit[name]["high"] >= fit[best]["low"]]
     value = fit[best]
     why = f"most signal along the true gradient: {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] a batch"
-    tie = f"; not told apart from {', '.join(rivals)}" if rivals else ""
+    tie = f"; not distinguishable from {', '.join(rivals)}" if rivals else ""
     return {"recommended": best, "why": why + tie}

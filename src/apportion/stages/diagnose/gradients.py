@@ -1,7 +1,7 @@
-"""How well does a credit's policy gradient point? Statistics of sampled gradients beside those of the true gradient.
+"""Statistics of sampled policy gradients compared with the true gradient: cosine, bias, signal-to-noise ratio.
 
-Units are independent draws (the prompts); rows of a unit share a baseline and are averaged. All inner products of
-expectations leave out a unit with itself, so sampling noise does not bias them; intervals are bootstrapped over units.
+Units are independent samples (the prompts); rows of a unit share a baseline and are averaged. Inner products of
+expectations leave out pairs of a unit with itself, so noise does not bias them. Intervals are bootstrapped over units.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 Interval = dict[str, float | None]
 RESAMPLES = 1000
-RESOLVED = 0.95  # part of the resamples in which a figure must be one
+RESOLVED = 0.95  # share of the resamples in which a figure must be finite
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
 def leave_one_out_baseline(returns: Tensor, mask: Tensor, group: Tensor) -> Tensor:
     """Return `returns` (B,T) minus, at each position, the mean of the group's other rows that have that position.
 
-    The baseline knows the position and other rollouts alone, so it leaves the expected gradient unchanged. A row
-    without others at its position keeps its return.
+    The baseline depends only on the position and on other rollouts, so the expected gradient is unchanged. A row keeps
+    its return where it is the only one at its position.
     """
     _, index = group.unique(return_inverse=True)
     on = torch.where(mask, returns.float(), 0.0)
@@ -42,7 +42,7 @@ def centred_scores(scores: Tensor, group: Tensor) -> Tensor:
 
 
 class Gradients:
-    """Sampled gradients of several methods over U units: enough to compare their expectations, and no more.
+    """Sampled gradients of several methods over U units: what a comparison of their expectations needs.
 
     Args:
         units: {name: (U,K)} mean gradient of each unit, "true" among the names.
@@ -53,26 +53,26 @@ class Gradients:
         self.names = list(units)
         self.count = len(next(iter(units.values())))
         stacked = torch.cat([units[name].float() for name in self.names])
-        # float64: differences of nearly equal products are what is looked for
+        # float64: the figures are differences of nearly equal products
         products = (stacked @ stacked.T).double().reshape(len(self.names), self.count, len(self.names), self.count)
         self._gram = products.permute(0, 2, 1, 3)  # (M,M,U,U)
         self._squares = {name: squares[name].double() for name in self.names}
 
     def inner(self, one: str, two: str, weights: Tensor) -> Tensor:
-        """Return estimates (R,) of ⟨E g_one, E g_two⟩ from unit weights (R,U), units with themselves left out."""
+        """Return estimates (R,) of ⟨E g_one, E g_two⟩ from unit weights (R,U), without pairs of a unit with itself."""
         gram = self._gram[self.names.index(one), self.names.index(two)]
         cross = ((weights @ gram) * weights).sum(dim=1) - (weights**2) @ gram.diagonal()
         return cross / (weights.sum(dim=1) ** 2 - (weights**2).sum(dim=1)).clamp_min(1e-12)
 
     def cosine(self, name: str, weights: Tensor) -> Tensor:
-        """Return cos(E g, ∇J) (R,); NaN where the sampled norms do not rise above the noise."""
+        """Return cos(E g, ∇J) (R,); NaN where the sampled norms are within the noise."""
         one, two = self.inner(name, name, weights), self.inner("true", "true", weights)
-        risen = (one > 0) & (two > 0)  # two that have fallen below 0 together have a positive product
-        found = self.inner(name, "true", weights) / torch.where(risen, one * two, torch.nan).sqrt()
-        return found.clamp(-1.0, 1.0)  # a ratio of estimates may leave what a cosine can be
+        positive = (one > 0) & (two > 0)  # the product of two negative estimates is positive
+        cosine = self.inner(name, "true", weights) / torch.where(positive, one * two, torch.nan).sqrt()
+        return cosine.clamp(-1.0, 1.0)  # a ratio of estimates may be outside [-1, 1]
 
     def bias(self, name: str, weights: Tensor) -> Tensor:
-        """Return ‖E g − ∇J‖/‖∇J‖ (R,), 0 where the difference does not rise above the noise."""
+        """Return ‖E g − ∇J‖/‖∇J‖ (R,), 0 where the difference is within the noise."""
         true = self.inner("true", "true", weights)
         square = self.inner(name, name, weights) - 2 * self.inner(name, "true", weights) + true
         return (square.clamp_min(0) / torch.where(true > 0, true, torch.nan)).sqrt()
@@ -94,20 +94,20 @@ class Gradients:
     def interval(self, statistic: Callable[[Tensor], Tensor], seed: int = 0) -> Interval:
         """Return {mean, low, high} of `statistic(weights (R,U))`: at all units, and 95% over bootstrapped units.
 
-        None where it is not a number, or not one in more than 5% of the resamples: what they leave out would otherwise
-        bend the interval of the rest.
+        None where it is not finite, or not finite in more than 5% of the resamples, whose omission would bias the
+        interval.
         """
         value = statistic(torch.ones(1, self.count, dtype=torch.float64))[0]
-        drawn = statistic(bootstrap(self.count, RESAMPLES, seed))
-        kept = drawn[torch.isfinite(drawn)]
-        if not torch.isfinite(value) or len(kept) < RESOLVED * RESAMPLES:
+        resampled = statistic(bootstrap(self.count, RESAMPLES, seed))
+        finite = resampled[torch.isfinite(resampled)]
+        if not torch.isfinite(value) or len(finite) < RESOLVED * RESAMPLES:
             return {"mean": None, "low": None, "high": None}
-        low, high = torch.quantile(kept, torch.tensor([0.025, 0.975], dtype=kept.dtype)).tolist()
+        low, high = torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=finite.dtype)).tolist()
         return {"mean": float(value), "low": low, "high": high}
 
 
 def bootstrap(count: int, resamples: int, seed: int) -> Tensor:
-    """Return how often each of `count` units is drawn, (R,U) float64."""
+    """Return how often each of `count` units is sampled, (R,U) float64."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(count, (resamples, count), generator=generator)
     return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(
@@ -126,7 +126,7 @@ def mean_over_units(values: Tensor, seed: int = 0) -> Interval:
 
 
 def correlation(one: Tensor, two: Tensor) -> float | None:
-    """Return Pearson's r of two (N,) tensors; None when one of them does not vary."""
+    """Return Pearson's r of two (N,) tensors; None when one of them is constant."""
     one, two = one.double() - one.double().mean(), two.double() - two.double().mean()
     scale = one.norm() * two.norm()
     return float((one @ two) / scale) if scale > 1e-12 else None
@@ -138,11 +138,16 @@ def row_squares(advantages: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return ((weighted @ weighted.transpose(1, 2)) * (right @ right.transpose(1, 2))).sum(dim=(1, 2))
 
 
-VERDICTS = ("points the true way", "mostly points the true way", "points elsewhere", "is not resolved")
+VERDICTS = (
+    "agrees with the true gradient",
+    "mostly agrees with the true gradient",
+    "has another direction",
+    "is not resolved",
+)
 
 
 def direction(cosine: Interval) -> str:
-    """Return in words what an interval of a cosine says: "elsewhere" is one that holds no direction near the true."""
+    """Return an interval of a cosine in words: "another direction" excludes every cosine of 0.95 or more."""
     low, high = cosine["low"], cosine["high"]
     if low is None or high is None or high - low > 0.5:
         return VERDICTS[3]

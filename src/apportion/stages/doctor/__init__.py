@@ -1,6 +1,6 @@
-"""What `apportion doctor` asks of a run before hours are spent on it: one small function a check."""
+"""Checks of a run before training starts, one small function each."""
 
 from apportion.stages.doctor.case import Case
-from apportion.stages.doctor.findings import Check, Finding, examine
+from apportion.stages.doctor.findings import Check, Finding, run_checks
 
-__all__ = ["Case", "Check", "Finding", "examine"]
+__all__ = ["Case", "Check", "Finding", "run_checks"]

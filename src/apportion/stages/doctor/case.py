@@ -1,4 +1,4 @@
-"""What the checks look at: settings, files, tokenizers, prompts and models of one run, filled in as they are opened."""
+"""Inputs of the checks: settings, files, tokenizers, prompts and models of one run, filled in as they are opened."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from apportion.types import Rollouts
 
 @dataclass
 class Case:
-    """One run to be examined. What is not known yet is None; a check that reads it comes after the one that opens it.
+    """One run to check. What was not opened yet is None; a check that uses it comes after the one that opens it.
 
     Attributes:
-        config: its settings. method: its choices (`algorithms.Method`).
-        threads: what `cpu.configure_threads` returned.
-        policy_folder, reward_folder: where the two models are. policy_settings, reward_settings: their configurations.
-        tokenizer, reward_tokenizer: theirs, as stored.
+        config: its settings. method: its choices (`types.Method`). threads: what `cpu.configure_threads` returned.
+        policy_folder, reward_folder: where the two models are. policy_settings, reward_settings: their `config.json`.
+        tokenizer, reward_tokenizer: their tokenizers, as stored.
         stops: ids at which the policy's generation settings end a text.
         texts: its prompts, texts or conversations; rows: their ids; context: the policy's longest sequence, tokens.
-        evaluation: prompts that the policy will be evaluated on.
-        training, held_out: (text, label) rows that the reward model learned from, and was judged on.
-        labelled: (text, label) rows to test the order of scores on; the held-out ones unless others are given.
+        evaluation: prompts of the evaluation after training.
+        training, held_out: (text, label) rows that the reward model was trained and evaluated on.
+        labelled: (text, label) rows to test the order of scores on; the held-out rows by default.
         policy, reward: the models (`models.policy.Policy`, `models.reward.RewardModel`).
         rollouts: a few responses of the policy, unscored.
-        notes: what one check leaves for another: the method's "needs", the prompts' "conversations", why the reward
-            model's "reward_data" cannot be read.
+        notes: results that other checks use: the method's "needs", the prompts' "conversations", and why the reward
+            model's "reward_data" could not be read.
     """
 
     config: Any
@@ -53,12 +52,12 @@ class Case:
 
     @property
     def conversations(self) -> list[Any]:
-        """The prompts that are conversations, and are not cut to their first tokens."""
+        """The prompts that are conversations; empty where prompts are cut to their first tokens."""
         if self.config.sampling.prompt_tokens is not None:
             return []
         return [text for text in self.texts if not isinstance(text, str)]
 
     @property
     def longest(self) -> int:
-        """Most tokens of a prompt and its response."""
+        """Largest number of tokens of a prompt and its response."""
         return max(map(len, self.rows), default=0) + int(self.config.sampling.max_new_tokens)

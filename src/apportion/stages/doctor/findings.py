@@ -1,4 +1,4 @@
-"""What a check finds, and how checks are run: one after another, each after those that it depends on."""
+"""Checks and their findings: run one after another, each after those that it depends on."""
 
 from __future__ import annotations
 
@@ -14,109 +14,119 @@ OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
 LEVELS = (OK, WARN, FAIL, SKIP)
 
 
-class Finding(NamedTuple):
-    """What one check found.
+class Result(NamedTuple):
+    """The result of one check: its level, a message with numbers, and the fix ("" where there is nothing to fix)."""
 
-    `level` is "ok", "warn" (it may be meant; look at it), "fail" (the run would stop, or learn something else than
-    meant) or "skip" (the question does not arise, or what it depends on failed). `found` says it in numbers, `fix`
-    how to put it right; it is empty where there is nothing to fix.
+    level: str
+    message: str
+    fix: str = ""
+
+
+class Finding(NamedTuple):
+    """The result of a named check.
+
+    `level` is "ok", "warn" (possibly intended; worth a look), "fail" (the run would stop, or learn something other than
+    intended) or "skip" (the check does not apply, or one that it depends on failed).
     """
 
     name: str
     level: str
-    found: str
+    message: str
     fix: str = ""
 
 
 class Check(NamedTuple):
-    """One question about a run.
+    """One check of a run.
 
     Attributes:
-        name: of the line in the table.
-        promise: what holds when it is answered with ok.
-        ask: reads the case (the first checks also fill it) and returns (level, found, fix).
-        after: names of checks without whose success it cannot be asked.
+        name: as the table shows it.
+        expected: what holds when the result is ok.
+        function: takes the case and returns a Result; the first checks also fill the case.
+        after: names of the checks that have to succeed first.
         error: what `apportion rl` raises when it fails.
-        loads: whether it needs weights; `--fast` leaves it out.
-        opens: whether it opens what a run opens as well, so that the run cannot do without.
-        estimate: whether it is no certainty, so that a failure does not stop `apportion rl`.
+        loads: whether it needs model weights; `--fast` skips it.
+        opens: whether it opens what every run has to open.
+        estimate: whether its result is an estimate, so that a failure does not stop `apportion rl`.
     """
 
     name: str
-    promise: str
-    ask: Callable[[Case], tuple[str, str, str]]
+    expected: str
+    function: Callable[[Case], Result]
     after: tuple[str, ...] = ()
     error: type[ApportionError] = ModelError
     loads: bool = False
     opens: bool = False
     estimate: bool = False
 
-    def refusal(self, finding: Finding) -> ApportionError:
-        """Return the error that says what `finding` says, in the one shape of every error."""
-        return self.error(self.name, finding.found, self.promise, finding.fix)
+    def to_error(self, finding: Finding) -> ApportionError:
+        """Return `finding` as the error that the run raises."""
+        return self.error(self.name, finding.message, self.expected, finding.fix)
 
 
-def examine(case: Case, checks: Iterable[Check], tell: Callable[[str], None] = lambda name: None) -> list[Finding]:
-    """Return what every check found, in order; `tell` is called with the name of each before it is asked.
+def run_checks(
+    case: Case, checks: Iterable[Check], on_check: Callable[[str], None] = lambda name: None
+) -> list[Finding]:
+    """Run the checks in order and return their findings; `on_check` is called with the name of each before it runs.
 
-    An error that a user can fix becomes a failure of the check that met it. So does any other exception, with its
-    type, where models run and where files are opened: training would meet it as well. Elsewhere it is a warning.
+    An ApportionError becomes a failure of the check that met it. So does any other exception, with its type, where
+    models run or files are opened: training would meet it as well. Elsewhere it becomes a warning.
     """
-    found: dict[str, Finding] = {}
+    findings: dict[str, Finding] = {}
     for check in checks:
-        lacking = [name for name in check.after if name in found and found[name].level in (FAIL, SKIP)]
-        if lacking:
-            found[check.name] = Finding(check.name, SKIP, f"not asked: {lacking[0]} comes first")
+        blocking = [name for name in check.after if name in findings and findings[name].level in (FAIL, SKIP)]
+        if blocking:
+            findings[check.name] = Finding(check.name, SKIP, f"not run: {blocking[0]} comes first")
             continue
-        tell(check.name)
+        on_check(check.name)
         try:
-            level, said, fix = check.ask(case)
+            result = check.function(case)
         except ApportionError as error:
-            level, (said, fix) = FAIL, parts(error)
+            result = from_error(error)
         except Exception as error:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            level, fix = FAIL, "Training would meet the same error: try another model, or other settings."
-            if not (check.loads or check.opens):  # the check may be at fault, and the run may work
-                level, fix = WARN, "This could not be asked: report it, with these settings, if the run works."
-        found[check.name] = Finding(check.name, level, said, fix)
-    return list(found.values())
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            result = fail(message, "Training would meet the same error: try another model, or other settings.")
+            if not (check.loads or check.opens):  # the check may be wrong, and the run may work
+                result = warn(message, "This check could not run: report it, with these settings, if the run works.")
+        findings[check.name] = Finding(check.name, *result)
+    return list(findings.values())
 
 
-def parts(error: ApportionError) -> tuple[str, str]:
-    """Return (what is wrong, the fix) of an error."""
+def from_error(error: ApportionError) -> Result:
+    """Return an error as a failed result: the message without the fix, and the fix."""
     if not error.has_parts:
-        return str(error), "Put right what it names."
-    return str(error).removesuffix(error.saved).rstrip().removesuffix(error.fix).rstrip().removesuffix("."), error.fix
+        return fail(str(error), "Correct what the message names.")
+    message = str(error).removesuffix(error.saved).rstrip().removesuffix(error.fix).rstrip().removesuffix(".")
+    return fail(message, error.fix)
 
 
-def ok(found: str) -> tuple[str, str, str]:
-    """Return what a check says that found nothing to fix."""
-    return OK, found, ""
+def ok(message: str) -> Result:
+    """Return the result of a check with nothing to fix."""
+    return Result(OK, message)
 
 
-def warn(found: str, fix: str) -> tuple[str, str, str]:
-    """Return what a check says that found something to look at."""
-    return WARN, found, fix
+def warn(message: str, fix: str) -> Result:
+    """Return the result of a check that something should be looked at."""
+    return Result(WARN, message, fix)
 
 
-def fail(found: str, fix: str) -> tuple[str, str, str]:
-    """Return what a check says that found something to fix."""
-    return FAIL, found, fix
+def fail(message: str, fix: str) -> Result:
+    """Return the result of a check that something has to be fixed."""
+    return Result(FAIL, message, fix)
 
 
-def skip(found: str) -> tuple[str, str, str]:
-    """Return what a check says whose question does not arise."""
-    return SKIP, found, ""
+def skip(message: str) -> Result:
+    """Return the result of a check that does not apply."""
+    return Result(SKIP, message)
 
 
-def together(*answers: tuple[str, str, str]) -> tuple[str, str, str]:
-    """Return several answers as one: the worst level, all that was found, and each fix."""
-    level = max((answer[0] for answer in answers), key=lambda level: (OK, WARN, FAIL).index(level))
-    return level, "; ".join(said for _, said, _ in answers if said), " ".join(fix for *_, fix in answers if fix)
+def combine(*results: Result) -> Result:
+    """Return several results as one: the worst level, every message and every fix."""
+    level = max((result.level for result in results), key=lambda level: (OK, WARN, FAIL).index(level))
+    return Result(level, "; ".join(r.message for r in results if r.message), " ".join(r.fix for r in results if r.fix))
 
 
-def graded(value: float, limits: tuple[float, float], found: str, fix: str) -> tuple[str, str, str]:
-    """Return ok up to the first of `limits`, warn up to the second, else fail; a value that is no number fails."""
+def grade(value: float, limits: tuple[float, float], message: str, fix: str) -> Result:
+    """Return ok up to the first of `limits`, warn up to the second, else fail; NaN fails."""
     if not value <= limits[1]:
-        return fail(found, fix)
-    return ok(found) if value <= limits[0] else warn(found, fix)
+        return fail(message, fix)
+    return ok(message) if value <= limits[0] else warn(message, fix)

@@ -1,1 +1,1 @@
-"""Evaluation of a policy against its start."""
+"""Evaluation of a policy against its initial model."""

@@ -1,4 +1,4 @@
-"""Evaluation: a policy and its start write on the same fresh prompts; both are scored, judged and compared."""
+"""Evaluation: a policy and its initial model generate from the same fresh prompts; both are scored and judged."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from apportion.stages.evaluate.judge import fit_judge
 from apportion.system import safe_yaml
 from apportion.training.run_folder import RunFolder
 
-Tell = Callable[[str], None]
 BATCH = 32
 
 
-def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell = lambda line: None) -> dict[str, Any]:
-    """Write prompts.jsonl, samples.jsonl and evaluation.json into the run folder and return what was measured.
+def evaluate(
+    config: EvaluateConfig, *, part: str = "evaluate_test", on_progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Write prompts.jsonl, samples.jsonl and evaluation.json into the run folder and return the figures.
 
-    Rewards, judge and KL come as {mean, low, high} with normal 95% intervals over prompts; `kl` is the policy's, in
-    nats a sequence, on its own samples; perplexities are the start's, of each one's samples. The judge reads the
-    response only. Samples are the first prompts in order, not chosen ones.
+    Rewards, judge and KL are {mean, low, high} with normal 95% intervals over prompts; `kl` is in nats a sequence, on
+    the trained policy's samples; perplexities are under the initial model. The judge scores only the response. Samples
+    are those of the first prompts in order.
 
     Raises:
         DataError: the folder is not a finished `apportion rl` run.
@@ -46,30 +47,30 @@ def evaluate(config: EvaluateConfig, *, part: str = "evaluate_test", tell: Tell 
     context = context_of(locate("policy", settings["policy"]))
     tokenizer = load_tokenizer("run", str(run.path / "final"))
     prompts = tokenize(texts, tokenizer, sampling, config.seed, context)
-    reads = PolicyText(tokenizer, conversations(texts, prompts, sampling))
+    policy_text = PolicyText(tokenizer, conversations(texts, prompts, sampling))
     loading = {"dtype": "float32", "device": config.device, "pad_token": settings["pad_token"]}
     loading["fast_kernels"] = settings.get("fast_kernels", True)
-    reward = load_reward(settings["reward_model"], **loading, policy=reads)
+    reward = load_reward(settings["reward_model"], **loading, policy=policy_text)
     policy, start = _policies(config, run, settings, sampling)
-    tell(f"writing on {len(prompts)} fresh prompts, before and after")
-    before = _written(start, start, reward, prompts, sampling, config.seed)
-    after = _written(policy, start, reward, prompts, sampling, config.seed)
-    found: dict[str, Any] = {}
+    on_progress(f"generating from {len(prompts)} fresh prompts, before and after training")
+    before = _generate(start, start, reward, prompts, sampling, config.seed)
+    after = _generate(policy, start, reward, prompts, sampling, config.seed)
+    figures: dict[str, Any] = {}
     if config.judge:
-        tell("asking the judge")
+        on_progress("scoring with the judge")
         judge = fit_judge("imdb")
         for sample_set in (before, after):
             probabilities = judge.probability([row["text"] for row in sample_set]).tolist()
             for row, p in zip(sample_set, probabilities, strict=True):
                 row["judge"] = p
     for name, rows in (("before", before), ("after", after)):
-        found |= _summary(name, rows, config.judge)
-    found |= {"kl": mean_interval([row["kl"] for row in after]), "prompts": len(prompts), "seed": config.seed}
+        figures |= _summary(name, rows, config.judge)
+    figures |= {"kl": mean_interval([row["kl"] for row in after]), "prompts": len(prompts), "seed": config.seed}
     used = [{"prompt": row["prompt"], "ids": ids} for row, ids in zip(before, prompts, strict=True)]
     _rewrite(run, "prompts.jsonl", used)
     _rewrite(run, "samples.jsonl", [_pair(b, a) for b, a in zip(before, after, strict=True)])
-    run.write_json("evaluation.json", found)
-    return found
+    run.write_json("evaluation.json", figures)
+    return figures
 
 
 def _rewrite(run: RunFolder, name: str, rows: list[dict[str, Any]]) -> None:
@@ -80,8 +81,8 @@ def _rewrite(run: RunFolder, name: str, rows: list[dict[str, Any]]) -> None:
 def _open(config: EvaluateConfig) -> tuple[RunFolder, dict[str, Any]]:
     run = RunFolder(Path(config.run).expanduser(), "rl")
     stored = run.path / "config.yaml"
-    ours = run.read("status.json").get("stage") == "rl"
-    if not ours or not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
+    is_rl = run.read("status.json").get("stage") == "rl"
+    if not is_rl or not stored.is_file() or not run.finished or not (run.path / "final").is_dir():
         fix = "Train one with `apportion rl`, or point to its folder."
         raise DataError("run", config.run, "the folder of a finished `apportion rl` run", fix)
     run.refuse_links()
@@ -91,20 +92,23 @@ def _open(config: EvaluateConfig) -> tuple[RunFolder, dict[str, Any]]:
 def _settings(stored: Path) -> dict[str, Any]:
     """Return the settings of the run. Raises DataError where they are damaged."""
     try:
-        found: dict[str, Any] = safe_yaml.load(stored.read_text(encoding="utf-8"))
-        SamplingConfig(**found["sampling"])
-        if not all(isinstance(found[name], str) for name in ("policy", "reward_model")) or "pad_token" not in found:
+        settings: dict[str, Any] = safe_yaml.load(stored.read_text(encoding="utf-8"))
+        SamplingConfig(**settings["sampling"])
+        if (
+            not all(isinstance(settings[name], str) for name in ("policy", "reward_model"))
+            or "pad_token" not in settings
+        ):
             raise ValueError("no policy, reward_model or pad_token")
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         got = f"{stored} ({' '.join(str(error).split())[:200]})"
         raise DataError("run", got, "the settings of an `apportion rl` run", "Use another run.") from error
-    return found
+    return settings
 
 
 def _policies(
     config: EvaluateConfig, run: RunFolder, settings: dict[str, Any], sampling: SamplingConfig
 ) -> tuple[Policy, Policy]:
-    """Return (policy, start), both to be sampled and read only."""
+    """Return (trained policy, initial policy), for sampling and log-probabilities."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     folder = str(run.path / "final")
@@ -117,27 +121,27 @@ def _policies(
 
 
 @torch.no_grad()
-def _written(
-    writer: Policy, start: Policy, reward: RewardModel, prompts: list[list[int]], sampling: SamplingConfig, seed: int
+def _generate(
+    policy: Policy, start: Policy, reward: RewardModel, prompts: list[list[int]], sampling: SamplingConfig, seed: int
 ) -> list[dict[str, Any]]:
-    """Return one record a prompt: text, ids, reward, KL to the start and the start's log-likelihood."""
-    generator = torch.Generator(device=writer.device).manual_seed(seed)
-    one = SamplingConfig(**{**vars(sampling), "samples_per_prompt": 1})
+    """Return one record a prompt: text, ids, reward, KL to the initial policy, and its log-likelihood."""
+    generator = torch.Generator(device=policy.device).manual_seed(seed)
+    one = sampling.model_copy(update={"samples_per_prompt": 1})
     rows: list[dict[str, Any]] = []
     for first in range(0, len(prompts), BATCH):
-        rollouts = sample(writer, prompts[first : first + BATCH], one, generator)
+        rollouts = sample(policy, prompts[first : first + BATCH], one, generator)
         scores = reward_evidence(reward, rollouts, frozenset({"scores"}))["scores"].tolist()
-        mine = writer.forward(rollouts, values=False).logprobs.sum(dim=1)
+        own = policy.forward(rollouts, values=False).logprobs.sum(dim=1)
         starts = start.forward(rollouts, values=False).logprobs.sum(dim=1)
         for i, score in enumerate(scores):
             ids = rollouts.response_ids[i][rollouts.mask[i]].tolist()
             rows.append(
                 {
-                    "prompt": writer.tokenizer.decode(prompts[first + i]),
-                    "text": writer.tokenizer.decode(ids, skip_special_tokens=True),
+                    "prompt": policy.tokenizer.decode(prompts[first + i]),
+                    "text": policy.tokenizer.decode(ids, skip_special_tokens=True),
                     "ids": ids,
                     "reward": score,
-                    "kl": float(mine[i] - starts[i]),
+                    "kl": float(own[i] - starts[i]),
                     "start_logprob": float(starts[i]),
                 }
             )
@@ -146,13 +150,13 @@ def _written(
 
 def _summary(name: str, rows: list[dict[str, Any]], judged: bool) -> dict[str, Any]:
     tokens = sum(len(row["ids"]) for row in rows)
-    found = {
+    figures = {
         f"reward_{name}": mean_interval([row["reward"] for row in rows]),
         f"distinct2_{name}": distinct([row["ids"] for row in rows]),
         f"perplexity_{name}": math.exp(-sum(row["start_logprob"] for row in rows) / max(1, tokens)),
         f"length_{name}": tokens / len(rows),
     }
-    return found | ({f"judge_{name}": mean_interval([row["judge"] for row in rows])} if judged else {})
+    return figures | ({f"judge_{name}": mean_interval([row["judge"] for row in rows])} if judged else {})
 
 
 def _pair(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""An independent judge of sentiment for evaluation: word counts, no neural network, trained on texts of its own.
+"""An independent judge of sentiment for evaluation: word counts, no neural network, trained on separate texts.
 
-A policy learns to please its reward model, so the reward model cannot say whether the policy became better. The judge
-shares nothing with it: other texts (part "judge" of `data.splits`), other features, another kind of model.
+A policy is optimised for its reward model, whose score is therefore no evidence of better text. The judge is
+independent of it: other texts (part "judge" of `data.splits`), other features, another kind of model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apportion.intervals import proportion
 
 # Chosen on a tenth of the part "judge", held out: mean log loss on excerpts of 20, 30 and 60 words. 0.500 for these;
 # 0.507 with C=1; 0.502 without ! and ?, then 0.505 with 16 excerpts; 0.511 with C=1 and words of two letters or more.
-# Clips of one review are no independent draws, so such differences hardly count: none of these settings is critical.
+# Excerpts of one review are not independent, so such differences hardly matter: none of these settings is critical.
 _TOKENS = r"(?u)\w[\w']*|[!?]"
 _EXCERPTS_PER_TEXT = 8
 _EXCERPT_WORDS = (10, 60)
@@ -27,7 +27,7 @@ _C = 3.0
 
 
 class Judge:
-    """Tf-idf of words and word pairs, and a logistic regression; learns from whole texts and from excerpts of them."""
+    """Tf-idf of words and word pairs, and a logistic regression, fitted to full texts and to excerpts of them."""
 
     def __init__(self) -> None:
         self._features = None
@@ -35,7 +35,7 @@ class Judge:
         self.prior = math.nan
 
     def fit(self, texts: Sequence[str], labels: Sequence[int], seed: int = 0) -> Judge:
-        """Learn from N texts with labels 0 or 1, and from 8 random excerpts of 10 to 60 words of each; return itself.
+        """Fit to N texts with labels 0 or 1, and to 8 random excerpts of 10 to 60 words of each; return self.
 
         `prior` becomes the share of positive texts.
 
@@ -66,7 +66,7 @@ class Judge:
         return self
 
     def probability(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the probability (N,) float64 that each text is positive; `prior` where no word of it is known.
+        """Return the probability (N,) float64 that each text is positive; `prior` for a text without known words.
 
         Raises:
             ModelError: the judge has not been fitted.
@@ -80,18 +80,18 @@ class Judge:
         return np.where(matrix.getnnz(axis=1) == 0, self.prior, positive)
 
     def accuracy(self, texts: Sequence[str], labels: Sequence[int]) -> dict[str, float]:
-        """Return the share of texts judged right: mean, and low and high of its 95 % Wilson interval.
+        """Return the accuracy on these texts: mean, and low and high of its 95 % Wilson interval.
 
         Raises:
             DataError: no texts, texts and labels that differ in number, or a label other than 0 and 1.
         """
         _check(texts, labels)
-        right = (self.probability(texts) >= 0.5) == (np.asarray(labels) == 1)
-        return proportion(int(right.sum()), len(texts))
+        correct = (self.probability(texts) >= 0.5) == (np.asarray(labels) == 1)
+        return proportion(int(correct.sum()), len(texts))
 
 
 def fit_judge(source: str = "imdb", *, seed: int = 0, field: str = "judge") -> Judge:
-    """Return a judge that learned from the part "judge" of the labelled texts in `source` (IMDb: about 8 s).
+    """Return a judge fitted to the part "judge" of the labelled texts in `source` (IMDb: about 8 s).
 
     Raises:
         DataError: see `data.labelled` and `Judge.fit`.
@@ -101,13 +101,13 @@ def fit_judge(source: str = "imdb", *, seed: int = 0, field: str = "judge") -> J
 
 
 def word_excerpts(texts: Sequence[str], shortest: int, longest: int, *, seed: int) -> list[str]:
-    """Return one random run of `shortest` to `longest` words of each text; a shorter text is returned whole."""
-    chance = random.Random(seed)
+    """Return one random run of `shortest` to `longest` words of each text; a shorter text is returned in full."""
+    rng = random.Random(seed)
     excerpts = []
     for text in texts:
         words = text.split()
-        length = min(len(words), chance.randint(shortest, longest))
-        start = chance.randint(0, len(words) - length)
+        length = min(len(words), rng.randint(shortest, longest))
+        start = rng.randint(0, len(words) - length)
         excerpts.append(" ".join(words[start : start + length]))
     return excerpts
 
@@ -116,6 +116,6 @@ def _check(texts: Sequence[str], labels: Sequence[int]) -> None:
     if len(texts) != len(labels) or len(texts) == 0:
         got = f"{len(texts)} texts and {len(labels)} labels"
         raise DataError("Judge", got, "one label for each of at least one text", "Pass lists that match.")
-    strange = next((label for label in labels if label not in (0, 1)), None)
-    if strange is not None:
-        raise DataError("Judge labels", strange, "0 or 1", "Give 1 for positive, 0 for negative.")
+    invalid = next((label for label in labels if label not in (0, 1)), None)
+    if invalid is not None:
+        raise DataError("Judge labels", invalid, "0 or 1", "Give 1 for positive, 0 for negative.")

@@ -46,27 +46,34 @@ class RewardLearner:
         if self._sixteen_bit:
             self.remainders = to_sixteen_bit(self.model)
             self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if sharding.asked():
-            self.weights = Sharded([self.model], self.trainable, self.remainders, sharding.again(), abort)
+        if sharding.is_requested():
+            self.weights = Sharded(
+                [self.model], self.trainable, self.remainders, sharding.reshard_after_forward(), abort
+            )
             self.trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.weights.learning(self.trainable), self.remainders, self.optim)
+        self.optimizer = make_optimizer(self.weights.local_parameters(self.trainable), self.remainders, self.optim)
 
     def synchronize(self) -> None:
         """Do nothing: every process resumes from the same files, and the start was broadcast."""
 
     def gather_weights(self) -> None:
         """Gather the weights in the main process in float32, to be saved; nothing is trained after this."""
-        self.weights.make_whole(self.model, self.remainders)
+        self.weights.unshard_for_saving(self.model, self.remainders)
         to_float32(self.remainders)
 
     def state_dict(self) -> Tensors:
         """Return everything that the next batch depends on."""
-        packed = pack_state(self.weights.learning(self.trainable), self.optimizer)
-        return self.weights.join(packed) | {"skips": self.nonfinite.state}
+        packed = pack_state(self.weights.local_parameters(self.trainable), self.optimizer)
+        return self.weights.gather_state(packed) | {"skips": self.nonfinite.state}
 
     def load_state_dict(self, stored: Tensors) -> None:
         """Restore what `state_dict` returned. Raises ConfigError where it is another model's."""
-        unpack_state(self.weights.cut(stored), self.weights.learning(self.trainable), self.optimizer, self.remainders)
+        unpack_state(
+            self.weights.shard_state(stored),
+            self.weights.local_parameters(self.trainable),
+            self.optimizer,
+            self.remainders,
+        )
         self.nonfinite.load_state(stored["skips"])
 
     def release(self) -> None:

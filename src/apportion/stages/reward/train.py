@@ -42,7 +42,7 @@ from apportion.stages.reward.probe import probe_head
 from apportion.training import rng
 from apportion.training.monitoring import warn
 from apportion.training.optimizer import learning_rate, zero_with_grad
-from apportion.training.run_folder import RunFolder, need_space
+from apportion.training.run_folder import RunFolder, require_space
 from apportion.training.session import ProgressCallback, TrainingSession, saved_bytes, training_session
 
 HEADS = ("score", "classifier")
@@ -131,7 +131,7 @@ def _prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     """Return (model, inputs). Cheap checks come before the model."""
     with leaving_out(run.path, config.skip_bad_rows) as bad:
         train_rows, test_rows = read_data(config, bad)
-    need_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
+    require_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
     tokenizer = load_tokenizer("model", folder, config.pad_token)
     context = context_of(folder, "model")
@@ -210,10 +210,10 @@ def train_batch(
     optimizer, weights, nonfinite = learner.optimizer, learner.weights, learner.nonfinite
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config.optim, step - 1, steps)
-    with collectives.error_barrier(), weights.waiting():
+    with collectives.error_barrier(), weights.relay_errors():
         sums = _accumulate(learner, batch, config.micro_batch, pad)
-    learning = weights.summed(learner.trainable)
-    norm = weights.norm(learning)
+    learning = weights.reduce_gradients(learner.trainable)
+    norm = weights.gradient_norm(learning)
     nonfinite.begin()
     if nonfinite.allow(sums["loss/reward"], norm, torch.arange(len(batch))):
         torch.nn.utils.clip_grads_with_norm_(learning, config.optim.max_grad_norm, norm)
@@ -235,7 +235,7 @@ def _accumulate(learner: RewardLearner, batch: list[Excerpt], micro: int, pad: i
     device = next(model.parameters()).device
     total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
     mine = collectives.shard(everyone)
-    for part, counts in learner.weights.even([*mine.split(micro)] if len(mine) else [], everyone[:1]):
+    for part, counts in learner.weights.pad_micro_batches([*mine.split(micro)] if len(mine) else [], everyone[:1]):
         ids, mask, labels = (t.to(device) for t in right_pad([batch[i] for i in part.tolist()], pad))
         logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
         if not counts:

@@ -20,16 +20,16 @@ from apportion.evidence.scoring import ALWAYS
 from apportion.generation.prompts import PromptStream, load_prompts
 from apportion.losses._ratios import LIMIT
 from apportion.models.loading import context_of, load_tokenizer, locate
-from apportion.models.policy import load_policy
 from apportion.models.reward import adjust, load_reward
 from apportion.models.text.render import check_embeddings
 from apportion.models.text.token_spans import PolicyText
 from apportion.registry import EvidenceKey
-from apportion.stages.doctor.checkup import quick
+from apportion.stages.doctor.rl import preflight
+from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.rollout_log import comparisons, rewards_before_kl
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import FirstPass, Targets, update
-from apportion.system.disk import need_space
+from apportion.system.disk import require_space
 from apportion.training import rng
 from apportion.training.crash_dump import CrashDump
 from apportion.training.monitoring import Monitoring
@@ -88,14 +88,14 @@ class Learner:
 
     def share_weights(self, abort: Callable[[str], None]) -> None:
         """Shard the weights where the launcher asks for it (`training.state.Learner`)."""
-        if sharding.asked():
+        if sharding.is_requested():
             collectives.broadcast(self.policy.trainable())
-            self.policy.shard(sharding.again(), abort)
+            self.policy.shard(sharding.reshard_after_forward(), abort)
             self.optimizer = make_optimizer(self.policy.learning(), self.policy.remainders, self.config.optim)
 
     def synchronize(self) -> None:
         """Broadcast the main process's weights that every process holds whole."""
-        collectives.broadcast(self.policy.weights.alike(self.policy.trainable()))
+        collectives.broadcast(self.policy.weights.replicated(self.policy.trainable()))
 
     def gather_weights(self) -> None:
         """Gather sharded weights in the main process, to be saved."""
@@ -109,7 +109,7 @@ class Learner:
     def state_dict(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint."""
         # `models.generator` is the same one, or seeded anew for each step (`sources.reseed`)
-        packed = self.policy.weights.join(pack_state(self.policy.learning(), self.optimizer))
+        packed = self.policy.weights.gather_state(pack_state(self.policy.learning(), self.optimizer))
         return packed | {
             "state": self.credit_state | {"generator": self.generator.get_state()},
             "monitors": self.monitoring.state,
@@ -118,7 +118,7 @@ class Learner:
     def load_state_dict(self, stored: Tensors) -> None:
         """Restore what `state_dict` returned. Raises ConfigError where it is another model's."""
         policy = self.policy
-        unpack_state(policy.weights.cut(stored), policy.learning(), self.optimizer, policy.remainders)
+        unpack_state(policy.weights.shard_state(stored), policy.learning(), self.optimizer, policy.remainders)
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
         self.credit_state = state
@@ -222,19 +222,19 @@ def make_learner(
     """Return everything that a run holds: models, prompts, optimizer, states. Cheap checks come before models."""
     rng.seed(config.seed)
     output = Path(config.output).expanduser()
-    need_space(output, 200_000_000)
+    require_space(output, 200_000_000)
     folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
     with leaving_out(output, config.skip_bad_rows) as bad:
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     prompts = PromptStream(texts, tokenizer, config.sampling, config.seed, context_of(folder))
-    report(quick(config, folder, tokenizer, texts, prompts.rows), run, warn)
+    report(preflight(config, folder, tokenizer, texts, prompts.rows), run, warn)
     text = PolicyText(tokenizer, prompts.conversations)
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     loading["fast_kernels"] = config.fast_kernels
     reward = load_reward(reward_path, **loading, policy=text)  # by ids where it shares the tokenizer, else by text
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
-    policy = load_policy(config, reward)
+    policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)
@@ -248,11 +248,11 @@ def make_learner(
 
 
 def report(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) -> None:
-    """Write the warnings of the quick check into status.json and pass them to `warn`."""
+    """Write the warnings of the preflight checks into status.json and pass them to `warn`."""
     if findings and run is not None:
-        run.update_status(doctor=[{"name": one.name, "found": one.found, "fix": one.fix} for one in findings])
+        run.update_status(doctor=[{"name": one.name, "message": one.message, "fix": one.fix} for one in findings])
     for one in findings:
-        warn(f"warning: {one.name}: {one.found}. {one.fix}")
+        warn(f"warning: {one.name}: {one.message}. {one.fix}")
 
 
 def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from apportion.compatibility import check_processes
 from apportion.config import PPOConfig, RLConfig
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
-from apportion.errors import ConfigError
 from apportion.generation.prompts import PromptStream
 from apportion.generation.sampler import draw_uniforms, sample
 from apportion.masking import whiten
@@ -96,14 +96,7 @@ def reseed(generator: torch.Generator | None, seed: int, step: int) -> None:
 def check_shares(config: RLConfig) -> None:
     """Raise ConfigError where there are fewer prompts or rollouts than processes."""
     check_launch()
-    processes, sampling = collectives.launched(), config.sampling
-    prompts = sampling.batch_size // (sampling.samples_per_prompt or 1)
-    if prompts < processes:
-        expected = f"at least {processes} prompts a batch, one a process: it has {prompts}"
-        raise ConfigError("sampling.batch_size", sampling.batch_size, expected, "Raise it, or launch fewer.")
-    if config.ppo.mini_batch < processes:
-        expected = f"at least {processes}, a rollout a process"
-        raise ConfigError("ppo.mini_batch", config.ppo.mini_batch, expected, "Raise it, or launch fewer.")
+    check_processes(config, collectives.launched())
 
 
 def gather_batch(

@@ -41,7 +41,7 @@ def train(
 
     Args:
         on_step: called after each step with (step, steps, metrics).
-        warn: called with a line for each setting that may not be meant (`stages.doctor.checkup.quick`).
+        warn: called with a line for each setting that may not be meant (`stages.doctor.rl.preflight`).
 
     Raises:
         ConfigError, ModelError, DataError, ScoreError, DiskError: each names the fix.
@@ -72,7 +72,7 @@ def train_batch(
     prompts -> rollouts -> scores -> rewards -> segments -> advantages -> update
     """
     method = learner.method
-    with learner.policy.weights.gathered():  # sharded weights are gathered once, to generate and to score
+    with learner.policy.weights.unsharded():  # sharded weights are gathered once, to generate and to score
         with session.phase("generate"):
             rollouts = learner.source.take(step)  # ids, mask, logprobs (B,T)
         with session.phase("score", local=rollouts):

@@ -105,10 +105,10 @@ def update(
     for _ in range(config.epochs or 1):
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
-            with collectives.error_barrier(), weights.waiting():
+            with collectives.error_barrier(), weights.relay_errors():
                 sums = _mini_batch(policy, loss, rollouts, targets, config, rows, first)
-            learning = weights.summed(policy.trainable())
-            norm = weights.norm(learning)
+            learning = weights.reduce_gradients(policy.trainable())
+            norm = weights.gradient_norm(learning)
             if skips.allow(sum_of_losses(sums, norm), norm, rows):
                 torch.nn.utils.clip_grads_with_norm_(learning, optim.max_grad_norm, norm)
                 optimizer.step()
@@ -138,19 +138,19 @@ def _mini_batch(
 ) -> dict[str, Tensor]:
     """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
     weights, critic = policy.weights, "values" in rollouts.evidence
-    with weights.agreed():
+    with weights.error_barrier():
         tokens = targets.policy_mask[rows].sum().clamp_min(1)
         actions = targets.value_mask[rows].sum().clamp_min(1)
         denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
         mine = collectives.shard(rows)
         parts = micro_batches(rollouts, mine, config.micro_batch, config.micro_tokens) if len(mine) else []
     sums: dict[str, Tensor] = {}
-    for part, counts in weights.even(parts, rows[:1]):
+    for part, counts in weights.pad_micro_batches(parts, rows[:1]):
         batch = trim(rollouts.select(part))
         advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
         out = policy.forward(batch, values=critic and policy.value_trunk is None, entropy=first is not None)
         batch = batch if first is None else first.record(part, batch, out)
-        with weights.agreed():
+        with weights.error_barrier():
             terms = loss.terms(out.logprobs, batch, advantages, policy_mask, segments) if counts else None
         if terms is None:
             _backward_zero(policy, batch, out, critic)

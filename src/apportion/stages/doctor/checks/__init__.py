@@ -1,1 +1,1 @@
-"""The checks, grouped by what they look at."""
+"""The checks, one file a subject."""

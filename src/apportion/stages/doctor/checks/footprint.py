@@ -1,4 +1,4 @@
-"""An estimate of the memory and disk that a run takes, from the shapes of its models and its settings; no weights."""
+"""Estimate of a run's memory and disk use from its settings and the shapes of its models, without loading weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from apportion.config import RLConfig
 from apportion.models.loading import SHORT
 
 LIBRARIES = 0.7e9  # bytes of Python, torch and transformers before any model
-BLOCK = 1 << 24  # logits at a time
-KEPT = 1 << 26  # logits kept for the backward pass, at most
+BLOCK = 1 << 24  # logits computed at a time
+SAVED = 1 << 26  # logits saved for the backward pass, at most
 
 
 class Shape(NamedTuple):
-    """What of a model decides what it takes: `weights` in number, the rest as its configuration names them."""
+    """The sizes that a model's memory depends on: the number of `weights`, and figures of its configuration."""
 
     weights: int
     layers: int
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(settings: Any, weights: int) -> Shape:
-    """Return the shape of a model with these settings and so many weights."""
+    """Return the shape of a model with these settings and this number of weights."""
     text = settings.get_text_config()
 
     def read(names: tuple[str, ...], default: int) -> int:
@@ -52,7 +52,7 @@ def shape_of(settings: Any, weights: int) -> Shape:
 
 
 def stored_weights(folder: str) -> int | None:
-    """Return how many numbers the safetensors files in `folder` hold, from their headers; None without such files."""
+    """Return the number of weights in `folder`, from its safetensors headers; None without such files."""
     count = 0
     for file in sorted(Path(folder).glob("model*.safetensors")):
         with file.open("rb") as stream:
@@ -64,7 +64,7 @@ def stored_weights(folder: str) -> int | None:
 
 
 def trainable(shape: Shape, config: RLConfig) -> int:
-    """Return about how many numbers learn: adapters on every linear layer asked for, or all weights."""
+    """Return the approximate number of trainable parameters: LoRA on the targeted linear layers, or all weights."""
     if config.lora.rank == 0:
         return shape.weights
     attention = 2 * shape.hidden + 2 * (shape.heads + shape.shared) * shape.head + 2 * shape.hidden
@@ -73,52 +73,52 @@ def trainable(shape: Shape, config: RLConfig) -> int:
 
 
 def memory(policy: Shape, reward: Shape, config: RLConfig, longest: int, dtype: torch.dtype) -> dict[str, float]:
-    """Return bytes by part: what stays, and what each phase of a batch adds to it; the largest phase counts.
+    """Return bytes by part: constant parts, and what each phase of a batch adds; only the largest phase counts.
 
-    Rough by design (a quarter either way): activations as the modules of `models/` keep them, logits in blocks.
+    Accurate to about 25%: activations as the modules of `models/` save them, logits in blocks.
     """
     size, rate = dtype.itemsize, config.reward_dtype
     full, separate = config.lora.rank == 0, config.ppo.value_model != "shared"
-    learned = trainable(policy, config) * (2 if separate else 1)
-    weights = policy.weights * (4 if full else size)  # in 16 bit with the other half of the master beside it
+    trained = trainable(policy, config) * (2 if separate else 1)
+    weights = policy.weights * (4 if full else size)  # in 16 bit, the master weight's other half is stored separately
     weights += policy.weights * size if full else 0  # the reference
     weights += policy.weights * (4 if full else size) if separate else 0
     moments = 4 if config.optim.moments == "bfloat16" and full and size == 2 else 8
-    stays = {
+    constant = {
         "libraries": LIBRARIES,
         "policy": float(weights),
         "reward model": float(reward.weights * (2 if rate == "bfloat16" else 4)),
-        "optimizer": float(learned * (moments + (size if full else 4) + (0 if full else 4))),
+        "optimizer": float(trained * (moments + (size if full else 4) + (0 if full else 4))),
     }
     rows = config.sampling.rows or config.sampling.batch_size
     cache = rows * longest * policy.layers * 2 * policy.shared * policy.head * size
     generate = float(cache + 3 * 4 * min(rows, config.sampling.batch_size) * policy.vocabulary)
     update = activations(policy, config, longest, size) * (2 if separate else 1)
     update += 3 * size * min(BLOCK, policy.vocabulary * longest * config.ppo.micro_batch)
-    update += size * min(KEPT, policy.vocabulary * config.sampling.max_new_tokens * config.ppo.micro_batch)
+    update += size * min(SAVED, policy.vocabulary * config.sampling.max_new_tokens * config.ppo.micro_batch)
     tokens = min(max(config.scores.micro_tokens, longest), config.scores.micro_batch * longest)
     score = float(tokens * (8 * reward.hidden + 3 * reward.inner) * 4)
-    return stays | {"generation": generate, "scoring": score, "update": float(update)}
+    return constant | {"generation": generate, "scoring": score, "update": float(update)}
 
 
 def activations(policy: Shape, config: RLConfig, longest: int, size: int) -> int:
-    """Return the bytes that one micro-batch keeps for its backward pass."""
+    """Return the bytes that one micro-batch saves for its backward pass."""
     rows = max(1, min(config.ppo.micro_batch, config.ppo.micro_tokens // max(1, longest)))
     tokens = rows * longest
-    kept = tokens * (8 * policy.hidden + 3 * policy.inner) * size
+    saved = tokens * (8 * policy.hidden + 3 * policy.inner) * size
     eager = rows * policy.heads * longest**2 * (size + 4) if longest <= SHORT else 0
-    return policy.layers * (kept + eager)
+    return policy.layers * (saved + eager)
 
 
 def total(parts: dict[str, float]) -> float:
-    """Return the peak, bytes: what stays and the largest phase."""
+    """Return the peak in bytes: the constant parts and the largest phase."""
     phases = ("generation", "scoring", "update")
     return sum(v for k, v in parts.items() if k not in phases) + max(parts[name] for name in phases)
 
 
 def disk(policy: Shape, config: RLConfig) -> float:
-    """Return the bytes that a run writes at most at a time: the final model in float32, and its checkpoints."""
+    """Return the largest size of a run folder in bytes: the final model in float32, and the checkpoints."""
     every = config.checkpoint_every
-    kept = min(config.keep_checkpoints + 1, (config.steps - 1) // every) if every else 0
-    learned = trainable(policy, config) * (1 if config.ppo.value_model == "shared" else 2)
-    return 4.0 * policy.weights + 12.0 * learned * kept
+    checkpoints = min(config.keep_checkpoints + 1, (config.steps - 1) // every) if every else 0
+    trained = trainable(policy, config) * (1 if config.ppo.value_model == "shared" else 2)
+    return 4.0 * policy.weights + 12.0 * trained * checkpoints

@@ -1,4 +1,4 @@
-"""Checks of the machine: its device, number format and threads, and whether memory and disk hold the run."""
+"""Checks of the machine: device, number format, threads, memory and disk space."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ import torch
 from apportion.models.loading import NO_CODE, has_bfloat16, pick_device, pick_dtype
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks import footprint
-from apportion.stages.doctor.findings import fail, graded, ok, warn
+from apportion.stages.doctor.findings import Result, fail, grade, ok, warn
 
-Said = tuple[str, str, str]
 GB = 1e9
 SMALLER = "Lower ppo.micro_batch, sampling.rows or sampling.max_new_tokens, or train adapters (lora.rank 16)."
 
 
-def processor(case: Case) -> Said:
-    """The device is there, computes in the format asked for, and its threads do not wait for one another."""
+def processor(case: Case) -> Result:
+    """The device exists, supports the requested number format, and has a core for each thread."""
     config, threads = case.config, case.threads
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     named = str(dtype).removeprefix("torch.")
-    said = f"{device.type} in {named}"
+    message = f"{device.type} in {named}"
     if hasattr(config, "reward_dtype"):
-        said = f"{said}, reward model in {config.reward_dtype}"
-    asked = {name: getattr(config, name, None) for name in ("dtype", "reward_dtype")}
-    slow = [name for name, wanted in asked.items() if wanted == "bfloat16" and not has_bfloat16(device)]
+        message = f"{message}, reward model in {config.reward_dtype}"
+    requested = {name: getattr(config, name, None) for name in ("dtype", "reward_dtype")}
+    slow = [name for name, wanted in requested.items() if wanted == "bfloat16" and not has_bfloat16(device)]
     if threads is not None:
-        said = f"{said}; {threads.count} threads ({threads.source})"
+        message = f"{message}; {threads.count} threads ({threads.source})"
         if threads.warnings:
-            return warn(f"{said}: {threads.warnings[0]}", "Leave --threads and OMP_NUM_THREADS out, or lower them.")
+            return warn(f"{message}: {threads.warnings[0]}", "Leave --threads and OMP_NUM_THREADS out, or lower them.")
     if slow:
-        return warn(f"{said}; it has no bfloat16 products", f"Set {slow[0]} to auto or float32: bfloat16 is slower.")
-    return ok(said)
+        return warn(f"{message}; no native bfloat16", f"Set {slow[0]} to auto or float32: bfloat16 is slower.")
+    return ok(message)
 
 
-def memory(case: Case) -> Said:
-    """The run's peak memory, estimated, fits into what is free."""
+def memory(case: Case) -> Result:
+    """The estimated peak memory of the run fits into free memory."""
     device = pick_device(case.config.device)
     parts = footprint.memory(
         policy_shape(case), reward_shape(case), case.config, case.longest, pick_dtype(case.config.dtype, device)
@@ -48,12 +47,12 @@ def memory(case: Case) -> Said:
     need, free = footprint.total(parts), free_memory(device)
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
     named = ", ".join(f"{name} {value / GB:.2g}" for name, value in largest)
-    said = f"about {need / GB:.2g} GB ({named}) of {free / GB:.3g} GB free"
-    return graded(need / free, (0.8, 1.2), said, SMALLER)
+    message = f"about {need / GB:.2g} GB ({named}) of {free / GB:.3g} GB free"
+    return grade(need / free, (0.8, 1.2), message, SMALLER)
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the bytes that this process may still take on `device`, control groups considered."""
+    """Return the bytes that this process can still allocate on `device`, within its control group."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -66,22 +65,22 @@ def free_memory(device: torch.device) -> float:
 
 
 def reclaimable() -> float:
-    """Return the bytes of file pages that the control group counts and would give up."""
+    """Return the bytes of cached file pages that the control group counts and can reclaim."""
     statistics = Path("/sys/fs/cgroup/memory.stat")
     lines = statistics.read_text().splitlines() if statistics.is_file() else []
     return sum(float(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "active_file"))
 
 
-def disk(case: Case) -> Said:
+def disk(case: Case) -> Result:
     """The final model and the checkpoints fit on the disk of the output folder."""
     place = Path(case.config.output).expanduser().absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     need = footprint.disk(policy_shape(case), case.config)
-    said = f"about {need / GB:.2g} GB of {free / GB:.3g} GB free at {case.config.output}"
+    message = f"about {need / GB:.2g} GB of {free / GB:.3g} GB free at {case.config.output}"
     fix = "Free some space, keep fewer checkpoints (--keep_checkpoints 1), or choose another --output."
-    return fail(said, fix) if need + 0.2 * GB > free else graded(need / free, (0.8, 1.0), said, fix)
+    return fail(message, fix) if need + 0.2 * GB > free else grade(need / free, (0.8, 1.0), message, fix)
 
 
 def policy_shape(case: Case) -> footprint.Shape:
@@ -90,19 +89,19 @@ def policy_shape(case: Case) -> footprint.Shape:
 
 
 def reward_shape(case: Case) -> footprint.Shape:
-    """Return the reward model's shape; of the policy's size while its own settings are not known."""
+    """Return the reward model's shape, or the policy's while the reward model was not opened."""
     if case.reward_settings is None:
         return policy_shape(case)
     return footprint.shape_of(case.reward_settings, weights_of(case, "reward"))
 
 
 def weights_of(case: Case, which: str) -> int:
-    """Return the number of weights of one of the models: stored, or of an empty one of the same settings."""
+    """Return the number of weights of a model: from its files, or from an empty model of the same settings."""
     folder, settings = getattr(case, f"{which}_folder"), getattr(case, f"{which}_settings")
     stored = footprint.stored_weights(folder)
     if stored is not None:
         return stored
     from transformers import AutoModel
 
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a run's random numbers stay what they are
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # leaves the run's random state unchanged
         return int(AutoModel.from_config(settings, attn_implementation="sdpa", **NO_CODE).num_parameters())

@@ -1,4 +1,4 @@
-"""Checks of the policy itself: its weights, its padding, its sampler, its reference, and whether it ever ends."""
+"""Checks of the loaded policy: weights, responses that end, padding, sampler and reference."""
 
 from __future__ import annotations
 
@@ -10,175 +10,185 @@ from torch import Tensor
 
 from apportion.generation import sample
 from apportion.models.policy import load_policy
+from apportion.models.value_head import ValueStart
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.probes import (
-    BEGUN,
+    BOS_GAIN,
     LOGPROB,
-    SHOWN,
+    PROMPTS,
     TOKENS,
-    alone,
     difference,
-    given,
-    made_up,
-    widened,
+    from_ids,
+    random_rollouts,
+    single_row,
+    with_padding,
 )
-from apportion.stages.doctor.findings import fail, graded, ok, skip, warn
+from apportion.stages.doctor.findings import Result, fail, grade, ok, skip, warn
 from apportion.types import Rollouts
 
-Said = tuple[str, str, str]
+
+def weights(case: Case) -> Result:
+    """All of the policy's weights are stored."""
+    config, sampling = case.config, case.config.sampling
+    # the value head is not checked, and the reward model is loaded after the policy
+    kind = "shared" if config.ppo.value_model == "shared" else "separate"
+    case.policy = load_policy(
+        config.policy,
+        lora=config.lora,
+        max_length=sampling.max_length,
+        dtype=config.dtype,
+        device=config.device,
+        pad_token=config.pad_token,
+        stop=sampling.stop,
+        temperature=sampling.temperature,
+        values=ValueStart(kind),
+        fast_kernels=config.fast_kernels,
+    )
+    trained = sum(p.numel() for p in case.policy.trainable())
+    return ok(f"{size(case.policy.model)}; {trained / 1e6:.3g} M trainable")
 
 
-def weights(case: Case) -> Said:
-    """The policy's weights are all stored."""
-    ppo = case.config.ppo  # values are not looked at here, and the reward model is loaded after the policy
-    ppo = replace(ppo, value_model="separate") if ppo.value_model == "reward" else ppo
-    case.policy = load_policy(replace(case.config, ppo=ppo))
-    learning = sum(p.numel() for p in case.policy.trainable())
-    return ok(f"{size(case.policy.model)}; {learning / 1e6:.3g} M learn")
-
-
-def finite(case: Case) -> Said:
-    """Every weight of the policy is a finite number."""
+def finite(case: Case) -> Result:
+    """Every weight of the policy is finite."""
     return finite_weights(case.policy.model, "policy")
 
 
 def size(model: Any) -> str:
-    """Return how many weights a model has, in which format and where."""
+    """Return the number of weights of a model, their format and their device, as text."""
     first, count = next(model.parameters()), sum(p.numel() for p in model.parameters())
     return f"{count / 1e6:.3g} M weights, {str(first.dtype).removeprefix('torch.')} on {first.device.type}"
 
 
-def finite_weights(model: Any, named: str) -> Said:
-    """Say how many tensors there are, and which hold numbers that are none."""
+def finite_weights(model: Any, named: str) -> Result:
+    """Check that every weight is finite."""
     every = dict(model.named_parameters())
     bad = [name for name, value in every.items() if not torch.isfinite(value).all()]
-    said = f"{len(bad)} of {len(every)} tensors hold numbers that are not finite"
+    message = f"{len(bad)} of {len(every)} tensors hold non-finite values"
     if bad:
-        return fail(f"{said}, the first {bad[0]}", f"Save the {named} again from a state before it diverged.")
-    return ok(said)
+        return fail(f"{message}, the first {bad[0]}", f"Save the {named} again from a state before it diverged.")
+    return ok(message)
 
 
-def ends(case: Case) -> Said:
-    """The policy writes, and where responses are to end at EOS some do, with it on their mask."""
-    sampling = replace(
-        case.config.sampling,
-        batch_size=SHOWN,
-        samples_per_prompt=1,
-        rows=None,
-        max_new_tokens=min(TOKENS, case.config.sampling.max_new_tokens),
-    )
+def ends(case: Case) -> Result:
+    """The policy generates responses; with `sampling.stop: eos` some end with EOS, which is on their mask."""
+    few = {"batch_size": PROMPTS, "samples_per_prompt": 1, "rows": None}
+    few["max_new_tokens"] = min(TOKENS, case.config.sampling.max_new_tokens)
+    sampling = case.config.sampling.model_copy(update=few)
     generator = torch.Generator(device=case.policy.device).manual_seed(case.config.seed)
-    rollouts = sample(case.policy, shown(case), sampling, generator)
+    rollouts = sample(case.policy, some_prompts(case), sampling, generator)
     case.rollouts = rollouts
     lengths = rollouts.mask.sum(dim=1)
-    said = f"{len(rollouts)} responses of {int(lengths.min())} to {int(lengths.max())} tokens"
+    message = f"{len(rollouts)} responses of {int(lengths.min())} to {int(lengths.max())} tokens"
     if sampling.stop == "length":
-        return ok(f"{said}, of fixed length: EOS is never sampled")
+        return ok(f"{message}, of fixed length: EOS is never sampled")
     assert rollouts.ended is not None
     eos = case.policy.tokenizer.eos_token_id
-    holds = ((rollouts.response_ids == eos) & rollouts.mask).any(dim=1)
+    has_eos = ((rollouts.response_ids == eos) & rollouts.mask).any(dim=1)
     ended = int(rollouts.ended.sum())
-    said = f"{said}; {ended} end with EOS within {sampling.max_new_tokens} tokens"
-    if bool((rollouts.ended & ~holds).any()):
-        return fail(f"{said}, some without it on their mask", "Report it: such a policy cannot learn to end.")
+    message = f"{message}; {ended} end with EOS within {sampling.max_new_tokens} tokens"
+    if bool((rollouts.ended & ~has_eos).any()):
+        return fail(
+            f"{message}, some without it on their mask", "Please report this: such a policy cannot learn to end."
+        )
     if not ended:
         fix = "Raise sampling.max_new_tokens, check the EOS token, or use sampling.stop length."
-        return warn(said, fix)
-    return ok(said)
+        return warn(message, fix)
+    return ok(message)
 
 
-def shown(case: Case) -> list[list[int]]:
-    """Return a few prompts of every length, so that they need padding, from the shortest to the longest."""
+def some_prompts(case: Case) -> list[list[int]]:
+    """Return a few prompts from the shortest to the longest, so that they need padding."""
     rows = sorted(case.rows, key=len)
-    count = min(SHOWN, len(rows))
+    count = min(PROMPTS, len(rows))
     return [list(rows[i * (len(rows) - 1) // max(1, count - 1)]) for i in range(count)]
 
 
 @torch.no_grad()
-def begins(case: Case) -> Said:
+def begins(case: Case) -> Result:
     """Prompts without the beginning-of-text token are no less likely than with it."""
-    bos, rows = case.policy.tokenizer.bos_token_id, [row for row in shown(case) if len(row) > 2]
+    bos, rows = case.policy.tokenizer.bos_token_id, [row for row in some_prompts(case) if len(row) > 2]
     if bos is None or not rows:
         return skip("the tokenizer has no BOS token" if bos is None else "prompts are shorter than 3 tokens")
     if all(row[0] == bos for row in rows):
         return ok(f"{len(rows)} of {len(rows)} prompts begin with it")
-    without, begun = (surprise(case, rows, before) for before in ([], [bos]))
-    said = f"{without:.3g} nats a token as they are, {begun:.3g} after BOS"
-    fix = "The policy learned its texts after BOS: let its tokenizer write one (add_bos_token), or the template."
-    return warn(said, fix) if without - begun > BEGUN else ok(said)
+    without, with_bos = (mean_nll(case, rows, prefix) for prefix in ([], [bos]))
+    message = f"{without:.3g} nats a token as they are, {with_bos:.3g} after BOS"
+    fix = "The policy was trained on texts after BOS: let its tokenizer (add_bos_token) or its template add one."
+    return warn(message, fix) if without - with_bos > BOS_GAIN else ok(message)
 
 
-def surprise(case: Case, rows: list[list[int]], before: list[int]) -> float:
-    """Return the mean −log p of the prompts' own tokens after their first, with the ids `before` in front, nats."""
+def mean_nll(case: Case, rows: list[list[int]], prefix: list[int]) -> float:
+    """Return the mean −log p of the prompts' tokens after their first, with the ids `prefix` in front, in nats."""
     banned = torch.tensor([case.policy.tokenizer.pad_token_id, *case.policy.banned])
-    batch = given([[*before, row[0]] for row in rows], [row[1:] for row in rows], case.policy)
+    batch = from_ids([[*prefix, row[0]] for row in rows], [row[1:] for row in rows], case.policy)
     counted = batch.mask & ~torch.isin(batch.response_ids, banned.to(batch.mask.device))
     batch = replace(batch, mask=counted, valid=batch.mask)
     return -float(case.policy.forward(batch, values=False).logprobs[counted].mean())
 
 
 @torch.no_grad()
-def sampler_gap(case: Case) -> Said:
-    """The sampler's log-probabilities are the trainer's."""
+def sampler_gap(case: Case) -> Result:
+    """The sampler's log-probabilities equal the trainer's."""
     rollouts = rollouts_of(case)
     trained = case.policy.forward(rollouts, values=False).logprobs
     gap = difference(rollouts.logprobs, trained, rollouts.mask)
     most = float((rollouts.logprobs - trained).abs()[rollouts.mask].max())
-    said = f"{gap:.2g} nats a token on average, {most:.2g} at most"
-    fix = "Ratios would start away from 1: use --dtype float32, or a policy whose cache keeps what it reads."
-    return graded(gap, LOGPROB[dtype_of(case)], said, fix)
+    message = f"{gap:.2g} nats a token on average, {most:.2g} at most"
+    fix = "Ratios would not start at 1: use --dtype float32, or a policy whose cache is exact."
+    return grade(gap, LOGPROB[dtype_of(case)], message, fix)
 
 
 @torch.no_grad()
-def padding(case: Case) -> Said:
-    """A rollout's log-probabilities do not depend on the pads around it."""
+def padding(case: Case) -> Result:
+    """A rollout's log-probabilities do not depend on its padding."""
     rollouts = rollouts_of(case)
     fill = case.policy.tokenizer.pad_token_id
-    together = read(case, rollouts)
+    in_batch = logprobs(case, rollouts)
     length = rollouts.mask.shape[1]
-    gaps = {"left": together, "right": together}
-    gaps["left"] = read(case, widened(rollouts, fill, 5, 0))
-    gaps["right"] = read(case, widened(rollouts, fill, 0, 3))[:, :length]
-    found = {side: difference(value, together, rollouts.mask) for side, value in gaps.items()}
-    found["alone"] = max(alone_gap(case, rollouts, together, row) for row in range(len(rollouts)))
-    worst = max(found.values(), key=lambda gap: (gap != gap, gap))
-    said = ", ".join(f"{side} {gap:.2g}" for side, gap in found.items())
-    fix = "Its results depend on the batch: check the pad token's embedding, or use a policy that reads its mask."
-    return graded(worst, LOGPROB[dtype_of(case)], f"differences in nats a token: {said}", fix)
+    padded = {
+        "left": logprobs(case, with_padding(rollouts, fill, 5, 0)),
+        "right": logprobs(case, with_padding(rollouts, fill, 0, 3))[:, :length],
+    }
+    gaps = {side: difference(value, in_batch, rollouts.mask) for side, value in padded.items()}
+    gaps["alone"] = max(single_gap(case, rollouts, in_batch, row) for row in range(len(rollouts)))
+    worst = max(gaps.values(), key=lambda gap: (gap != gap, gap))
+    message = ", ".join(f"{side} {gap:.2g}" for side, gap in gaps.items())
+    fix = "Its results depend on the batch: check the pad token's embedding, or use a policy that applies its mask."
+    return grade(worst, LOGPROB[dtype_of(case)], f"differences in nats a token: {message}", fix)
 
 
-def alone_gap(case: Case, rollouts: Rollouts, together: Tensor, row: int) -> float:
-    """Return how far a rollout read alone is from the same one read in the batch, nats a token."""
-    one = alone(rollouts, row)
+def single_gap(case: Case, rollouts: Rollouts, in_batch: Tensor, row: int) -> float:
+    """Return the difference between a rollout computed alone and in the batch, in nats a token."""
+    one = single_row(rollouts, row)
     length = one.mask.shape[1]
-    return difference(read(case, one), together[row : row + 1, :length], one.mask)
+    return difference(logprobs(case, one), in_batch[row : row + 1, :length], one.mask)
 
 
 @torch.no_grad()
-def reference(case: Case) -> Said:
-    """The reference is the policy as it starts: the KL is 0 before the first update."""
+def reference(case: Case) -> Result:
+    """The reference equals the initial policy: the KL is 0 before the first update."""
     rollouts = rollouts_of(case)
-    gap = difference(read(case, rollouts), case.policy.reference_logprobs(rollouts), rollouts.mask)
+    gap = difference(logprobs(case, rollouts), case.policy.reference_logprobs(rollouts), rollouts.mask)
     how = "a frozen copy" if case.policy.reference is not None else "the policy without its adapters"
-    said = f"{gap:.2g} nats a token from {how}"
-    fix = "Start from merged weights whose adapters do nothing yet: the KL would count from elsewhere."
-    return graded(gap, (LOGPROB[dtype_of(case)][0] / 10, LOGPROB[dtype_of(case)][1]), said, fix)
+    message = f"{gap:.2g} nats a token from {how}"
+    fix = "Start from merged weights and fresh adapters: the KL would be measured from another model."
+    return grade(gap, (LOGPROB[dtype_of(case)][0] / 10, LOGPROB[dtype_of(case)][1]), message, fix)
 
 
-def read(case: Case, rollouts: Rollouts) -> Tensor:
+def logprobs(case: Case, rollouts: Rollouts) -> Tensor:
     """Return the trainer's log-probabilities (B,T) of `rollouts`."""
-    found: Tensor = case.policy.forward(rollouts, values=False).logprobs
-    return found
+    computed: Tensor = case.policy.forward(rollouts, values=False).logprobs
+    return computed
 
 
 def rollouts_of(case: Case) -> Rollouts:
-    """Return the responses that were sampled; made-up ones where the policy could not write."""
+    """Return the sampled responses, or random ones where the policy could not generate."""
     if case.rollouts is None:
-        case.rollouts = made_up(shown(case), case.policy)
+        case.rollouts = random_rollouts(some_prompts(case), case.policy)
     return case.rollouts
 
 
 def dtype_of(case: Case) -> torch.dtype:
-    """Return the dtype that the policy computes in."""
+    """Return the dtype of the policy's computation."""
     dtype: torch.dtype = case.policy.model.get_output_embeddings().weight.dtype
     return dtype

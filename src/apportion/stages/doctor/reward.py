@@ -1,4 +1,4 @@
-"""What `apportion doctor --stage reward` asks before a reward model is trained; it loads no weights."""
+"""Checks of an `apportion reward` run before training; they load no weights."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Any
 from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DataError
 from apportion.models.loading import context_of, load_settings, locate, read_tokenizer
-from apportion.stages.doctor import Case, Check, Finding, examine
+from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import labels, machine, prompts, tokens
-from apportion.stages.doctor.checkup import check, left_out, unwritten
-from apportion.stages.doctor.findings import ok
+from apportion.stages.doctor.findings import Result, ok
+from apportion.stages.doctor.rl import bad_row_counter, check, with_bad_rows
 from apportion.stages.reward.train import read_data
 
-Said = tuple[str, str, str]
 
-
-def open_model(case: Case) -> Said:
-    """The files of the model to start from are there."""
+def open_model(case: Case) -> Result:
+    """The files of the base model exist."""
     case.policy_folder = locate("model", case.config.model)
     case.policy_settings = load_settings("model", case.policy_folder)
     case.context = context_of(case.policy_folder, "model")
@@ -27,11 +25,11 @@ def open_model(case: Case) -> Said:
     return ok(f"{case.config.model}: {kind}, context {case.context} tokens, vocabulary {words}")
 
 
-def open_data(case: Case) -> Said:
-    """The labelled texts can be read, and both labels are common in training and held-out ones."""
-    bad = unwritten(case.config)
+def open_data(case: Case) -> Result:
+    """The labelled texts can be read, and both labels are common in training and held-out texts."""
+    bad = bad_row_counter(case.config)
     case.training, case.held_out = read_data(case.config, bad)
-    return left_out(labels.balance(case), bad)
+    return with_bad_rows(labels.balance(case), bad)
 
 
 CHECKS: tuple[Check, ...] = (
@@ -47,8 +45,8 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def checkup_reward(
-    config: RewardConfig, *, threads: Any = None, tell: Callable[[str], None] = lambda name: None
+def check_reward(
+    config: RewardConfig, *, threads: Any = None, on_check: Callable[[str], None] = lambda name: None
 ) -> list[Finding]:
-    """Return what every check finds of `apportion reward` with these settings; `threads`: see `checkup`."""
-    return examine(Case(config, threads=threads), CHECKS, tell)
+    """Return the findings of all checks for `apportion reward` with these settings; see `rl.check_rl`."""
+    return run_checks(Case(config, threads=threads), CHECKS, on_check)

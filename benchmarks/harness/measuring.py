@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, seeded models on disk, runs in turns, intervals, allocations and fits."""
+"""Model shapes, seeded models on disk, interleaved timing, intervals, peak allocation and fits."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def reward_model(model: str, folder: Path) -> Path:
-    """Write a 2-label classifier made from `model` to `folder`, its head fresh from seed 0, and return the folder."""
+    """Write a 2-label classifier made from `model`, its head initialised with seed 0, to `folder` and return it."""
     source = locate("--model", model)
     torch.manual_seed(0)
-    made = load_classifier("--model", source, torch.float32, torch.device("cpu"), new_head=2)
+    classifier = load_classifier("--model", source, torch.float32, torch.device("cpu"), new_head=2)
     tokenizer = load_tokenizer("--model", source)
-    made.config.pad_token_id = tokenizer.pad_token_id
-    made.save_pretrained(folder)
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -67,7 +67,7 @@ def write_prompts(path: Path, count: int = 64) -> Path:
 
 
 def rounds(functions: Sequence[Callable[[], None]], count: int) -> list[list[float]]:
-    """Return the seconds of each function, all run in turns `count` times; each round begins with the next one."""
+    """Return the seconds of each function, interleaved for `count` rounds; the first one rotates."""
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(count):
         for place in range(len(functions)):
@@ -83,16 +83,16 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def difference(name: str, one: list[float], two: list[float], whole: float) -> dict[str, float]:
-    """Return the median of `two` − `one` in seconds, and as a ratio to `whole` with its 95% interval."""
+def difference(name: str, one: list[float], two: list[float], total: float) -> dict[str, float]:
+    """Return the median of `two` − `one` in seconds, and as a ratio to `total` with its 95% interval."""
     differences = [b - a for a, b in zip(one, two, strict=True)]
     low, high = median_interval(differences)
     median = statistics.median(differences)
     return {
         f"{name}_s": median,
-        f"{name}_ratio": median / whole,
-        f"{name}_ratio_low": low / whole,
-        f"{name}_ratio_high": high / whole,
+        f"{name}_ratio": median / total,
+        f"{name}_ratio_low": low / total,
+        f"{name}_ratio_high": high / total,
     }
 
 
@@ -114,31 +114,31 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 @contextmanager
 def peak_bytes() -> Iterator[list[int]]:
-    """Yield a list that holds, after the block, the most bytes that torch's CPU allocator had given out at once.
+    """Yield a list that holds, after the block, the peak of bytes allocated by torch's CPU allocator since its start.
 
-    Counted from the block's start, by the profiler's record of every allocation and release: what operations take
-    inside counts as well, what MKL takes by itself does not.
+    From the profiler's record of every allocation and release: temporaries inside operations count, memory that MKL
+    allocates itself does not.
     """
-    found: list[int] = []
+    peak: list[int] = []
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
-        yield found
+        yield peak
     assert profile.kineto_results is not None
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     now = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         highest = max(highest, now)
-    found.append(highest)
+    peak.append(highest)
 
 
 def fitted(lengths: Sequence[int], values: Sequence[float]) -> dict[str, float]:
-    """Return least squares of values ≈ a + b·T + c·T², and the share of the square part in the longest's growth."""
+    """Return the least-squares fit values ≈ a + b·T + c·T², and the quadratic share of the growth at the largest T."""
     t = torch.tensor(lengths, dtype=torch.float64)
     design = torch.stack([torch.ones_like(t), t, t**2], dim=1)
     scale = t.amax()
-    powers = torch.stack([torch.ones_like(scale), scale, scale**2])  # columns of one size: a well-posed fit
-    solved = torch.linalg.lstsq(design / powers, torch.tensor(values, dtype=torch.float64)[:, None]).solution[:, 0]
-    a, b, c = (solved / powers).tolist()
+    powers = torch.stack([torch.ones_like(scale), scale, scale**2])  # columns of equal scale: a well-conditioned fit
+    solution = torch.linalg.lstsq(design / powers, torch.tensor(values, dtype=torch.float64)[:, None]).solution[:, 0]
+    a, b, c = (solution / powers).tolist()
     grown = abs(b) * float(scale) + abs(c) * float(scale) ** 2
     return {
         "constant": a,

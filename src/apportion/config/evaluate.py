@@ -1,0 +1,29 @@
+"""Settings of `apportion evaluate`."""
+
+from __future__ import annotations
+
+from apportion.config.rules import Count, Device, Dtype, Name, Seed, Switch
+from apportion.config.section import Section
+
+
+class EvaluateConfig(Section):
+    """`apportion evaluate`: a policy against its start on fresh prompts, judged by its reward model and by others."""
+
+    run: Name = "runs/rl"
+    """the folder of a finished `apportion rl` run."""
+    prompts: Name = "imdb"
+    """`imdb` (reviews that no stage was trained on), a file or folder, or a hub id."""
+    skip_bad_rows: Switch = False
+    """skip unusable rows, count them and write them to evaluate_bad_rows.jsonl; off, the first is an error."""
+    count: Count = 128
+    """prompts to sample on, the first ones."""
+    judge: Switch = True
+    """also ask a judge that never saw the reward model's data (TF-IDF and logistic regression on IMDb)."""
+    seed: Seed = 1
+    """random seed; the start and the policy are sampled with the same one."""
+    device: Device = "auto"
+    """where the models compute."""
+    threads: Count | None = None
+    """processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free."""
+    dtype: Dtype = "auto"
+    """of policy and start: auto (bfloat16 where the processor has it), float32, bfloat16."""

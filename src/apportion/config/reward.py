@@ -1,0 +1,58 @@
+"""Settings of `apportion reward`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from apportion.config.rules import Count, CountOrZero, Device, Dtype, Interval, Name, NotNegative, Seed, Switch, Word
+from apportion.config.section import Section
+from apportion.config.sections import LoraConfig, OptimConfig
+
+
+class RewardConfig(Section):
+    """`apportion reward`: train a 2-class reward model, R = logit(positive) − logit(negative)."""
+
+    model: Name = "smollm2"
+    """start: `smollm2`, a folder, or a hub id."""
+    data: Name = "imdb"
+    """`imdb`, a CSV/JSONL/Parquet file or folder with columns text and label, or a hub id."""
+    test_data: Word | None = None
+    """held-out data of the same form; null holds out a fixed part of `data` by hash."""
+    skip_bad_rows: Switch = False
+    """skip unusable rows, count them and write them to bad_rows.jsonl; off, the first of them is an error."""
+    output: Name = "runs/reward"
+    """run folder."""
+    excerpts: Count = 10000
+    """training excerpts, each cut at random from a text."""
+    excerpt_tokens: Interval = Field(default_factory=lambda: [8, 64])
+    """shortest and longest excerpt, tokens."""
+    probe_excerpts: CountOrZero = 2000
+    """excerpts to fit the head on by logistic regression before training; 0 starts from a random head."""
+    batch_size: Count = 16
+    """excerpts an optimizer step."""
+    micro_batch: Count = 16
+    """excerpts a forward and backward pass (memory only; it does not change the result)."""
+    test_texts: Count = 1000
+    """held-out texts to evaluate on."""
+    checkpoint_every: CountOrZero = 100
+    """steps between checkpoints; 0 for none."""
+    keep_checkpoints: Count = 2
+    """number of newest checkpoints to keep."""
+    disk_wait: NotNegative = 300.0
+    """seconds to wait for space on a full disk before the run ends; 0 ends it at once."""
+    max_skipped: Count = 3
+    """consecutive updates with a non-finite loss or gradient before the run stops; each one is skipped."""
+    pad_token: Word | None = None
+    """a token of the tokenizer to pad with, when it has none of its own."""
+    seed: Seed = 0
+    """random seed."""
+    device: Device = "auto"
+    """where the model computes."""
+    threads: Count | None = None
+    """processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free."""
+    dtype: Dtype = "auto"
+    """auto (bfloat16 where the processor has it), float32, bfloat16."""
+    fast_kernels: Switch = True
+    """faster layers, equal up to rounding; off, every layer is that of transformers and peft."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-3))

@@ -1,0 +1,118 @@
+"""Settings of `apportion rl`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from apportion.config.monitors import MonitorsConfig
+from apportion.config.rules import (
+    AlgorithmName,
+    Count,
+    CountOrZero,
+    Device,
+    Dtype,
+    Finite,
+    Name,
+    Names,
+    NotNegative,
+    Positive,
+    RewardModelName,
+    Seed,
+    Spec,
+    Switch,
+    Word,
+)
+from apportion.config.section import Section
+from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
+
+
+class PPOConfig(Section):
+    """The update."""
+
+    epochs: Count | None = None
+    """passes over each batch; null picks 4 with a critic and 1 without."""
+    mini_batch: Count = 16
+    """rollouts an optimizer step."""
+    micro_batch: Count = 16
+    """most rollouts a forward and backward pass (memory only; it does not change the result)."""
+    micro_tokens: Count = 2048
+    """most positions of it, padded to its longest row; rows of like length go together."""
+    value_clip: Positive | None = 0.2
+    """value clip; null for none."""
+    value_coef: NotNegative = 0.1
+    """weight of the value loss."""
+    value_tokens: Literal["first", "all"] | None = None
+    """where values are learned: "first" token of each action, where it is chosen, or "all" (as the released MA-RLHF
+    code does); null picks first unless the estimator pools values of other tokens."""
+    whiten_advantages: Switch | None = None
+    """unit variance and zero mean over the batch; null picks what the estimator's paper does."""
+    whiten_rewards: Switch = False
+    """unit variance, mean kept; it rescales dense credit, so off by default."""
+    value_model: Literal["shared", "separate", "reward"] = "shared"
+    """"shared" (a head on the policy's trunk), "separate" (a trunk of its own, initialised from the policy's) or
+    "reward" (a trunk of its own, initialised from the reward model: V begins as the score of the text so far)."""
+    truncated: Literal["terminal", "bootstrap", "mask", "penalty"] | None = None
+    """what a response without EOS means: "terminal" (it is over: the limit is part of the task), "bootstrap" (it is
+    unfinished: no score yet, the critic estimates what would have followed), "mask" (it is excluded from the loss) or
+    "penalty"; null is terminal."""
+    truncation_penalty: Finite = -1.0
+    """score of a truncated response when truncated is "penalty"."""
+
+
+class RLConfig(Section):
+    """`apportion rl`: train a policy against a reward model, its score apportioned over the tokens."""
+
+    policy: Name = "smollm2"
+    """start and reference: `smollm2`, a folder, or a hub id."""
+    reward_model: RewardModelName = ""
+    """any sequence classifier with 1 or 2 labels: a folder or a hub id."""
+    prompts: Name = "imdb"
+    """`imdb`, a file or folder with a column prompt or text, or a hub id."""
+    skip_bad_rows: Switch = False
+    """skip unusable rows, count them and write them to bad_rows.jsonl; off, the first of them is an error."""
+    output: Name = "runs/rl"
+    """run folder."""
+    algorithm: AlgorithmName = "abc"
+    """a named combination of credit, segments, estimator and loss."""
+    credit: Spec = None
+    """replaces the algorithm's credit; a list replaces the whole chain, its KL penalty included."""
+    segments: Spec = None
+    """replaces its segments."""
+    advantages: Spec = None
+    """replaces its estimator."""
+    loss: Spec = None
+    """replaces its policy loss."""
+    steps: Count = 40
+    """batches to learn from."""
+    checkpoint_every: CountOrZero = 20
+    """steps between checkpoints; 0 for none."""
+    keep_checkpoints: Count = 2
+    """number of newest checkpoints to keep."""
+    disk_wait: NotNegative = 300.0
+    """seconds to wait for space on a full disk before the run ends; 0 ends it at once."""
+    log_rollouts: CountOrZero = 4
+    """rollouts of each step written to rollouts.jsonl."""
+    compare: Names = Field(default_factory=lambda: ["sparse", "uniform", "attention", "policy_attention"])
+    """credit methods whose rewards are logged for comparison, for the report."""
+    pad_token: Word | None = None
+    """a token of the tokenizer to pad with, when it has none of its own."""
+    seed: Seed = 0
+    """random seed."""
+    device: Device = "auto"
+    """where the models compute."""
+    threads: Count | None = None
+    """processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free."""
+    dtype: Dtype = "auto"
+    """the policy's: auto (bfloat16 where the processor has it), float32, bfloat16."""
+    reward_dtype: Dtype = "float32"
+    """the reward model's; float32 makes logged credit reproducible to 1e-5."""
+    fast_kernels: Switch = True
+    """faster layers and decoding, equal up to rounding; off, every layer is that of transformers and peft."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    scores: ScoreConfig = Field(default_factory=ScoreConfig)
+    ppo: PPOConfig = Field(default_factory=PPOConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    monitors: MonitorsConfig = Field(default_factory=MonitorsConfig)
