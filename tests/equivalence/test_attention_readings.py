@@ -95,12 +95,12 @@ def test_a_rollout_needs_no_square_matrix_and_chunks_do_not_change_it(name: str,
 def test_a_rollout_of_a_row_alone_equals_the_batchs() -> None:
     model = zoo.build("llama (grouped queries)")
     inputs, pooled = zoo.inputs_of("llama", "both")
-    together = zoo.tap(model, inputs, "all").rollout(pooled)
+    in_batch = zoo.tap(model, inputs, "all").rollout(pooled)
     for i in range(3):
         real = inputs["attention_mask"][i].bool()
         alone = zoo.tap(model, {k: v[i : i + 1, real] for k, v in inputs.items()}, "all")
         row = alone.rollout(torch.tensor([int(real.sum()) - 1]))
-        torch.testing.assert_close(together[i : i + 1, real], row, rtol=0, atol=1e-5)
+        torch.testing.assert_close(in_batch[i : i + 1, real], row, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", zoo.CONFIGS)
@@ -170,8 +170,8 @@ def test_settings_are_checked_at_construction(settings: dict, field: str) -> Non
 def test_the_papers_reading_asks_for_nothing_special_and_others_for_theirs() -> None:
     usual = [{}, {"layers": -1}, {"layers": [-1]}, {"layers": "last", "heads": "mean", "rollout": False}]
     assert all(credit.attention(**settings).needs == {"reward_attention"} for settings in usual)
-    asked = EvidenceKey("reward_attention", layers=[-2, -1], heads="mean")
-    assert credit.attention(layers=[-1, -2]).needs == credit.attention(layers=(-2, -1, -2)).needs == {asked}
+    key = EvidenceKey("reward_attention", layers=[-2, -1], heads="mean")
+    assert credit.attention(layers=[-1, -2]).needs == credit.attention(layers=(-2, -1, -2)).needs == {key}
     assert credit.attention(rollout=True).needs == {EvidenceKey("reward_attention", rollout=True)}
     for settings in SETTINGS:
         (name,) = credit.attention(**settings).needs

@@ -92,8 +92,8 @@ def test_prefixes_are_texts(world: Path, name: str, extra: int) -> None:
 def test_coalitions_are_texts(world: Path, name: str) -> None:
     rollouts, reward = batch(), judge(world, name)
     models = Models(tiny_runs.policy(world), reward)
-    asked = EvidenceKey("shapley_values", spans=8, budget=64, seed=0)
-    found = shapley_evidence(models, rollouts, frozenset({asked}))[asked]
+    key = EvidenceKey("shapley_values", spans=8, budget=64, seed=0)
+    found = shapley_evidence(models, rollouts, frozenset({key}))[key]
     prompt, response = tiny_runs.alone(rollouts, 0)
     spans = [response[i : i + 8] for i in range(0, len(response), 8)]
     assert 2 <= len(spans) <= 5

@@ -130,11 +130,11 @@ class TestProcess:
         models = tiny_runs.models(world)
         batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(3))
         with pytest.raises(ScoreError, match="rollout 2 from own_rewards:broken, number 0: got nan"):
-            score(models, batch.select(torch.tensor([0, 1, 2])), {asked(f"{mine}:broken")}, ScoreConfig(micro_batch=3))
+            score(models, batch.select(torch.tensor([0, 1, 2])), {key(f"{mine}:broken")}, ScoreConfig(micro_batch=3))
         longest = int(batch.prompt_mask.sum(dim=1).argmax())  # the longest comes first
         assert longest > 0
         with pytest.raises(ScoreError, match=f"rollout {longest} from own_rewards:broken"):
-            score(models, batch, {asked(f"{mine}:broken")}, ScoreConfig(micro_batch=1))
+            score(models, batch, {key(f"{mine}:broken")}, ScoreConfig(micro_batch=1))
 
     def test_without_a_function_it_says_what_to_set(self) -> None:
         with pytest.raises(ConfigError, match=r"'process_rewards': got 'no function'.* Set process.function"):
@@ -172,5 +172,5 @@ class TestProcess:
             to_tokens(made, MASK, None, "f")
 
 
-def asked(function: str) -> str:
+def key(function: str) -> str:
     return EvidenceKey("process_rewards", function=function, unit="token")

@@ -122,9 +122,9 @@ def test_no_mass_on_the_response_is_lost(name: str, prompt: str, response: str) 
     """Any Unicode, any tokenizer: what its tokens put on the response's characters arrives, the rest does not."""
     tokenizer, policy = FAMILIES[name](), policy_text()
     ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response)]
-    said = policy.decode_response(*ids)
-    text, start = said.before + said.text, len(said.before)
-    spans = [(start + a, start + b) for a, b in said.spans]
+    decoded = policy.decode_response(*ids)
+    text, start = decoded.before + decoded.text, len(decoded.before)
+    spans = [(start + a, start + b) for a, b in decoded.spans]
     found = encode(tokenizer, RenderedText(text, spans, False))
     for (a, b), i in zip(found.spans, found.ids, strict=True):
         assert 0 <= a <= b <= len(text) and (a < b or i in tokenizer.all_special_ids or name != "byte-level")
@@ -149,13 +149,13 @@ def test_blanks_that_offsets_leave_out_are_found_again() -> None:
 
 
 def test_texts_that_the_model_cannot_read_are_refused_by_number(world: Path, tmp_path: Path) -> None:
-    said = [("a", "b"), ("a", "film " * 60)]
+    decoded = [("a", "b"), ("a", "film " * 60)]
     for config, limit in ((encoder(max_position_embeddings=40), 40),
                           (encoder(RobertaConfig, max_position_embeddings=42, pad_token_id=1), 40)):  # fmt: skip
         shutil.rmtree(tmp_path / "short", ignore_errors=True)
         save_model(tmp_path / "short", tiny_tokenizers.wordpiece(), config)
         with pytest.raises(ScoreError, match=rf"text of rollout 1: got '\d+ tokens'; expected at most {limit}"):
-            reward_evidence(judge(tmp_path, "short"), batch_of(said), BOTH)
+            reward_evidence(judge(tmp_path, "short"), batch_of(decoded), BOTH)
     nothing = tiny_runs.rollouts_of([[tiny_runs.EOS]], [[tiny_runs.EOS]])
     with pytest.raises(ScoreError, match="text of rollout 0: got 'no tokens'"):
         reward_evidence(judge(world, "other"), nothing, BOTH)
@@ -227,10 +227,10 @@ def test_a_run_whose_credit_is_recomputed(world: Path, tmp_path: Path, name: str
     assert len(records) == 8 and all(0 < row["credit/kept_mass"] < 1 for row in metrics)
     policy, checked = policy_text(), 0
     for record in records:
-        said = policy.decode_response(record["prompt_ids"], record["response_ids"])
-        if "\ufffd" in said.before + said.text:
+        decoded = policy.decode_response(record["prompt_ids"], record["response_ids"])
+        if "\ufffd" in decoded.before + decoded.text:
             continue  # bytes that are no character: no text has such tokens
-        score, attention = by_hand(world / name, said.before, said.text, record["response_ids"])
+        score, attention = by_hand(world / name, decoded.before, decoded.text, record["response_ids"])
         assert record["raw_score"] == pytest.approx(score, abs=1e-5)
         if name != "trimming" and sum(attention) > 0:
             assert record["alpha"] == pytest.approx([a / sum(attention) for a in attention], abs=1e-5)
@@ -262,12 +262,12 @@ def test_the_real_minilm(world: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2, use_safetensors=True)
     model.save_pretrained(tmp_path / "minilm")
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "minilm")
-    said = [*SAID, ("The film", " was a real délight, beginning to end; unforgettable 👩🏽\u200d👩\u200d👧")]
+    decoded = [*SAID, ("The film", " was a real délight, beginning to end; unforgettable 👩🏽\u200d👩\u200d👧")]
     reward = judge(tmp_path, "minilm")
-    batch = batch_of(said)
+    batch = batch_of(decoded)
     found = reward_evidence(reward, batch, BOTH)
     kept: list[Tensor] = []
-    for row, (prompt, response) in enumerate(said):
+    for row, (prompt, response) in enumerate(decoded):
         ids = tiny_runs.alone(batch, row)[1]
         score, attention = by_hand(tmp_path / "minilm", prompt, response, ids)
         assert float(found["scores"][row]) == pytest.approx(score, abs=1e-5)

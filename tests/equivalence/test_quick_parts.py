@@ -1,4 +1,4 @@
-"""What makes training quick against the plain way of computing the same: values and gradients agree."""
+"""Fast kernels, split optimizer states, shared prompts and micro-batches against plain computations."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_moments_in_16_bit_follow_those_in_32() -> None:
 
 
 def test_a_restored_optimizer_rounds_as_one_that_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on what came before."""
+    """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on the steps before."""
     monkeypatch.setattr("apportion.models.master_weights.block", lambda device: GPU_BLOCK)
 
     def make() -> tuple[nn.ModuleList, dict[nn.Parameter, torch.Tensor], MasterAdamW]:
@@ -247,11 +247,11 @@ def test_adapters_compute_what_pefts_do(monkeypatch: pytest.MonkeyPatch) -> None
     layer: Any = next(m for m in model.modules() if isinstance(m, PeftLinear))
     assert type(layer) is not PeftLinear and linear_parts(layer) is not None
     x = random(2, 3, layer.in_features, grad=True)
-    learned = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     found, expected = layer(x), PeftLinear.forward(layer, x)
     assert_near([found], [expected], 1e-6)
     push = random(*found.shape, seed=5)
-    both = [torch.autograd.grad(out, [x, *learned], push) for out in (found, expected)]
+    both = [torch.autograd.grad(out, [x, *trained], push) for out in (found, expected)]
     assert_near(*both, 1e-6)
     with torch.no_grad():
         assert_near([product([layer])(x[0])], [found[0]], 1e-6)
@@ -277,16 +277,16 @@ def test_packed_frozen_weights_change_values_and_gradients_by_rounding_alone() -
     exact, low = adapted(), adapted(torch.bfloat16)
     ids, push = torch.arange(1, 41).view(4, 10), random(4, 10, 99, seed=7)
 
-    def told(model: Any) -> list[Tensor]:
+    def outputs(model: Any) -> list[Tensor]:
         logits = model(ids).logits.float()
-        learned = [p for p in model.parameters() if p.requires_grad]
-        return [logits, *torch.autograd.grad(logits, learned, push)]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return [logits, *torch.autograd.grad(logits, trained, push)]
 
-    truth, plain = told(exact), told(low)
+    truth, plain = outputs(exact), outputs(low)
     with use_packed_weights(low):
         layers = [m for m in low.modules() if type(m) is FlatLinear and m.packed is not None]
         assert len(layers) >= 14  # all of both layers; the head of a causal model is tied to what may learn
-        found = told(low)
+        found = outputs(low)
     assert not any(layer.packed for layer in layers)
     for one, usual, right in zip(found, plain, truth, strict=True):
         assert (one - right).norm() < 1.5 * (usual - right).norm() + 1e-6
@@ -411,12 +411,10 @@ def test_a_prompt_read_once_changes_nothing(name: str, extra: int) -> None:
         out = policy.forward(batch, entropy=True)
         weights = random(*batch.mask.shape, seed=4)
         loss = (weights * out.logprobs).sum() + (weights * out.values).sum() + out.after.sum()
-        learned = [p for p in policy.trainable() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, learned, allow_unused=True)
-        together = torch.cat(
-            [g.flatten() for g in gradients if g is not None]
-        )  # some are 0 in theory, as OPT's key bias
-        both.append([*(t.detach() for t in out if t is not None), together])
+        trained = [p for p in policy.trainable() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        flat = torch.cat([g.flatten() for g in gradients if g is not None])  # some are 0 in theory, as OPT's key bias
+        both.append([*(t.detach() for t in out if t is not None), flat])
     handle.remove()
     assert len(forwards) == 3  # prompts and responses; then whole rows
     assert_near(*both, 1e-5)

@@ -122,7 +122,7 @@ def test_what_stands_on_no_character_cannot_leak() -> None:
     assert half.dtype == torch.bfloat16 and half.tolist() == [[0.5, 0.5]]
 
 
-@pytest.mark.parametrize(("weights", "source", "target", "said"), [
+@pytest.mark.parametrize(("weights", "source", "target", "message"), [
     (torch.ones(3), [[[0, 1]]], [[[0, 1]]], r"weights: got 'torch.float32 \(3,\)'; expected a float tensor \(B,K\)"),
     (torch.ones(1, 1, dtype=torch.int64), [[[0, 1]]], [[[0, 1]]], "weights: got 'torch.int64"),
     (torch.ones(1, 2), [[[0, 1]]], [[[0, 1]]], r"source: got .*\(1, 1, 2\)'; expected int64 of shape \(1, 2, 2\)"),
@@ -130,6 +130,6 @@ def test_what_stands_on_no_character_cannot_leak() -> None:
     (torch.ones(1, 1), [[[0, 1]]], [[[0, 1], [3, 2]]], r"target\[0,1\]: got \[3, 2\]; expected 0 <= first <= end"),
     (torch.ones(1, 1), [[[-1, 1]]], [[[0, 1]]], r"source\[0,0\]: got \[-1, 1\]"),
 ])  # fmt: skip
-def test_bad_input_is_named(weights: Tensor, source: list, target: list, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_bad_input_is_named(weights: Tensor, source: list, target: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         transfer(weights, torch.tensor(source), torch.tensor(target))

@@ -156,8 +156,8 @@ class TestProcess:
 
     def test_settings(self) -> None:
         assert not credit.process(causal=False).causal
-        asked = 'process_rewards@function="operator:itemgetter";unit="step"'
-        assert credit.process(function="operator:itemgetter", unit="step").needs == {asked}
+        settings = 'process_rewards@function="operator:itemgetter";unit="step"'
+        assert credit.process(function="operator:itemgetter", unit="step").needs == {settings}
         with pytest.raises(ConfigError, match=r"process.unit: got 'word'; expected one of step, token"):
             credit.process(unit="word")
         with pytest.raises(ConfigError, match=r"process.keep: got 'yes'"):

@@ -107,7 +107,7 @@ def by_recursion(heads: list[int], tokens: list[int], most: int) -> list[int]:
     def phrase(word: int) -> list[int]:
         return [d for d in range(len(heads)) if word in chain(d)]
 
-    def together(words: list[int]) -> bool:
+    def contiguous(words: list[int]) -> bool:
         return words == list(range(words[0], words[-1] + 1))
 
     def walk(head: int, children: list[int]) -> None:
@@ -123,7 +123,7 @@ def by_recursion(heads: list[int], tokens: list[int], most: int) -> list[int]:
 
     def begin(word: int) -> None:
         children = [d for d in range(len(heads)) if heads[d] == word != d]
-        if all(together(phrase(w)) for w in (word, *children)):
+        if all(contiguous(phrase(w)) for w in (word, *children)):
             walk(word, children)
         else:
             for child in children:
@@ -279,10 +279,10 @@ def test_the_parser_reads_a_row_alone_and_any_text():
     texts = ["Она ушла, 😀 <b>x</b>\t\t\n\n", "of of of", "...", "  ", "He said that she thought that they knew."]
     batch = rollouts([[t] for t in texts])
     wanted = frozenset({"phrase_boundaries"})
-    together = boundaries.text_boundaries(TOKENIZER, batch, wanted)["phrase_boundaries"]
+    joint = boundaries.text_boundaries(TOKENIZER, batch, wanted)["phrase_boundaries"]
     alone = [
         boundaries.text_boundaries(TOKENIZER, batch.select(torch.tensor([i])), wanted)["phrase_boundaries"]
         for i in range(len(texts))
     ]
-    assert torch.equal(torch.cat(alone), together)
-    assert (together[:, 0] | ~batch.mask[:, 1]).all()
+    assert torch.equal(torch.cat(alone), joint)
+    assert (joint[:, 0] | ~batch.mask[:, 1]).all()
