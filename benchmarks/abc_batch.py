@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apportion import credit
 from apportion.cli.main import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig
-from apportion.credit._evidence import Reading
+from apportion.credit import AttentionSpec
 from apportion.evidence.scoring import score
 from apportion.models.attention.row import attention_row
 from apportion.models.reward import RewardModel
@@ -221,7 +221,7 @@ def reading_seconds(reward: RewardModel, ids: Tensor, repetitions: int) -> list[
             for _ in range(layers):
                 tap._record(call)
             tap._end(reward.model, (), None)
-        tap.read(Reading(), rows)
+        tap.attention(AttentionSpec(), rows)
         times.append(time.perf_counter() - began)
     return times
 
@@ -244,8 +244,8 @@ def at_length(reward: RewardModel, length: int, limit: float) -> dict[str, Any]:
     ids = torch.randint(2, vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
     mask = torch.ones_like(ids, dtype=torch.bool)
     ways: dict[str, Callable[[], Any]] = {
-        "plain": lambda: reward.read(ids, mask, []),
-        "abc": lambda: reward.read(ids, mask, [Reading()]),
+        "plain": lambda: reward.forward(ids, mask, []),
+        "abc": lambda: reward.forward(ids, mask, [AttentionSpec()]),
     }
     result: dict[str, Any] = {"tokens": length, **measured(ways)}
     config = reward.model.config.get_text_config()

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion.data import BadRows, iter_rows, labelled, prompts, read_rows
-from apportion.data.lines import LONGEST
+from apportion.data.lines import MAX_ROW_BYTES
 from apportion.errors import DataError
 
 Command = Callable[..., Any]
@@ -140,11 +140,11 @@ def test_what_a_table_may_not_hold_is_named(tmp_path: Path, name: str, content: 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_a_row_without_end_is_refused(tmp_path: Path, name: str) -> None:
     head = b'text,label\n"a",1\n"' if name == "a.csv" else b'{"text": "a"}\n'
-    (tmp_path / name).write_bytes(head + b"x" * (LONGEST + 10))
+    (tmp_path / name).write_bytes(head + b"x" * (MAX_ROW_BYTES + 10))
     with pytest.raises(DataError, match=rf"{name}, line [23]: a line of 167772[23]\d bytes.*close quotations"):
         read_rows(str(tmp_path / name), field="data")
     if name == "a.csv":  # the same of many lines: the quotation is never closed
-        (tmp_path / name).write_bytes(head + (b"x" * 1023 + b"\n") * (LONGEST // 1024 + 2))
+        (tmp_path / name).write_bytes(head + (b"x" * 1023 + b"\n") * (MAX_ROW_BYTES // 1024 + 2))
         with pytest.raises(DataError, match="ends here or later"):
             read_rows(str(tmp_path / name), field="data")
 

@@ -217,7 +217,7 @@ def test_evidence_that_is_absent_or_wrong_is_named(name):
     mask = helpers.bools([[1, 1, 0], [1, 1, 1]])
     with pytest.raises(DataError, match=rf"evidence\['{need}'\]: got 'no evidence'"):
         segment(helpers.rollouts(mask))
-    with pytest.raises(DataError, match=rf"evidence\['{need}'\]: got \(2,\); expected \(B,T\) = \(2, 3\)"):
+    with pytest.raises(DataError, match=rf"evidence\['{need}'\]: got \(2,\); expected shape \(2, 3\)"):
         segment(helpers.rollouts(mask, [need], **{need: torch.ones(2)}))
     for bad in (NAN, float("inf")):
         values = torch.tensor([[0.0, 1, NAN], [0, bad, 1]])

@@ -18,7 +18,7 @@ from apportion.cli.arguments import parse
 from apportion.cli.main import main
 from apportion.config import RewardConfig
 from apportion.data import Labelled, labelled_splits
-from apportion.models.loading import own_memory
+from apportion.models.loading import prepared
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.saving import save_classifier
 from apportion.stages.reward import inputs
@@ -161,7 +161,7 @@ def test_merged_adapters_judge_as_the_adapters_did(world: Path, tmp_path: Path, 
         for parameter in trainable:
             parameter += 0.1 * torch.randn_like(parameter)
     save_classifier(model, tokens, str(world / "base"), tmp_path / "final", "card", lora=True)
-    merged = own_memory(AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", dtype=torch.float32))
+    merged = prepared(AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", dtype=torch.float32))
     ids, mask, _ = right_pad(excerpts[:8], tokens.pad_token_id)
     one, two = (RewardModel(m.eval(), tokens).score(ids, mask)[0] for m in (model, merged))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5 if dtype == "float32" else 0.2)

@@ -108,6 +108,8 @@ class RLConfig(Section):
     """the policy's: auto (bfloat16 where the processor has it), float32, bfloat16."""
     reward_dtype: Dtype = "float32"
     """the reward model's; float32 makes logged credit reproducible to 1e-5."""
+    fast_kernels: Switch = True
+    """faster layers and decoding, equal up to rounding; off, every layer is that of transformers and peft."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     scores: ScoreConfig = Field(default_factory=ScoreConfig)
     ppo: PPOConfig = Field(default_factory=PPOConfig)

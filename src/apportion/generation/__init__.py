@@ -1,4 +1,4 @@
-"""Writing responses: the Sampler protocol and the sampler for transformers models."""
+"""Sampling of responses: the Sampler protocol and the sampler for transformers models."""
 
 from apportion.generation.sampler import Sampler, sample
 

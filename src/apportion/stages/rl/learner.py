@@ -16,7 +16,7 @@ from apportion.config import RLConfig
 from apportion.data.bad_rows import leaving_out
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
-from apportion.evidence.producers import POLICY
+from apportion.evidence.policy import POLICY
 from apportion.evidence.scoring import ALWAYS
 from apportion.generation.prompts import PromptStream, load_prompts
 from apportion.losses._ratios import LIMIT
@@ -24,7 +24,7 @@ from apportion.models.loading import context_of, load_tokenizer, locate
 from apportion.models.reward import adjust, load_reward
 from apportion.models.text.render import check_embeddings
 from apportion.models.text.token_spans import PolicyText
-from apportion.registry import asked
+from apportion.registry import EvidenceKey
 from apportion.stages.doctor.rl import preflight
 from apportion.stages.method import comparisons
 from apportion.stages.rl.policy import make_policy
@@ -240,6 +240,7 @@ def make_learner(
     report(preflight(config, folder, tokenizer, texts, prompts.rows), run, warn)
     text = PolicyText(tokenizer, prompts.conversations)
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
+    loading["fast_kernels"] = config.fast_kernels
     reward = load_reward(reward_path, **loading, policy=text)  # by ids where it shares the tokenizer, else by text
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
     policy = make_policy(config, reward)
@@ -269,4 +270,4 @@ def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:
     The update's own forward then gives the old log-probabilities: one forward of the policy a batch is saved.
     """
     one_step = (config.ppo.epochs or 1) == 1 and config.ppo.mini_batch >= config.sampling.batch_size
-    return one_step and collectives.world_size() == 1 and not {asked(name)[0] for name in needs} & POLICY
+    return one_step and collectives.world_size() == 1 and not {EvidenceKey.of(need).name for need in needs} & POLICY
