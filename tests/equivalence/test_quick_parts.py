@@ -170,7 +170,7 @@ def test_moments_in_16_bit_follow_those_in_32() -> None:
 
 
 def test_a_restored_optimizer_rounds_as_an_uninterrupted_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on what came before."""
+    """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on the steps before."""
     monkeypatch.setattr("apportion.models.master_weights.block", lambda device: GPU_BLOCK)
 
     def make() -> tuple[nn.ModuleList, dict[nn.Parameter, torch.Tensor], MasterAdamW]:

@@ -62,7 +62,7 @@ def test_a_state_with_one_token_left_has_the_mean_score_of_its_endings(world: Pa
 
 
 def test_each_text_is_scored_once_and_whole(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the reward model reads is the prompt, the response so far, and a continuation no longer than was left."""
+    """The reward model scores the prompt, the response so far, and a continuation no longer than the rest."""
     models = models_of(world, stop="eos")
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(3), max_new_tokens=6, stop="eos")
     read: list[list[int]] = []

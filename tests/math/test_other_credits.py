@@ -267,7 +267,7 @@ class TestShapley:
     @pytest.mark.parametrize(
         ("settings", "expected"),
         [
-            # Σφ = 1.6, −.6, 2; v(∅) = .4, −.4, .5 goes on the first; row 2's score has .5 more than the model said
+            # Σφ = 1.6, −.6, 2; v(∅) = .4, −.4, .5 is put on the first; row 2's score has .5 more than the model gave
             ({}, [[0.9, 0.5, -1, 1.6], [-0.7, 0, -0.3, 0], [0, 3, 0, 0], [0] * 4]),
             ({"mix": 0.5}, [[0.45, 0.25, -0.5, 1.8], [-0.35, 0, -0.15, -0.5], [0, 3, 0, 0], [0] * 4]),
             ({"mix": 0.0}, [[0, 0, 0, 2], [0, 0, 0, -1], [0, 3, 0, 0], [0] * 4]),

@@ -100,7 +100,7 @@ def test_it_learns_and_judges_texts_it_never_saw(world: Path, trained: Path) -> 
 
 
 def test_the_saved_model_judges_as_a_plain_transformers_classifier(world: Path, trained: Path) -> None:
-    """Accuracy, mean and sd that were written down, recomputed on whole texts without our library."""
+    """The recorded accuracy, mean and sd, recomputed on whole texts without our library."""
     model = AutoModelForSequenceClassification.from_pretrained(trained / "final", dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(trained / "final")
     assert model.config.id2label == {0: "negative", 1: "positive"}
@@ -212,12 +212,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     inner, calls, before = stage._accumulate, iter(range(1000)), {}
 
     def spoilt(learner: Any, *given: Any) -> dict[str, torch.Tensor]:
-        sums, learned = inner(learner, *given), learner.trainable
+        sums, trainable = inner(learner, *given), learner.trainable
         if "weights" in before:  # after the spoilt batch
-            assert all(torch.equal(p, old) for p, old in zip(learned, before.pop("weights"), strict=True))
+            assert all(torch.equal(p, old) for p, old in zip(trainable, before.pop("weights"), strict=True))
         if next(calls) == 4:
-            learned[0].grad.view(-1)[0] = torch.inf
-            before["weights"] = [p.detach().clone() for p in learned]
+            trainable[0].grad.view(-1)[0] = torch.inf
+            before["weights"] = [p.detach().clone() for p in trainable]
         return sums
 
     monkeypatch.setattr(stage, "_accumulate", spoilt)

@@ -109,7 +109,7 @@ class Learner:
 
     def state_dict(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint."""
-        # `models.generator` is the same one, or seeded anew for each step (`sources.reseed`)
+        # `models.generator` is the same one, or seeded for each step (`sources.reseed`)
         packed = self.policy.weights.gather_state(pack_state(self.policy.learning(), self.optimizer))
         return packed | {
             "state": self.credit_state | {"generator": self.generator.get_state()},
