@@ -62,13 +62,14 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     module, _, attribute = name.partition(":")
     expected = "an importable package.module:function"
     try:
-        factory = getattr(_import(module), attribute)
+        factory: Any = getattr(_import(module), attribute)
     except (Exception, SystemExit) as error:  # a user-supplied module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(field, name, expected, f"The import failed with {reason}.") from error
     if not callable(factory):
         raise ConfigError(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function.")
-    return factory
+    method: Factory = factory
+    return method
 
 
 def _import(module: str) -> Any:

@@ -179,12 +179,17 @@ def guard_method(method: Method, code: UserCode) -> Method:
     return method._replace(credit=credit._replace(assign=assign), segment=segment, estimate=estimate)
 
 
+def call_directly(function: Callable[..., Any], *args: Any) -> Any:
+    """Return `function(*args)`."""
+    return function(*args)
+
+
 class Guarded:
     """A segmenter or estimator with a validated result and, where `name` is not None, a time limit on its functions."""
 
     def __init__(self, name: str | None, method: Any, code: UserCode, validate: Callable[[Any, Rollouts], Any]) -> None:
         self.method, self._validate = method, validate
-        self._call = (lambda function, *args: function(*args)) if name is None else partial(code.call, name)
+        self._call: Callable[..., Any] = call_directly if name is None else partial(code.call, name)
 
     def __call__(self, *args: Any) -> Any:
         return self._validate(self._call(self.method, *args), args[-1])  # the rollouts come last

@@ -19,7 +19,7 @@ class BufferLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, buffers: KeyValueBuffers, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.buffers, self.index, self.is_initialized = buffers, index, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

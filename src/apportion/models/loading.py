@@ -92,7 +92,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are native on `device` (AVX512-BF16 or AMX on a CPU)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
 
@@ -291,11 +291,13 @@ def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **k
             loading["revision"] = _adapter_settings(folder).get("revision")
         base, loading = base_of(folder), loading | kwargs
         try:
-            return auto.from_pretrained(base, attn_implementation="sdpa", **loading)
+            loaded: tuple[Any, Any] = auto.from_pretrained(base, attn_implementation="sdpa", **loading)
+            return loaded
         except ValueError as error:
             if NO_SDPA not in str(error):
                 raise
-            return auto.from_pretrained(base, attn_implementation="eager", **loading)  # such as DeBERTa
+            loaded = auto.from_pretrained(base, attn_implementation="eager", **loading)  # such as DeBERTa
+            return loaded
     except LOAD_ERRORS as error:
         raise ModelError(field, _with_reason(folder, error), expected, FIX) from error
 

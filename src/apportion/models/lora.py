@@ -83,4 +83,5 @@ def merged_copy(adapted: Any, base: nn.Module) -> nn.Module:
     state = {k: v.float().cpu() for k, v in get_peft_model_state_dict(adapted).items()}
     set_peft_model_state_dict(fresh, state)
     with torch.no_grad():
-        return fresh.merge_and_unload()
+        merged: nn.Module = fresh.merge_and_unload()
+        return merged

@@ -71,7 +71,8 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def trainable(self) -> list[nn.Parameter]:
         """Return every trained parameter: adapters or all weights, the value trunk's, the value head's."""

@@ -112,7 +112,8 @@ class RewardModel:
             return torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
         pad = self.model.config.get_text_config().pad_token_id
         index = torch.arange(ids.shape[1], device=ids.device)
-        return (index * (ids != pad)).argmax(dim=1)
+        last: Tensor = (index * (ids != pad)).argmax(dim=1)
+        return last
 
 
 def is_decoder(model: Any) -> bool:

@@ -63,4 +63,5 @@ def find(name: str) -> Callable[..., Segmenter]:
 def build(specs: list[tuple[str, dict[str, Any]]]) -> Segmenter:
     """Return the segmenter of exactly one (name, keyword arguments) pair."""
     name, kwargs = registry.single("segments", specs)
-    return registry.check_method("segments", name, registry.call("segments", name, find(name), kwargs))
+    method: Segmenter = registry.check_method("segments", name, registry.call("segments", name, find(name), kwargs))
+    return method

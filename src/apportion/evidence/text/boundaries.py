@@ -107,7 +107,7 @@ def pieces(mask: Tensor, turn: Tensor | None) -> list[tuple[int, list[int]]]:
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """Return the text of `ids` without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def prefix_spans(tokenizer: Any, ids: Sequence[int]) -> Spans:

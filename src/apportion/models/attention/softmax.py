@@ -67,7 +67,8 @@ def softmax_rows(call: Call, rows: Tensor) -> Tensor:
         column = sinks.detach().float().reshape(1, 1, -1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
     # a fully masked row has no mass; a NaN of the model stays NaN
-    return scores.softmax(dim=-1).masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+    weights: Tensor = scores.softmax(dim=-1).masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+    return weights
 
 
 def _mask_rows(call: Call, rows: Tensor) -> tuple[Tensor, Tensor | None]:

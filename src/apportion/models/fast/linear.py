@@ -52,19 +52,22 @@ def fast_lora() -> type:
 
     if not _FAST_LORA:
 
-        class FastLora(PeftLinear):  # type: ignore[misc]
+        class FastLora(PeftLinear):
             """peft's LoRA layer; one plain adapter is computed as the base product plus two low-rank ones, in place."""
 
             def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 name = active_adapter(self)
                 if self.disable_adapters and not self.merged:
-                    return self.base_layer(x)
+                    plain: Tensor = self.base_layer(x)
+                    return plain
                 if name is None or args or kwargs:
                     return super().forward(x, *args, **kwargs)
                 base, down, up = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
                 flat = x.reshape(-1, x.shape[-1])
                 packed = getattr(base, "packed", None) if flat.dtype == base.weight.dtype else None
-                out = LowRank.apply(flat, base.weight, base.bias, down, up, self.scaling[name], packed)
+                out: Tensor = LowRank.apply(  # type: ignore[no-untyped-call]
+                    flat, base.weight, base.bias, down, up, self.scaling[name], packed
+                )
                 return out.view(*x.shape[:-1], out.shape[-1])
 
         _FAST_LORA.append(FastLora)

@@ -48,7 +48,7 @@ class _FastNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return x·weight/√(mean x² + ε), computed in float32 and rounded before the weight."""
         if hidden_states.dtype != self.weight.dtype:  # the library promotes to another dtype
-            return super().forward(hidden_states)  # type: ignore[no-any-return, misc]
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         if not torch.is_grad_enabled():
             return normed(hidden_states, self.variance_epsilon)[0].mul_(self.weight)
         return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call, no-any-return]

@@ -89,7 +89,7 @@ def _skipped(response: str, shown: str) -> int | None:
 def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str) -> str:
     answered = [*turns, {"role": "assistant", "content": response}]
     try:
-        return tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
+        return str(tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False))
     except Exception as error:  # a template is a program that may raise anything
         got = f"a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
         fix = "Give prompts as text, or turns that this reward model's template knows."

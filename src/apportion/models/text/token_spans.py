@@ -57,7 +57,7 @@ class PolicyText:
         return TokenText(text[:start], text[start:], _filled(spans))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _filled(spans: Iterable[Span | None]) -> list[Span]:

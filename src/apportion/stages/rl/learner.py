@@ -237,7 +237,7 @@ def make_learner(
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     prompts = PromptStream(texts, tokenizer, config.sampling, config.seed, context_of(folder))
-    report(preflight(config, folder, tokenizer, texts, prompts.rows), run, warn)
+    findings = preflight(config, folder, tokenizer, texts, prompts.rows)
     text = PolicyText(tokenizer, prompts.conversations)
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     loading["fast_kernels"] = config.fast_kernels
@@ -253,6 +253,7 @@ def make_learner(
     # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
     own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores, user_code=user_code)
+    report(findings, run, warn)  # an error of a model comes first
     return Learner(config, models, method, prompts, generator, compare, run)
 
 

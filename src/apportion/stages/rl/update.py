@@ -159,7 +159,7 @@ def _mini_batch(
         total, values = policy_loss / denominator, out.values
         statistics = {k: v / tokens for k, v in statistics.items()} | {"loss/policy": total}
         if critic and values is None:  # a separate trunk: the policy's activations are freed first
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             total, values = torch.zeros_like(total), policy.values(batch)[0]
         if values is not None:
             value_loss, value_sums = clipped_value(
@@ -167,7 +167,7 @@ def _mini_batch(
             )
             total = total + config.value_coef * value_loss / actions
             statistics |= {"loss/value": value_loss / actions} | {k: v / actions for k, v in value_sums.items()}
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         sums = {k: sums.get(k, 0) + v.detach() for k, v in statistics.items()}
     return sums
 
@@ -176,8 +176,8 @@ def _backward_zero(policy: Policy, batch: Rollouts, out: Outputs, critic: bool) 
     """Run the backward passes of a micro-batch that does not count, with gradients of 0: other ranks wait for them."""
     total = zero_with_grad(out.logprobs)
     if critic and policy.value_trunk is not None:
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         total = zero_with_grad(policy.values(batch)[0])
     elif out.values is not None:
         total = total + zero_with_grad(out.values)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
