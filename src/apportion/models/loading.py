@@ -292,12 +292,11 @@ def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **k
         base, loading = base_of(folder), loading | kwargs
         try:
             loaded: tuple[Any, Any] = auto.from_pretrained(base, attn_implementation="sdpa", **loading)
-            return loaded
         except ValueError as error:
             if NO_SDPA not in str(error):
                 raise
             loaded = auto.from_pretrained(base, attn_implementation="eager", **loading)  # such as DeBERTa
-            return loaded
+        return loaded
     except LOAD_ERRORS as error:
         raise ModelError(field, _with_reason(folder, error), expected, FIX) from error
 
