@@ -35,8 +35,8 @@ from apportion.credit import AttentionSpec
 from apportion.evidence.scoring import score
 from apportion.models.attention.row import attention_row
 from apportion.models.reward import RewardModel
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.sources import FixedSource
 from apportion.stages.rl.train import train_batch
 from apportion.system import cpu

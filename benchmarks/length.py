@@ -36,8 +36,8 @@ from apportion.config import PPOConfig, RLConfig, SamplingConfig, ScoreConfig
 from apportion.generation import llama
 from apportion.generation.step_model import extra_padding
 from apportion.models.attention.row import _eager
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import train_batch
 from apportion.system import cpu
 from apportion.training.session import TrainingSession

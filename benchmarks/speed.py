@@ -21,7 +21,7 @@ from typing import Any
 from apportion.config import to_dict
 from apportion.errors import ApportionError, ConfigError
 from apportion.models.loading import load_tokenizer, locate, pick_device
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.system import cpu
 from benchmarks.harness import figures, machine
 from benchmarks.harness.arguments import print_line, run_command, write_json

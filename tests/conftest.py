@@ -1,4 +1,4 @@
-"""Settings every test shares: one thread, quiet libraries, no network, and how many examples hypothesis draws."""
+"""Settings of every test: one thread, quiet libraries, no network, and the number of hypothesis examples."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-# before torch and transformers are imported: nothing in a test may reach out or phone home
+# before torch and transformers are imported: no test may use the network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a command run in this process keeps to one thread as well
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for commands that run in this process
 
-# importlib mode leaves sys.path alone; last, so that no folder here can hide a module
+# importlib mode does not change sys.path; appended last, so that no module there shadows another
 sys.path.append(str(Path(__file__).parent / "support"))
 
 import pytest

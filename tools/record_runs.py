@@ -29,6 +29,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFIC
 MEASURED = ("time/", "memory/")  # metrics of how fast and how large a run is, not of what it computes
 RENAMED = {"guards/": "monitors/", "/tightened": "/raised_kl_coef"}  # names of metrics that 0.1.0 had
 OLD_FLAGS = {"excerpts": "clips", "excerpt_tokens": "clip_tokens", "probe_excerpts": "probe_clips"}  # of 0.1.0
+NEW_FLAGS = {old: new for new, old in OLD_FLAGS.items()}
 RL: dict[str, Any] = {
     "steps": 4,
     "checkpoint_every": 0,
@@ -186,9 +187,10 @@ def renamed(name: str) -> str:
 
 
 def without_seconds(value: Any) -> Any:
-    """Return nested values without those that say how long something took."""
+    """Return nested values without times and prose, under today's keys."""
     if isinstance(value, dict):
-        return {k: without_seconds(v) for k, v in value.items() if "second" not in k and "cost" not in k}
+        kept = {k: v for k, v in value.items() if k != "why" and not k.endswith(("_ms", "seconds", "cost"))}
+        return {NEW_FLAGS.get(k, k): without_seconds(v) for k, v in kept.items()}
     return [without_seconds(v) for v in value] if isinstance(value, list) else value
 
 
@@ -218,7 +220,7 @@ def compare(before: Path, after: Path) -> int:
             print(f"{name[:-5]}: only in {before if one.exists() else after}")
             bad += 1
             continue
-        differ = differences(json.loads(one.read_text()), json.loads(two.read_text()))
+        differ = differences(*(without_seconds(json.loads(path.read_text())) for path in (one, two)))
         print(f"{name[:-5]}: {'the same' if not differ else '; '.join(differ[:6])}")
         bad += bool(differ)
     print(f"{len(names) - bad} of {len(names)} cases are the same to the last digit")

@@ -40,7 +40,7 @@ class ApportionError(Exception):
 
     @property
     def has_parts(self) -> bool:
-        """Whether it says what came and what was expected, and is more than a text."""
+        """Whether it has a value, an expectation and a fix, and is more than a text."""
         return self.got is not _NOTHING
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class UserCodeError(ApportionError, RuntimeError):
 
 
 class MonitorError(ApportionError, ArithmeticError):
-    """A monitor stopped the run: updates that are not finite, or a monitor that was told to stop."""
+    """A monitor stopped the run: updates that are not finite, or a monitor that is set to stop."""
 
 
 class DiskError(ApportionError, OSError):
@@ -111,14 +111,14 @@ class DiskError(ApportionError, OSError):
 
 
 class Interrupted(Exception):
-    """A run that a signal ended after its batch, with a checkpoint: no error, and it can go on.
+    """A run that a signal ended after its batch, with a checkpoint: no error, and it can be resumed.
 
     Attributes:
         code: the exit code that says so, 128 and the signal's number.
     """
 
-    def __init__(self, said: str, code: int) -> None:
-        super().__init__(said)
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
         self.code = code
 
 

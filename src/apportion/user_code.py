@@ -26,8 +26,8 @@ CHECK = "Check it with `apportion doctor --credit NAME`."
 
 
 @dataclass(frozen=True)
-class LastWords:
-    """What is left behind if a call has to be ended together with the process.
+class FilesOnKill:
+    """Files to save if a call has to be ended together with the process.
 
     Attributes:
         place: a sentence that says where. files: {path: text} for the text of the error. trace: path of the traceback.
@@ -42,11 +42,11 @@ class UserCode:
     """Calls user-supplied functions.
 
     Attributes:
-        timeout: seconds that a call may take; None for no limit. last_words: of the current batch.
+        timeout: seconds that a call may take; None for no limit. files_on_kill: of the current batch.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
-        self.timeout, self.last_words = timeout, LastWords()
+        self.timeout, self.files_on_kill = timeout, FilesOnKill()
         self._running = False
 
     def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -58,11 +58,11 @@ class UserCode:
         """
         if self._running or self.timeout is None:
             return call_named(name, function, *args)
-        hung = f"{LATE}. It hung in code that cannot be interrupted. {self.last_words.place}".strip()
+        hung = f"{LATE}. It hung in code that cannot be interrupted. {self.files_on_kill.place}".strip()
         message = str(self._late(name, hung))
         self._running = True
         try:
-            with time_limit(self.timeout, message, self.last_words.files(message), self.last_words.trace):
+            with time_limit(self.timeout, message, self.files_on_kill.files(message), self.files_on_kill.trace):
                 return call_named(name, function, *args)
         except TimedOut as error:
             raise self._late(name, f"{LATE}.") from error

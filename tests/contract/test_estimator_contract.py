@@ -166,7 +166,7 @@ def test_rows_without_tokens_teach_nothing_to_others(make, mask, seed):
 
 
 @every_estimator
-def test_what_an_estimator_says_about_itself_is_true(make):
+def test_what_an_estimator_declares_is_true(make):
     method = make()
     mask = helpers.bools([[1, 1, 1], [1, 1, 0]])
     rollouts, rewards, ids = batch(method, mask, 2)

@@ -238,7 +238,7 @@ WRONG = {
     [(n, v) for n, vs in WRONG.items() for v in vs],
     ids=[f"{n}-{tuple(v.shape)}" for n, vs in WRONG.items() for v in vs],
 )
-def test_a_wrong_shape_names_the_field_what_came_and_what_was_expected(name, value):
+def test_a_wrong_shape_names_the_field_the_value_and_what_was_expected(name, value):
     rollouts = helpers.rollouts(helpers.bools([[1, 1, 0], [1, 0, 0]]), prompt=4, dirty=False)
     values = {f.name: getattr(rollouts, f.name) for f in dataclasses.fields(Rollouts)}
     with pytest.raises(DataError) as caught:

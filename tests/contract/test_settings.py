@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from apportion.cli.arguments import parse
-from apportion.cli.help import format_help
+from apportion.cli.arguments import format_help, parse
 from apportion.compatibility import check_diagnosis, check_processes
 from apportion.config import (
     DemoConfig,

@@ -167,7 +167,7 @@ def test_settings_are_checked_at_construction(settings: dict, field: str) -> Non
         credit.attention(**settings)
 
 
-def test_the_papers_reading_asks_for_nothing_special_and_others_for_theirs() -> None:
+def test_the_papers_reading_needs_the_plain_key_and_others_their_own() -> None:
     usual = [{}, {"layers": -1}, {"layers": [-1]}, {"layers": "last", "heads": "mean", "rollout": False}]
     assert all(credit.attention(**settings).needs == {"reward_attention"} for settings in usual)
     key = EvidenceKey("reward_attention", layers=[-2, -1], heads="mean")
@@ -182,7 +182,7 @@ def test_the_papers_reading_asks_for_nothing_special_and_others_for_theirs() -> 
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_credit_spreads_by_the_evidence_it_asked_for(settings: dict) -> None:
+def test_the_credit_spreads_by_the_evidence_it_requested(settings: dict) -> None:
     method = credit.attention(mix=1.0, **settings)
     mask = helpers.bools([[1, 1, 1, 0]])
     (name,) = method.needs

@@ -68,7 +68,7 @@ def test_the_critic_learns_and_the_reward_model_stays(world: Path) -> None:
     assert all(torch.equal(p, before[name]) for name, p in reward.model.named_parameters())
 
 
-def test_the_first_batch_s_values_are_logged_as_the_reward_model_says(world: Path, tmp_path: Path) -> None:
+def test_the_first_logged_values_are_the_reward_models(world: Path, tmp_path: Path) -> None:
     """Through the whole stage, which loads the reward model itself."""
     changes = {"ppo.value_model": "reward", "credit": "sparse", "steps": 1, "sampling.batch_size": 6}
     run = train.train(tiny_runs.config(world, tmp_path / "run", **changes))

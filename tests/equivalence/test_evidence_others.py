@@ -58,7 +58,7 @@ class TestImplicit:
         score(models, batch, method.needs, ScoreConfig())
         assert next(iter(models.others.values())) is held, "loaded a second time"
 
-    def test_without_a_model_it_says_what_to_set(self) -> None:
+    def test_without_a_model_the_setting_is_named(self) -> None:
         with pytest.raises(ConfigError, match=r"'implicit_logprobs': got 'no model'.* Set implicit.model"):
             plan(credit.implicit().needs)
         (made,) = (p for p, names in plan(credit.implicit(model="x").needs) if "implicit_logprobs" in p.provides)
@@ -136,7 +136,7 @@ class TestProcess:
         with pytest.raises(ScoreError, match=f"rollout {longest} from own_rewards:broken"):
             score(models, batch, {key(f"{mine}:broken")}, ScoreConfig(micro_batch=1))
 
-    def test_without_a_function_it_says_what_to_set(self) -> None:
+    def test_without_a_function_the_setting_is_named(self) -> None:
         with pytest.raises(ConfigError, match=r"'process_rewards': got 'no function'.* Set process.function"):
             plan(credit.process().needs)
 

@@ -137,7 +137,7 @@ def test_a_model_without_a_head_of_a_known_name_is_refused() -> None:
         pass
     with capture_head_outputs(model) as caught, pytest.raises(ValueError, match="input_ids"):
         model()
-    assert caught == [] and not model.score._forward_hooks, "the hook is gone on any exit"
+    assert caught == [] and not model.score._forward_hooks, "any exit removes the hook"
 
 
 def test_prefixes_are_put_into_the_units_of_the_score(world: Path) -> None:

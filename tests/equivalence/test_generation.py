@@ -198,7 +198,7 @@ def test_llamas_of_other_kinds_are_left_to_transformers(world: Path) -> None:
 
 
 def test_sampling_leaves_nothing_in_the_graph(world: Path) -> None:
-    """Training goes on after it: the rollouts are ordinary tensors, the weights as they were."""
+    """Training continues after it: the rollouts are ordinary tensors, the weights as they were."""
     policy = tiny_runs.policy(world)
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     batch = tiny_runs.sampled(policy, tiny_runs.prompts(4))

@@ -102,7 +102,7 @@ def test_scores_and_attention_are_those_of_the_text(world: Path, name: str, extr
     assert torch.equal(without["scores"], found["scores"]) and set(without) == {"scores"}
 
 
-def test_a_decoder_of_the_same_tokenizer_says_the_same_of_ids_and_of_text(world: Path) -> None:
+def test_a_decoder_of_the_same_tokenizer_scores_ids_and_text_alike(world: Path) -> None:
     """The choice is made at load; forced through text, the same model gives the same scores and attention."""
     by_ids = judge(world, "reward")
     assert by_ids.text is None and judge(world, "other").text is not None and judge(world, "encoder").text is not None

@@ -12,7 +12,7 @@ import pytest
 import tiny_runs
 import torch
 from faulty import METHODS
-from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, launch, unlike
+from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, differences, launch
 
 from apportion.cli.main import main
 from apportion.distributed import collectives
@@ -48,7 +48,7 @@ def test_two_processes_take_the_steps_of_one(
     world: Path, ranks: list[dict[str, Any]], case: str, tmp_path: Path
 ) -> None:
     one = parallel_worker.trace(world, tmp_path, parallel_worker.CASES[case])
-    assert unlike(one, ranks[0][case], ranks[1][case]) == []
+    assert differences(one, ranks[0][case], ranks[1][case]) == []
 
 
 def test_controller_saw_the_whole_batch(world: Path, ranks: list[dict[str, Any]]) -> None:
@@ -99,7 +99,7 @@ def test_an_error_in_one_process_ends_all_with_one_message_and_the_run_resumes(
     """With `accelerate launch`; the resumed run is the one run folder that one process would have written."""
     switch = tmp_path / "down"
     switch.touch()
-    credit = "[process: {function: failing_rewards:rewards, keep: true}, kl_penalty: {coef: 0.1, target: 1.0}]"
+    credit = "[process: {function: reward_functions:failing, keep: true}, kl_penalty: {coef: 0.1, target: 1.0}]"
     settings = {"credit": credit, "steps": 3, "checkpoint_every": 1, "compare": "[sparse]"}
     settings |= {"policy": world / "ending", "sampling.stop": "eos"}
     flags = tiny_runs.flags(world, tmp_path / "two", **settings)
@@ -108,10 +108,10 @@ def test_an_error_in_one_process_ends_all_with_one_message_and_the_run_resumes(
     assert done.returncode != 0
     assert done.stderr.count("apportion: ") == 1
     assert done.stderr.count("RuntimeError: the reward service is down") == 1
-    assert "apportion: process 1: failing_rewards:rewards: got" in done.stderr
+    assert "apportion: process 1: reward_functions:failing: got" in done.stderr
     dump = tmp_path / "two" / "stopped" / "step-2-process-1"  # each process has its own rollouts until it is scored
     assert len(tiny_runs.read_lines(dump / "rollouts.jsonl")) == 3 and f"The rollouts are in {dump}." in done.stderr
-    assert "failing_rewards.py" in (dump / "traceback.txt").read_text()
+    assert "reward_functions.py" in (dump / "traceback.txt").read_text()
     status = json.loads((tmp_path / "two" / "status.json").read_text())
     assert status["status"] == "failed" and "the reward service is down" in status["error"]
     assert len(tiny_runs.read_lines(tmp_path / "two" / "metrics.jsonl")) == 1
@@ -151,7 +151,7 @@ def test_an_estimator_that_leaves_one_process_ends_all(world: Path, tmp_path: Pa
         ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "accelerate launch"),
     ],
 )
-def test_what_a_launcher_asks_for_is_done_or_refused(
+def test_launcher_settings_are_applied_or_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str
 ) -> None:
     for name, value in environment.items():
@@ -187,7 +187,7 @@ def test_commands_that_cannot_share_are_refused(
     assert capsys.readouterr().err == ""
 
 
-def test_alone_everything_is_the_identity() -> None:
+def test_in_one_process_every_collective_is_the_identity() -> None:
     x = torch.arange(6.0)
     assert collectives.world_size() == 1 and collectives.is_main() and collectives.broadcast_object("x") == "x"
     assert (

@@ -169,7 +169,7 @@ def test_moments_in_16_bit_follow_those_in_32() -> None:
     assert (moved[1] - moved[0]).norm() < 0.1 * (moved[0] - start).norm()
 
 
-def test_a_restored_optimizer_rounds_as_one_that_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restored_optimizer_rounds_as_an_uninterrupted_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on the steps before."""
     monkeypatch.setattr("apportion.models.master_weights.block", lambda device: GPU_BLOCK)
 
@@ -349,7 +349,7 @@ def test_norms_and_gates_have_autograds_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_llama_made_lean_says_the_same(dtype: torch.dtype) -> None:
+def test_a_llama_with_fast_norms_has_the_same_output(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     sizes = tiny_models.WIDE | tiny_models.SHARED_KEYS
     model = LlamaForCausalLM(LlamaConfig(vocab_size=99, pad_token_id=0, **sizes)).to(dtype).eval()

@@ -14,15 +14,15 @@ import sharded_worker
 import tiny_runs
 import torch
 from safetensors.torch import load_file
-from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, launch, unlike
+from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, differences, launch
 
 from apportion.distributed.launch import check_launch
 from apportion.distributed.sharding import check_groups, layers_of
 from apportion.errors import ConfigError, ModelError
+from apportion.stages.method import build_method
 from apportion.stages.reward import train as reward
 from apportion.stages.rl import train as rl
 from apportion.stages.rl.learner import make_learner
-from apportion.stages.rl.method import build_method
 from apportion.training.checkpoint import load_latest
 from apportion.training.optimizer import zero_with_grad
 from apportion.training.run_folder import RunFolder
@@ -82,17 +82,19 @@ def plain(world: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", sharded_worker.CASES)
-def test_parts_take_the_steps_of_the_whole(world: Path, ranks: list[dict[str, Any]], case: str, tmp_path: Path) -> None:
+def test_sharded_steps_equal_unsharded_ones(
+    world: Path, ranks: list[dict[str, Any]], case: str, tmp_path: Path
+) -> None:
     one = parallel_worker.trace(world, tmp_path, sharded_worker.CASES[case])
     two, other = ranks[0][case], ranks[1][case]
-    assert unlike(one, two, other) == []
+    assert differences(one, two, other) == []
     # the value head (33 weights, two moments and a step each) is whole in both; so is a step of every other weight
     assert two["held"] + other["held"] < 1.05 * one["held"] + 200
     assert max(two["held"], other["held"]) < 0.6 * one["held"] or case == "lora"
 
 
 @pytest.mark.parametrize("case", sharded_worker.SIXTEEN)
-def test_parts_of_sixteen_bit_weights_learn_alike(
+def test_sharded_sixteen_bit_weights_train_alike(
     world: Path, ranks: list[dict[str, Any]], case: str, tmp_path: Path
 ) -> None:
     one = parallel_worker.trace(world, tmp_path, sharded_worker.SIXTEEN[case])
@@ -110,12 +112,12 @@ def test_optimizer_state_is_halved(world: Path, out: Path) -> None:
     assert 2 * weights / 2 < held < 2 * weights / 2 * 1.02  # two moments of half of the weights
 
 
-def test_a_loss_that_fails_in_one_process_is_told_in_both(ranks: list[dict[str, Any]]) -> None:
+def test_a_loss_that_fails_in_one_process_is_an_error_in_both(ranks: list[dict[str, Any]]) -> None:
     assert "process 1 failed" in ranks[0]["error"] and "ValueError: the loss is lost" in ranks[0]["error"]
     assert ranks[1]["error"] == "process 1 failed: the loss is lost"
 
 
-def test_a_checkpoint_of_parts_is_that_of_one_process(world: Path, out: Path) -> None:
+def test_a_sharded_checkpoint_is_that_of_one_process(world: Path, out: Path) -> None:
     config = sharded_worker.settings(world, out / "halves", steps=2, dtype="bfloat16")
     learner = make_learner(config, build_method(config))
     assert load_latest(RunFolder(out / "halves", "rl"), learner) == 1
@@ -139,7 +141,7 @@ def test_the_final_model_holds_the_masters(out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["stopped", "begun"])
-def test_a_run_goes_on_in_parts_and_whole(world: Path, out: Path, plain: Path, name: str) -> None:
+def test_a_run_resumes_sharded_and_unsharded(world: Path, out: Path, plain: Path, name: str) -> None:
     """`stopped` was started sharded and is resumed in one process, `begun` the other way."""
     if name == "stopped":
         rl.train(sharded_worker.settings(world, out / name))
@@ -154,7 +156,7 @@ def test_a_run_goes_on_in_parts_and_whole(world: Path, out: Path, plain: Path, n
 
 
 @pytest.mark.parametrize(("name", "close"), [("reward", 1e-5), ("reward-masters", 0.05)])
-def test_a_reward_model_in_parts_is_that_of_one_process(world: Path, out: Path, name: str, close: float) -> None:
+def test_a_sharded_reward_model_is_that_of_one_process(world: Path, out: Path, name: str, close: float) -> None:
     changes = {"lora.rank": 0, "dtype": "bfloat16"} if "masters" in name else {}
     alone = reward.train(sharded_worker.rewarded(world, out / f"{name}-alone", **changes)).path
     one, two = (tiny_runs.read_lines(path / "metrics.jsonl") for path in (alone, out / name))
@@ -216,7 +218,7 @@ def test_options_that_would_be_ignored_are_refused(
         check_launch()
 
 
-def test_version_2_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_2_must_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="fsdp_version"):
         check_launch()

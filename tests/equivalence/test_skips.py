@@ -148,7 +148,7 @@ def test_metrics_are_means_over_the_updates_that_were_taken(world: Path) -> None
     assert found[0]["skipped"] == 0 and found[1]["skipped"] == 1
 
 
-def test_what_the_first_pass_said_of_a_skipped_batch_stays_out_of_the_weights(world: Path) -> None:
+def test_statistics_of_a_skipped_batch_stay_out_of_the_weights(world: Path) -> None:
     policy, batch, targets = scene(world)
     optimizer = make_optimizer(policy.trainable(), policy.remainders, OPTIM)
     before, skips = everything(policy, optimizer), SkippedUpdates()

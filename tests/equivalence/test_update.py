@@ -18,8 +18,8 @@ from apportion.evidence import Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
 from apportion.segments import build as build_segments
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import apply_truncation, train
 from apportion.stages.rl.update import Targets, first_of_action, make_targets, update
 from apportion.training.optimizer import learning_rate
@@ -198,7 +198,7 @@ def gae_by_hand(rewards: list[float], values: list[float], after: float) -> list
 
 
 @pytest.mark.parametrize("truncated", ["terminal", "bootstrap", "mask", "penalty"])
-def test_truncated_says_what_a_response_without_eos_is_worth(world: Path, truncated: str) -> None:
+def test_truncated_sets_the_value_of_a_response_without_eos(world: Path, truncated: str) -> None:
     learner, batch, _ = learner_of(world, truncated)
     policy = learner.models.policy
     after = policy.forward(batch).after.tolist()
@@ -240,7 +240,7 @@ def test_a_value_that_stands_for_what_would_come_is_not_paid_beside_the_score(wo
     assert (found[batch.ended].abs().sum(dim=1) > 1e-3).all()
 
 
-def test_masked_truncated_rows_teach_nothing_and_count_nowhere(world: Path) -> None:
+def test_masked_truncated_rows_have_no_gradient_and_count_nowhere(world: Path) -> None:
     policy, batch, _ = scene(world)
     ended = batch.mask.sum(dim=1) < 9
     assert ended.any() and not ended.all()

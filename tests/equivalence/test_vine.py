@@ -62,7 +62,7 @@ def test_a_state_with_one_token_left_has_the_mean_score_of_its_endings(world: Pa
 
 
 def test_each_text_is_scored_once_and_whole(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the reward model reads is the prompt, the response so far, and a continuation no longer than was left."""
+    """The reward model scores the prompt, the response so far, and a continuation no longer than the rest."""
     models = models_of(world, stop="eos")
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(3), max_new_tokens=6, stop="eos")
     read: list[list[int]] = []
@@ -96,7 +96,7 @@ def test_values_are_in_the_units_of_the_scores(world: Path) -> None:
     assert scored.evidence["vine_values@samples=2"].abs().max() <= 0.05 + 1e-6
 
 
-def test_a_run_without_segments_is_told_so(world: Path) -> None:
+def test_a_run_without_segments_is_an_error(world: Path) -> None:
     batch = tiny_runs.sampled(tiny_runs.models(world).policy, tiny_runs.prompts(2))
     with pytest.raises(ConfigError, match="segment, sampling and generator"):
         vine_evidence(tiny_runs.models(world), batch, frozenset({"vine_values"}))

@@ -1,4 +1,4 @@
-"""Running the real command on bad input: tiny models and data, the command, and what every refusal must look like."""
+"""The real command on bad input: tiny models and data, the command, and the form of every refusal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from examples import LONG
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-ANEW = os.environ.get("APPORTION_LONG") == "1"  # long: every command is a new process, nothing is forked
 SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
 
 
@@ -30,12 +30,12 @@ class Result:
     out: str
     err: str
     folder: Path
-    loaded: tuple[str, ...] | None = None  # None: the command did not live to say so
+    loaded: tuple[str, ...] | None = None  # None: the process ended before it could report them
 
     @property
     def loads_nothing(self) -> bool:
         """Whether no model library was loaded; not known of a new process."""
-        return self.loaded == () or (ANEW and self.loaded is None)
+        return self.loaded == () or (LONG and self.loaded is None)
 
     def assert_refused(self, *pieces: str, before: str = "") -> None:
         """Check exit code 2, one message with all `pieces` after the output `before`, and no finished run."""
@@ -48,17 +48,17 @@ class Result:
         assert not [path for path in self.folder.rglob("status.json") if "finished" in path.read_text()]
 
     def assert_refused_early(self, *pieces: str) -> None:
-        """Check what `assert_refused` does, and that no model library was loaded to find out."""
+        """Check `assert_refused`, and that no model library was loaded before the error."""
         self.assert_refused(*pieces)
         assert self.loads_nothing
 
     def assert_done(self) -> None:
-        """Check that the command did what it was asked to."""
+        """Check that the command succeeded."""
         assert self.code == 0 and "Traceback" not in self.err, (self.code, self.err)
 
 
 class Server:
-    """One fork server and the commands that it runs."""
+    """A fork server, and the commands that it runs; under APPORTION_LONG=1 each command is a new process."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.folder, self.count = folder, 0
@@ -68,8 +68,8 @@ class Server:
         )
 
     def run(self, *arguments: object, cwd: Path, **environment: str) -> Result:
-        """Run `apportion ARGUMENTS` in folder `cwd` and return what it left."""
-        if ANEW:
+        """Run `apportion ARGUMENTS` in folder `cwd` and return its result."""
+        if LONG:
             return run_python("-m", "apportion", *arguments, cwd=cwd, **environment)
         self.count += 1
         files = {name: self.folder / f"{self.count}.{name}" for name in ("out", "err", "loaded")}
@@ -84,7 +84,7 @@ class Server:
 
 
 def run_python(*arguments: object, cwd: Path, timeout: float = 120, **environment: str) -> Result:
-    """Run a Python of its own, from its start, and return what it left."""
+    """Run a new Python process and return its result."""
     command, environment = [sys.executable, *map(str, arguments)], os.environ | ENVIRONMENT | environment
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     return Result(done.returncode, done.stdout, done.stderr, cwd)
@@ -104,7 +104,7 @@ def server(kind: str, folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server without model libraries: what its commands load, they load themselves."""
+    """A server that has imported no model library, so that a command's own imports show."""
     with server("light", tmp_path_factory.mktemp("light")) as started:
         yield started
 

@@ -1,4 +1,4 @@
-"""Runs `apportion` commands as processes of their own, forked from one that has the libraries imported.
+"""Server that runs `apportion` commands in processes forked from one that has the libraries imported.
 
 Starting Python and importing PyTorch takes seconds a process; a fork of this one takes milliseconds, and is as much a
 process as any: its own exit code, stdout, stderr, environment and working folder.

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examples import LONG
 from malformed_inputs import CASES, Case
 
 Command = Callable[..., Any]
-ANEW = os.environ.get("APPORTION_LONG") == "1"
 KINDS = ("data", "yaml", "flags", "models", "tokenizers", "plugins")
 LIGHT = [case for case in CASES if case.early]
 HEAVY = [case for case in CASES if not case.early]
 # a process from its start takes seconds: one kind in `make test`, all of them in `make test-long`
-SAMPLE = [next(c for c in LIGHT if c.kind == kind) for kind in ("data", "plugins", "yaml", "flags")][: 4 if ANEW else 1]
+SAMPLE = [next(c for c in LIGHT if c.kind == kind) for kind in ("data", "plugins", "yaml", "flags")][: 4 if LONG else 1]
 PROBE = """
 import json, sys
 from apportion.cli.main import main
@@ -64,7 +64,7 @@ def lay(
     return laid
 
 
-def test_the_corpus_counts_what_it_says() -> None:
+def test_the_corpus_has_enough_distinct_cases_of_each_kind() -> None:
     assert len({(case.kind, case.name) for case in CASES}) == len(CASES) >= 60
     assert len({(case.arguments, repr(case.files)) for case in CASES}) == len(CASES), "no case stands twice"
     counted = Counter(case.kind for case in CASES)
@@ -89,7 +89,7 @@ def test_found_when_the_model_is_read(
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=named)
-def test_in_a_process_of_its_own(python: Command, lay: Callable[[Case], list[str]], case: Case) -> None:
+def test_in_a_new_process(python: Command, lay: Callable[[Case], list[str]], case: Case) -> None:
     done = python("-c", PROBE, *lay(case))
     done.err, _, loaded = done.err.partition("\nLOADED ")
     done.assert_refused(*case.pieces)
@@ -99,7 +99,7 @@ def test_in_a_process_of_its_own(python: Command, lay: Callable[[Case], list[str
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", [HEAVY[0]], ids=named)
-def test_a_model_in_a_process_of_its_own(python: Command, lay: Callable[[Case], list[str]], case: Case) -> None:
+def test_a_model_in_a_new_process(python: Command, lay: Callable[[Case], list[str]], case: Case) -> None:
     python("-m", "apportion", *lay(case)).assert_refused(*case.pieces)
 
 

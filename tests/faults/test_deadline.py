@@ -13,7 +13,7 @@ import pytest
 
 from apportion.config import RLConfig
 from apportion.errors import ConfigError
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.system import time_limit as module
 from apportion.system.time_limit import TimedOut, time_limit
 
@@ -62,7 +62,7 @@ def test_a_block_is_interrupted_and_the_next_one_has_its_own_time() -> None:
         pass
 
 
-def test_a_function_may_have_a_time_limit_of_its_own() -> None:
+def test_a_function_may_have_its_own_time_limit() -> None:
     """With SIGALRM, as reward functions do: both work in one call."""
 
     def alarm(number: int, frame: object) -> None:

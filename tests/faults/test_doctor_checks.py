@@ -180,7 +180,7 @@ def test_memory_is_an_estimate_that_stops_no_run(good: Path) -> None:
     assert [(one.name, one.level) for one in results] == [("memory", "fail")] and "sampling.rows" in results[0].fix
 
 
-def test_a_run_with_nothing_to_warn_of_says_nothing(model_command: Command, good: Path, tmp_path: Path) -> None:
+def test_a_sound_run_gets_no_warning(model_command: Command, good: Path, tmp_path: Path) -> None:
     done = model_command("rl", *planted.flags(good, **{"optim.lr": 1e-4}), "--output", "run")
     done.assert_done()
     assert "warning" not in done.err and "doctor" not in json.loads((tmp_path / "run" / "status.json").read_text())

@@ -102,7 +102,7 @@ def test_broken_prompts_are_named(
     command("rl", *rl_flags, "--prompts", given).assert_refused_early(*pieces)
 
 
-def test_a_mended_configuration_takes_the_place_of_a_failed_one(
+def test_a_fixed_configuration_replaces_a_failed_one(
     model_command: Command, tmp_path: Path, rl_flags: list[str]
 ) -> None:
     model_command("rl", *rl_flags, "--prompts", "absent.jsonl").assert_refused("prompts: got 'absent.jsonl'")

@@ -94,7 +94,7 @@ def test_an_unknown_hub_id_without_a_network_is_one_error(model_command: Command
     done.assert_refused("policy: got", "nobody/no-such-model (", "a hub id needs the network or a cached copy")
 
 
-def test_a_pad_token_mends_the_tokenizer(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
+def test_a_pad_token_fixes_the_tokenizer(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
     both = ("--policy", broken / "pad-is-eos", "--reward_model", broken / "reward-pad-is-eos")
     unknown = model_command("rl", *rl_flags, *both, "--pad_token", "<padd>")
     unknown.assert_refused("pad_token: got '<padd>'", "a token of the tokenizer's vocabulary", "'<pad>'")
@@ -166,7 +166,7 @@ def test_the_rollout_of_a_bad_score_is_named_by_its_place_in_the_batch(
         (4, ["log-probabilities in rollout 0: got nan"]),  # it cannot sample any more
     ],
 )
-def test_training_that_diverges_says_so(
+def test_training_that_diverges_is_reported(
     model_command: Command, rl_flags: list[str], rank: int, pieces: list[str]
 ) -> None:
     done = model_command("rl", *rl_flags, "--lora.rank", rank, "--optim.lr", "1e30", "--steps", "4")
@@ -174,7 +174,7 @@ def test_training_that_diverges_says_so(
     done.assert_refused(*pieces, "finite number", "ower optim.lr", before=before)
 
 
-def test_a_reward_model_that_diverges_says_so(model_command: Command, world: Path) -> None:
+def test_a_reward_model_that_diverges_is_reported(model_command: Command, world: Path) -> None:
     flags = (
         "--data",
         world / "reviews.csv",

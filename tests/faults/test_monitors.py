@@ -97,7 +97,7 @@ def test_a_nan_reward_at_batch_seven(rl: Command, tmp_path: Path) -> None:
     assert all(math.isfinite(value) for row in logged for value in row.values())
 
 
-def test_a_reward_model_that_says_nan_at_batch_seven(rl: Command, tmp_path: Path) -> None:
+def test_a_reward_model_that_returns_nan_at_batch_seven(rl: Command, tmp_path: Path) -> None:
     (tmp_path / "poison.py").write_text(
         "from apportion import credit\n\n"
         "def poisoned():\n"
@@ -209,7 +209,7 @@ def test_too_many_in_a_row_stop_the_run(rl: Command, tmp_path: Path, loss: bool)
 WILD = {"steps": 4, "optim.lr": 30.0, "optim.warmup": 0.0, "ppo.epochs": 4}
 
 
-def test_an_exploding_ratio_is_named_once_and_stops_a_run_that_says_so(rl: Command, tmp_path: Path) -> None:
+def test_an_exploding_ratio_is_reported_once_and_stops_a_run_set_to_stop(rl: Command, tmp_path: Path) -> None:
     others = {f"monitors.{name}": "off" for name in ("kl", "entropy", "value_loss", "negative_kl", "reward")}
     done = rl(**WILD, **others)
     done.assert_done()
@@ -231,7 +231,7 @@ def test_an_exploding_ratio_is_named_once_and_stops_a_run_that_says_so(rl: Comma
     assert json.loads((tmp_path / "run" / "stopped" / "step-1" / "metrics.json").read_text())["policy/approxkl"] > 0.5
 
 
-def test_a_stopped_run_goes_on_under_another_guard(rl: Command, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_under_another_monitor(rl: Command, tmp_path: Path) -> None:
     settings = WILD | {"monitors.kl": "off", "monitors.entropy": "off", "monitors.negative_kl": "off"}
     assert rl(**settings, **{"monitors.ratio": "stop"}).code == 2
     rl(**settings, **{"monitors.ratio": "warn"}).assert_done()
@@ -250,7 +250,7 @@ def test_a_kl_that_explodes_tightens(rl: Command, tmp_path: Path) -> None:
     assert logged[first + 1]["kl/coef"] == pytest.approx(1.1 * logged[first]["kl/coef"], rel=1e-5)
 
 
-def test_a_healthy_run_says_nothing(rl: Command, tmp_path: Path) -> None:
+def test_a_healthy_run_raises_no_alert(rl: Command, tmp_path: Path) -> None:
     done = rl(**{"steps": 8, "optim.lr": 0.001, "ppo.epochs": 2})
     done.assert_done()
     assert "monitor" not in done.err
@@ -348,7 +348,7 @@ def test_ids_that_the_evidence_reads_are_checked(
     assert_saved(tmp_path / "run", 1)
 
 
-def test_the_first_error_is_told_when_the_rollouts_cannot_be_saved(tmp_path: Path) -> None:
+def test_the_first_error_is_reported_when_the_rollouts_cannot_be_saved(tmp_path: Path) -> None:
     rollouts = tiny_runs.rollouts_of([[2, 3], [4]], [[5, 6, 7], [8, 9]])
     run = RunFolder.open(str(tmp_path / "run"), "rl", {})
     dump = CrashDump(run, tiny_runs.tiny.tokenizer(), UserCode(), {}, SkippedUpdates(), {})

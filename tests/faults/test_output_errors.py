@@ -81,7 +81,7 @@ def test_what_is_no_run_is_never_touched(
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "status.json"])
-def test_a_damaged_run_folder_is_named_and_fresh_mends_it(
+def test_a_damaged_run_folder_is_named_and_fresh_fixes_it(
     model_command: Command, command: Command, finished: Path, rl_flags: list[str], name: str
 ) -> None:
     (finished / name).write_text("{[")
@@ -114,7 +114,7 @@ def test_evaluate_works_on_it(model_command: Command, finished: Path, world: Pat
     assert json.loads((finished / "evaluation.json").read_text())["prompts"] == 4
 
 
-def test_a_killed_run_goes_on_without_gap_or_repetition(
+def test_a_killed_run_resumes_without_gap_or_repetition(
     model_command: Command, tmp_path: Path, rl_flags: list[str]
 ) -> None:
     flags = [*rl_flags, "--steps", "40", "--checkpoint_every", "3"]

@@ -1,4 +1,4 @@
-"""Going on after anything: damaged checkpoints, lost logs, signals; always to the bits of the uninterrupted run."""
+"""Resuming after damaged checkpoints, lost logs and signals: bitwise equal to the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run(stopped: Path, tmp_path: Path) -> Path:
 
 
 def resumed(models: Path, run: Path, whole: Path) -> int:
-    """Go on with `run`, check that it ends as `whole`, and return the step that it went on from."""
+    """Resume `run`, check that it ends as `whole`, and return the step that it resumed from."""
     rl.train(settings(models, run))
     assert difference(traces(whole), traces(run)) == SAME
     return int(json.loads((run / "status.json").read_text()).get("resumed_from", 0))
@@ -115,9 +115,9 @@ def test_a_damaged_file_is_named_and_the_one_before_it_taken(
     assert {p.name for p in newest.iterdir()} == set(FILES), "every file of a checkpoint is tried"
     damage(newest / name, how)
     assert resumed(models, run, whole) == 2
-    said = capsys.readouterr().err
-    assert f"checkpoint {newest} cannot be used: {name} " in said
-    assert f"resuming from {run / 'checkpoints' / 'step-2'}." in said
+    err = capsys.readouterr().err
+    assert f"checkpoint {newest} cannot be used: {name} " in err
+    assert f"resuming from {run / 'checkpoints' / 'step-2'}." in err
 
 
 def test_every_byte_of_a_manifest_counts(stopped: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_logs_that_lost_their_end_take_the_run_back_to_where_they_have_it(
     assert "step-3 cannot be used: metrics.jsonl has " in capsys.readouterr().err
 
 
-def test_logs_whose_end_is_other_bytes_are_not_gone_on_from(models: Path, run: Path, whole: Path) -> None:
+def test_a_run_does_not_resume_from_logs_with_a_changed_end(models: Path, run: Path, whole: Path) -> None:
     log = run / "rollouts.jsonl"
     content = log.read_bytes()
     log.write_bytes(content[:-50] + bytes(50))  # what a crash of the machine leaves of what it had not written yet
@@ -170,7 +170,7 @@ def test_logs_whose_end_is_other_bytes_are_not_gone_on_from(models: Path, run: P
 
 
 def test_a_checkpoint_that_was_passed_over_is_never_taken_later(models: Path, run: Path, whole: Path) -> None:
-    """Its logs were short; the run goes on and is stopped before it writes that step's checkpoint again."""
+    """Its logs were short; the run is resumed and stopped before it writes that step's checkpoint again."""
     log = run / "metrics.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:2]))
     with pytest.raises(Stopped):
@@ -218,7 +218,7 @@ def test_all_random_states_are_put_back() -> None:
     assert draw() == expected
 
 
-def test_what_moved_the_last_bits_is_told(
+def test_what_changes_a_run_bitwise_is_a_warning(
     models: Path, run: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = run / "checkpoints" / "step-3"
@@ -228,12 +228,12 @@ def test_what_moved_the_last_bits_is_told(
     (newest / PROGRESS).write_text(json.dumps(progress))
     (newest / MANIFEST).write_text(manifest(newest))
     assert resumed(models, run, whole) == 3
-    said = capsys.readouterr().err
-    assert "not be bitwise those of an uninterrupted run" in said
-    assert f"torch was '1.0' and is {torch.__version__!r}." in said
+    err = capsys.readouterr().err
+    assert "not be bitwise those of an uninterrupted run" in err
+    assert f"torch was '1.0' and is {torch.__version__!r}." in err
 
 
-def test_a_run_goes_on_with_the_threads_that_it_began_with(models: Path, run: Path, whole: Path) -> None:
+def test_a_run_resumes_with_its_number_of_threads(models: Path, run: Path, whole: Path) -> None:
     torch.set_num_threads(2)
     try:
         assert resumed(models, run, whole) == 3
@@ -250,7 +250,7 @@ def test_another_model_under_a_checkpoint_is_refused(models: Path, run: Path, tm
         rl.train(config)
 
 
-def test_a_run_goes_on_on_the_kind_of_device_that_it_began_on(models: Path, run: Path) -> None:
+def test_a_run_resumes_on_its_kind_of_device_only(models: Path, run: Path) -> None:
     newest = run / "checkpoints" / "step-3"
     progress = json.loads((newest / PROGRESS).read_text())
     progress["run_environment"]["device of policy"] = "NVIDIA H200"
@@ -334,7 +334,7 @@ def test_states_go_back_to_their_device(tmp_path: Path) -> None:
     assert held.state["there"].device.type == "cuda" and held.state["one"].device.type == "cpu"
 
 
-def test_a_final_save_that_fails_leaves_nothing_and_says_what_it_wants(
+def test_a_final_save_that_fails_leaves_nothing_and_reports_the_size_needed(
     models: Path, run: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     left: list[list[str]] = []
@@ -373,7 +373,7 @@ def reward_config(models: Path, output: Path, **changes: Any) -> RewardConfig:
     [{}, {"lora.rank": 0, "dtype": "bfloat16", "optim.moments": "bfloat16"}],
     ids=["adapters", "all weights in 16 bit"],
 )
-def test_a_reward_model_goes_on_too(models: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_reward_model_resumes_too(models: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     whole = reward.train(reward_config(models, tmp_path / "whole", **changes)).path
     run = tmp_path / "run"
     with pytest.raises(Stopped):
@@ -454,7 +454,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
-def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]) -> None:
+def test_the_command_that_resumes_is_printed(tmp_path: Path, rl_flags: list[str]) -> None:
     """The real command, from its start, with SIGTERM as a cluster sends it; then the printed command."""
     flags = [*rl_flags, "--steps", "400", "--fresh"]
     process = subprocess.Popen(
@@ -469,10 +469,10 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, rl_flags: list[str]
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "Traceback" not in said
-    assert "SIGTERM: finishing this batch and writing a checkpoint" in said
-    printed = said.strip().splitlines()[-1].strip()
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in err
+    assert "SIGTERM: finishing this batch and writing a checkpoint" in err
+    printed = err.strip().splitlines()[-1].strip()
     assert printed == resume_command(["rl", *flags])
     assert printed.startswith("apportion rl ") and "--fresh" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
@@ -505,7 +505,7 @@ def test_a_second_signal_stops_at_once(python: Callable[..., Any]) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_processes_end_after_the_same_batch_and_go_on(models: Path, tmp_path: Path, number: int) -> None:
+def test_processes_end_after_the_same_batch_and_resume(models: Path, tmp_path: Path, number: int) -> None:
     """torchrun passes a signal on; a terminal sends SIGINT to every process as well."""
     run, flags = tmp_path / "run", tiny_runs.flags(models, tmp_path / "run", steps=60, checkpoint_every=50)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -534,7 +534,7 @@ def test_deterministic_kernels_are_left_as_they_were() -> None:
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_a_finished_run_says_what_it_went_on_from(models: Path, run: Path, whole: Path) -> None:
+def test_a_finished_run_records_what_it_resumed_from(models: Path, run: Path, whole: Path) -> None:
     assert resumed(models, run, whole) == 3
     words = tiny_runs.flags(models, run, steps=4, **{"ppo.epochs": 1, "log_rollouts": 2, "compare": "[]"})
     # how often checkpoints are written is no part of what a run is

@@ -261,7 +261,7 @@ def test_settings_that_changed_on_the_way_are_in_config_yaml(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "close"])
-def test_rows_are_there_once_whichever_call_says_that_the_disk_is_full(
+def test_rows_are_logged_once_whichever_call_finds_the_disk_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     run = begun(tmp_path / "run")
@@ -329,7 +329,7 @@ def test_a_stderr_that_nobody_reads_ends_nothing(how: str) -> None:
     assert done.stdout.split() == ["whole", "0"], done
 
 
-def test_errors_that_a_person_can_mend_are_told_as_before(tmp_path: Path) -> None:
+def test_errors_with_a_fix_are_recorded_without_a_traceback(tmp_path: Path) -> None:
     run = opened(tmp_path / "run")
     with pytest.raises(ApportionError), run.record_failure():
         raise ModelError("model: got x")

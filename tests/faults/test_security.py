@@ -63,7 +63,7 @@ def test_every_model_is_loaded_without_its_code() -> None:
     assert seen >= 6
 
 
-def test_a_model_with_code_of_its_own_is_read_without_it(
+def test_a_model_with_custom_code_is_loaded_without_it(
     tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -260,7 +260,7 @@ def test_what_makes_the_rest_uncertain_is_never_left_out(tmp_path: Path, content
         labelled(str(tmp_path / "a.csv"), bad=collected()[0])
 
 
-def test_the_command_leaves_them_out_and_says_so(
+def test_the_command_leaves_them_out_with_a_warning(
     model_command: Command, command: Command, tmp_path: Path, rl_flags: list[str], world: Path
 ) -> None:
     lines = (world / "prompts.jsonl").read_text().splitlines()

@@ -86,7 +86,7 @@ def test_cosine_and_bias_are_the_exact_ones_within_their_own_error(measured, nam
         assert abs(found["mean"] - bias) <= 1.6 * half, (found, bias)
 
 
-def test_biased_and_unbiased_credits_are_told_apart(measured) -> None:
+def test_biased_and_unbiased_credits_are_distinguished(measured) -> None:
     _, gradients, _, _ = measured
     cosine = {name: gradients.interval(lambda w, n=name: gradients.cosine(n, w)) for name in CREDITS}
     assert estimates.direction(cosine["sparse"]) == estimates.direction(cosine["prefix_difference"])
@@ -173,7 +173,7 @@ def test_noise_that_a_method_shares_with_the_true_gradient_is_not_a_direction() 
         (0.3, 0.9, 3),
     ],
 )
-def test_a_verdict_is_what_the_whole_interval_says(low: float, high: float, verdict: int) -> None:
+def test_a_verdict_follows_from_the_whole_interval(low: float, high: float, verdict: int) -> None:
     found = estimates.direction({"mean": (low + high) / 2, "low": low, "high": high})
     assert found == estimates.VERDICTS[verdict]
 

@@ -299,7 +299,7 @@ def test_vine_is_gae_at_lambda_zero_with_those_values():
     torch.testing.assert_close(got.returns, expected.returns)
 
 
-def test_vine_asks_for_its_samples_and_refuses_values_that_are_not_finite():
+def test_vine_requires_its_samples_and_refuses_values_that_are_not_finite():
     assert advantages.vine().needs == {"vine_values"} == advantages.vine(9).needs
     assert advantages.vine(3).needs == {"vine_values@samples=3"}
     mask = helpers.bools([[1, 1], [1, 1]])

@@ -139,7 +139,7 @@ def test_an_episode_is_announced_once_and_ends_after_quiet_batches() -> None:
     assert begins == [1, len(series)] and {1, 4, len(series)} <= set(fires)
 
 
-def test_a_watch_without_its_metric_says_nothing_at_all() -> None:
+def test_a_monitor_without_its_metric_reports_nothing() -> None:
     every = [make() for make in monitors.MONITORS.values()]
     state = monitors.init(every)
     found, after = monitors.observe(every, {"objective/entropy": 3.0, "policy/ratio_limited": 1.0}, state)
@@ -150,7 +150,7 @@ def test_a_watch_without_its_metric_says_nothing_at_all() -> None:
     ]
 
 
-def test_a_state_put_away_and_taken_back_goes_on_alike() -> None:
+def test_a_saved_and_restored_state_continues_identically() -> None:
     monitor = monitors.MONITORS["entropy"]()
     series = [3.0, 2.9, 3.1, 3.0, 3.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2]
     whole = [found.message if found else None for _, found in steps(monitor, {"objective/entropy": series})]

@@ -138,7 +138,7 @@ class TestImplicit:
         assert found["credit/implicit"][0].item() == pytest.approx(0.02 - 0.05 + 0.05 + 0.05 - 0.02 + 0.01 + 0.025)
         assert [v.item() for v in found["credit/implicit_clipfrac"]] == [2, 8] and found["credit/implicit"][1] == 3
 
-    def test_its_model_is_asked_for_and_bad_settings_are_named(self) -> None:
+    def test_its_model_is_required_and_bad_settings_are_named(self) -> None:
         needs = credit.implicit(model="runs/dpo").needs
         assert needs == {'implicit_logprobs@model="runs/dpo"', "reference_logprobs"}
         for name, value in (("coef", -1.0), ("clip", 0.0), ("clip", float("nan")), ("model", " "), ("model", 3)):
@@ -267,7 +267,7 @@ class TestShapley:
     @pytest.mark.parametrize(
         ("settings", "expected"),
         [
-            # Σφ = 1.6, −.6, 2; v(∅) = .4, −.4, .5 goes on the first; row 2's score has .5 more than the model said
+            # Σφ = 1.6, −.6, 2; v(∅) = .4, −.4, .5 is put on the first; row 2's score has .5 more than the model gave
             ({}, [[0.9, 0.5, -1, 1.6], [-0.7, 0, -0.3, 0], [0, 3, 0, 0], [0] * 4]),
             ({"mix": 0.5}, [[0.45, 0.25, -0.5, 1.8], [-0.35, 0, -0.15, -0.5], [0, 3, 0, 0], [0] * 4]),
             ({"mix": 0.0}, [[0, 0, 0, 2], [0, 0, 0, -1], [0, 3, 0, 0], [0] * 4]),

@@ -337,7 +337,7 @@ def test_what_each_loss_declares():
     assert losses.names() == ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce")
 
 
-def test_the_reference_is_asked_for_by_name():
+def test_the_reference_is_requested_by_name():
     logprobs, rollouts, adv, mask, ids = example()
     bare = helpers.rollouts(mask, logprobs=rollouts.old_logprobs)
     with pytest.raises(DataError, match="reference_logprobs"):

@@ -40,7 +40,7 @@ NGRAMS = [
     ("one token", segments.ngrams(reproduce="ma-rlhf-code"), [0, 1, 0], {}, [-1, 0, -1]),
     ("two tokens", segments.ngrams(reproduce="ma-rlhf-code"), [1, 1, 0], {}, [0, 1, -1]),
     ("holes do not count", segments.ngrams(2), [1, 0, 1, 1, 0, 0, 1, 1, 0], {}, [0, -1, 0, 1, -1, -1, 1, 2, -1]),
-    ("turns count anew", segments.ngrams(2), [1] * 7, {"turn": [4, 4, 4, 9, 9, 9, 9]}, [0, 0, 1, 2, 2, 3, 3]),
+    ("turns restart the count", segments.ngrams(2), [1] * 7, {"turn": [4, 4, 4, 9, 9, 9, 9]}, [0, 0, 1, 2, 2, 3, 3]),
     ("a turn comes back", segments.ngrams(5), [1] * 5, {"turn": [0, 0, 1, 0, 0]}, [0, 0, 1, 2, 2]),
     ("a hole's turn is nothing", segments.ngrams(5), [1, 0, 1], {"turn": [0, 8, 0]}, [0, -1, 0]),
     ("two turns, last alone", segments.ngrams(2, reproduce="ma-rlhf-code"), [1] * 5, {"turn": [0] * 3 + [1] * 2},
@@ -85,7 +85,7 @@ def test_perplexity(surprise, expected, hole):
     assert ids(segments.perplexity(), mask, reference_logprobs=reference) == expected
 
 
-def test_perplexity_starts_anew_in_each_turn():
+def test_perplexity_restarts_in_each_turn():
     reference, turn = [-2.0, -1, -1, -1.75, -1], [0, 0, 1, 1, 1]
     assert ids(segments.perplexity(), [1] * 5, reference_logprobs=reference) == [0, 0, 0, 1, 1]
     assert ids(segments.perplexity(), [1] * 5, reference_logprobs=reference, turn=turn) == [0, 0, 1, 2, 2]

@@ -219,7 +219,7 @@ def test_sentences_of_each_turn_are_its_own():
     assert texts_of(batch, ids) == [["One. ", "Two", " three. ", "Four."]]
 
 
-def test_without_the_extra_the_mend_is_named_before_any_model(monkeypatch):
+def test_without_the_extra_the_fix_is_named_before_any_model(monkeypatch):
     monkeypatch.setattr(phrases, "WEIGHTS", "a_package_that_is_not_there")
     for needs in ({"phrase_boundaries"}, {EvidenceKey("phrase_boundaries", max_tokens=3)}):
         with pytest.raises(ConfigError, match=r"pip install apportion\[parsed\]"):

@@ -142,7 +142,7 @@ def test_the_first_word_of_a_response_keeps_its_blank() -> None:
     assert check(PolicyText(tokenizer), prompt, response) == ("a", " b", [(0, 1), (1, 2)])
 
 
-def test_a_decoder_that_looks_far_back_is_asked_for_whole_prefixes() -> None:
+def test_a_decoder_that_looks_far_back_decodes_whole_prefixes() -> None:
     """Two tokens at a time would give the fourth one's character to the third; the pieces then are not the text."""
     texts = {(): "", (1,): "a", (1, 2): "ab", (1, 2, 3): "abcc", (1, 2, 3, 4): "abccd"}
     texts |= {(2,): "b", (2, 3): "bccc", (3,): "cc", (3, 4): "cc"}

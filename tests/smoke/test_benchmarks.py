@@ -89,7 +89,7 @@ def test_runs_are_interleaved_and_their_interval_is_the_medians() -> None:
     order: list[str] = []
     times = abc_cost.rounds([lambda name=name: order.append(name) for name in "abc"], 4)
     assert "".join(order) == "abcbcacababc" and [len(t) for t in times] == [4, 4, 4]
-    found = abc_cost.difference("x", [1.0, 2.0, 3.0], [1.5, 2.25, 4.0], whole=10.0)
+    found = abc_cost.difference("x", [1.0, 2.0, 3.0], [1.5, 2.25, 4.0], total=10.0)
     assert found == {"x_s": 0.5, "x_ratio": 0.05, "x_ratio_low": 0.025, "x_ratio_high": 0.1}
     assert abc_cost.median_interval([float(i) for i in range(15)]) == (3.0, 11.0)  # 96.5% by the binomial
     assert abc_cost.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)

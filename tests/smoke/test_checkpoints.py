@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from apportion.cli.main import main
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import train
 from apportion.training.checkpoint import load_latest, save_checkpoint
 from apportion.training.run_folder import RunFolder
@@ -93,7 +93,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(
         assert_equal(*(tensors(folder) for folder in folders))
 
 
-def test_a_run_that_goes_on_twice_is_still_the_same(world: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_twice_is_still_the_same(world: Path, tmp_path: Path) -> None:
     whole = train(settings(world, tmp_path / "whole"))
     for last in (2, 3, 4):
         with pytest.raises(Interrupted):
@@ -104,7 +104,7 @@ def test_a_run_that_goes_on_twice_is_still_the_same(world: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "abc-rloo", "reinforce++-baseline", "vineppo", "abc-ma"])
-def test_every_kind_of_algorithm_goes_on_and_is_repeated_by_its_own_settings(
+def test_every_kind_of_algorithm_resumes_and_repeats_from_its_saved_settings(
     world: Path, tmp_path: Path, algorithm: str
 ) -> None:
     """Bit for bit, nothing learned by a critic that is not there; config.yaml holds what was left to the method."""

@@ -17,7 +17,7 @@ from examples import LONG
 
 from apportion import advantages, algorithms, credit, losses, segments
 from apportion.errors import ConfigError
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.stages.rl.train import train
 
 
@@ -45,7 +45,7 @@ def credits(folder: Path) -> list[Choice]:
         "attribution": Choice("attribution", "attribution", dense),
         "shapley": Choice("shapley", {"shapley": {"budget": 8}}, dense),
         "implicit": Choice("implicit", {"implicit": {"model": str(folder / "ending")}}),
-        "process": Choice("process", {"process": {"function": "combination_rewards:per_token"}}),
+        "process": Choice("process", {"process": {"function": "reward_functions:per_token"}}),
         "length_penalty": Choice("length_penalty", "length_penalty"),
         "kl_penalty": Choice("kl_penalty", ["sparse", "kl_penalty"], nature("kl")),
     }

@@ -74,7 +74,7 @@ def test_projected_states_keep_inner_products_in_expectation() -> None:
     assert projected(states, 4000, 0) is states
 
 
-def test_every_figure_is_there_and_says_what_it_must(found: tuple[Path, dict[str, Any]]) -> None:
+def test_every_figure_is_there_with_its_expected_value(found: tuple[Path, dict[str, Any]]) -> None:
     reported = found[1]
     assert reported["rollouts"] == 24 and reported["prompts"] == 6 and reported["samples"] == 4
     methods = reported["methods"]
@@ -157,7 +157,7 @@ def test_mistakes_are_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_verdict_says_what_a_stop_bias_pays_for() -> None:
+def test_the_verdict_names_what_a_stop_bias_rewards() -> None:
     wide = {"mean": 0.9, "low": 0.8, "high": 0.97}
     bias = {"mean": -0.2, "low": -0.3, "high": -0.1}
     assert "rewards longer responses" in verdict("uniform", {"cosine": wide, "stop_bias": bias})

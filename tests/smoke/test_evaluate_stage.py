@@ -128,7 +128,7 @@ def test_evaluating_again_replaces_what_was_there(world: Path, trained: Path) ->
     assert evaluated(world, trained) == json.loads(before)
 
 
-def test_all_prompts_are_used_when_there_are_fewer_than_asked_for(world: Path, tmp_path: Path) -> None:
+def test_all_prompts_are_used_when_there_are_fewer_than_requested(world: Path, tmp_path: Path) -> None:
     run = run_of(world, tmp_path / "run")
     found = evaluated(world, run, "--count", "40")
     assert found["prompts"] == 14 == len(tiny_runs.read_lines(run / "samples.jsonl"))
@@ -141,7 +141,7 @@ def test_the_base_of_a_16_bit_run_is_its_own_start(world: Path, tmp_path: Path) 
     assert abs(found["kl"]["mean"]) < 1e-6
 
 
-def test_the_summary_tells_the_measured_figures(world: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_holds_the_measured_figures(world: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluated(world, trained)
     out = capsys.readouterr().out
     assert f"{found['distinct2_before']:.3f} -> {found['distinct2_after']:.3f}" in out

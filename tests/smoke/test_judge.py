@@ -101,6 +101,6 @@ def test_texts_that_teach_nothing_are_refused(texts: list[str], labels: list[int
     assert expected in str(caught.value)
 
 
-def test_a_judge_that_was_not_fitted_says_so() -> None:
+def test_an_unfitted_judge_is_refused() -> None:
     with pytest.raises(ModelError, match=r"Judge: got 'not fitted'.*fit_judge"):
         Judge().probability(["a"])

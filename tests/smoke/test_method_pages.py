@@ -22,7 +22,7 @@ def test_the_pages_and_pictures_are_what_would_be_written() -> None:
 
 
 @pytest.mark.parametrize(("field", "name"), EVERY)
-def test_a_page_says_where_from_under_which_assumption_and_when(field: str, name: str) -> None:
+def test_a_page_states_source_assumption_and_use(field: str, name: str) -> None:
     text = (ROOT / "docs" / "methods" / f"{field}-{name}.md").read_text(encoding="utf-8")
     assert "**Assumes:**" in text and "**Use it " in text
     if field != "segments":

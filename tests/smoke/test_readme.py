@@ -58,7 +58,7 @@ def train(folder: Path, path: Path, *flags: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "rollouts.jsonl").read_text().split("\n") if line]
 
 
-def test_the_python_example_prints_what_the_readme_says(tmp_path: Path) -> None:
+def test_the_python_example_prints_the_readmes_output(tmp_path: Path) -> None:
     example, *_ = blocks("python")
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     done = python("example.py", cwd=tmp_path)

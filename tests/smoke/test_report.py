@@ -58,7 +58,7 @@ def test_refuses_no_runs(tmp_path: Path) -> None:
         write_report([], tmp_path / "report.html")
 
 
-def test_skips_a_cut_off_last_line_and_says_so_in_the_page(tmp_path: Path) -> None:
+def test_skips_a_cut_off_last_line_and_notes_it_on_the_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", metrics_jsonl=METRICS)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "objective/sco')
@@ -104,7 +104,7 @@ def test_page_is_whole_and_reaches_for_nothing(tmp_path: Path) -> None:
     assert [p.name for p in output.parent.iterdir()] == ["report.html"], "no temporary file stays behind"
 
 
-def test_same_names_are_told_apart(tmp_path: Path) -> None:
+def test_equal_names_are_distinguished(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / n, metrics_jsonl=METRICS, status_json={"name": "rl", "stage": "rl"}) for n in "ab"]
     html = write_report([*runs, runs[0]], tmp_path / "r.html").read_text()
     for name in ("rl (a) #1", "rl (b)", "rl (a) #2"):

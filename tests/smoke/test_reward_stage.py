@@ -17,14 +17,22 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from apportion.cli.arguments import parse
 from apportion.cli.main import main
 from apportion.config import RewardConfig
+from apportion.data import Labelled, labelled_splits
 from apportion.models.loading import prepared
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.saving import save_classifier
+from apportion.stages.reward import inputs
 from apportion.stages.reward import train as stage
+from apportion.stages.reward.evaluation import evaluate, token_ids
+from apportion.stages.reward.excerpts import random_excerpts, right_pad
 
 GOOD = ["wonderful", "lovely", "great", "warm", "fine"]
 BAD = ["terrible", "boring", "stupid", "dull", "bad"]
 NAMES = ["story", "cast", "music", "acting", "plot", "heart", "picture"]
+
+
+def splits(config: Any) -> tuple[list[Labelled], list[Labelled]]:
+    return labelled_splits(config.data, config.test_data, config.test_texts)
 
 
 def write_reviews(path: Path, count: int, shift: int) -> Path:
@@ -92,7 +100,7 @@ def test_it_learns_and_judges_texts_it_never_saw(world: Path, trained: Path) -> 
 
 
 def test_the_saved_model_judges_as_a_plain_transformers_classifier(world: Path, trained: Path) -> None:
-    """Accuracy, mean and sd that were written down, recomputed on whole texts without our library."""
+    """The recorded accuracy, mean and sd, recomputed on whole texts without our library."""
     model = AutoModelForSequenceClassification.from_pretrained(trained / "final", dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(trained / "final")
     assert model.config.id2label == {0: "negative", 1: "positive"}
@@ -113,7 +121,7 @@ def test_mean_and_sd_beside_the_weights_are_those_of_the_held_out_clips(world: P
     config = parse(RewardConfig, "reward", flags(world, trained)).config
     reward = load_reward(str(trained / "final"), device="cpu")
     assert (reward.mean, reward.sd) == (stored["mean"], stored["sd"]) and reward.sd > 0.05
-    again = stage.evaluate(trained / "final", stage.read_data(config)[1], config)
+    again = evaluate(trained / "final", splits(config)[1], config)
     assert again["score_mean"] == pytest.approx(stored["mean"], abs=1e-5)
     assert again["score_sd"] == pytest.approx(stored["sd"], abs=1e-5)
     low, high = again["score_interval"]["low"], again["score_interval"]["high"]
@@ -143,9 +151,9 @@ def test_merged_adapters_judge_as_the_adapters_did(world: Path, tmp_path: Path, 
     """The head is trained in float32 over the base, also where the base is in 16 bit, and saved with the rest."""
     config = parse(RewardConfig, "reward", flags(world, tmp_path / "run", dtype=dtype)).config
     tokens = tiny.tokenizer()
-    excerpts = stage.random_excerpts(*stage._ids(stage.read_data(config)[0], tokens, config), 64, [6, 24], 0)
+    excerpts = random_excerpts(*token_ids(splits(config)[0], tokens, config), 64, [6, 24], 0)
     torch.manual_seed(0)
-    model = stage._model(config, str(world / "base"), tokens, torch.device("cpu"), excerpts)
+    model = inputs.classifier(config, str(world / "base"), tokens, torch.device("cpu"), excerpts)
     kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert kinds == {(True, torch.float32), (False, getattr(torch, dtype))}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -154,7 +162,7 @@ def test_merged_adapters_judge_as_the_adapters_did(world: Path, tmp_path: Path, 
             parameter += 0.1 * torch.randn_like(parameter)
     save_classifier(model, tokens, str(world / "base"), tmp_path / "final", "card", lora=True)
     merged = prepared(AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", dtype=torch.float32))
-    ids, mask, _ = stage.right_pad(excerpts[:8], tokens.pad_token_id)
+    ids, mask, _ = right_pad(excerpts[:8], tokens.pad_token_id)
     one, two = (RewardModel(m.eval(), tokens).score(ids, mask)[0] for m in (model, merged))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5 if dtype == "float32" else 0.2)
     assert one.std() > 0.05
@@ -179,11 +187,11 @@ def test_without_test_data_a_tenth_is_held_out_for_good(world: Path, tmp_path: P
     write_reviews(tmp_path / "more.csv", 400, 2)
     changes = {"data": tmp_path / "more.csv", "test_data": "null"}
     config = parse(RewardConfig, "reward", flags(world, tmp_path / "run", **changes)).config
-    training, held_out = stage.read_data(config)
+    training, held_out = splits(config)
     assert len(training) + len(held_out) == 400 and 15 < len(held_out) < 70
     assert not {r.text for r in training} & {r.text for r in held_out}
     assert 0.2 < sum(r.label for r in held_out) / len(held_out) < 0.8
-    assert [r.text for r in stage.read_data(config)[1]] == [r.text for r in held_out]
+    assert [r.text for r in splits(config)[1]] == [r.text for r in held_out]
 
 
 def test_it_serves_the_rl_stage(world: Path, trained: Path, tmp_path: Path) -> None:
@@ -204,12 +212,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     inner, calls, before = stage._accumulate, iter(range(1000)), {}
 
     def spoilt(learner: Any, *given: Any) -> dict[str, torch.Tensor]:
-        sums, learned = inner(learner, *given), learner.trainable
+        sums, trainable = inner(learner, *given), learner.trainable
         if "weights" in before:  # after the spoilt batch
-            assert all(torch.equal(p, old) for p, old in zip(learned, before.pop("weights"), strict=True))
+            assert all(torch.equal(p, old) for p, old in zip(trainable, before.pop("weights"), strict=True))
         if next(calls) == 4:
-            learned[0].grad.view(-1)[0] = torch.inf
-            before["weights"] = [p.detach().clone() for p in learned]
+            trainable[0].grad.view(-1)[0] = torch.inf
+            before["weights"] = [p.detach().clone() for p in trainable]
         return sums
 
     monkeypatch.setattr(stage, "_accumulate", spoilt)

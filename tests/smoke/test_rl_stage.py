@@ -21,8 +21,8 @@ from apportion.cli.main import main
 from apportion.credit import METHODS
 from apportion.errors import ModelError
 from apportion.models.loading import has_bfloat16
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.train import train
 
 FIELDS = {
@@ -186,7 +186,7 @@ def mine(*, coef=3.0):
 """
 
 
-def test_a_coefficient_of_ones_own_is_no_kl_penalty(
+def test_a_user_defined_coefficient_is_no_kl_penalty(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "coef_credit.py").write_text(COEF)
@@ -229,7 +229,7 @@ def test_without_mix_a_run_is_the_sparse_run_bit_for_bit(world: Path, tmp_path: 
     assert not all(torch.equal(a[key], c[key]) for key in a), "the credit changed nothing at all"
 
 
-def test_the_adaptive_coefficient_moves_as_its_formula_says(world: Path, tmp_path: Path) -> None:
+def test_the_adaptive_coefficient_follows_its_formula(world: Path, tmp_path: Path) -> None:
     """κ ← κ·(1 + clip(kl/target − 1, ±0.2)·n/horizon), over a run whose KL lies on both sides of the target."""
     spec = "[attention, {kl_penalty: {coef: 0.3, target: 0.4, horizon: 60}}]"
     run = finished(world, tmp_path / "run", credit=spec, steps=6, **{"optim.lr": 0.003, "sampling.batch_size": 12})
@@ -279,7 +279,7 @@ def test_a_start_that_is_an_adapter_runs(world: Path, tmp_path: Path) -> None:
             train(tiny_runs.config(world, tmp_path / "other", policy=tmp_path / "adapter"))
 
 
-def test_every_pass_over_the_prompts_has_each_once_in_an_order_of_its_own(world: Path) -> None:
+def test_every_pass_over_the_prompts_has_each_once_in_a_new_order(world: Path) -> None:
     def dealt(seed: int) -> list[list[list[int]]]:
         config = tiny_runs.config(world, seed=seed, **{"sampling.prompt_tokens": "null"})
         stream = make_learner(config, build_method(config)).prompts
@@ -327,7 +327,7 @@ def untimed(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
 
 
-def test_the_same_seed_gives_the_same_run_in_processes_of_their_own(world: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_in_separate_processes(world: Path, tmp_path: Path) -> None:
     """With two threads, other addresses in memory and other hash seeds; stdout holds the run folder and no more."""
     results = []
     for name in ("one", "two"):

@@ -1,4 +1,4 @@
-"""Models that cannot be used, each wrong in the way that its folder's name says."""
+"""Models that cannot be used, each with the defect that its folder's name states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many examples a property is checked with: few in `make test`, 200 or more in `make test-long`."""
+"""Number of hypothesis examples of a property: few in `make test`, 200 or more in `make test-long`."""
 
 from __future__ import annotations
 

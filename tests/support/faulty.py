@@ -1,4 +1,4 @@
-"""Modules as a user would write them, each function in them wrong in one way: process rewards and methods."""
+"""User-supplied modules in which each function has one fault: process rewards and methods."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from apportion.errors import ApportionError, ConfigError
 from apportion.models.text.render import encode, render
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.text.transfer import transfer
-from apportion.stages.rl.method import build_method
+from apportion.stages.method import build_method
 from apportion.system import safe_yaml
 
 # --- bytes: anything, valid tables, and valid tables that were damaged

@@ -1,4 +1,4 @@
-"""Building rollouts for tests: random ones from a mask, poisoned where nothing may be read, and padded copies."""
+"""Rollouts for tests: random ones from a mask, poisoned where nothing may be read, and padded copies."""
 
 from __future__ import annotations
 

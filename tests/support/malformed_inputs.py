@@ -1,4 +1,4 @@
-"""Malformed inputs, one a line: what is given, and what the command has to say of it.
+"""Malformed inputs, one a line, each with the pieces of the error that the command must print.
 
 `{world}` and `{models}` in arguments stand for the folders of tiny sound models and of malformed ones.
 """

@@ -19,9 +19,9 @@ from apportion.config import RewardConfig
 from apportion.distributed import collectives
 from apportion.errors import MonitorError
 from apportion.masking import masked_mean, whiten
+from apportion.stages.method import build_method
 from apportion.stages.reward import train as reward
 from apportion.stages.rl.learner import make_learner
-from apportion.stages.rl.method import build_method
 from apportion.training.nonfinite import SkippedUpdates
 
 ADAPTIVE = "[attention: {mix: 0.7}, kl_penalty: {coef: 0.1, target: 0.5, horizon: 20}]"

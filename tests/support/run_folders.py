@@ -1,4 +1,4 @@
-"""Writes run folders with plausible numbers, as the stages would, for tests that look at the report."""
+"""Run folders with plausible numbers, in the stages' format, for the tests of the report."""
 
 from __future__ import annotations
 

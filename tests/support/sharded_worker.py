@@ -23,10 +23,10 @@ from apportion.config import RewardConfig, RLConfig
 from apportion.distributed import collectives
 from apportion.errors import ApportionError
 from apportion.losses import ppo
+from apportion.stages.method import build_method
 from apportion.stages.reward import train as reward
 from apportion.stages.rl import train as rl
 from apportion.stages.rl.learner import make_learner
-from apportion.stages.rl.method import build_method
 
 CASES: dict[str, dict[str, Any]] = {
     # 7 rollouts in mini-batches of 5 and 2: shares of 3 and 2, which are 2 micro-batches and 1. The prompts of one

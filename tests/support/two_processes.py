@@ -1,4 +1,4 @@
-"""Starting two processes, and comparing what they did with what one did."""
+"""Launchers of two processes, and the comparison of their run with that of one process."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not w
 
 
 def launch(words: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with the source and the tests to import from, and without what a launcher said of another."""
+    """Run a command with src and tests/support on the import path, and without the settings of an outer launcher."""
     paths = os.pathsep.join([str(REPO / "src"), str(SUPPORT)])
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "MASTER_"))}
     settings = plain | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=settings, timeout=240)
 
 
-def unlike(one: dict[str, Any], two: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Return in what traces of a run in one process and in each of two differ by more than the rounding of float32."""
+def differences(one: dict[str, Any], two: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return what differs by more than float32 rounding between the trace of one process and those of two."""
     if two["ids"] != one["ids"]:
         return ["other tokens were sampled"]
     if not len(two["gradients"]) == len(one["gradients"]) > 2 or len(two["metrics"]) != len(one["metrics"]):
         return ["the number of steps"]
-    found: list[str] = []
-    # the first step is from the same weights; Adam lets their roundings grow from there
+    result: list[str] = []
+    # the first step starts from the same weights; under Adam their rounding errors grow from there
     apart = [float((a - b).norm() / a.norm()) for a, b in zip(one["gradients"], two["gradients"], strict=True)]
     if not (apart[0] < 1e-5 and max(apart) < 1e-3):
-        found.append(f"gradients: {apart}")
+        result.append(f"gradients: {apart}")
     for step, (mine, theirs) in enumerate(zip(one["metrics"], two["metrics"], strict=True)):
         if mine.keys() != theirs.keys():
-            found.append(f"names of metrics at step {step}: {sorted(mine.keys() ^ theirs.keys())}")
+            result.append(f"names of metrics at step {step}: {sorted(mine.keys() ^ theirs.keys())}")
         for name in mine.keys() & theirs.keys():
             if theirs[name] != pytest.approx(mine[name], rel=1e-4, abs=2e-6):
-                found.append(f"{name} at step {step}: {mine[name]} and {theirs[name]}")
+                result.append(f"{name} at step {step}: {mine[name]} and {theirs[name]}")
     if one["state"].keys() != two["state"].keys():
-        found.append("names of states")
+        result.append("names of states")
     for name in one["state"].keys() & two["state"].keys():
         if not torch.allclose(two["state"][name], one["state"][name], rtol=1e-6, atol=0):
-            found.append(f"state {name}")
-    # the processes themselves do not drift apart by a bit
+            result.append(f"state {name}")
+    # the two processes stay bitwise equal
     pairs = [(two["weights"], other["weights"]), *zip(two["gradients"], other["gradients"], strict=True)]
     if two["metrics"] != other["metrics"] or not all(torch.equal(a, b) for a, b in pairs):
-        found.append("the two processes from each other")
-    return found
+        result.append("the two processes from each other")
+    return result

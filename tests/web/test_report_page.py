@@ -38,7 +38,7 @@ def traces(page: Any, chart: str) -> set[str]:
     return set(names)
 
 
-def test_every_figure_draws_a_trace_for_each_run(report: Path, open_page: Open) -> None:
+def test_every_figure_draws_a_trace_for_each_run_that_is_shown(report: Path, open_page: Open) -> None:
     page = open_page(report)
     for summary in page.locator("#curves summary").all():
         summary.click()
@@ -55,10 +55,6 @@ def test_every_figure_draws_a_trace_for_each_run(report: Path, open_page: Open) 
         assert len(traces(page, chart)) == runs, chart
         paths = plot.locator(".scatterlayer .trace path").evaluate_all("nodes => nodes.map(n => n.getAttribute('d'))")
         assert paths and all(d and "NaN" not in d for d in paths), chart
-
-
-def test_hiding_a_run_takes_it_out_of_every_curve(report: Path, open_page: Open) -> None:
-    page = open_page(report)
     assert traces(page, "objective/kl") == {"abc, seed 1", "ppo &lt;b&gt;seed&lt;/b&gt; 1"}
     page.locator("[data-show-run='1']").uncheck()
     assert traces(page, "objective/kl") == {"abc, seed 1"}
@@ -82,8 +78,15 @@ def test_method_and_quantity_switches_change_the_colours(report: Path, open_page
     assert names == ["sparse", "uniform", "attention", "policy_attention"]
 
 
-def test_rollout_picker_changes_the_text(report: Path, open_page: Open) -> None:
+def test_table_of_values_sums_to_the_score_and_rollout_picker_changes_the_text(report: Path, open_page: Open) -> None:
     page = open_page(report)
+    page.locator("[data-values] summary").click()
+    page.wait_for_selector("[data-table] td")
+    table = page.locator("[data-table] tr").evaluate_all("rows => rows.map(r => [...r.cells].map(c => c.textContent))")
+    column = table[0].index("attention")
+    total = sum(float(row[column].replace("\u2212", "-")) for row in table[1:])
+    score = float(page.locator("[data-facts]").inner_text().split("score ")[1].split(" ")[0])
+    assert total == pytest.approx(score, abs=0.02)
     first = page.locator("[data-tokens]").inner_text()
     page.get_by_role("button", name="Last").click()
     assert page.locator("[data-step-text]").inner_text().startswith("200 ")
@@ -111,17 +114,6 @@ def test_works_by_keyboard(report: Path, open_page: Open) -> None:
     assert page.locator("[data-readout]").inner_text().startswith("2. ")
 
 
-def test_table_of_values_sums_to_the_score(report: Path, open_page: Open) -> None:
-    page = open_page(report)
-    page.locator("[data-values] summary").click()
-    page.wait_for_selector("[data-table] td")
-    table = page.locator("[data-table] tr").evaluate_all("rows => rows.map(r => [...r.cells].map(c => c.textContent))")
-    column = table[0].index("attention")
-    total = sum(float(row[column].replace("\u2212", "-")) for row in table[1:])
-    score = float(page.locator("[data-facts]").inner_text().split("score ")[1].split(" ")[0])
-    assert total == pytest.approx(score, abs=0.02)
-
-
 def test_planted_markup_is_shown_and_never_runs(report: Path, open_page: Open) -> None:
     page = open_page(report)
     tokens = page.locator(MAIN).all_inner_texts()
@@ -137,7 +129,7 @@ def test_planted_markup_is_shown_and_never_runs(report: Path, open_page: Open) -
     assert scripts == ["chart-data", "rollout-data", "code", "code", "code"]
 
 
-def test_policy_blocks_a_script_that_gets_in(report: Path, open_page: Open, tmp_path: Path) -> None:
+def test_policy_blocks_the_network_and_a_script_that_gets_in(report: Path, open_page: Open, tmp_path: Path) -> None:
     html = report.read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
     broken.write_text(html.replace("<main>", "<main><script>window.pwned=1</script>", 1), encoding="utf-8")
@@ -145,16 +137,11 @@ def test_policy_blocks_a_script_that_gets_in(report: Path, open_page: Open, tmp_
     assert page.evaluate("window.pwned") == 1, "the planted script works where the policy is switched off"
     page = open_page(broken, expect="Content Security Policy")
     assert page.evaluate("window.pwned") is None
-
-
-def test_policy_forbids_the_network(report: Path, open_page: Open) -> None:
-    page = open_page(report, expect="Content Security Policy")
     message = page.evaluate("fetch('https://example.org/').then(() => 'reached', error => error.name)")
     assert message == "TypeError"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 390), ("dark", 1200)])
 def test_fits_and_is_readable(report: Path, open_page: Open, scheme: str, width: int) -> None:
     page = open_page(report, color_scheme=scheme, viewport={"width": width, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= width

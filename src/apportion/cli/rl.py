@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
 
 def check_method(config: RLConfig) -> Method:
     """Return the run's method; warn when γ < 1 meets a redistributing credit. Raises ConfigError."""
-    from apportion.stages.rl.method import build_method
+    from apportion.stages.method import build_method
 
     method = build_method(config)
     warning = discount_warning(method)

@@ -4,7 +4,7 @@ from apportion.data.assets import BUILTIN_DATA, BUILTIN_MODELS, builtin_model, b
 from apportion.data.bad_rows import BadRows
 from apportion.data.formats import Row
 from apportion.data.prompts import Messages, prompts
-from apportion.data.reviews import Labelled, labelled
+from apportion.data.reviews import Labelled, labelled, labelled_splits
 from apportion.data.splits import PARTS, bucket, part
 from apportion.data.tables import check_text, iter_rows, read_rows, require, usable
 
@@ -23,6 +23,7 @@ __all__ = [
     "check_text",
     "iter_rows",
     "labelled",
+    "labelled_splits",
     "part",
     "prompts",
     "read_rows",

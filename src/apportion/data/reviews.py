@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import NamedTuple
 
@@ -49,6 +50,33 @@ def labelled(
         got = f"{source}: no row of {len(rows)} falls into part {part!r}"
         raise DataError(field, got, "at least one row", "Give more rows, or no part.")
     return chosen
+
+
+def labelled_splits(
+    data: str, test_data: str | None, test_texts: int, bad: BadRows | None = None
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Return (training rows, held-out rows), at most `test_texts` of the second. Raises DataError.
+
+    Without `test_data`, a fixed tenth of `data` is held out by hash of the text; "imdb" has held-out parts of its own.
+    """
+    if data == "imdb" and test_data is None:
+        training, held_out = labelled("imdb", "reward_train"), labelled("imdb", "reward_test")
+    elif test_data is not None:
+        training = labelled(data, bad=bad)
+        held_out = labelled(test_data, field="test_data", bad=bad)
+    else:
+        rows = labelled(data, bad=bad)
+        training = [row for row in rows if splits.bucket(row.text) >= 10]
+        held_out = [row for row in rows if splits.bucket(row.text) < 10]
+        if not training or not held_out:
+            fix = "Give more rows, or held-out ones of their own with --test_data."
+            raise DataError("data", f"{len(rows)} rows", "enough to hold a tenth of them out", fix)
+    if len({row.label for row in training}) < 2:
+        got = f"{len(training)} training rows, all with label {training[0].label}"
+        raise DataError("data", got, "rows of both labels", "Give texts of both kinds.")
+    # files are often sorted by label: take the held-out texts in the order of a hash
+    held_out = sorted(held_out, key=lambda row: hashlib.sha256(row.text.encode()).digest())
+    return training, held_out[:test_texts]
 
 
 def _table(source: str, field: str, bad: BadRows | None) -> list[Labelled]:

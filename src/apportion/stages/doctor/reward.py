@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from apportion.config import RewardConfig
+from apportion.data import labelled_splits
 from apportion.errors import ConfigError, DataError
 from apportion.models.loading import context_of, load_settings, locate, read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import labels, machine, prompts, tokens
 from apportion.stages.doctor.findings import Result, ok
 from apportion.stages.doctor.rl import bad_row_counter, check, with_bad_rows
-from apportion.stages.reward.train import read_data
 
 
 def open_model(case: Case) -> Result:
@@ -28,7 +28,8 @@ def open_model(case: Case) -> Result:
 def open_data(case: Case) -> Result:
     """The labelled texts can be read, and both labels are common in training and held-out texts."""
     bad = bad_row_counter(case.config)
-    case.training, case.held_out = read_data(case.config, bad)
+    config = case.config
+    case.training, case.held_out = labelled_splits(config.data, config.test_data, config.test_texts, bad)
     return with_bad_rows(labels.balance(case), bad)
 
 

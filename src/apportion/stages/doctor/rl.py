@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from apportion.config import RewardConfig, RLConfig
-from apportion.data import BUILTIN_DATA, labelled
+from apportion.data import BUILTIN_DATA, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
 from apportion.generation.prompts import conversations, encoded, load_prompts
@@ -18,9 +18,7 @@ from apportion.models.loading import NO_CODE, context_of, load_settings, locate,
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
 from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, fail, ok, warn
-from apportion.stages.reward.train import read_data
-from apportion.stages.rl.method import build_method
-from apportion.stages.rl.rollout_log import comparisons
+from apportion.stages.method import build_method, comparisons
 from apportion.system import safe_yaml
 
 
@@ -92,7 +90,8 @@ def load_reward_data(case: Case) -> None:
         stored = safe_yaml.load(file.read_text(encoding="utf-8"))
         if not isinstance(stored, dict) or "excerpts" not in stored:  # another stage, or no run folder
             return
-        case.training, case.held_out = read_data(stored_reward_config(stored))
+        config = stored_reward_config(stored)
+        case.training, case.held_out = labelled_splits(config.data, config.test_data, config.test_texts)
     except (ApportionError, yaml.YAMLError, OSError, ValueError, TypeError) as error:  # the data may have moved
         case.notes["reward_data"] = (str(error).splitlines() or [type(error).__name__])[0]
     case.labelled = case.labelled or case.held_out
@@ -195,7 +194,7 @@ def check_rl(
     """Return the findings of all checks for a run with these settings; loads its models once, unless `fast`.
 
     Args:
-        threads: what `cpu.configure_threads` returned.
+        threads: the result of `cpu.configure_threads`.
         eval_prompts: prompts of the later evaluation, in the form of `prompts`.
         labels: labelled texts to test the order of scores on, in the form of `apportion reward --data`.
         on_check: called with the name of each check before it runs.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion import credit
 from apportion.batching import micro_batches, trim
 from apportion.config import RLConfig
 from apportion.data.bad_rows import leaving_out
@@ -25,8 +26,8 @@ from apportion.models.text.render import check_embeddings
 from apportion.models.text.token_spans import PolicyText
 from apportion.registry import EvidenceKey
 from apportion.stages.doctor.rl import preflight
+from apportion.stages.method import comparisons
 from apportion.stages.rl.policy import make_policy
-from apportion.stages.rl.rollout_log import comparisons, rewards_before_kl
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import FirstPass, Targets, update
 from apportion.system.disk import require_space
@@ -72,7 +73,7 @@ class Learner:
         self.monitoring = Monitoring(config.monitors, run)
         names = user_defined_names({**method.specs, "compare": list(compare), "needs": self.needs})
         modules = {name.split(":")[0]: name for name in names}
-        columns = {"credit": lambda rollouts: rewards_before_kl(self, rollouts), "ratio": self.ratios}
+        columns = {"credit": self.rewards_before_kl, "ratio": self.ratios}
         tokenizer, nonfinite = self.policy.tokenizer, self.monitoring.nonfinite
         self.crash_dump: CrashDump | None = CrashDump(run, tokenizer, models.user_code, modules, nonfinite, columns)
 
@@ -108,7 +109,7 @@ class Learner:
 
     def state_dict(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint."""
-        # `models.generator` is the same one, or seeded anew for each step (`sources.reseed`)
+        # `models.generator` is the same one, or seeded for each step (`sources.reseed`)
         packed = self.policy.weights.gather_state(pack_state(self.policy.learning(), self.optimizer))
         return packed | {
             "state": self.credit_state | {"generator": self.generator.get_state()},
@@ -175,6 +176,14 @@ class Learner:
             self.credit_state = method.update(self.credit_state, sums)
         coefficients = self.kl_coefficients()
         return metrics | ({"kl/coef": float(sum(coefficients))} if coefficients else {})
+
+    def rewards_before_kl(self, rollouts: Rollouts) -> Tensor:
+        """Return the rewards (B,T) of the credit chain without its KL penalty."""
+        rewards, _ = credit.apply(self.method.credit, rollouts, self.credit_state)
+        if self.method.credit.keeps_return:
+            return rewards
+        kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.evidence["reference_logprobs"], 0.0)
+        return rewards + sum(self.kl_coefficients()) * kl
 
     def kl_coefficients(self) -> list[Tensor]:
         """Return κ of every KL penalty in the chain (one at most: `compatibility` refuses two)."""

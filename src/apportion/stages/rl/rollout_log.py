@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apportion import credit, registry
+from apportion import credit
 from apportion.credit import REWARD_ATTENTION
 from apportion.masking import normalise
 from apportion.registry import EvidenceKey
+from apportion.stages.rl.learner import Learner
 from apportion.training.crash_dump import DECIMALS
 from apportion.types import Advantages, Credit, Rollouts
-from apportion.user_code import guard_credit
-
-if TYPE_CHECKING:
-    from apportion.stages.rl.learner import Learner
-
-
-def comparisons(names: Iterable[str]) -> dict[str, Credit]:
-    """Return the credit methods to log beside the one that is trained, by name. Raises ConfigError."""
-    for name in names:
-        registry.find("compare", name, credit.METHODS)  # an unknown one is an error of this setting
-    return {name: guard_credit(name, credit.make(name, {})) for name in names}
 
 
 def rollout_records(
@@ -36,7 +26,7 @@ def rollout_records(
     kl = torch.where(some.mask, some.logprobs - some.evidence["reference_logprobs"], 0.0)
     by_method = {name: credit.apply(method, some)[0] for name, method in learner.compare.items()}
     columns = {
-        "credit": rewards_before_kl(learner, some),
+        "credit": learner.rewards_before_kl(some),
         "kl": kl,
         "reward": rewards[:rows],
         "advantage": estimated.advantages[:rows],
@@ -54,15 +44,6 @@ def attention_name(method: Credit) -> str:
     """Return the name of the attention evidence that a credit uses, the paper's where it uses none."""
     names = [need for need in method.needs if EvidenceKey.of(need).name == REWARD_ATTENTION]
     return min(names, default=REWARD_ATTENTION)
-
-
-def rewards_before_kl(learner: Learner, rollouts: Rollouts) -> Tensor:
-    """Return the rewards (B,T) of the whole chain but its KL penalty."""
-    rewards, _ = credit.apply(learner.method.credit, rollouts, learner.credit_state)
-    if learner.method.credit.keeps_return:
-        return rewards
-    kl = torch.where(rollouts.mask, rollouts.logprobs - rollouts.evidence["reference_logprobs"], 0.0)
-    return rewards + sum(learner.kl_coefficients()) * kl
 
 
 def _record(

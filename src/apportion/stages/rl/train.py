@@ -14,8 +14,8 @@ from apportion.config import PPOConfig, RLConfig, to_dict
 from apportion.evidence.scoring import score
 from apportion.models.loading import locate
 from apportion.models.saving import save_policy
+from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
-from apportion.stages.rl.method import build_method
 from apportion.stages.rl.metrics import batch_metrics
 from apportion.stages.rl.rollout_log import rollout_records
 from apportion.stages.rl.sources import check_shares, gather_batch

@@ -1,0 +1,27 @@
+"""User-supplied process rewards, which runs of the tests import by their path: a sound one and one that fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from apportion import Rollouts
+
+CALLS: list[int] = []  # texts of each call of `failing` in this process
+
+
+def per_token(texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str]) -> list[list[float]]:
+    """Return one number a token: 1 for even ids, 0 for odd ones."""
+    return [
+        [float(i % 2 == 0) for i in ids[on].tolist()]
+        for ids, on in zip(rollouts.response_ids, rollouts.mask, strict=True)
+    ]
+
+
+def failing(texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str]) -> list[list[float]]:
+    """Fail in process 1, at its second batch, while the file named by the environment variable FAIL_WHILE exists."""
+    CALLS.append(len(texts))
+    if os.environ.get("RANK") == "1" and len(CALLS) == 2 and Path(os.environ["FAIL_WHILE"]).exists():
+        raise RuntimeError("the reward service is down")
+    return [[0.1 * (i % 3) for i in range(n)] for n in rollouts.mask.sum(dim=1).tolist()]
