@@ -41,21 +41,21 @@ def ending(world: Path) -> Policy:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Rows of every prompt forward and of every step."""
-    found: dict[str, list[int]] = {"read": [], "step": []}
+    found: dict[str, list[int]] = {"prefill": [], "step": []}
     for kind in (StepModel, LlamaStepModel):
-        read, step = kind.__dict__.get("read"), kind.step
+        prefill, step = kind.__dict__.get("prefill"), kind.step
 
         def counted(self: Any, tokens: Any, positions: Any, step: Any = step) -> Any:
             found["step"].append(len(tokens))
             return step(self, tokens, positions)
 
-        def counted_read(self: Any, ids: Any, mask: Any, source: Any, read: Any = read) -> Any:
-            found["read"].append(len(ids))
-            return read(self, ids, mask, source)
+        def counted_prefill(self: Any, ids: Any, mask: Any, source: Any, prefill: Any = prefill) -> Any:
+            found["prefill"].append(len(ids))
+            return prefill(self, ids, mask, source)
 
         monkeypatch.setattr(kind, "step", counted)
-        if read is not None:
-            monkeypatch.setattr(kind, "read", counted_read)
+        if prefill is not None:
+            monkeypatch.setattr(kind, "prefill", counted_prefill)
     return found
 
 
@@ -92,20 +92,20 @@ def test_rows_at_a_time_change_nothing(ending: Policy, seen: dict[str, list[int]
     whole = tiny_runs.sampled(ending, prompts, **settings)
     lengths = whole.mask.sum(dim=1)
     assert lengths.min() == 1 and (lengths == 14).any() and lengths.unique().numel() > 4
-    assert len(seen["read"]) == 1 and seen["read"] == [8], "a prompt was read more than once"
-    seen["step"].clear(), seen["read"].clear()
+    assert len(seen["prefill"]) == 1 and seen["prefill"] == [8], "a prompt was computed more than once"
+    seen["step"].clear(), seen["prefill"].clear()
     assert_same(whole, tiny_runs.sampled(ending, prompts, rows=rows, **settings))
     assert max(seen["step"]) <= rows
     if rows >= copies:
-        assert sum(seen["read"]) == 8, "a prompt was read more than once"
+        assert sum(seen["prefill"]) == 8, "a prompt was computed more than once"
 
 
 def test_rows_that_ended_are_filled_again(ending: Policy, seen: dict[str, list[int]]) -> None:
     prompts = tiny_runs.prompts(40, longest=9)
     whole = tiny_runs.sampled(ending, prompts, stop="eos", max_new_tokens=30)
-    seen["step"].clear(), seen["read"].clear()
+    seen["step"].clear(), seen["prefill"].clear()
     assert_same(whole, tiny_runs.sampled(ending, prompts, stop="eos", max_new_tokens=30, rows=8))
-    assert sum(seen["read"]) == 40 and len(seen["read"]) > 5
+    assert sum(seen["prefill"]) == 40 and len(seen["prefill"]) > 5
     steps, tokens = seen["step"], int((whole.mask.sum(dim=1) - 1).sum())
     assert tokens > 200 and len(steps) < 1.5 * tokens / 8 + 30, "waves of 8 would need more"
 

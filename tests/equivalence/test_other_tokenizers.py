@@ -161,7 +161,7 @@ def test_texts_that_the_model_cannot_read_are_refused_by_number(world: Path, tmp
         reward_evidence(judge(world, "other"), nothing, BOTH)
     # written letter by letter, it is what the reward model takes for its pad token
     letters = [policy_text().tokenizer.convert_tokens_to_ids(letter) for letter in "<pad>"]
-    with pytest.raises(ScoreError, match=r"pooled position of rollout 1: .*pad id stands in the response"):
+    with pytest.raises(ScoreError, match=r"pooled position of rollout 1: .*pad id occurs in the response"):
         reward_evidence(judge(world, "other"), tiny_runs.rollouts_of([[40], [40]], [[50, 51], [50, *letters]]), BOTH)
 
 

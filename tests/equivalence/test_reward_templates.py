@@ -87,11 +87,11 @@ def test_what_a_template_trims_gets_nothing(world: Path, template: str, response
 
 
 @pytest.mark.parametrize(("template", "error", "decoded"), [
-    ("{% for m in messages %}{{ m.role }}{% endfor %}", ModelError, "one that shows a response 0 times"),
-    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", ModelError, "shows a response 2 times"),
+    ("{% for m in messages %}{{ m.role }}{% endfor %}", ModelError, "one that renders a response 0 times"),
+    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", ModelError, "renders a response 2 times"),
     ("{{ raise_exception('no such role') }}", ModelError, "no such role"),
     ("{% for m in messages %}{{ m.content | replace('film', 'FILM') }}{% endfor %}", ScoreError,
-     "response of rollout 1: got 'a film'; expected a response that the reward model's chat template shows as it is"),
+     "response of rollout 1: got 'a film'; expected a response that the reward model's chat template renders"),
     ("{% for m in messages %}{{ m.content.split('-')[0] }}{% endfor %}", ScoreError, "rollout 0: got 'a-a-a'"),
 ])  # fmt: skip
 def test_a_response_whose_place_is_not_certain_is_refused(

@@ -111,7 +111,7 @@ def test_csv_reads_back_what_was_written_with_the_right_lines(
     ("name", "content", "pieces"),
     [
         ("a.jsonl", b'{"text": "a", "text": "b"}\n', ["line 1: the key 'text' twice", "each key once"]),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "x": NaN}\n', ["line 2: the number NaN, which is no finite one"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "x": NaN}\n', ["line 2: the number NaN, which is not finite"]),
         ("a.jsonl", b'{"text": "a", "x": -Infinity}\n', ["line 1: the number -Infinity"]),
         ("a.jsonl", b'{"text": "a", "x": 1e999}\n', ["line 1: the number 1e999"]),
         ("a.jsonl", b'{"text": "a", "x": ' + b"9" * 5000 + b"}\n", ["line 1: Exceeds the limit (4300 digits)"]),
@@ -164,14 +164,14 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "lost.jsonl").symlink_to(tmp_path / "gone.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
     for name, message in (
-        ("pipe.csv", "pipe.csv, which is no regular file"),
-        ("loop.csv", "loop.csv, a link that leads nowhere"),
-        ("lost.jsonl", "lost.jsonl, a link that leads nowhere"),
-        ("zero.jsonl", "zero.jsonl, which is no regular file"),
+        ("pipe.csv", "pipe.csv, which is not a regular file"),
+        ("loop.csv", "loop.csv, a broken link"),
+        ("lost.jsonl", "lost.jsonl, a broken link"),
+        ("zero.jsonl", "zero.jsonl, which is not a regular file"),
     ):
         with pytest.raises(DataError, match=message):
             read_rows(str(tmp_path / name), field="data")
-    with pytest.raises(DataError, match=r"no regular file|no such|readable file"):  # nor inside a folder
+    with pytest.raises(DataError, match=r"not a regular file|no such|readable file"):  # nor inside a folder
         read_rows(str(tmp_path), field="data")
 
 
