@@ -203,7 +203,7 @@ def reward_inputs(rollouts: Rollouts) -> Tensor:
 def assign_credit(learner: Learner, rollouts: Rollouts) -> None:
     """Compute the rewards and the controllers' statistics, as a batch does after scoring."""
     rewards, learner.credit_state = credit.apply(learner.method.credit, rollouts, learner.credit_state)
-    learner.move_controllers(rollouts, rewards)
+    learner.update_controllers(rollouts, rewards)
 
 
 @torch.no_grad()
