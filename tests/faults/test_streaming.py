@@ -176,7 +176,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("x" * 5000 + ".csv", "File name too long"), ("a\0b.csv", "null byte"), ("~nobody-here/a.csv", "home directory")],
 )
 def test_a_name_that_no_file_has_is_refused(name: str, message: str) -> None:
