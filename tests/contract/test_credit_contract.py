@@ -51,8 +51,8 @@ def cases(**strategies: st.SearchStrategy) -> Callable[[Callable[..., None]], Ca
     """Decorate a check of (make, …): `examples` for each registered credit, a third of them for variants."""
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
-        check_few = examples(12)(given(**strategies)(check))
-        check_many = examples(36)(given(**strategies)(check))
+        check_few = examples(8)(given(**strategies)(check))
+        check_many = examples(24)(given(**strategies)(check))
 
         def test(make: Callable[[], Credit]) -> None:
             (check_many if make in BUILT_IN.values() else check_few)(make=make)

@@ -26,8 +26,6 @@ sys.exit(code)
 
 
 def test_the_real_command_refuses_and_loads_no_model_library(python: Command) -> None:
-    done = python("-m", "apportion", "rl", "--reward_model", "x", "--stepz", 3)
-    done.assert_refused("flag: got '--stepz'", "--steps", "Did you mean '--steps'")
     for arguments in (["rl", "--reward_model", "x", "--credit", "atention"], ["rl", "--help"]):
         done = python("-c", PROBE.format(listed=LISTED), *arguments)
         assert json.loads(done.err.partition("LOADED ")[2]) == []
