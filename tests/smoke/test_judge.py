@@ -31,7 +31,13 @@ def small_judge() -> Judge:
     return Judge().fit(GOOD + BAD, [1] * 4 + [0] * 4, seed=1)
 
 
-@pytest.mark.parametrize(("words", "floor"), [(20, 0.66), (30, 0.70), (60, 0.76), (10_000, 0.85)])
+@pytest.mark.parametrize(
+    ("words", "floor"),
+    [
+        (30, 0.70),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((20, 0.66), (60, 0.76), (10_000, 0.85))),
+    ],
+)
 def test_it_judges_clips_it_never_saw(imdb_judge: Judge, words: int, floor: float) -> None:
     rows = labelled("imdb", "reward_validation")
     excerpts = word_excerpts([row.text for row in rows], words, words, seed=0)

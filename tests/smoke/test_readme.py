@@ -41,20 +41,29 @@ def blocks(language: str) -> list[str]:
 
 
 def python(*arguments: object, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a Python of its own; `path` is put on PYTHONPATH."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"PYTHONPATH": str(path)} if path else {})}
+    """Run a new Python process with `path` first on PYTHONPATH."""
+    paths = os.pathsep.join(filter(None, [str(path or ""), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def train(folder: Path, path: Path, *flags: str) -> list[dict[str, Any]]:
-    """Run `apportion rl` on tiny models in `folder`, with `path` on PYTHONPATH; return the logged rollouts."""
+def train(folder: Path, path: Path, *flags: str, here: pytest.MonkeyPatch | None = None) -> list[dict[str, Any]]:
+    """Run `apportion rl` on tiny models in `folder`, with `path` on PYTHONPATH; return the logged rollouts.
+
+    With `here`, run in this process, which saves a start.
+    """
     tiny.save_policy(folder / "policy")
     tiny.save_reward(folder / "reward")
     tiny.save_prompts(folder / "prompts.jsonl")
     models = ["--policy", "policy", "--reward_model", "reward", "--prompts", "prompts.jsonl", "--output", "run"]
-    done = python("-m", "apportion", "rl", *models, *STEPS, *flags, cwd=folder, path=path)
-    assert done.returncode == 0, done.stderr
+    if here is None:
+        done = python("-m", "apportion", "rl", *models, *STEPS, *flags, cwd=folder, path=path)
+        assert done.returncode == 0, done.stderr
+    else:
+        here.chdir(folder)
+        here.syspath_prepend(path)
+        assert main(["rl", *models, *STEPS, *flags]) == 0
     return [json.loads(line) for line in (folder / "run" / "rollouts.jsonl").read_text().split("\n") if line]
 
 
@@ -107,8 +116,8 @@ def own_credit() -> ModuleType:
     return module
 
 
-def test_own_credit_gives_punctuation_nothing(tmp_path: Path) -> None:
-    rows = train(tmp_path, ROOT / "examples", "--credit", "own_credit:words", "--credit.mix", "1.0")
+def test_own_credit_gives_punctuation_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = train(tmp_path, ROOT / "examples", "--credit", "own_credit:words", "--credit.mix", "1.0", here=monkeypatch)
     for row in rows:
         letters = [any(c.isalpha() for c in token) for token in row["tokens"]]
         count = sum(letters)
@@ -130,9 +139,9 @@ def test_own_credit_charges_for_repeated_pairs() -> None:
     assert (float(total), float(count)) == (6, 14)
 
 
-def test_own_credit_stands_in_a_chain(tmp_path: Path) -> None:
+def test_own_credit_stands_in_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = "[attention, {own_credit:repetition: {cost: 0.2}}, kl_penalty]"
-    rows = train(tmp_path, ROOT / "examples", "--credit", chain)
+    rows = train(tmp_path, ROOT / "examples", "--credit", chain, here=monkeypatch)
     assert len(rows) == 16 and "credit/repetition/rate" in (tmp_path / "run" / "metrics.jsonl").read_text()
     page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])

@@ -38,6 +38,7 @@ def run(world: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
     return json.loads(output.read_text())
 
 
+@pytest.mark.long  # batches of the size that the benchmark has
 def test_sides_are_added_to_what_was_run(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
