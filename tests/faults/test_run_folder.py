@@ -80,7 +80,7 @@ def test_another_process_may_not_write_the_same_run(tmp_path: Path, writer: int)
                 RunFolder.open(str(tmp_path / name), "rl", SETTINGS, fresh=fresh)
             assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
     assert not RunFolder(tmp_path / "run", "rl").finished, "reading needs no lock"
-    FollowerFolder(tmp_path / "run", "rl").status("running")
+    FollowerFolder(tmp_path / "run", "rl").write_status("running")
     os.kill(writer, signal.SIGKILL)
     os.waitid(os.P_PID, writer, os.WEXITED | os.WNOWAIT)
     RunFolder.open(str(tmp_path / "run"), "rl", SETTINGS, fresh=True)
@@ -92,15 +92,15 @@ def test_one_process_opens_a_run_as_often_as_it_likes_and_lets_go_at_its_end(tmp
 
     first, second = opened(tmp_path / "run"), opened(tmp_path / "run")
     assert in_a_fork(other) == 2
-    first.status("failed")
+    first.write_status("failed")
     assert in_a_fork(other) == 2, "the second holds it still"
     del second
     assert in_a_fork(other) == 0
     third = opened(tmp_path / "run")
-    with pytest.raises(ConfigError), third.failing():
+    with pytest.raises(ConfigError), third.record_failure():
         raise ConfigError("x")
     assert in_a_fork(other) == 0
-    opened(tmp_path / "run").status("finished")
+    opened(tmp_path / "run").write_status("finished")
     fourth = opened(tmp_path / "run")
     assert fourth.finished and in_a_fork(other) == 0, "a finished run is not written"
 
@@ -189,7 +189,7 @@ def test_a_run_is_started_over_wherever_it_lies(tmp_path: Path, monkeypatch: pyt
 def test_a_kill_while_a_folder_is_emptied_leaves_a_run_that_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun(tmp_path / "run").status("finished")
+    begun(tmp_path / "run").write_status("finished")
     (tmp_path / "run" / "final").mkdir()
     monkeypatch.chdir(tmp_path / "run")
 
@@ -266,7 +266,7 @@ def test_rows_are_logged_once_whichever_call_finds_the_disk_full(
 ) -> None:
     run = begun(tmp_path / "run")
     run.disk_wait = 5.0
-    monkeypatch.setattr(disk, "LOOK", 0.01)
+    monkeypatch.setattr(disk, "POLL", 0.01)
     real, log = getattr(os, call), (run.path / "metrics.jsonl").stat().st_ino
     failures = [errno.ENOSPC, errno.EDQUOT]
 
