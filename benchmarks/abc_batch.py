@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apportion import credit
 from apportion.cli.main import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig
-from apportion.credit._evidence import Reading
+from apportion.credit import AttentionSpec
 from apportion.evidence.scoring import score
 from apportion.models.attention.row import attention_row
 from apportion.models.reward import RewardModel
@@ -139,7 +139,7 @@ def one_batch(bench: Bench, name: str, step: int = 1) -> Rollouts:
     """Sample, score and learn from one batch as `train` does, and return its scored rollouts."""
     select_credit(bench, name)
     learner, source = bench.learner, bench.learner.source
-    rollouts = score(learner.models, source.take(step), learner.needs, bench.config.scores, learner.always)
+    rollouts = score(learner.models, source.take(step), learner.needs, bench.config.scores, learner.base_evidence)
     learner.source = FixedSource(rollouts)
     train_batch(TrainingSession(), learner, bench.config, step)
     learner.source = source
@@ -203,7 +203,7 @@ def reward_inputs(rollouts: Rollouts) -> Tensor:
 def assign_credit(learner: Learner, rollouts: Rollouts) -> None:
     """Compute the rewards and the controllers' statistics, as a batch does after scoring."""
     rewards, learner.credit_state = credit.apply(learner.method.credit, rollouts, learner.credit_state)
-    learner.move_controllers(rollouts, rewards)
+    learner.update_controllers(rollouts, rewards)
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def reading_seconds(reward: RewardModel, ids: Tensor, repetitions: int) -> list[
             for _ in range(layers):
                 tap._record(call)
             tap._end(reward.model, (), None)
-        tap.read(Reading(), rows)
+        tap.attention(AttentionSpec(), rows)
         times.append(time.perf_counter() - began)
     return times
 
@@ -244,8 +244,8 @@ def at_length(reward: RewardModel, length: int, limit: float) -> dict[str, Any]:
     ids = torch.randint(2, vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
     mask = torch.ones_like(ids, dtype=torch.bool)
     ways: dict[str, Callable[[], Any]] = {
-        "plain": lambda: reward.read(ids, mask, []),
-        "abc": lambda: reward.read(ids, mask, [Reading()]),
+        "plain": lambda: reward.forward(ids, mask, []),
+        "abc": lambda: reward.forward(ids, mask, [AttentionSpec()]),
     }
     result: dict[str, Any] = {"tokens": length, **measured(ways)}
     config = reward.model.config.get_text_config()

@@ -120,9 +120,9 @@ def model_costs() -> list[str]:
 
 def parser_speed() -> float:
     """Return the words a second of the parser of `segments.parsed`."""
-    from apportion.evidence.text.phrases import need_parser, parse
+    from apportion.evidence.text.phrases import check_parser, parse
 
-    need_parser()
+    check_parser()
     text = "I rented this film because everyone called it wonderful, and it was a great story well told. " * 4
     parse(text)
     began, words = time.perf_counter(), 0

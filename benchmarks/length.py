@@ -34,7 +34,7 @@ import torch
 from apportion.cli.main import quiet_libraries
 from apportion.config import PPOConfig, RLConfig, SamplingConfig, ScoreConfig
 from apportion.generation import llama
-from apportion.generation.step_model import spare
+from apportion.generation.step_model import extra_padding
 from apportion.models.attention.row import _eager
 from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
@@ -84,7 +84,7 @@ def phase_of(query: torch.Tensor, key: torch.Tensor) -> str:
     """Return the phase that a call belongs to: only the update needs gradients, only decoding grows by a token."""
     if query.requires_grad:
         return "update"
-    return "generate" if query.shape[2] == 1 or key.shape[2] <= PROMPT + spare(query.device) else "score"
+    return "generate" if query.shape[2] == 1 or key.shape[2] <= PROMPT + extra_padding(query.device) else "score"
 
 
 @contextmanager

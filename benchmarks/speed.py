@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from apportion.config import to_dict
 from apportion.errors import ApportionError, ConfigError
 from apportion.models.loading import load_tokenizer, locate, pick_device
 from apportion.stages.method import build_method
@@ -204,7 +203,7 @@ def summary(
     cuda = config.device == "cuda"
     return {
         "benchmark": "speed",
-        "settings": to_dict(config),
+        "settings": asdict(config),
         "machine": machine.describe() | {"threads": config.threads},
         "rates": dict(rates),
         "peer": figures.summarise(runs["peer"], rates, cuda) | {"precision": precision, "trials": trials},

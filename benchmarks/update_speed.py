@@ -27,7 +27,7 @@ from torch import nn
 from apportion import Rollouts, losses
 from apportion.config import LoraConfig, OptimConfig, PPOConfig, RLConfig, SamplingConfig
 from apportion.models.fast.linear import FlatLinear
-from apportion.models.fast.norms import LEAN
+from apportion.models.fast.norms import FAST
 from apportion.models.policy import Policy
 from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.update import Targets, update
@@ -155,7 +155,7 @@ def without_shortcuts(policy: Policy) -> Policy:
     for module in other.model.modules():
         if isinstance(module, FlatLinear):
             module.__class__ = nn.Linear
-        elif type(module) in LEAN.values():
+        elif type(module) in FAST.values():
             module.__class__ = type(module).__bases__[1]
     return other
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion import Credit, Rollouts
-from apportion.credit._redistribute import redistributor, take_evidence
+from apportion.credit import redistributor
 from apportion.types import State
 
 LETTERS = f"{__name__}:letters"  # evidence by import path: `letters` below produces it
@@ -28,7 +28,7 @@ def words(*, mix: float = 0.8) -> Credit:
     """
 
     def weights(rollouts: Rollouts) -> Tensor:
-        return take_evidence(rollouts, LETTERS)
+        return rollouts.token_evidence(LETTERS, least=0.0)
 
     return redistributor(weights, mix=mix, needs=frozenset({LETTERS}), causal=False)
 

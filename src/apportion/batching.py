@@ -1,4 +1,4 @@
-"""Cutting a batch into micro-batches of like length, without the columns that only padding fills."""
+"""Micro-batches of similar length, without columns of only padding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from apportion.types import Rollouts
 
 
 def micro_batches(rollouts: Rollouts, index: Tensor, rows: int, tokens: int) -> list[Tensor]:
-    """Return the rollouts numbered `index` (n,) in groups to compute at once, the longest first.
+    """Return the rollouts numbered `index` (n,) in micro-batches, the longest first.
 
-    Responses to one prompt stand together, so that it is read once (`models.prefix`); otherwise rows of like length
-    do, so that little is padded. A group has at most `rows` rows and at most `tokens` positions: its distinct prompts
-    and its responses, padded to the longest (one row always).
+    Responses to one prompt are grouped, so that it is computed once (`models.shared_prompt`); otherwise rows of similar
+    length, so that little is padded. A micro-batch has at most `rows` rows and at most `tokens` positions: its distinct
+    prompts and its responses, padded to the longest (one row always).
     """
     prompts = rollouts.prompt_mask[index].sum(dim=1)
     # up to the last token that is attended to: a response may have holes
@@ -28,29 +28,29 @@ def micro_batches(rollouts: Rollouts, index: Tensor, rows: int, tokens: int) -> 
     order = total.argsort(descending=True, stable=True)
     order = order[(longest[order] * len(index) - group[order]).argsort(descending=True, stable=True)]
     batches: list[_Batch] = []
-    for i, mine, *lengths in torch.stack([order, group[order], prompts[order], responses[order]], dim=1).tolist():
-        if not batches or not batches[-1].takes(mine, lengths, rows, tokens):
+    for i, prompt, *lengths in torch.stack([order, group[order], prompts[order], responses[order]], dim=1).tolist():
+        if not batches or not batches[-1].fits(prompt, lengths, rows, tokens):
             batches.append(_Batch())
-        batches[-1].add(i, mine, lengths)
+        batches[-1].add(i, prompt, lengths)
     return [index[torch.tensor(sorted(batch.rows), device=index.device)] for batch in batches]
 
 
 class _Batch:
-    """Rows to compute at once: their numbers, their prompts' numbers, and the longest prompt and response."""
+    """One micro-batch: its rows, its prompts, and the lengths of the longest prompt and response."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
         self.prompts: set[int] = set()
         self.longest = [0, 0]
 
-    def takes(self, prompt: int, lengths: list[int], rows: int, tokens: int) -> bool:
-        """Return whether a row more stays within `rows` and `tokens`."""
-        wide = [max(pair) for pair in zip(self.longest, lengths, strict=True)]
-        size = len(self.prompts | {prompt}) * wide[0] + (len(self.rows) + 1) * wide[1]
+    def fits(self, prompt: int, lengths: list[int], rows: int, tokens: int) -> bool:
+        """Return whether another row stays within `rows` and `tokens`."""
+        longest = [max(pair) for pair in zip(self.longest, lengths, strict=True)]
+        size = len(self.prompts | {prompt}) * longest[0] + (len(self.rows) + 1) * longest[1]
         return len(self.rows) < rows and size <= tokens
 
     def add(self, row: int, prompt: int, lengths: list[int]) -> None:
-        """Take a row."""
+        """Add a row."""
         self.rows.append(row)
         self.prompts.add(prompt)
         self.longest = [max(pair) for pair in zip(self.longest, lengths, strict=True)]
@@ -59,24 +59,24 @@ class _Batch:
 def trim(rollouts: Rollouts) -> Rollouts:
     """Return the rollouts without columns that are padding in every row: on the prompts' left, on the responses' right.
 
-    At least one column of each stays. Evidence (B,T) and (B,T,k) is cut as the responses are.
+    At least one column of each remains. Evidence (B,T) and (B,T,k) is trimmed as the responses are.
     """
     first = int((~rollouts.prompt_mask.any(dim=0)).int().cumprod(dim=0).sum()) if len(rollouts) else 0
     first = min(first, max(rollouts.prompt_ids.shape[1] - 1, 0))
-    kept = response_columns(rollouts)
-    if first == 0 and kept == rollouts.mask.shape[1]:
+    columns = response_columns(rollouts)
+    if first == 0 and columns == rollouts.mask.shape[1]:
         return rollouts
-    cut = {}
+    trimmed = {}
     for f in fields(rollouts):
         value = getattr(rollouts, f.name)
         if f.name.startswith("prompt_"):
             value = value[:, first:]
         elif isinstance(value, Tensor) and value.dim() >= 2:
-            value = value[:, :kept]
+            value = value[:, :columns]
         elif f.name == "evidence":
-            value = {k: v[:, :kept] if v.dim() >= 2 else v for k, v in value.items()}
-        cut[f.name] = value
-    return Rollouts(**cut)
+            value = {k: v[:, :columns] if v.dim() >= 2 else v for k, v in value.items()}
+        trimmed[f.name] = value
+    return Rollouts(**trimmed)
 
 
 def response_columns(rollouts: Rollouts) -> int:
@@ -85,11 +85,11 @@ def response_columns(rollouts: Rollouts) -> int:
     return int(used[-1]) + 1 if len(used) else min(1, rollouts.mask.shape[1])
 
 
-def untrimmed(produced: Mapping[str, Tensor], kept: int, length: int) -> dict[str, Tensor]:
-    """Return tensors (b,kept…) that were produced of trimmed rollouts with zeros up to `length` columns."""
-    if kept == length:
+def untrimmed(produced: Mapping[str, Tensor], columns: int, length: int) -> dict[str, Tensor]:
+    """Return tensors (b,columns,…) of trimmed rollouts, padded with zeros to `length` columns."""
+    if columns == length:
         return dict(produced)
     return {
-        name: torch.cat([t, t.new_zeros(len(t), length - kept, *t.shape[2:])], dim=1) if t.dim() >= 2 else t
+        name: torch.cat([t, t.new_zeros(len(t), length - columns, *t.shape[2:])], dim=1) if t.dim() >= 2 else t
         for name, t in produced.items()
     }

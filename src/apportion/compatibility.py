@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from apportion import registry
 from apportion.config import DiagnoseConfig, RLConfig
 from apportion.errors import ConfigError, format_problem
+from apportion.registry import EvidenceKey
 from apportion.system import time_limit
 from apportion.types import Credit, Estimator, Method, PolicyLoss, Segmenter
 from apportion.user_code import user_defined_names
@@ -213,7 +213,7 @@ class Run:
     @property
     def pays_prefixes(self) -> bool:
         """Whether the method pays the score of the text so far."""
-        return any(registry.asked(need)[0] == "prefix_scores" for need in self.method.needs)
+        return any(EvidenceKey.of(need).name == "prefix_scores" for need in self.method.needs)
 
     @property
     def raising(self) -> list[str]:

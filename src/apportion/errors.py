@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ class ApportionError(Exception):
 
     @property
     def has_parts(self) -> bool:
-        """Whether it says what came and what was expected, and is more than a text."""
+        """Whether it has a value, an expectation and a fix, and is more than a text."""
         return self.got is not _NOTHING
 
     def __str__(self) -> str:
@@ -102,7 +103,7 @@ class UserCodeError(ApportionError, RuntimeError):
 
 
 class MonitorError(ApportionError, ArithmeticError):
-    """A monitor stopped the run: updates that are not finite, or a monitor that was told to stop."""
+    """A monitor stopped the run: updates that are not finite, or a monitor that is set to stop."""
 
 
 class DiskError(ApportionError, OSError):
@@ -110,14 +111,14 @@ class DiskError(ApportionError, OSError):
 
 
 class Interrupted(Exception):
-    """A run that a signal ended after its batch, with a checkpoint: no error, and it can go on.
+    """A run that a signal ended after its batch, with a checkpoint: no error, and it can be resumed.
 
     Attributes:
         code: the exit code that says so, 128 and the signal's number.
     """
 
-    def __init__(self, said: str, code: int) -> None:
-        super().__init__(said)
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
         self.code = code
 
 
@@ -143,3 +144,28 @@ def check_fraction(field: str, value: float, fix: str = "0 is sparse, 1 spreads 
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
         raise ConfigError(field, value, "a number in [0, 1]", fix)
     return float(value)
+
+
+def check_number(
+    field: str, value: object, least: float, fix: str = "See its docstring.", *, most: float = math.inf
+) -> float:
+    """Return `value` if it is a finite number in [least, most]; raise ConfigError that names `field` otherwise."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not least <= value <= most:  # type: ignore[operator]
+        expected = f"a finite number >= {least:g}" if most == math.inf else f"a number in [{least:g}, {most:g}]"
+        raise ConfigError(field, value, expected, fix)
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_whole(field: str, value: object, least: int, fix: str = "See its docstring.") -> int:
+    """Return `value` if it is a whole number >= `least`; raise ConfigError that names `field` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(field, value, f"a whole number >= {least}", fix)
+    return value
+
+
+def check_flag(field: str, value: object, fix: str = "Write it without quotes.") -> bool:
+    """Return `value` if it is true or false; raise ConfigError that names `field` otherwise."""
+    if not isinstance(value, bool):
+        raise ConfigError(field, value, "true or false", fix)
+    return value

@@ -1,4 +1,4 @@
-"""Intervals and simple statistics for what is reported: 95% throughout."""
+"""Confidence intervals (95%) and simple statistics of reported numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masked reductions, whitening, and moving between tokens and segments.
+"""Masked reductions, whitening, positions on a mask, and moving values between tokens and segments.
 
 Every reduction takes `reduce`, which receives local sums and returns global ones (identity on one process), so that
 the same code gives global statistics under data parallelism. Shapes: B rows, T tokens, S segments.
@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from apportion.errors import ApportionError, DataError
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -28,6 +30,34 @@ def last_index(mask: Tensor) -> Tensor:
 def first_index(mask: Tensor) -> Tensor:
     """Return the index of each row's first True, (B,) int64; 0 for a row without one. `mask` (B,T) bool."""
     return mask.int().argmax(dim=1)
+
+
+def is_first(mask: Tensor) -> Tensor:
+    """Return (B,T) bool, True on each row's first token of `mask` (B,T)."""
+    return mask & (torch.arange(mask.shape[1], device=mask.device) == first_index(mask)[:, None])
+
+
+def is_last(mask: Tensor) -> Tensor:
+    """Return (B,T) bool, True on each row's last token of `mask` (B,T)."""
+    return mask & (torch.arange(mask.shape[1], device=mask.device) == last_index(mask)[:, None])
+
+
+def previous_index(mask: Tensor) -> Tensor:
+    """Return (B,T) int64: the index of the last token of `mask` (B,T) before this one, -1 where there is none."""
+    columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    if not mask.shape[1]:
+        return columns
+    latest = torch.where(mask, columns, -1).cummax(dim=1).values
+    return torch.cat([latest.new_full((len(mask), 1), -1), latest[:, :-1]], dim=1)
+
+
+def previous(values: Tensor, mask: Tensor, start: Tensor | float = 0.0) -> Tensor:
+    """Return (B,T): the entry of `values` (B,T) at the token before, `start` ((B,1) or a number) on each row's first.
+
+    "Before" skips holes. The result is undefined off the mask.
+    """
+    index = previous_index(mask)
+    return torch.where(index < 0, start, values.gather(1, index.clamp_min(0)))
 
 
 def place_on_last(values: Tensor, mask: Tensor) -> Tensor:
@@ -68,14 +98,14 @@ def whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False, eps: float = 1e-
 def normalise(weights: Tensor, mask: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
     """Return (shares (B,T) float32 that sum to 1 over each row's mask, fallback (B,) bool).
 
-    A row whose kept mass is below `eps` falls back to uniform and is marked; a row without tokens stays 0.
+    A row whose largest weight is at most `eps` falls back to uniform and is marked; a row without tokens stays 0.
     """
     # dividing by the row's largest first keeps sums of 1e30s and of 1e-30s finite
-    kept = torch.where(mask, weights.float(), 0.0)
-    peak = kept.amax(dim=1, keepdim=True) if kept.shape[1] else kept.new_zeros(len(kept), 1)
+    masked = torch.where(mask, weights.float(), 0.0)
+    peak = masked.amax(dim=1, keepdim=True) if masked.shape[1] else masked.new_zeros(len(masked), 1)
     fallback = ~(peak.squeeze(1) > eps) | ~torch.isfinite(peak.squeeze(1))
     flat = mask.float()
-    scaled = torch.where(fallback[:, None], flat, kept / torch.where(fallback[:, None], torch.ones_like(peak), peak))
+    scaled = torch.where(fallback[:, None], flat, masked / torch.where(fallback[:, None], torch.ones_like(peak), peak))
     return scaled / scaled.sum(dim=1, keepdim=True).clamp_min(eps), fallback & mask.any(dim=1)
 
 
@@ -94,3 +124,25 @@ def segment_sum(x: Tensor, segments: Tensor) -> Tensor:
 def spread(values: Tensor, segments: Tensor) -> Tensor:
     """Return (B,T): each token gets its segment's entry of `values` (B,S), and 0 off the mask."""
     return torch.where(segments >= 0, values.gather(1, segments.clamp_min(0)), 0)
+
+
+def is_segment_start(segments: Tensor) -> Tensor:
+    """Return (B,T) bool, True on the first token of each segment of `segments` (B,T), whose ids never fall in a row."""
+    before = torch.nn.functional.pad(segments, (1, 0), value=-1)[:, :-1]
+    return segments > before.cummax(dim=1).values if segments.shape[1] else segments >= 0
+
+
+def check_finite(
+    field: str, values: Tensor, fix: str, *, error: type[ApportionError] = DataError, least: float | None = None
+) -> Tensor:
+    """Return `values` (B,) or (B,T) if every number is finite and, with `least`, at least that.
+
+    Raises:
+        error: one is not; it names `field`, the row and, in (B,T), the token.
+    """
+    wrong = ~torch.isfinite(values) if least is None else ~torch.isfinite(values) | (values < least)
+    if wrong.any():
+        at = [int(i) for i in wrong.nonzero()[0]]
+        expected = "a finite number" if least is None else f"a finite number >= {least:g}"
+        raise error(field, float(values[tuple(at)]), expected, fix, row=at[0], token=at[1] if len(at) > 1 else None)
+    return values

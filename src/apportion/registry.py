@@ -1,4 +1,4 @@
-"""Lookup of methods by name: built-in names, or an importable "package.module:function"."""
+"""Methods and evidence by name: built-in names, "package.module:function", specs, and keys of evidence."""
 
 from __future__ import annotations
 
@@ -8,11 +8,45 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from apportion.errors import ConfigError, unknown_name
 
 Factory = Callable[..., Any]
+
+
+class EvidenceKey(str):
+    """The name of evidence that is produced with settings: `EvidenceKey("vine_values", samples=4)`.
+
+    It is a str, "name@key=value;key=value" with sorted keys and JSON values, which is its key in `Rollouts.evidence`
+    and in logs; the settings are carried beside the text and never parsed back from it. A plain str names evidence
+    that is produced without settings.
+
+    Attributes:
+        name: the evidence, without settings.
+        settings: read-only mapping.
+    """
+
+    __slots__ = ("name", "settings")
+    name: str
+    settings: Mapping[str, Any]
+
+    def __new__(cls, name: str, /, **settings: Any) -> EvidenceKey:
+        """Return the key of evidence `name` produced with `settings`, JSON values; without any it equals `name`."""
+        pairs = ";".join(f"{key}={json.dumps(settings[key])}" for key in sorted(settings))
+        made = super().__new__(cls, f"{name}@{pairs}" if pairs else name)
+        made.name, made.settings = name, MappingProxyType(dict(settings))
+        return made
+
+    @classmethod
+    def of(cls, need: str) -> EvidenceKey:
+        """Return `need` as a key: itself, or a plain name without settings."""
+        return need if isinstance(need, cls) else cls(need)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(EvidenceKey, self.name, **self.settings), ()
 
 
 def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
@@ -28,13 +62,14 @@ def find(field: str, name: str, known: Mapping[str, Factory]) -> Factory:
     module, _, attribute = name.partition(":")
     expected = "an importable package.module:function"
     try:
-        factory = getattr(_import(module), attribute)
+        factory: Any = getattr(_import(module), attribute)
     except (Exception, SystemExit) as error:  # a user-supplied module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(field, name, expected, f"The import failed with {reason}.") from error
     if not callable(factory):
         raise ConfigError(field, name, expected, f"{attribute} is a {type(factory).__name__}, not a function.")
-    return factory
+    method: Factory = factory
+    return method
 
 
 def _import(module: str) -> Any:
@@ -85,31 +120,13 @@ def call(field: str, name: str, factory: Factory, kwargs: Mapping[str, Any]) -> 
         raise ConfigError(field, got, "a method", "Fix the function, or its settings.") from error
 
 
-def method(field: str, name: str, made: Any) -> Any:
+def check_method(field: str, name: str, made: Any) -> Any:
     """Return `made` if it is a function of rollouts with an attribute `needs`. Raises ConfigError otherwise."""
     if not callable(made) or not isinstance(getattr(made, "needs", None), frozenset):
         got = f"{name}, which returned a {type(made).__name__}"
         fix = "Return a function of rollouts with an attribute `needs`, a frozenset of evidence names."
         raise ConfigError(field, got, f"a method for {field}", fix)
     return made
-
-
-def ask(name: str, **settings: Any) -> str:
-    """Return the name of evidence produced with `settings`: "name", or "name@key=value;key=value" in order of the keys.
-
-    A method requests evidence with settings other than the defaults by such a name; its producer reads the settings
-    with `asked`. Values are JSON.
-    """
-    if not settings:
-        return name
-    return name + "@" + ";".join(f"{key}={json.dumps(settings[key])}" for key in sorted(settings))
-
-
-def asked(name: str) -> tuple[str, dict[str, Any]]:
-    """Return (name, settings) of what `ask` returned."""
-    base, _, tail = name.partition("@")
-    pairs = [part.partition("=") for part in tail.split(";") if part]
-    return base, {key: json.loads(value) for key, _, value in pairs}
 
 
 def parse(field: str, spec: object) -> list[tuple[str, dict[str, Any]]]:

@@ -1,77 +1,83 @@
-"""The contract of a credit method, checked on small batches in order of size: the first failure is the smallest.
+"""The contract of a credit method: one table of clauses, and small batches in order of size to check them on.
 
-For methods of users: `apportion doctor --credit package.module:function`. Torch only; the built-in methods are tested
-against the same clauses with far more cases.
+`apportion doctor --credit package.module:function` checks a user-supplied method; the first failure is the smallest.
+apportion's own tests check the built-in methods against the same clauses on generated batches. Torch only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts
 
 TOLERANCE = 1e-5
-# evidence of built-in producers that is one number a rollout
+# evidence of built-in producers with one number a rollout
 PER_ROW = frozenset(
     {"bootstrap_values", "prompt_score", "shapley_empty", "shapley_error", "shapley_calls", "shapley_joined"}
 )
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCALES = (1e-6, 1.0, 1e6, 1e30)
 
 
 class Case(NamedTuple):
-    """One small batch: rollouts, and the rewards (B,T) that the credit receives."""
+    """One batch: rollouts, and the rewards (B,T) that the credit receives. Off the mask they may hold anything."""
 
     rollouts: Rollouts
     rewards: Tensor
 
 
 class Violation(NamedTuple):
-    """A clause that a credit broke, what was seen, and the smallest batch of those tried that shows it."""
+    """A violated clause, a message, and the smallest of the tried batches that violates it."""
 
     clause: str
-    said: str
+    message: str
     case: Case
 
 
-Check = Callable[[Credit, Case], str | None]
+Check = Callable[[Credit, Case], str | None]  # a message where the clause is violated
+Make = Callable[[Tensor, torch.Generator], Tensor]  # (mask (B,T), generator) -> evidence
 
 
-def violations(
-    credit: Credit, extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] | None = None
-) -> list[Violation]:
-    """Return the broken clauses of `credit`, each with its smallest failing batch; nothing when it keeps them all.
+def violations(credit: Credit, extra: Mapping[str, Make] | None = None) -> list[Violation]:
+    """Return the violated clauses of `credit`, each with its smallest batch; none when it satisfies the contract.
 
     Args:
-        extra: {name: (mask (B,T), generator) -> tensor} for evidence that is not a (B,T) of non-negative numbers.
+        extra: makes evidence that is not a (B,T) of non-negative numbers, by name.
 
-    An exception that the credit raises on a valid batch breaks the clause that was being checked.
+    An exception that the credit raises on a valid batch violates the clause that is being checked.
     """
-    found: dict[str, Violation] = {}
+    first: dict[str, Violation] = {}
     for case in cases(credit.needs, extra or {}):
-        for name, check in CLAUSES.items():
-            if name in found:
-                continue
-            try:
-                said = check(credit, copied(case))
-            except Exception as error:  # whatever a user's function raises is what is to be reported
-                said = f"it raised {type(error).__name__}: {error}"
-            if said is not None:
-                found[name] = Violation(name, said, case)
-    return [found[name] for name in CLAUSES if name in found]
+        for name in CLAUSES:
+            message = None if name in first else violation(name, credit, case)
+            if message is not None:
+                first[name] = Violation(name, message, case)
+    return [first[name] for name in CLAUSES if name in first]
 
 
-def copied(case: Case) -> Case:
-    """Return a batch of its own, so that a credit that changes its inputs spoils no other check."""
+def violation(clause: str, credit: Credit, case: Case) -> str | None:
+    """Return a message where `credit` violates `clause` on `case`, else None; the case is not changed."""
+    try:
+        return CLAUSES[clause](credit, _copied(case))
+    except Exception as error:  # a user-supplied function may raise anything, and that is reported
+        return f"it raised {type(error).__name__}: {error}"
+
+
+def _copied(case: Case) -> Case:
+    """Return a copy, so that a credit that changes its inputs affects no other check."""
     evidence = {name: value.clone() for name, value in case.rollouts.evidence.items()}
-    own = {name: getattr(case.rollouts, name).clone() for name in ("mask", "logprobs", "scores", "response_ids")}
-    return Case(replace(case.rollouts, valid=own["mask"], evidence=evidence, **own), case.rewards.clone())
+    own = {name: getattr(case.rollouts, name).clone() for name in ("mask", "valid", "logprobs", "response_ids")}
+    scores = None if case.rollouts.scores is None else case.rollouts.scores.clone()
+    return Case(replace(case.rollouts, scores=scores, evidence=evidence, **own), case.rewards.clone())
 
 
-def cases(needs: frozenset[str], extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]]) -> Iterator[Case]:
+def cases(needs: frozenset[str], extra: Mapping[str, Make]) -> Iterator[Case]:
     """Yield small batches in order of size: full rows, holes, empty rows, T = 1, scores of both signs and of size 0."""
     for size in range(1, 13):
         for rows in (r for r in (1, 2, 3) if size % r == 0):
@@ -79,13 +85,7 @@ def cases(needs: frozenset[str], extra: Mapping[str, Callable[[Tensor, torch.Gen
                 yield _case(rows, size // rows, seed, needs, extra)
 
 
-def _case(
-    rows: int,
-    length: int,
-    seed: int,
-    needs: frozenset[str],
-    extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]],
-) -> Case:
+def _case(rows: int, length: int, seed: int, needs: frozenset[str], extra: Mapping[str, Make]) -> Case:
     generator = torch.Generator().manual_seed(1000 * rows + 100 * length + seed)
     mask = torch.rand(rows, length, generator=generator) < (1.0 if seed < 3 else 0.6)
     if seed == 4:
@@ -106,21 +106,21 @@ def _case(
     return Case(rollouts, rewards)
 
 
-def _evidence(
-    name: str,
-    mask: Tensor,
-    generator: torch.Generator,
-    extra: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]],
-) -> Tensor:
-    if name in extra:
-        return extra[name](mask, generator)
-    base = name.partition("@")[0]
-    noise = torch.rand(len(mask) if base in PER_ROW else mask.shape, generator=generator)
-    return -noise if "logprobs" in name else noise
+def _evidence(need: str, mask: Tensor, generator: torch.Generator, extra: Mapping[str, Make]) -> Tensor:
+    if need in extra:
+        return extra[need](mask, generator)
+    per_row = EvidenceKey.of(need).name in PER_ROW
+    noise = torch.rand(len(mask) if per_row else mask.shape, generator=generator)
+    return -noise if "logprobs" in need else noise
 
 
 def _assign(credit: Credit, case: Case) -> Tensor:
     return credit.assign(case.rollouts, case.rewards, credit.init())[0]
+
+
+def _masked(case: Case) -> Tensor:
+    """Return the rewards (B,T), 0 off the mask."""
+    return torch.where(case.rollouts.mask, case.rewards, 0.0)
 
 
 def _shape(credit: Credit, case: Case) -> str | None:
@@ -132,108 +132,121 @@ def _shape(credit: Credit, case: Case) -> str | None:
 
 
 def _dtype(credit: Credit, case: Case) -> str | None:
-    for dtype in (torch.float32, torch.bfloat16):
-        out = credit.assign(case.rollouts, case.rewards.to(dtype), credit.init())[0]
+    for dtype in DTYPES:
+        evidence = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.rollouts.evidence.items()}
+        rollouts = replace(case.rollouts, logprobs=case.rollouts.logprobs.to(dtype), evidence=evidence)
+        out = credit.assign(rollouts, case.rewards.to(dtype), credit.init())[0]
         if out.dtype != dtype:
             return f"it returned {out.dtype} for rewards {dtype}"
     return None
 
 
 def _zeros(credit: Credit, case: Case) -> str | None:
-    left = _assign(credit, case)[~case.rollouts.mask]
-    return f"{left[left != 0].tolist()} stand off the mask" if (left != 0).any() else None
+    off = _assign(credit, case)[~case.rollouts.mask]
+    return f"it returned {off[off != 0].tolist()} off the mask" if (off != 0).any() else None
 
 
 def _finite(credit: Credit, case: Case) -> str | None:
-    """What stands off the mask, NaN included, must not reach the rewards; nor may large scores overflow."""
+    """Values off the mask, NaN included, must not reach the rewards; large scores must not overflow."""
     mask = case.rollouts.mask
-    wild = {k: _poisoned(v, mask) for k, v in case.rollouts.evidence.items()}
-    rollouts = replace(case.rollouts, logprobs=_poisoned(case.rollouts.logprobs, mask), evidence=wild)
+    evidence = {k: _poisoned(v, mask) for k, v in case.rollouts.evidence.items()}
+    rollouts = replace(case.rollouts, logprobs=_poisoned(case.rollouts.logprobs, mask), evidence=evidence)
     for factor in (1.0, 1e30):
         out = credit.assign(rollouts, _poisoned(case.rewards * factor, mask), credit.init())[0]
         if not torch.isfinite(out).all():
-            return (
-                f"it returned {out[~torch.isfinite(out)].tolist()}, with NaN off the mask and rewards times {factor:g}"
-            )
+            wrong = out[~torch.isfinite(out)].tolist()
+            return f"it returned {wrong}, with NaN off the mask and rewards times {factor:g}"
     return None
 
 
 def _poisoned(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, torch.nan) if values.shape == mask.shape else values
+    if values.shape != mask.shape or not values.is_floating_point():
+        return values
+    return torch.where(mask, values, torch.nan)
 
 
 def _unchanged(credit: Credit, case: Case) -> str | None:
-    before = [
-        case.rewards.clone(),
-        case.rollouts.logprobs.clone(),
-        *(v.clone() for v in case.rollouts.evidence.values()),
-    ]
+    before = _copied(case)
     _assign(credit, case)
-    after = [case.rewards, case.rollouts.logprobs, *case.rollouts.evidence.values()]
-    names = ["the rewards", "the log-probabilities", *(f"evidence {k!r}" for k in case.rollouts.evidence)]
-    changed = [n for n, a, b in zip(names, before, after, strict=True) if not torch.equal(a, b)]
+    pairs = {
+        "the rewards": (before.rewards, case.rewards),
+        "the log-probabilities": (before.rollouts.logprobs, case.rollouts.logprobs),
+        "the mask": (before.rollouts.mask, case.rollouts.mask),
+        **{f"evidence {k!r}": (v, case.rollouts.evidence[k]) for k, v in before.rollouts.evidence.items()},
+    }
+    changed = [name for name, (a, b) in pairs.items() if not torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))]
     return f"it changed {', '.join(changed)} in place" if changed else None
 
 
 def _state(credit: Credit, case: Case) -> str | None:
     state = credit.init()
-    kept = {k: v.clone() for k, v in state.items()}
+    before = {k: v.clone() for k, v in state.items()}
     after = credit.assign(case.rollouts, case.rewards, state)[1]
-    if after.keys() != kept.keys() or any(not torch.equal(after[k], kept[k]) for k in kept):
-        return "assign moved its state: controllers belong into `update`, which runs once a batch"
+    for found in (state, after):
+        if found.keys() != before.keys() or any(not torch.equal(found[k], before[k]) for k in before):
+            return "assign changed its state: controllers belong in `update`, which runs once a batch"
     return None
 
 
 def _padding(credit: Credit, case: Case) -> str | None:
     rollouts, width = case.rollouts, case.rewards.shape[1]
-    wide = {k: _widened(v, width) for k, v in rollouts.evidence.items()}
-    more = replace(
+    token_fields = ("response_ids", "mask", "valid", "logprobs", "old_logprobs")
+    wide = replace(
         rollouts,
-        response_ids=_widened(rollouts.response_ids, width),
-        mask=_widened(rollouts.mask, width),
-        valid=_widened(rollouts.valid, width),
-        logprobs=_widened(rollouts.logprobs, width),
-        old_logprobs=_widened(rollouts.old_logprobs, width),
-        evidence=wide,
+        prompt_ids=torch.nn.functional.pad(rollouts.prompt_ids, (1, 0)),
+        prompt_mask=torch.nn.functional.pad(rollouts.prompt_mask, (1, 0)),
+        evidence={k: _widened(v, width) for k, v in rollouts.evidence.items()},
+        **{name: _widened(getattr(rollouts, name), width) for name in token_fields},
     )
-    out = credit.assign(more, _widened(case.rewards, width), credit.init())[0]
-    return _differs(out[:, :width], _assign(credit, case), "with two columns of padding on the right")
+    out = credit.assign(wide, _widened(case.rewards, width), credit.init())[0]
+    if (out[:, width:] != 0).any():
+        return "its rewards are not 0 on padding"
+    return _difference(
+        out[:, :width], _assign(credit, case), "with a column of padding on the left and two on the right"
+    )
 
 
 def _widened(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, 2)) if values.dim() == 2 and values.shape[1] == width else values
+    if values.dim() != 2 or values.shape[1] != width:
+        return values
+    return torch.nn.functional.pad(values, (0, 2), value=torch.nan if values.is_floating_point() else 0)
+
+
+def _row(case: Case, row: int) -> Case:
+    index = torch.tensor([row])
+    return Case(case.rollouts.select(index), case.rewards[index])
 
 
 def _rows(credit: Credit, case: Case) -> str | None:
-    parts = []
-    for row in range(len(case.rollouts)):
-        one = torch.tensor([row])
-        parts.append(credit.assign(case.rollouts.select(one), case.rewards[one], credit.init())[0])
-    return _differs(torch.cat(parts), _assign(credit, case), "one row at a time")
+    single = torch.cat([_assign(credit, _row(case, row)) for row in range(len(case.rollouts))])
+    return _difference(single, _assign(credit, case), "one row at a time")
 
 
 def _order(credit: Credit, case: Case) -> str | None:
     back = torch.arange(len(case.rollouts)).flip(0)
     out = credit.assign(case.rollouts.select(back), case.rewards[back], credit.init())[0]
-    return _differs(out, _assign(credit, case)[back], "with the rows in reverse")
+    return _difference(out, _assign(credit, case)[back], "with the rows in reverse")
 
 
-def _differs(one: Tensor, two: Tensor, when: str) -> str | None:
-    gap = (one.double() - two.double()).abs().max() if one.numel() else torch.tensor(0.0)
-    return f"its rewards differ by {float(gap):.3g} {when}" if gap > TOLERANCE else None
+def _difference(one: Tensor, two: Tensor, when: str) -> str | None:
+    gap = (one.double() - two.double()).abs()
+    if not (gap > TOLERANCE + TOLERANCE * two.double().abs()).any():
+        return None
+    return f"its rewards differ by {float(gap.max()):.3g} {when}"
 
 
 def _sum_kept(credit: Credit, case: Case) -> str | None:
     if not credit.keeps_return:
         return None
-    drift = (_assign(credit, case).double().sum(dim=1) - case.rewards.double().sum(dim=1)).abs()
-    limit = TOLERANCE * case.rewards.abs().sum(dim=1).clamp_min(1.0)
-    some = case.rollouts.mask.any(dim=1)
-    if not (some & (drift > limit)).any():
-        return None
-    row = int((drift * some).argmax())
-    was, now = float(case.rewards[row].sum()), float(_assign(credit, case)[row].sum())
-    return f"row {row} summed to {was:.4g} and now sums to {now:.4g}"
+    for scale in SCALES:
+        rewards = _masked(case) * scale
+        before = rewards.double().sum(dim=1)
+        after = credit.assign(case.rollouts, rewards, credit.init())[0].double().sum(dim=1)
+        drift = (after - before).abs()
+        if (drift > TOLERANCE * rewards.double().abs().sum(dim=1).clamp_min(1.0)).any():
+            row = int(drift.argmax())
+            return f"row {row} summed to {float(before[row]):.4g} before and {float(after[row]):.4g} after"
+    return None
 
 
 def _causal(credit: Credit, case: Case) -> str | None:
@@ -241,45 +254,59 @@ def _causal(credit: Credit, case: Case) -> str | None:
         return None
     out = _assign(credit, case)
     for cut in range(case.rewards.shape[1] - 1):
-        later = torch.arange(case.rewards.shape[1]) > cut
-        mask = _other_later(case.rollouts.mask, cut)
-        changed = {k: _later(v, later, mask) for k, v in case.rollouts.evidence.items()}
-        ids = torch.where(later, case.rollouts.response_ids + 1, case.rollouts.response_ids)
-        lower = torch.where(later, case.rollouts.logprobs - 0.5, case.rollouts.logprobs)
-        assert case.rollouts.scores is not None
-        goes_on = case.rollouts.mask[:, cut + 1 :].any(dim=1)  # the score of a response that has ended is known
-        scores = torch.where(goes_on, case.rollouts.scores + 0.9, case.rollouts.scores)
-        tokens = {"response_ids": ids, "mask": mask, "valid": mask, "logprobs": lower}
-        other = replace(case.rollouts, scores=scores, evidence=changed, **tokens)
-        rewards = torch.where(mask, torch.where(later, case.rewards + 1.0, case.rewards), 0.0)
-        found = credit.assign(other, rewards, credit.init())[0]
-        gap = (found[:, : cut + 1] - out[:, : cut + 1]).abs().max()
+        changed = _assign(credit, later_changed(case, cut))
+        gap = (changed[:, : cut + 1] - out[:, : cut + 1]).abs().max()
         if gap > TOLERANCE:
-            return f"declared causal, but rewards up to token {cut} moved by {float(gap):.3g} when later tokens changed"
+            moved = f"rewards up to token {cut} moved by {float(gap):.3g} when later tokens changed"
+            return f"declared causal, but {moved}"
     return None
 
 
-def _other_later(mask: Tensor, cut: int) -> Tensor:
-    """Return `mask` with other tokens after `cut`; whether any come is known at `cut`, since a response ends itself."""
-    other = mask.clone()
-    other[:, cut + 1 :] = ~mask[:, cut + 1 :]
-    some = mask[:, cut + 1 :].any(dim=1)
-    other[:, cut + 1 :] &= some[:, None]
-    other[:, cut + 1] |= some & ~other[:, cut + 1 :].any(dim=1)
-    return other
+def later_changed(case: Case, cut: int, seed: int = 0) -> Case:
+    """Return a copy in which everything after token `cut` differs: mask, tokens, evidence, rewards and scores.
+
+    Whether any token follows is kept, and with it the score of a response that has ended: both are known at `cut`.
+    """
+    rollouts, generator = case.rollouts, torch.Generator().manual_seed(seed)
+    later = (torch.arange(rollouts.mask.shape[1]) > cut).expand_as(rollouts.mask)
+    continues = (rollouts.mask & later).any(dim=1)
+    mask = rollouts.mask ^ later if seed == 0 else torch.where(later, _coin(later, generator), rollouts.mask)
+    mask = mask & (~later | continues[:, None])
+    mask[:, -1] |= continues & ~(mask & later).any(dim=1)
+
+    def changed(values: Tensor) -> Tensor:
+        if values.shape != mask.shape:
+            return values
+        if values.dtype == torch.bool:
+            return values ^ later
+        return torch.where(
+            later, values.nan_to_num(0, 0, 0) + 0.2 + torch.rand(mask.shape, generator=generator), values
+        )
+
+    assert rollouts.scores is not None
+    fields: dict[str, Any] = {
+        "mask": mask,
+        "valid": mask,
+        "response_ids": torch.where(later, rollouts.response_ids + 1, rollouts.response_ids),
+        "logprobs": torch.where(later, -changed(-rollouts.logprobs), rollouts.logprobs),
+        "scores": torch.where(continues, rollouts.scores + 0.9, rollouts.scores),
+        "evidence": {k: changed(v) for k, v in rollouts.evidence.items()},
+    }
+    return Case(replace(rollouts, **fields), torch.where(mask, changed(case.rewards), 0.0))
 
 
-def _later(values: Tensor, later: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(later, values + 0.7, values) if values.shape == mask.shape else values
+def _coin(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator) < 0.5
 
 
 def _share(credit: Credit, case: Case) -> str | None:
     if credit.share is None:
         return None
     share, mask = credit.share(case.rollouts), case.rollouts.mask
+    if share.shape != mask.shape or (share[~mask] != 0).any():
+        return f"its share is {tuple(share.shape)} for a mask {tuple(mask.shape)}, or not 0 off the mask"
     sums = share.sum(dim=1)
-    bad = (sums - mask.any(dim=1).float()).abs() > TOLERANCE
-    if share.shape != mask.shape or bad.any():
+    if not ((sums - mask.any(dim=1).float()).abs() <= TOLERANCE).all():
         return f"its shares sum to {sums.tolist()}, not to 1 in every row with tokens"
     return "a share is negative" if (share < 0).any() else None
 
@@ -287,9 +314,14 @@ def _share(credit: Credit, case: Case) -> str | None:
 def _stats(credit: Credit, case: Case) -> str | None:
     if credit.stats is None:
         return None
+    rows = [_row(case, row) for row in range(len(case.rollouts))]
+    single = [credit.stats(row.rollouts, row.rewards, row.rewards) for row in rows]
     for name, (total, count) in credit.stats(case.rollouts, case.rewards, case.rewards).items():
         if not torch.isfinite(total) or not torch.isfinite(count):
             return f"statistic {name!r} is ({float(total)}, {float(count)})"
+        added = sum(float(one[name][0]) for one in single)
+        if abs(added - float(total)) > 1e-4 * max(1.0, abs(added)):
+            return f"statistic {name!r} is {float(total):.4g}, but adds up to {added:.4g} over the rows"
     return None
 
 
@@ -306,5 +338,5 @@ CLAUSES: Mapping[str, Check] = {
     "keeps_return as declared": _sum_kept,
     "causal as declared": _causal,
     "shares sum to 1": _share,
-    "statistics are finite": _stats,
+    "statistics are finite and add up": _stats,
 }

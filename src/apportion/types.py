@@ -1,4 +1,4 @@
-"""The batch that travels through everything, and the shapes of the three kinds of method.
+"""The batch that every stage passes on, and the signatures of the four kinds of method.
 
 Shapes: B rollouts, P prompt tokens, T response tokens. Index t is response token t; "last" is the last True of the
 mask, never its sum minus one.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import DataError
+from apportion.masking import check_finite
 
 State = dict[str, Tensor]
 
@@ -30,7 +31,7 @@ class Rollouts:
         logprobs: (B,T) float, nats, under the policy that sampled.
         scores: (B,) float, the reward model's score; None until scored.
         group: (B,) int64, rollouts of one prompt share a value.
-        evidence: tensors of shape (B,), (B,T) or (B,T,k) that methods ask for by name in their `needs`.
+        evidence: tensors of shape (B,), (B,T) or (B,T,k) that methods request by name in their `needs`.
         valid: (B,T) bool, tokens that the models attend to; defaults to `mask`.
         ended: (B,) bool, False where the response was cut off; None means that all ended.
         turn: (B,T) int64 turn ids, or None.
@@ -64,8 +65,8 @@ class Rollouts:
 
     def _check_shapes(self) -> None:
         if self.mask.dim() != 2 or self.mask.dtype != torch.bool:
-            found = f"{self.mask.dtype} {tuple(self.mask.shape)}"
-            raise DataError("Rollouts.mask", found, "a bool tensor (B,T)", "Pass `mask.bool()`, (B,T).")
+            got: Any = f"{self.mask.dtype} {tuple(self.mask.shape)}"
+            raise DataError("Rollouts.mask", got, "a bool tensor (B,T)", "Pass `mask.bool()`, (B,T).")
         if self.prompt_ids.dim() != 2:
             got = tuple(self.prompt_ids.shape)
             raise DataError("Rollouts.prompt_ids", got, "shape (B,P)", "Left-pad the prompts into a batch.")
@@ -103,12 +104,40 @@ class Rollouts:
         return Rollouts(**values)
 
     def with_evidence(self, **evidence: Tensor) -> Rollouts:
-        """Return a copy that carries `evidence` beside what it had."""
+        """Return a copy with `evidence` added."""
         return replace(self, evidence={**self.evidence, **evidence})
+
+    def require(self, name: str, fix: str = "Produce it in scoring, or pass it with `with_evidence`.") -> Tensor:
+        """Return evidence `name` as it is. Raises DataError where it is absent, with the names of what is there."""
+        if name not in self.evidence:
+            got = sorted(self.evidence) or "no evidence"
+            raise DataError(f"evidence[{name!r}]", got, f"a tensor named {name!r}", fix)
+        return self.evidence[name]
+
+    def token_evidence(self, name: str, *, least: float | None = None, fix: str = "Check its producer.") -> Tensor:
+        """Return evidence `name` (B,T) in float32, 0 off the mask.
+
+        Raises:
+            DataError: it is absent, not (B,T), or on the mask not finite or below `least`; it names rollout and token.
+        """
+        values = self._require_shape(name, tuple(self.mask.shape))
+        # `where`, not a product: off the mask there may be anything, NaN included
+        return check_finite(f"evidence[{name!r}]", torch.where(self.mask, values, 0.0), fix, least=least)
+
+    def row_evidence(self, name: str, *, fix: str = "Check its producer.") -> Tensor:
+        """Return evidence `name` (B,) in float32, 0 on rows without tokens. Raises DataError as `token_evidence`."""
+        values = self._require_shape(name, (len(self),))
+        return check_finite(f"evidence[{name!r}]", torch.where(self.mask.any(dim=1), values, 0.0), fix)
+
+    def _require_shape(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        values = self.require(name)
+        if tuple(values.shape) != shape:
+            raise DataError(f"evidence[{name!r}]", tuple(values.shape), f"shape {shape}", "Check its producer.")
+        return values.float()
 
 
 class Credit(NamedTuple):
-    """A credit method: where does the reward land?
+    """A credit method: where the reward lands.
 
     `assign(rollouts, rewards (B,T), state)` returns rewards (B,T) and the state; rows are independent of one another
     and controllers are never moved there. `stats(rollouts, before, after)` returns {name: (sum, count)}, which may be
@@ -120,21 +149,21 @@ class Credit(NamedTuple):
     needs: frozenset[str]
     keeps_return: bool
     causal: bool
-    share: Callable[[Rollouts], Tensor] | None = None  # a redistributor's; None where tokens' parts may be negative
+    share: Callable[[Rollouts], Tensor] | None = None  # a redistributor's; None where a token's part may be negative
     stats: Callable[[Rollouts, Tensor, Tensor], dict[str, tuple[Tensor, Tensor]]] | None = None
     update: Callable[[State, dict[str, tuple[Tensor, Tensor]]], State] | None = None
-    redistributes: bool = False  # moves the row's sum along it with no share to show for it: signed parts
+    redistributes: bool = False  # spreads the row's sum in signed parts, so that it has no `share`
 
 
 class Advantages(NamedTuple):
-    """What an estimator returns: raw (not whitened) advantages and returns, both (B,T), 0 off the mask."""
+    """The result of an estimator: raw (not whitened) advantages and returns, both (B,T), 0 off the mask."""
 
     advantages: Tensor
     returns: Tensor
 
 
 class Segmenter(Protocol):
-    """What counts as one action: rollouts -> (B,T) int64, ids from 0 along each row, -1 off the mask."""
+    """Decides what counts as one action: rollouts -> (B,T) int64, ids from 0 along each row, -1 off the mask."""
 
     needs: frozenset[str]
 
@@ -142,7 +171,7 @@ class Segmenter(Protocol):
 
 
 class Estimator(Protocol):
-    """How returns become advantages: (rewards (B,T), segments (B,T), rollouts) -> Advantages."""
+    """Turns rewards into advantages: (rewards (B,T), segments (B,T), rollouts) -> Advantages."""
 
     needs: frozenset[str]
 
@@ -150,14 +179,14 @@ class Estimator(Protocol):
 
 
 class PolicyLoss(NamedTuple):
-    """How a batch's advantages become a gradient: a sum, and what the caller divides it by.
+    """A policy loss: a sum over the batch, and the denominator that the caller divides it by.
 
     `terms(logprobs (B,T), rollouts, advantages (B,T), mask (B,T), segments (B,T))` returns (the sum of the loss, sums
     of statistics by name, each over tokens). `denominator(mask, segments)` returns the declared count of these rows, a
     scalar tensor that may be added over micro-batches and processes: tokens, actions, sequences, or a constant a
     sequence. It is taken once over the whole optimisation batch.
 
-    `ratio` says what one importance ratio covers ("token", "action" or "sequence"); `needs` is evidence, as elsewhere.
+    `ratio` names what one importance ratio covers ("token", "action" or "sequence"); `needs` are names of evidence.
     """
 
     terms: Callable[[Tensor, Rollouts, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -167,7 +196,7 @@ class PolicyLoss(NamedTuple):
 
 
 class Method(NamedTuple):
-    """The four choices, built, beside their resolved specs (for the run folder)."""
+    """The four built methods of a run, with their resolved specs (for the run folder)."""
 
     credit: Credit
     segment: Segmenter
@@ -177,7 +206,7 @@ class Method(NamedTuple):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the names of all evidence that the methods need from a model; the credit's shares need none."""
+        """Return the names of all evidence to produce; "credit_share" comes from the credit itself."""
         needed = self.credit.needs | self.segment.needs | self.estimate.needs | self.loss.needs
         return needed - {"credit_share"}
 

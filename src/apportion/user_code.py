@@ -26,8 +26,8 @@ CHECK = "Check it with `apportion doctor --credit NAME`."
 
 
 @dataclass(frozen=True)
-class LastWords:
-    """What is left behind if a call has to be ended together with the process.
+class FilesOnKill:
+    """Files to save if a call has to be ended together with the process.
 
     Attributes:
         place: a sentence that says where. files: {path: text} for the text of the error. trace: path of the traceback.
@@ -42,11 +42,11 @@ class UserCode:
     """Calls user-supplied functions.
 
     Attributes:
-        timeout: seconds that a call may take; None for no limit. last_words: of the current batch.
+        timeout: seconds that a call may take; None for no limit. files_on_kill: of the current batch.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
-        self.timeout, self.last_words = timeout, LastWords()
+        self.timeout, self.files_on_kill = timeout, FilesOnKill()
         self._running = False
 
     def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -58,11 +58,11 @@ class UserCode:
         """
         if self._running or self.timeout is None:
             return call_named(name, function, *args)
-        hung = f"{LATE}. It hung in code that cannot be interrupted. {self.last_words.place}".strip()
+        hung = f"{LATE}. It hung in code that cannot be interrupted. {self.files_on_kill.place}".strip()
         message = str(self._late(name, hung))
         self._running = True
         try:
-            with time_limit(self.timeout, message, self.last_words.files(message), self.last_words.trace):
+            with time_limit(self.timeout, message, self.files_on_kill.files(message), self.files_on_kill.trace):
                 return call_named(name, function, *args)
         except TimedOut as error:
             raise self._late(name, f"{LATE}.") from error
@@ -93,7 +93,7 @@ def error_of(name: str, error: BaseException) -> UserCodeError:
     text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return UserCodeError(name, f"{text}{where}", "what it promises to return", NEVER)
+    return UserCodeError(name, f"{text}{where}", "a result without an exception", NEVER)
 
 
 def user_defined(names: Iterable[str]) -> str | None:
@@ -179,12 +179,17 @@ def guard_method(method: Method, code: UserCode) -> Method:
     return method._replace(credit=credit._replace(assign=assign), segment=segment, estimate=estimate)
 
 
+def call_directly(function: Callable[..., Any], *args: Any) -> Any:
+    """Return `function(*args)`."""
+    return function(*args)
+
+
 class Guarded:
     """A segmenter or estimator with a validated result and, where `name` is not None, a time limit on its functions."""
 
     def __init__(self, name: str | None, method: Any, code: UserCode, validate: Callable[[Any, Rollouts], Any]) -> None:
         self.method, self._validate = method, validate
-        self._call = (lambda function, *args: function(*args)) if name is None else partial(code.call, name)
+        self._call: Callable[..., Any] = call_directly if name is None else partial(code.call, name)
 
     def __call__(self, *args: Any) -> Any:
         return self._validate(self._call(self.method, *args), args[-1])  # the rollouts come last

@@ -83,7 +83,7 @@ def assert_near(got: Advantages, expected: Advantages) -> None:
 
 
 @every_estimator
-@examples(30)
+@examples(20)
 @given(mask=masks(), seed=SEEDS, dtype=st.sampled_from(DTYPES))
 def test_shape_float32_zeros_off_the_mask_one_number_an_action_and_nothing_mutated(make, mask, seed, dtype):
     method = make()
@@ -104,7 +104,7 @@ def test_shape_float32_zeros_off_the_mask_one_number_an_action_and_nothing_mutat
 
 
 @every_estimator
-@examples(30)
+@examples(20)
 @given(mask=masks(), seed=SEEDS, scale=st.sampled_from((1e-30, 1e30, -1e30, 0.0)), alike=st.booleans())
 def test_finite_for_extreme_rewards(make, mask, seed, scale, alike):
     method = make()
@@ -118,7 +118,7 @@ def test_finite_for_extreme_rewards(make, mask, seed, scale, alike):
 
 
 @every_estimator
-@examples(30)
+@examples(20)
 @given(mask=masks(), seed=SEEDS, left=st.integers(0, 3), right=st.integers(0, 3))
 def test_padding_order_of_rows_and_names_of_groups_do_not_matter(make, mask, seed, left, right):
     method = make()
@@ -135,7 +135,7 @@ def test_padding_order_of_rows_and_names_of_groups_do_not_matter(make, mask, see
 
 
 @every_estimator
-@examples(30)
+@examples(20)
 @given(mask=masks(), seed=SEEDS)
 def test_rows_or_groups_are_independent_of_one_another(make, mask, seed):
     method = make()
@@ -149,7 +149,7 @@ def test_rows_or_groups_are_independent_of_one_another(make, mask, seed):
 
 
 @every_estimator
-@examples(30)
+@examples(20)
 @given(mask=masks(), seed=SEEDS)
 def test_rows_without_tokens_teach_nothing_to_others(make, mask, seed):
     """A row without tokens added to any group changes no other row."""
@@ -179,7 +179,7 @@ def test_what_an_estimator_declares_is_true(make):
 
 
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS if hasattr(ESTIMATORS[n](), "stats")])
-@examples(30)
+@examples(20)
 @given(mask=masks(), seed=SEEDS)
 def test_statistics_add_up_over_groups(name, mask, seed):
     method = ESTIMATORS[name]()

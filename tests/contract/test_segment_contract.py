@@ -70,7 +70,7 @@ def assert_kept(ids: Tensor, rollouts: Rollouts) -> None:
 
 
 @every_segmenter
-@examples(30)
+@examples(20)
 @given(drawn=batches(), dtype=st.sampled_from(DTYPES))
 def test_ids_are_consecutive_and_stay_in_their_turn_and_nothing_is_mutated(make, drawn, dtype):
     method = make()
@@ -85,7 +85,7 @@ def test_ids_are_consecutive_and_stay_in_their_turn_and_nothing_is_mutated(make,
 
 
 @every_segmenter
-@examples(30)
+@examples(20)
 @given(drawn=batches(), scale=st.sampled_from((-1e30, 0.0, 1e-30, 1e30)))
 def test_extreme_evidence_gives_ids_like_any_other(make, drawn, scale):
     method = make()
@@ -96,7 +96,7 @@ def test_extreme_evidence_gives_ids_like_any_other(make, drawn, scale):
 
 
 @every_segmenter
-@examples(30)
+@examples(20)
 @given(drawn=batches(), left=st.integers(0, 3), right=st.integers(0, 5))
 def test_padding_rows_and_order_do_not_matter(make, drawn, left, right):
     method = make()
@@ -114,7 +114,7 @@ def test_padding_rows_and_order_do_not_matter(make, drawn, left, right):
 
 
 @every_segmenter
-@examples(30)
+@examples(20)
 @given(drawn=batches())
 def test_what_stands_off_the_mask_does_not_matter(make, drawn):
     """Prompt, holes, padding: other ids, turns and evidence there cut the same actions."""
@@ -133,7 +133,7 @@ def test_what_stands_off_the_mask_does_not_matter(make, drawn):
     assert torch.equal(method(changed), method(rollouts))
 
 
-@examples(30)
+@examples(20)
 @given(drawn=batches())
 def test_one_token_is_an_action_and_n_beyond_the_row_is_the_whole_response(drawn):
     rollouts = rollouts_of(segments.tokens(), drawn)
@@ -150,7 +150,7 @@ def test_one_token_is_an_action_and_n_beyond_the_row_is_the_whole_response(drawn
         assert torch.equal(whole, segments.turns()(rollouts))
 
 
-@examples(30)
+@examples(20)
 @given(drawn=batches(), at=st.integers(0, 13), value=st.integers(-2, 15))
 def test_check_refuses_exactly_what_breaks_the_contract(drawn, at, value):
     rollouts = rollouts_of(segments.tokens(), drawn)

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification
 
-from apportion import credit, registry
+from apportion import credit
 from apportion.config import ScoreConfig
-from apportion.credit._evidence import Reading, asked_reading, reading
+from apportion.credit import AttentionSpec, attention_spec, requested_attention
 from apportion.errors import ConfigError, DataError, ModelError
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.reward import reward_evidence
 from apportion.evidence.scoring import score
-from apportion.models.attention.row import attention_row, union
+from apportion.models.attention.row import attention_row, needed_layers
+from apportion.registry import EvidenceKey
 from apportion.stages.explain import apportion_text, text_methods
 
 SETTINGS = [
@@ -69,8 +70,8 @@ def test_a_rollout_by_hand() -> None:
 def test_readings_equal_the_matrices_written_out(name: str, settings: dict, padding: str) -> None:
     inputs, pooled = zoo.inputs_of(name, padding)
     matrices = zoo.eager(name, inputs)
-    one = reading(**settings)
-    got = zoo.tap(zoo.build(name), inputs, union([one])).read(one, pooled)
+    one = attention_spec(**settings)
+    got = zoo.tap(zoo.build(name), inputs, needed_layers([one])).attention(one, pooled)
     torch.testing.assert_close(got, by_hand(matrices, pooled, settings), rtol=0, atol=1e-5)
     assert (got[inputs["attention_mask"] == 0] == 0).all()
     if settings.get("rollout") and "sinks" not in name:
@@ -94,12 +95,12 @@ def test_a_rollout_needs_no_square_matrix_and_chunks_do_not_change_it(name: str,
 def test_a_rollout_of_a_row_alone_equals_the_batchs() -> None:
     model = zoo.build("llama (grouped queries)")
     inputs, pooled = zoo.inputs_of("llama", "both")
-    together = zoo.tap(model, inputs, "all").rollout(pooled)
+    in_batch = zoo.tap(model, inputs, "all").rollout(pooled)
     for i in range(3):
         real = inputs["attention_mask"][i].bool()
         alone = zoo.tap(model, {k: v[i : i + 1, real] for k, v in inputs.items()}, "all")
         row = alone.rollout(torch.tensor([int(real.sum()) - 1]))
-        torch.testing.assert_close(together[i : i + 1, real], row, rtol=0, atol=1e-5)
+        torch.testing.assert_close(in_batch[i : i + 1, real], row, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", zoo.CONFIGS)
@@ -140,7 +141,7 @@ def test_only_the_chosen_layers_are_kept() -> None:
     assert seen.layer_weights(pooled).shape == (3, 2, 4, 12)
     assert torch.equal(seen.layer_weights(pooled)[:, 1], seen.weights(pooled))
     with pytest.raises(ModelError, match="layer 1'; expected one of the chosen layers"):
-        seen.read(reading(layers=1), pooled)
+        seen.attention(attention_spec(layers=1), pooled)
     with pytest.raises(ModelError, match='rollout.*layers="all"'):
         seen.rollout(pooled)
 
@@ -169,13 +170,15 @@ def test_settings_are_checked_at_construction(settings: dict, field: str) -> Non
 def test_the_papers_reading_needs_the_plain_key_and_others_their_own() -> None:
     usual = [{}, {"layers": -1}, {"layers": [-1]}, {"layers": "last", "heads": "mean", "rollout": False}]
     assert all(credit.attention(**settings).needs == {"reward_attention"} for settings in usual)
-    asked = registry.ask("reward_attention", layers=[-2, -1], heads="mean")
-    assert credit.attention(layers=[-1, -2]).needs == credit.attention(layers=(-2, -1, -2)).needs == {asked}
-    assert credit.attention(rollout=True).needs == {registry.ask("reward_attention", rollout=True)}
+    key = EvidenceKey("reward_attention", layers=[-2, -1], heads="mean")
+    assert credit.attention(layers=[-1, -2]).needs == credit.attention(layers=(-2, -1, -2)).needs == {key}
+    assert credit.attention(rollout=True).needs == {EvidenceKey("reward_attention", rollout=True)}
     for settings in SETTINGS:
         (name,) = credit.attention(**settings).needs
-        assert registry.asked(name)[0] == "reward_attention" and asked_reading(name) == reading(**settings)
-    assert asked_reading("reward_attention") == Reading()
+        assert EvidenceKey.of(name).name == "reward_attention" and requested_attention(name) == attention_spec(
+            **settings
+        )
+    assert requested_attention("reward_attention") == AttentionSpec()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -207,7 +210,7 @@ def test_several_askings_share_one_forward_and_each_gets_its_own(world: Path) ->
     }
     forwards: list[int] = []
     handle = reward.model.register_forward_hook(lambda *_: forwards.append(1))
-    found = reward_pass(reward, batch, frozenset(names) | {"scores"})
+    found = reward_evidence(reward, batch, frozenset(names) | {"scores"})
     handle.remove()
     assert len(forwards) == 1 and set(found) == set(names) | {"scores"}
     model = AutoModelForSequenceClassification.from_pretrained(world / "reward", attn_implementation="eager").eval()

@@ -81,7 +81,7 @@ def test_the_first_logged_values_are_the_reward_models(world: Path, tmp_path: Pa
 def test_a_reward_model_that_reads_text_is_refused(tmp_path: Path) -> None:
     world = foreign_models.world(tmp_path)
     changes = {"ppo.value_model": "reward", "reward_model": world / "other", "credit": "sparse"}
-    with pytest.raises(ConfigError, match="ppo.value_model.*tokenizer of its own"):
+    with pytest.raises(ConfigError, match="ppo.value_model.*its own tokenizer"):
         train.train(tiny_runs.config(world, tmp_path / "run", **changes))
 
 

@@ -13,17 +13,18 @@ import tiny_tokenizers
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, LlamaConfig
 
-from apportion import Rollouts, credit, registry
+from apportion import Rollouts, credit
 from apportion.config import ScoreConfig
 from apportion.evidence import Models
-from apportion.evidence.attribution import attribution_pass
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.attribution import attribution_evidence
+from apportion.evidence.reward import reward_evidence
 from apportion.evidence.scoring import score
-from apportion.evidence.shapley import shapley_pass
+from apportion.evidence.shapley import shapley_evidence
 from apportion.evidence.text_reward import translate
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.text.token_spans import PolicyText
-from apportion.models.text.transfer import carry
+from apportion.models.text.transfer import transfer
+from apportion.registry import EvidenceKey
 
 SAID = [
     ("I rented this", " film, and it was a great story"),
@@ -73,7 +74,7 @@ def by_hand(folder: Path, prompt: list[int], response: list[int]) -> float:
 @pytest.mark.parametrize("name", ["encoder", "other"])
 def test_prefixes_are_texts(world: Path, name: str, extra: int) -> None:
     rollouts, reward = batch(extra), judge(world, name)
-    found = reward_pass(reward, rollouts, PREFIXES | {"scores", "reward_attention"})
+    found = reward_evidence(reward, rollouts, PREFIXES | {"scores", "reward_attention"})
     assert set(found) == PREFIXES | {"scores", "reward_attention"}
     for row in range(len(rollouts)):
         prompt, response = tiny_runs.alone(rollouts, row)
@@ -91,8 +92,8 @@ def test_prefixes_are_texts(world: Path, name: str, extra: int) -> None:
 def test_coalitions_are_texts(world: Path, name: str) -> None:
     rollouts, reward = batch(), judge(world, name)
     models = Models(tiny_runs.policy(world), reward)
-    asked = registry.ask("shapley_values", spans=8, budget=64, seed=0)
-    found = shapley_pass(models, rollouts, frozenset({asked}))[asked]
+    key = EvidenceKey("shapley_values", spans=8, budget=64, seed=0)
+    found = shapley_evidence(models, rollouts, frozenset({key}))[key]
     prompt, response = tiny_runs.alone(rollouts, 0)
     spans = [response[i : i + 8] for i in range(0, len(response), 8)]
     assert 2 <= len(spans) <= 5
@@ -115,9 +116,9 @@ def test_coalitions_are_texts(world: Path, name: str) -> None:
 def test_attributions_are_carried_over_by_characters(world: Path, name: str) -> None:
     rollouts, reward = batch(), judge(world, name)
     translation = translate(reward, rollouts)
-    own = attribution_pass(replace(reward, text=None), translation.rollouts)["reward_attribution"]
-    expected = carry(own, translation.source, translation.target)
-    found = attribution_pass(reward, rollouts)["reward_attribution"]
+    own = attribution_evidence(replace(reward, text=None), translation.rollouts)["reward_attribution"]
+    expected = transfer(own, translation.source, translation.target)
+    found = attribution_evidence(reward, rollouts)["reward_attribution"]
     torch.testing.assert_close(found, expected)
     assert (found < 0).any() and (found > 0).any() and (found[~rollouts.mask] == 0).all()
 

@@ -10,12 +10,13 @@ import tiny
 import tiny_runs
 import torch
 
-from apportion import Rollouts, credit, registry, segments
+from apportion import Rollouts, credit, segments
 from apportion.config import ScoreConfig
 from apportion.errors import ConfigError, DataError, ModelError, ScoreError
 from apportion.evidence import Models, plan
-from apportion.evidence.process import laid_out
+from apportion.evidence.process import to_tokens
 from apportion.evidence.scoring import score
+from apportion.registry import EvidenceKey
 
 MASK = torch.tensor([[True, True, True, False], [True, False, True, True], [False] * 4])
 
@@ -60,7 +61,7 @@ class TestImplicit:
     def test_without_a_model_the_setting_is_named(self) -> None:
         with pytest.raises(ConfigError, match=r"'implicit_logprobs': got 'no model'.* Set implicit.model"):
             plan(credit.implicit().needs)
-        (made,) = (p for p, names in plan(credit.implicit(model="x").needs) if "implicit_logprobs" in p.gives)
+        (made,) = (p for p, names in plan(credit.implicit(model="x").needs) if "implicit_logprobs" in p.provides)
         assert (made.forwards, made.backwards) == (1, 0)
 
     def test_a_model_that_cannot_be_read_is_named(self, world: Path) -> None:
@@ -129,23 +130,23 @@ class TestProcess:
         models = tiny_runs.models(world)
         batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(3))
         with pytest.raises(ScoreError, match="rollout 2 from own_rewards:broken, number 0: got nan"):
-            score(models, batch.select(torch.tensor([0, 1, 2])), {asked(f"{mine}:broken")}, ScoreConfig(micro_batch=3))
+            score(models, batch.select(torch.tensor([0, 1, 2])), {key(f"{mine}:broken")}, ScoreConfig(micro_batch=3))
         longest = int(batch.prompt_mask.sum(dim=1).argmax())  # the longest comes first
         assert longest > 0
         with pytest.raises(ScoreError, match=f"rollout {longest} from own_rewards:broken"):
-            score(models, batch, {asked(f"{mine}:broken")}, ScoreConfig(micro_batch=1))
+            score(models, batch, {key(f"{mine}:broken")}, ScoreConfig(micro_batch=1))
 
     def test_without_a_function_the_setting_is_named(self) -> None:
         with pytest.raises(ConfigError, match=r"'process_rewards': got 'no function'.* Set process.function"):
             plan(credit.process().needs)
 
     def test_rows_land_on_the_mask(self) -> None:
-        found = laid_out([[1, 2, 3.5], [torch.tensor(4.0), 5, 6], []], MASK, None, "f")
+        found = to_tokens([[1, 2, 3.5], [torch.tensor(4.0), 5, 6], []], MASK, None, "f")
         assert found.tolist() == [[1, 2, 3.5, 0], [4, 0, 5, 6], [0] * 4] and found.dtype == torch.float32
         steps = torch.tensor([[0, 1, 1, -1], [0, -1, 0, 0], [-1] * 4])
-        found = laid_out([[1, 2], [3], []], MASK, steps, "f")
+        found = to_tokens([[1, 2], [3], []], MASK, steps, "f")
         assert found.tolist() == [[1, 0, 2, 0], [0, 0, 0, 3], [0] * 4]
-        found = laid_out([[(1, 0.5)], [(0, 1), [2, -1]], []], MASK, None, "f")
+        found = to_tokens([[(1, 0.5)], [(0, 1), [2, -1]], []], MASK, None, "f")
         assert found.tolist() == [[0, 0.5, 0, 0], [1, 0, 0, -1], [0] * 4]
 
     @pytest.mark.parametrize(
@@ -168,8 +169,8 @@ class TestProcess:
     )
     def test_what_is_wrong_is_named(self, made: object, error: type[Exception], text: str) -> None:
         with pytest.raises(error, match=text):
-            laid_out(made, MASK, None, "f")
+            to_tokens(made, MASK, None, "f")
 
 
-def asked(function: str) -> str:
-    return registry.ask("process_rewards", function=function, unit="token")
+def key(function: str) -> str:
+    return EvidenceKey("process_rewards", function=function, unit="token")

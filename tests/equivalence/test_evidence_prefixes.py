@@ -16,8 +16,8 @@ from apportion.config import ScoreConfig
 from apportion.errors import ModelError, ScoreError
 from apportion.evidence import Models
 from apportion.evidence.ablated import compact
-from apportion.evidence.prefix import head_outputs, prefix_evidence, prefix_rows
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.prefix import capture_head_outputs, prefix_evidence, prefix_rows
+from apportion.evidence.reward import reward_evidence
 from apportion.evidence.scoring import score
 from apportion.models.reward import RewardModel
 
@@ -62,14 +62,14 @@ def test_a_decoder_gives_every_prefix_in_the_scoring_forward(name: str, extra: i
     batch = tiny_runs.rollouts_of(PROMPTS, RESPONSES, extra=extra)
     expected, prompts = each_alone(reward, batch)
     seen = forwards(reward.model)
-    found = reward_pass(reward, batch, PREFIXES | {"scores", "reward_attention"})
+    found = reward_evidence(reward, batch, PREFIXES | {"scores", "reward_attention"})
     assert seen == [3], "prefixes must cost no forward of their own"
     torch.testing.assert_close(found["prefix_scores"], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(found["prompt_score"], prompts, rtol=0, atol=1e-5)
     assert (found["prefix_scores"][~batch.mask] == 0).all() and expected.std() > 0.05
     last = found["prefix_scores"][range(3), [4, 1, 0]]
     assert torch.equal(last, found["scores"]), "the last prefix is the whole text, bit for bit"
-    without = reward_pass(reward, batch, frozenset({"scores"}))
+    without = reward_evidence(reward, batch, frozenset({"scores"}))
     assert torch.equal(without["scores"], found["scores"]) and set(without) == {"scores"}
 
 
@@ -79,7 +79,7 @@ def test_tokens_of_a_tool_are_read_and_have_no_prefix_of_their_own() -> None:
     holes = batch.mask.clone()
     holes[0, 1:3] = False
     batch = replace(batch, mask=holes)  # `valid` still has them
-    found = reward_pass(reward, batch, PREFIXES)
+    found = reward_evidence(reward, batch, PREFIXES)
     torch.testing.assert_close(found["prefix_scores"], each_alone(reward, batch)[0], rtol=0, atol=1e-5)
     assert (found["prefix_scores"][0, 1:3] == 0).all()
 
@@ -127,17 +127,17 @@ def test_an_empty_prompt_is_named_where_its_score_is_wanted() -> None:
     reward = RewardModel(tiny_models.build("gpt2"), None)
     batch = tiny_runs.rollouts_of([[5, 6], []], RESPONSES[:2])
     with pytest.raises(ScoreError, match="prompt of rollout 1: got 'no tokens'"):
-        reward_pass(reward, batch, PREFIXES)
-    assert torch.isfinite(reward_pass(reward, batch, frozenset({"prefix_scores"}))["prefix_scores"]).all()
+        reward_evidence(reward, batch, PREFIXES)
+    assert torch.isfinite(reward_evidence(reward, batch, frozenset({"prefix_scores"}))["prefix_scores"]).all()
 
 
 def test_a_model_without_a_head_of_a_known_name_is_refused() -> None:
     model = tiny_models.build("gpt2")
-    with pytest.raises(ModelError, match="head of GPT2Model"), head_outputs(model.transformer):
+    with pytest.raises(ModelError, match="head of GPT2Model"), capture_head_outputs(model.transformer):
         pass
-    with head_outputs(model) as caught, pytest.raises(ValueError, match="input_ids"):
+    with capture_head_outputs(model) as caught, pytest.raises(ValueError, match="input_ids"):
         model()
-    assert caught == [] and not model.score._forward_hooks, "the hook is gone on any exit"
+    assert caught == [] and not model.score._forward_hooks, "any exit removes the hook"
 
 
 def test_prefixes_are_put_into_the_units_of_the_score(world: Path) -> None:

@@ -11,14 +11,15 @@ import tiny_models
 import tiny_runs
 import torch
 
-from apportion import credit, registry, segments
+from apportion import credit, segments
 from apportion.config import ScoreConfig
 from apportion.errors import ConfigError, ScoreError
 from apportion.evidence import PRODUCERS, Models
-from apportion.evidence.attribution import attribution_pass
+from apportion.evidence.attribution import attribution_evidence
 from apportion.evidence.scoring import score
-from apportion.evidence.shapley import cut, shapley_pass
+from apportion.evidence.shapley import shapley_evidence, split_spans
 from apportion.models.reward import RewardModel
+from apportion.registry import EvidenceKey
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 RESPONSES = [[50, 60, 70, 80, 90], [33, 2], [44]]
@@ -42,7 +43,7 @@ def test_attribution_is_the_slope_from_the_pad_embedding(name: str, extra: int) 
     batch = tiny_runs.rollouts_of(prompts, RESPONSES, extra=extra)
     seen: list[int] = []
     handle = model.register_forward_hook(lambda *_: seen.append(1))
-    found = attribution_pass(RewardModel(model, None), batch)["reward_attribution"]
+    found = attribution_evidence(RewardModel(model, None), batch)["reward_attribution"]
     handle.remove()
     assert len(seen) == PRODUCERS["attribution"].forwards == PRODUCERS["attribution"].backwards == 1
     assert all(p.grad is None for p in model.parameters()), "weights got a gradient"
@@ -82,11 +83,11 @@ def test_an_attribution_that_is_not_a_number_is_named(world: Path) -> None:
     with torch.no_grad():
         reward.model.model.embed_tokens.weight[33] = torch.inf
     with pytest.raises(ScoreError, match="of rollout 1: got nan"):
-        attribution_pass(reward, batch)
+        attribution_evidence(reward, batch)
 
 
-def asked(part: str, **settings: object) -> str:
-    return registry.ask(f"shapley_{part}", **{"spans": 2, "budget": 64, "seed": 0} | settings)
+def key(part: str, **settings: object) -> str:
+    return EvidenceKey(f"shapley_{part}", **{"spans": 2, "budget": 64, "seed": 0} | settings)
 
 
 def cut_out(reward: RewardModel, prompt: list[int], kept: list[int]) -> float:
@@ -111,25 +112,25 @@ def test_shapley_values_are_those_of_texts_with_spans_cut_out(world: Path, extra
     models = tiny_runs.models(world)
     batch = tiny_runs.rollouts_of(PROMPTS, RESPONSES, extra=extra)
     parts = ("values", "empty", "error", "calls", "joined")
-    found = shapley_pass(models, batch, frozenset(asked(p) for p in parts))
-    assert set(found) == {asked(p) for p in parts}
+    found = shapley_evidence(models, batch, frozenset(key(p) for p in parts))
+    assert set(found) == {key(p) for p in parts}
     for row, response in enumerate(RESPONSES):
         spans = [response[i : i + 2] for i in range(0, len(response), 2)]
         values = by_hand(models.reward, PROMPTS[row], spans)
         each = [v / len(s) for v, s in zip(values, spans, strict=True) for _ in s]
-        torch.testing.assert_close(found[asked("values")][row, : len(each)], torch.tensor(each), rtol=0, atol=1e-5)
-        assert (found[asked("values")][row, len(each) :] == 0).all()
-        assert float(found[asked("empty")][row]) == pytest.approx(cut_out(models.reward, PROMPTS[row], []), abs=1e-5)
-        assert found[asked("calls")][row] == 2 ** len(spans)
-    assert (found[asked("error")] == 0).all() and (found[asked("joined")] == 0).all()
+        torch.testing.assert_close(found[key("values")][row, : len(each)], torch.tensor(each), rtol=0, atol=1e-5)
+        assert (found[key("values")][row, len(each) :] == 0).all()
+        assert float(found[key("empty")][row]) == pytest.approx(cut_out(models.reward, PROMPTS[row], []), abs=1e-5)
+        assert found[key("calls")][row] == 2 ** len(spans)
+    assert (found[key("error")] == 0).all() and (found[key("joined")] == 0).all()
 
 
 def test_what_comes_later_changes_an_earlier_tokens_value(world: Path) -> None:
     """Why neither credit is causal."""
     models = tiny_runs.models(world)
     batch = tiny_runs.rollouts_of([[5, 6]] * 2, [[50, 60, 70, 80], [50, 60, 71, 33]])
-    values = shapley_pass(models, batch, frozenset({asked("values")}))[asked("values")]
-    effects = attribution_pass(models.reward, batch)["reward_attribution"]
+    values = shapley_evidence(models, batch, frozenset({key("values")}))[key("values")]
+    effects = attribution_evidence(models.reward, batch)["reward_attribution"]
     for found in (values, effects):
         assert (found[0, :2] - found[1, :2]).abs().max() > 1e-3
 
@@ -144,15 +145,15 @@ def test_the_credit_keeps_the_score_and_counts_its_readings(world: Path) -> None
         lambda m, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     scored = score(models, batch, method.needs, ScoreConfig())
-    calls, joined = (scored.evidence[asked(p, spans=1, budget=20)] for p in ("calls", "joined"))
+    calls, joined = (scored.evidence[key(p, spans=1, budget=20)] for p in ("calls", "joined"))
     assert joined.tolist() == [15, 0] and calls[1] == 8 and 10 < calls[0] <= 20
     assert sum(rows) == 2 + int(calls.sum()), "two texts are scored, and the games read what they say"
     rewards, _ = credit.apply(method, scored)
     torch.testing.assert_close(rewards.sum(dim=1), scored.scores, rtol=0, atol=1e-5)
-    errors = scored.evidence[asked("error", spans=1, budget=20)]
+    errors = scored.evidence[key("error", spans=1, budget=20)]
     assert errors[0] > 0 and errors[1] == 0
-    told = method.stats(scored, rewards, rewards)
-    assert told["credit/shapley_calls"][0] == calls.sum() and told["credit/shapley_joined"][0] == 15
+    totals = method.stats(scored, rewards, rewards)
+    assert totals["credit/shapley_calls"][0] == calls.sum() and totals["credit/shapley_joined"][0] == 15
     again = score(models, batch, method.needs, ScoreConfig(micro_batch=1))
     torch.testing.assert_close(credit.apply(method, again)[0], rewards, rtol=0, atol=1e-5)
 
@@ -164,11 +165,11 @@ def test_values_are_scaled_with_the_scores(world: Path) -> None:
     method = credit.shapley(spans=2)
     plain = score(models, batch, method.needs, ScoreConfig())
     scaled = score(models, batch, method.needs, ScoreConfig(center=True, scale=True))
-    torch.testing.assert_close(scaled.evidence[asked("values")], plain.evidence[asked("values")] / 2)
-    torch.testing.assert_close(scaled.evidence[asked("empty")], (plain.evidence[asked("empty")] - 0.4) / 2)
-    assert torch.equal(scaled.evidence[asked("calls")], plain.evidence[asked("calls")])
-    expected = scaled.evidence[asked("values")][0].clone()
-    expected[0] += scaled.evidence[asked("empty")][0]
+    torch.testing.assert_close(scaled.evidence[key("values")], plain.evidence[key("values")] / 2)
+    torch.testing.assert_close(scaled.evidence[key("empty")], (plain.evidence[key("empty")] - 0.4) / 2)
+    assert torch.equal(scaled.evidence[key("calls")], plain.evidence[key("calls")])
+    expected = scaled.evidence[key("values")][0].clone()
+    expected[0] += scaled.evidence[key("empty")][0]
     torch.testing.assert_close(credit.apply(method, scaled)[0][0], expected, rtol=0, atol=1e-5)
 
 
@@ -177,7 +178,7 @@ def test_spans(world: Path) -> None:
     words = tiny.tokenizer()("A film. Bad! And so on", add_special_tokens=False)["input_ids"]
     texts = [models.policy.tokenizer.decode([i]) for i in words]
     batch = tiny_runs.rollouts_of([[5]], [words], extra=2)
-    found = cut(models, batch, 0, "sentences").tolist()
+    found = split_spans(models, batch, 0, "sentences").tolist()
     ended, expected = 0, []
     for text in texts:
         expected.append(ended)
@@ -186,11 +187,11 @@ def test_spans(world: Path) -> None:
     holes = batch.mask.clone()
     holes[0, 1] = False
     object.__setattr__(batch, "mask", holes)
-    assert cut(models, batch, 0, 2).tolist()[:4] == [0, -1, 0, 1]
+    assert split_spans(models, batch, 0, 2).tolist()[:4] == [0, -1, 0, 1]
     with pytest.raises(ConfigError, match="shapley.spans: got 'segments'"):
-        cut(models, batch, 0, "segments")
+        split_spans(models, batch, 0, "segments")
     known = Models(models.policy, models.reward, segments.tokens())
-    assert torch.equal(cut(known, batch, 0, "segments"), segments.tokens()(batch)[0])
+    assert torch.equal(split_spans(known, batch, 0, "segments"), segments.tokens()(batch)[0])
 
 
 def test_a_reading_that_is_not_a_number_is_named(world: Path) -> None:
@@ -200,6 +201,6 @@ def test_a_reading_that_is_not_a_number_is_named(world: Path) -> None:
     with torch.no_grad():
         models.reward.model.model.embed_tokens.weight[33] = torch.nan
     with pytest.raises(ScoreError, match="score of rollout 1: got nan"):
-        shapley_pass(models, batch, frozenset({asked("values")}))
+        shapley_evidence(models, batch, frozenset({key("values")}))
     with pytest.raises(ScoreError, match="prompt of rollout 1: got 'no tokens'"):
-        shapley_pass(models, tiny_runs.rollouts_of([[5], []], RESPONSES[:2]), frozenset({asked("values")}))
+        shapley_evidence(models, tiny_runs.rollouts_of([[5], []], RESPONSES[:2]), frozenset({key("values")}))

@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicCache
 
 from apportion.config import SamplingConfig
 from apportion.generation import sample, sampler
-from apportion.generation.hf_cache import past_of
-from apportion.generation.key_values import Buffers, Foreign
+from apportion.generation.hf_cache import empty_past
+from apportion.generation.key_values import KeyValueBuffers, ModelCache
 from apportion.generation.llama import LlamaStepModel, is_llama
 from apportion.generation.step_model import StepModel
 from apportion.models.policy import Policy
@@ -41,21 +41,21 @@ def ending(world: Path) -> Policy:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Rows of every prompt forward and of every step."""
-    found: dict[str, list[int]] = {"read": [], "step": []}
+    found: dict[str, list[int]] = {"prefill": [], "step": []}
     for kind in (StepModel, LlamaStepModel):
-        read, step = kind.__dict__.get("read"), kind.step
+        prefill, step = kind.__dict__.get("prefill"), kind.step
 
         def counted(self: Any, tokens: Any, positions: Any, step: Any = step) -> Any:
             found["step"].append(len(tokens))
             return step(self, tokens, positions)
 
-        def counted_read(self: Any, ids: Any, mask: Any, source: Any, read: Any = read) -> Any:
-            found["read"].append(len(ids))
-            return read(self, ids, mask, source)
+        def counted_prefill(self: Any, ids: Any, mask: Any, source: Any, prefill: Any = prefill) -> Any:
+            found["prefill"].append(len(ids))
+            return prefill(self, ids, mask, source)
 
         monkeypatch.setattr(kind, "step", counted)
-        if read is not None:
-            monkeypatch.setattr(kind, "read", counted_read)
+        if prefill is not None:
+            monkeypatch.setattr(kind, "prefill", counted_prefill)
     return found
 
 
@@ -92,20 +92,20 @@ def test_rows_at_a_time_change_nothing(ending: Policy, seen: dict[str, list[int]
     whole = tiny_runs.sampled(ending, prompts, **settings)
     lengths = whole.mask.sum(dim=1)
     assert lengths.min() == 1 and (lengths == 14).any() and lengths.unique().numel() > 4
-    assert len(seen["read"]) == 1 and seen["read"] == [8], "a prompt was read more than once"
-    seen["step"].clear(), seen["read"].clear()
+    assert len(seen["prefill"]) == 1 and seen["prefill"] == [8], "a prompt was computed more than once"
+    seen["step"].clear(), seen["prefill"].clear()
     assert_same(whole, tiny_runs.sampled(ending, prompts, rows=rows, **settings))
     assert max(seen["step"]) <= rows
     if rows >= copies:
-        assert sum(seen["read"]) == 8, "a prompt was read more than once"
+        assert sum(seen["prefill"]) == 8, "a prompt was computed more than once"
 
 
 def test_rows_that_ended_are_filled_again(ending: Policy, seen: dict[str, list[int]]) -> None:
     prompts = tiny_runs.prompts(40, longest=9)
     whole = tiny_runs.sampled(ending, prompts, stop="eos", max_new_tokens=30)
-    seen["step"].clear(), seen["read"].clear()
+    seen["step"].clear(), seen["prefill"].clear()
     assert_same(whole, tiny_runs.sampled(ending, prompts, stop="eos", max_new_tokens=30, rows=8))
-    assert sum(seen["read"]) == 40 and len(seen["read"]) > 5
+    assert sum(seen["prefill"]) == 40 and len(seen["prefill"]) > 5
     steps, tokens = seen["step"], int((whole.mask.sum(dim=1) - 1).sum())
     assert tokens > 200 and len(steps) < 1.5 * tokens / 8 + 30, "waves of 8 would need more"
 
@@ -123,7 +123,7 @@ def test_rows_that_ended_leave_the_batch(ending: Policy, seen: dict[str, list[in
 def test_other_architectures_enter_and_leave_too(name: str, stop: str) -> None:
     """Windows of 4 columns among them, which the responses outgrow; against plain forwards of every row alone."""
     policy = other(name)
-    assert not is_llama(policy.model) and isinstance(past_of(policy.model, 1, 1), Buffers)
+    assert not is_llama(policy.model) and isinstance(empty_past(policy.model, 1, 1), KeyValueBuffers)
     policy.banned = policy.banned if stop == "eos" else [*policy.banned, EOS]
     prompts = [[2 + i % 90 for i in row] for row in tiny_runs.prompts(7)]
     settings: dict[str, Any] = {"stop": stop, "max_new_tokens": 9, "samples_per_prompt": 2}
@@ -149,7 +149,7 @@ def test_a_model_with_other_memories_uses_transformers_cache_in_waves() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter if parameter.dim() == 1 else 0.0))
-    assert isinstance(past_of(model, 1, 1), Foreign)
+    assert isinstance(empty_past(model, 1, 1), ModelCache)
     policy = Policy(model, SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS), [PAD, *range(9, 99)])
     prompts = [[2 + i % 90 for i in row] for row in tiny_runs.prompts(7)]
     settings: dict[str, Any] = {"stop": "eos", "max_new_tokens": 9, "samples_per_prompt": 2}
@@ -198,7 +198,7 @@ def test_llamas_of_other_kinds_are_left_to_transformers(world: Path) -> None:
 
 
 def test_sampling_leaves_nothing_in_the_graph(world: Path) -> None:
-    """Training goes on after it: the rollouts are ordinary tensors, the weights as they were."""
+    """Training continues after it: the rollouts are ordinary tensors, the weights as they were."""
     policy = tiny_runs.policy(world)
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     batch = tiny_runs.sampled(policy, tiny_runs.prompts(4))
@@ -215,7 +215,7 @@ def test_buffers_hold_what_rows_have_read_through_any_order_of_events() -> None:
     def number(high: int) -> int:
         return int(torch.randint(high, (1,), generator=generator))
 
-    buffers, expected = Buffers(6, 12), []
+    buffers, expected = KeyValueBuffers(6, 12), []
     for _ in range(300):
         event = number(4)
         if event == 0 and len(expected) < 6:
@@ -225,11 +225,11 @@ def test_buffers_hold_what_rows_have_read_through_any_order_of_events() -> None:
             new = [torch.randn(len(widths), 2, wide, 3, generator=generator) for _ in range(4)]
             cache.update(new[0], new[1], 0), cache.update(new[2], new[3], 1)
             mask = torch.arange(wide) >= wide - torch.tensor(widths)[:, None]
-            buffers.enter(cache, mask, source)
+            buffers.add_rows(cache, mask, source)
             expected += [[t[i, :, mask[i]] for t in new] for i in source.tolist()]
         elif event == 1 and expected and number(3) == 0:
             stay = [i for i in range(len(expected)) if number(2)]
-            buffers.keep(torch.tensor(stay, dtype=torch.int64))
+            buffers.keep_rows(torch.tensor(stay, dtype=torch.int64))
             expected = [expected[i] for i in stay]
         elif expected:
             at, new = buffers.next_column(), [torch.randn(len(expected), 2, 3, generator=generator) for _ in range(4)]

@@ -39,11 +39,12 @@ from transformers import (
 
 from apportion.cli.main import main
 from apportion.errors import ConfigError, ModelError, ScoreError
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.reward import reward_evidence
 from apportion.evidence.text_reward import to_policy, translate
 from apportion.models.reward import load_reward
-from apportion.models.text.render import Reading, encode
-from apportion.models.text.transfer import carry
+from apportion.models.text.render import RenderedText, encode
+from apportion.models.text.transfer import transfer
+from apportion.registry import EvidenceKey
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def by_hand(folder: Path, prompt: str, response: str, ids: Sequence[int]) -> tup
 def test_scores_and_attention_are_those_of_the_text(world: Path, name: str, extra: int) -> None:
     """In a padded batch, against each text alone: encoder and decoder, with emoji, accents, ligatures and EOS."""
     batch = batch_of(SAID, extra=extra)
-    found = reward_pass(judge(world, name), batch, BOTH)
+    found = reward_evidence(judge(world, name), batch, BOTH)
     assert found["reward_attention"].shape == batch.mask.shape
     for row, (prompt, response) in enumerate(SAID):
         ids = tiny_runs.alone(batch, row)[1]
@@ -97,7 +98,7 @@ def test_scores_and_attention_are_those_of_the_text(world: Path, name: str, extr
         assert (found["reward_attention"][row, len(ids) - 1 :] == 0).all(), "EOS and pads have no characters"
         assert 0.01 < sum(attention) < 1
     assert found["scores"].std() > 0.01
-    without = reward_pass(judge(world, name), batch, frozenset({"scores"}))
+    without = reward_evidence(judge(world, name), batch, frozenset({"scores"}))
     assert torch.equal(without["scores"], found["scores"]) and set(without) == {"scores"}
 
 
@@ -110,7 +111,7 @@ def test_a_decoder_of_the_same_tokenizer_scores_ids_and_text_alike(world: Path) 
     for row in range(len(batch)):  # prompt and response together are encoded as they were apart
         ids = [*tiny_runs.alone(batch, row)[0], *tiny_runs.alone(batch, row)[1]]
         assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
-    one, two = (reward_pass(r, batch, BOTH) for r in (by_ids, replace(by_ids, text=policy_text())))
+    one, two = (reward_evidence(r, batch, BOTH) for r in (by_ids, replace(by_ids, text=policy_text())))
     for name in BOTH:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
@@ -121,10 +122,10 @@ def test_no_mass_on_the_response_is_lost(name: str, prompt: str, response: str) 
     """Any Unicode, any tokenizer: what its tokens put on the response's characters arrives, the rest does not."""
     tokenizer, policy = FAMILIES[name](), policy_text()
     ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response)]
-    said = policy.read(*ids)
-    text, start = said.before + said.text, len(said.before)
-    spans = [(start + a, start + b) for a, b in said.spans]
-    found = encode(tokenizer, Reading(text, spans, False))
+    decoded = policy.decode_response(*ids)
+    text, start = decoded.before + decoded.text, len(decoded.before)
+    spans = [(start + a, start + b) for a, b in decoded.spans]
+    found = encode(tokenizer, RenderedText(text, spans, False))
     for (a, b), i in zip(found.spans, found.ids, strict=True):
         assert 0 <= a <= b <= len(text) and (a < b or i in tokenizer.all_special_ids or name != "byte-level")
     weights = torch.rand(1, len(found.ids)) if found.ids else torch.zeros(1, 0)
@@ -132,14 +133,14 @@ def test_no_mass_on_the_response_is_lost(name: str, prompt: str, response: str) 
         w * max(0, b - max(a, start)) / (b - a)
         for w, (a, b) in zip(weights[0].tolist(), found.spans, strict=True) if b > a
     )  # fmt: skip
-    got = carry(weights, *(torch.tensor(s, dtype=torch.int64).reshape(1, -1, 2) for s in (found.spans, spans)))
+    got = transfer(weights, *(torch.tensor(s, dtype=torch.int64).reshape(1, -1, 2) for s in (found.spans, spans)))
     assert float(got.double().sum()) == pytest.approx(on_response, rel=1e-5, abs=1e-6)
 
 
 def test_blanks_that_offsets_leave_out_are_found_again() -> None:
     tokenizer = tiny_tokenizers.trimming()
     text = "a   \n\nb great"
-    found = encode(tokenizer, Reading(text, [], False))
+    found = encode(tokenizer, RenderedText(text, [], False))
     assert all(a < b for a, b in found.spans) and found.spans[0] == (0, 1) and found.spans[-1][1] == len(text)
     blank = [(a, b) for a, b in found.spans if text[a:b].isspace()]
     assert blank == [(n, n + 1) for n in range(1, 6)], "a token of blanks alone has its characters"
@@ -148,20 +149,20 @@ def test_blanks_that_offsets_leave_out_are_found_again() -> None:
 
 
 def test_texts_that_the_model_cannot_read_are_refused_by_number(world: Path, tmp_path: Path) -> None:
-    said = [("a", "b"), ("a", "film " * 60)]
+    decoded = [("a", "b"), ("a", "film " * 60)]
     for config, limit in ((encoder(max_position_embeddings=40), 40),
                           (encoder(RobertaConfig, max_position_embeddings=42, pad_token_id=1), 40)):  # fmt: skip
         shutil.rmtree(tmp_path / "short", ignore_errors=True)
         save_model(tmp_path / "short", tiny_tokenizers.wordpiece(), config)
         with pytest.raises(ScoreError, match=rf"text of rollout 1: got '\d+ tokens'; expected at most {limit}"):
-            reward_pass(judge(tmp_path, "short"), batch_of(said), BOTH)
+            reward_evidence(judge(tmp_path, "short"), batch_of(decoded), BOTH)
     nothing = tiny_runs.rollouts_of([[tiny_runs.EOS]], [[tiny_runs.EOS]])
     with pytest.raises(ScoreError, match="text of rollout 0: got 'no tokens'"):
-        reward_pass(judge(world, "other"), nothing, BOTH)
+        reward_evidence(judge(world, "other"), nothing, BOTH)
     # written letter by letter, it is what the reward model takes for its pad token
     letters = [policy_text().tokenizer.convert_tokens_to_ids(letter) for letter in "<pad>"]
-    with pytest.raises(ScoreError, match=r"pooled position of rollout 1: .*pad id stands in the response"):
-        reward_pass(judge(world, "other"), tiny_runs.rollouts_of([[40], [40]], [[50, 51], [50, *letters]]), BOTH)
+    with pytest.raises(ScoreError, match=r"pooled position of rollout 1: .*pad id occurs in the response"):
+        reward_evidence(judge(world, "other"), tiny_runs.rollouts_of([[40], [40]], [[50, 51], [50, *letters]]), BOTH)
 
 
 def test_an_eos_alone_gets_the_fallback(world: Path) -> None:
@@ -169,7 +170,7 @@ def test_an_eos_alone_gets_the_fallback(world: Path) -> None:
     from apportion import credit
 
     batch = batch_of([("A lovely film", ""), ("A", " film")])
-    found = reward_pass(judge(world, "encoder"), batch, BOTH)
+    found = reward_evidence(judge(world, "encoder"), batch, BOTH)
     assert (found["reward_attention"][0] == 0).all() and found["reward_attention"][1].sum() > 0
     scored = replace(batch, scores=found["scores"]).with_evidence(reward_attention=found["reward_attention"])
     method = credit.attention()
@@ -199,7 +200,7 @@ def test_unfit_models_are_refused_at_load(world: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "small", tiny_tokenizers.byte_fallback(), decoder(vocab_size=300))
     small = judge(tmp_path, "small")  # it may be that nothing uses the tokens that it has no embedding for
     with pytest.raises(ModelError, match=r"tokenizer: got .*<0x..>. \(3\d\d\).*; expected ids below the model's 300"):
-        reward_pass(small, batch_of([("A lovely", " picture 😀")]), BOTH)
+        reward_evidence(small, batch_of([("A lovely", " picture 😀")]), BOTH)
     save_model(tmp_path / "mean", tiny_tokenizers.wordpiece(), encoder(classifier_pooling="mean"))
     with pytest.raises(ModelError, match="classifier_pooling 'mean'"):
         judge(tmp_path, "mean")
@@ -208,7 +209,9 @@ def test_unfit_models_are_refused_at_load(world: Path, tmp_path: Path) -> None:
 def test_evidence_that_characters_cannot_share_is_refused(world: Path) -> None:
     theirs = translate(judge(world, "other"), batch_of(SAID))
     rows, tokens = theirs.source.shape[:2]
-    found = to_policy({"scores": torch.ones(rows), "reward_attention@layers=1": torch.ones(rows, tokens)}, theirs)
+    found = to_policy(
+        {"scores": torch.ones(rows), EvidenceKey("reward_attention", layers=1): torch.ones(rows, tokens)}, theirs
+    )
     assert found["scores"].tolist() == [1.0] * rows
     assert found["reward_attention@layers=1"].shape == theirs.target.shape[:2]
     with pytest.raises(ConfigError, match="evidence: got 'prefix_scores'; expected one of reward_attention"):
@@ -224,10 +227,10 @@ def test_a_run_whose_credit_is_recomputed(world: Path, tmp_path: Path, name: str
     assert len(records) == 8 and all(0 < row["credit/kept_mass"] < 1 for row in metrics)
     policy, checked = policy_text(), 0
     for record in records:
-        said = policy.read(record["prompt_ids"], record["response_ids"])
-        if "\ufffd" in said.before + said.text:
+        decoded = policy.decode_response(record["prompt_ids"], record["response_ids"])
+        if "\ufffd" in decoded.before + decoded.text:
             continue  # bytes that are no character: no text has such tokens
-        score, attention = by_hand(world / name, said.before, said.text, record["response_ids"])
+        score, attention = by_hand(world / name, decoded.before, decoded.text, record["response_ids"])
         assert record["raw_score"] == pytest.approx(score, abs=1e-5)
         if name != "trimming" and sum(attention) > 0:
             assert record["alpha"] == pytest.approx([a / sum(attention) for a in attention], abs=1e-5)
@@ -241,7 +244,7 @@ def test_a_run_whose_credit_is_recomputed(world: Path, tmp_path: Path, name: str
 def test_one_forward_of_the_reward_model(world: Path) -> None:
     reward, seen = judge(world, "encoder"), []
     handle = reward.model.register_forward_hook(lambda module, args, out: seen.append(1))
-    reward_pass(reward, batch_of(SAID), BOTH)
+    reward_evidence(reward, batch_of(SAID), BOTH)
     handle.remove()
     assert seen == [1]
 
@@ -259,12 +262,12 @@ def test_the_real_minilm(world: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2, use_safetensors=True)
     model.save_pretrained(tmp_path / "minilm")
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "minilm")
-    said = [*SAID, ("The film", " was a real délight, beginning to end; unforgettable 👩🏽\u200d👩\u200d👧")]
+    decoded = [*SAID, ("The film", " was a real délight, beginning to end; unforgettable 👩🏽\u200d👩\u200d👧")]
     reward = judge(tmp_path, "minilm")
-    batch = batch_of(said)
-    found = reward_pass(reward, batch, BOTH)
+    batch = batch_of(decoded)
+    found = reward_evidence(reward, batch, BOTH)
     kept: list[Tensor] = []
-    for row, (prompt, response) in enumerate(said):
+    for row, (prompt, response) in enumerate(decoded):
         ids = tiny_runs.alone(batch, row)[1]
         score, attention = by_hand(tmp_path / "minilm", prompt, response, ids)
         assert float(found["scores"][row]) == pytest.approx(score, abs=1e-5)

@@ -1,4 +1,4 @@
-"""What makes training quick against the plain way of computing the same: values and gradients agree."""
+"""Fast kernels, split optimizer states, shared prompts and micro-batches against plain computations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 
 from apportion.batching import micro_batches, trim
 from apportion.config import LoraConfig
-from apportion.credit._evidence import Reading
+from apportion.credit import AttentionSpec
 from apportion.distributed.grad_norm import GPU_BLOCK, total_norm
 from apportion.evidence.reward import sharing
-from apportion.generation.llama import product
+from apportion.generation.llama import LlamaStepModel, product
+from apportion.generation.sampler import make_step_model
+from apportion.generation.step_model import StepModel
 from apportion.models import token_logprobs as blocks
-from apportion.models.fast.linear import FlatLinear, LowRank, parts_of, quicken
-from apportion.models.fast.norms import LEAN, Gate, RMSNorm, lean
-from apportion.models.fast.packed_weights import can_pack, packed
+from apportion.models.fast import has_fast_kernels, use_fast_kernels, use_packed_weights
+from apportion.models.fast.linear import FlatLinear, LowRank, linear_parts, use_fast_linear
+from apportion.models.fast.norms import FAST, Gate, RMSNorm, use_fast_norms
+from apportion.models.fast.packed_weights import can_pack
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import (
     MasterAdamW,
@@ -33,7 +36,7 @@ from apportion.models.master_weights import (
     to_sixteen_bit,
 )
 from apportion.models.policy import Policy, plain_head
-from apportion.models.reward import RewardModel
+from apportion.models.reward import RewardModel, load_reward
 from apportion.models.shared_prompt import shared_prompts
 from apportion.models.token_logprobs import token_logprobs
 from apportion.stages.rl.policy import make_policy
@@ -167,7 +170,7 @@ def test_moments_in_16_bit_follow_those_in_32() -> None:
 
 
 def test_a_restored_optimizer_rounds_as_an_uninterrupted_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on what came before."""
+    """In blocks as a GPU has them, a small weight before a large one: the noise must not depend on the steps before."""
     monkeypatch.setattr("apportion.models.master_weights.block", lambda device: GPU_BLOCK)
 
     def make() -> tuple[nn.ModuleList, dict[nn.Parameter, torch.Tensor], MasterAdamW]:
@@ -213,7 +216,7 @@ def test_the_norm_of_all_gradients() -> None:
 def test_a_strided_input_gives_the_same_product_and_gradients() -> None:
     layer = nn.Linear(6, 5)
     quick = copy.deepcopy(layer)
-    quicken(quick)
+    use_fast_linear(quick)
     assert type(quick) is FlatLinear
     x = random(2, 6, 3, grad=True)
     for frozen in (False, True):
@@ -229,6 +232,7 @@ def adapted(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     sizes = tiny_models.WIDE | tiny_models.SHARED_KEYS
     model = LlamaForCausalLM(LlamaConfig(vocab_size=99, pad_token_id=0, **sizes)).to(dtype).eval()
+    use_fast_kernels(model)
     model = add_adapter(model, LoraConfig(rank=4, alpha=6.0, targets="all"))
     with torch.no_grad():
         for number, p in enumerate(q for q in model.parameters() if q.requires_grad):
@@ -241,19 +245,19 @@ def test_adapters_compute_what_pefts_do(monkeypatch: pytest.MonkeyPatch) -> None
 
     model = adapted()
     layer: Any = next(m for m in model.modules() if isinstance(m, PeftLinear))
-    assert type(layer) is not PeftLinear and parts_of(layer) is not None
+    assert type(layer) is not PeftLinear and linear_parts(layer) is not None
     x = random(2, 3, layer.in_features, grad=True)
-    learned = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     found, expected = layer(x), PeftLinear.forward(layer, x)
     assert_near([found], [expected], 1e-6)
     push = random(*found.shape, seed=5)
-    both = [torch.autograd.grad(out, [x, *learned], push) for out in (found, expected)]
+    both = [torch.autograd.grad(out, [x, *trained], push) for out in (found, expected)]
     assert_near(*both, 1e-6)
     with torch.no_grad():
         assert_near([product([layer])(x[0])], [found[0]], 1e-6)
     with model.disable_adapter():
         torch.testing.assert_close(layer(x), layer.base_layer(x))
-        parts = parts_of(layer)
+        parts = linear_parts(layer)
         assert parts is not None and parts.down is None
     assert not torch.allclose(found, layer.base_layer(x))
 
@@ -273,24 +277,61 @@ def test_packed_frozen_weights_change_values_and_gradients_by_rounding_alone() -
     exact, low = adapted(), adapted(torch.bfloat16)
     ids, push = torch.arange(1, 41).view(4, 10), random(4, 10, 99, seed=7)
 
-    def told(model: Any) -> list[Tensor]:
+    def outputs(model: Any) -> list[Tensor]:
         logits = model(ids).logits.float()
-        learned = [p for p in model.parameters() if p.requires_grad]
-        return [logits, *torch.autograd.grad(logits, learned, push)]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return [logits, *torch.autograd.grad(logits, trained, push)]
 
-    truth, plain = told(exact), told(low)
-    with packed(low):
-        layers = [m for m in low.modules() if type(m) is FlatLinear and m.packs is not None]
+    truth, plain = outputs(exact), outputs(low)
+    with use_packed_weights(low):
+        layers = [m for m in low.modules() if type(m) is FlatLinear and m.packed is not None]
         assert len(layers) >= 14  # all of both layers; the head of a causal model is tied to what may learn
-        found = told(low)
-    assert not any(layer.packs for layer in layers)
+        found = outputs(low)
+    assert not any(layer.packed for layer in layers)
     for one, usual, right in zip(found, plain, truth, strict=True):
         assert (one - right).norm() < 1.5 * (usual - right).norm() + 1e-6
     with torch.no_grad():  # packs are what is multiplied inside
-        with packed(low):
+        with use_packed_weights(low):
             layers[0].weight.zero_()
             assert torch.equal(low(ids).logits.float(), found[0])
         assert not torch.equal(low(ids).logits.float(), found[0])
+
+
+# --- the switch ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_without_fast_kernels_every_layer_is_the_libraries_own(world: Path, rank: int) -> None:
+    """The same log-probabilities, values, gradients and samples to float32 rounding, with and without them."""
+    fast, plain = (
+        tiny_runs.policy(world, **{"lora.rank": rank, "dtype": "float32", "fast_kernels": on}) for on in (True, False)
+    )
+    assert has_fast_kernels(fast.model) and not has_fast_kernels(plain.model)
+    ours = {type(m).__module__ for m in plain.model.modules() if type(m).__module__.startswith("apportion")}
+    assert not ours, "a layer of ours is left"
+    batch, results = ragged_groups(), []
+    for policy in (fast, plain):
+        out = policy.forward(batch, entropy=True)
+        loss = out.logprobs.sum() + out.values.sum()
+        gradients = torch.autograd.grad(loss, policy.trainable(), allow_unused=True)
+        flat = torch.cat([g.flatten() for g in gradients if g is not None])
+        results.append([*(t.detach() for t in out if t is not None), flat])
+    assert_near(*results, 1e-5)
+    kinds = [type(make_step_model(p, p.model, 2, 9)) for p in (fast, plain)]
+    assert kinds == [LlamaStepModel, StepModel]
+    one, two = (tiny_runs.sampled(policy, tiny_runs.prompts(), max_new_tokens=8) for policy in (fast, plain))
+    assert torch.equal(one.response_ids, two.response_ids)
+    torch.testing.assert_close(one.logprobs, two.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_without_fast_kernels_gives_the_same_scores(world: Path) -> None:
+    batch = ragged_groups()
+    ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
+    mask = torch.cat([batch.prompt_mask, batch.valid], dim=1)
+    rewards = [load_reward(str(world / "reward"), device="cpu", fast_kernels=on) for on in (True, False)]
+    assert [has_fast_kernels(reward.model) for reward in rewards] == [True, False]
+    with use_packed_weights(rewards[1].model):
+        assert_near(*([reward.score(ids, mask)[0]] for reward in rewards), 1e-5)
 
 
 # --- norms and gated units --------------------------------------------------------------------------------------------
@@ -317,13 +358,13 @@ def test_a_llama_with_fast_norms_has_the_same_output(dtype: torch.dtype) -> None
     before.float().sum().backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    lean(model)
+    use_fast_norms(model)
     after = model(ids).logits
     assert torch.equal(after, before)
     after.float().sum().backward()
     assert_near([p.grad for p in model.parameters()], gradients, 1e-5 if dtype == torch.float32 else 0.03)
     changed = {type(m).__name__ for m in model.modules()} - set(names)
-    assert changed == {"LeanLlamaRMSNorm", "LeanLlamaMLP"} and len(LEAN) >= 2
+    assert changed == {"FastLlamaRMSNorm", "FastLlamaMLP"} and len(FAST) >= 2
 
 
 def test_norms_of_another_kind_are_left_as_they_are() -> None:
@@ -333,7 +374,7 @@ def test_norms_of_another_kind_are_left_as_they_are() -> None:
     for p in model.parameters():
         p.data.add_(0.1)
     before = [type(m) for m in model.modules()]
-    lean(model)
+    use_fast_norms(model)
     assert [type(m) for m in model.modules()] == before
 
 
@@ -361,7 +402,7 @@ def test_a_prompt_read_once_changes_nothing(name: str, extra: int) -> None:
     torch.manual_seed(0)
     policy = Policy(tiny_runs.causal(name), tiny_runs.tiny.tokenizer(), [tiny_runs.PAD], nn.Linear(32, 1))
     batch = ragged_groups(extra)
-    assert policy.shares and policy.shared(batch) is not None
+    assert policy.shares and policy.shared_prompts(batch) is not None
     forwards: list[int] = []
     handle = policy.model.register_forward_hook(lambda *_: forwards.append(1))
     both = []
@@ -370,12 +411,10 @@ def test_a_prompt_read_once_changes_nothing(name: str, extra: int) -> None:
         out = policy.forward(batch, entropy=True)
         weights = random(*batch.mask.shape, seed=4)
         loss = (weights * out.logprobs).sum() + (weights * out.values).sum() + out.after.sum()
-        learned = [p for p in policy.trainable() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, learned, allow_unused=True)
-        together = torch.cat(
-            [g.flatten() for g in gradients if g is not None]
-        )  # some are 0 in theory, as OPT's key bias
-        both.append([*(t.detach() for t in out if t is not None), together])
+        trained = [p for p in policy.trainable() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        flat = torch.cat([g.flatten() for g in gradients if g is not None])  # some are 0 in theory, as OPT's key bias
+        both.append([*(t.detach() for t in out if t is not None), flat])
     handle.remove()
     assert len(forwards) == 3  # prompts and responses; then whole rows
     assert_near(*both, 1e-5)
@@ -383,7 +422,7 @@ def test_a_prompt_read_once_changes_nothing(name: str, extra: int) -> None:
 
 def test_windows_and_capped_heads_read_rows_whole() -> None:
     policy = Policy(tiny_runs.causal("mistral (window 4)"), tiny_runs.tiny.tokenizer(), [tiny_runs.PAD])
-    assert not policy.shares and policy.shared(ragged_groups()) is None
+    assert not policy.shares and policy.shared_prompts(ragged_groups()) is None
 
 
 def test_prompts_are_shared_where_they_are_the_same_and_it_pays() -> None:
@@ -453,13 +492,13 @@ def test_a_reward_model_reads_a_prompt_once(name: str, kernel: str, extra: int) 
     reward = RewardModel(zoo.build(name, kernel, labels=2), tiny_runs.tiny.tokenizer())
     reward.model.config.get_text_config().pad_token_id = tiny_runs.PAD
     batch = ragged_groups(extra)
-    shared, readings = shared_prompts(batch), [Reading(), Reading(heads="max", layers="all")]
+    shared, readings = shared_prompts(batch), [AttentionSpec(), AttentionSpec(heads="max", layers="all")]
     assert shared is not None and sharing(reward, batch, readings) is not None
     ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
     mask = torch.cat([batch.prompt_mask, batch.valid], dim=1)
-    scores, rows, positions = reward.read(ids, mask, readings)
-    found, found_rows, found_positions = reward.read_shared(batch, shared, readings)
+    scores, rows, positions = reward.forward(ids, mask, readings)
+    found, found_rows, found_positions = reward.forward_shared(batch, shared, readings)
     assert torch.equal(found_positions, positions)
     assert_near([found, *found_rows], [scores, *rows], 2e-5)
-    assert torch.equal(reward.read_shared(batch, shared, [])[0], found)
-    assert sharing(reward, batch, [Reading(rollout=True)]) is None
+    assert torch.equal(reward.forward_shared(batch, shared, [])[0], found)
+    assert sharing(reward, batch, [AttentionSpec(rollout=True)]) is None

@@ -27,10 +27,10 @@ from transformers import (
 
 from apportion.config import SamplingConfig
 from apportion.errors import ModelError, ScoreError
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.reward import reward_evidence
 from apportion.evidence.text_reward import translate
 from apportion.generation.prompts import conversations
-from apportion.models.text.transfer import carry
+from apportion.models.text.transfer import transfer
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_conversation_goes_through_the_reward_models_own_template(world: Path,
     assert theirs.rollouts.response_ids.tolist() == [own]
     spans = [(a, b) for a, b in theirs.target[0].tolist()]
     assert "".join(text[a:b] for a, b in spans) == "  RESPONSE, a film!" and spans[0][0] == len(before)
-    found = reward_pass(reward, batch, BOTH)
+    found = reward_evidence(reward, batch, BOTH)
     assert 0 < float(found["reward_attention"].sum()) < 1
 
 
@@ -70,7 +70,7 @@ def test_the_mark_is_not_mistaken_for_what_stands_beside_it(world: Path, content
 @pytest.mark.parametrize(("template", "response", "shown"), [
     (CHATML, "  trimmed \n", "trimmed"),
     (CHATML, " \n ", ""),
-    ("{% for m in messages %}<{{ m.content.split('|')[-1] }}>{% endfor %}", "thought|said", "said"),
+    ("{% for m in messages %}<{{ m.content.split('|')[-1] }}>{% endfor %}", "thought|decoded", "decoded"),
 ])  # fmt: skip
 def test_what_a_template_trims_gets_nothing(world: Path, template: str, response: str, shown: str) -> None:
     reward = judge(world, "chat")
@@ -79,29 +79,29 @@ def test_what_a_template_trims_gets_nothing(world: Path, template: str, response
     prompt = tuple(tiny_runs.alone(batch, 0)[0])
     reward = replace(reward, text=replace(policy_text(), conversations={prompt: CHAT}))
     theirs = translate(reward, batch)
-    found = carry(torch.ones(theirs.source.shape[:2]), theirs.source, theirs.target)[0]
+    found = transfer(torch.ones(theirs.source.shape[:2]), theirs.source, theirs.target)[0]
     skipped = response.index(shown) if shown else len(response)
-    given = policy_text().read([], tiny_runs.alone(batch, 0)[1]).spans
+    given = policy_text().decode_response([], tiny_runs.alone(batch, 0)[1]).spans
     for value, (a, b) in zip(found.tolist(), given, strict=False):
         assert (value > 0) == (b > skipped and a < skipped + len(shown) and b > a)
 
 
-@pytest.mark.parametrize(("template", "error", "said"), [
-    ("{% for m in messages %}{{ m.role }}{% endfor %}", ModelError, "one that shows a response 0 times"),
-    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", ModelError, "shows a response 2 times"),
+@pytest.mark.parametrize(("template", "error", "decoded"), [
+    ("{% for m in messages %}{{ m.role }}{% endfor %}", ModelError, "one that renders a response 0 times"),
+    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", ModelError, "renders a response 2 times"),
     ("{{ raise_exception('no such role') }}", ModelError, "no such role"),
     ("{% for m in messages %}{{ m.content | replace('film', 'FILM') }}{% endfor %}", ScoreError,
-     "response of rollout 1: got 'a film'; expected a response that the reward model's chat template shows as it is"),
+     "response of rollout 1: got 'a film'; expected a response that the reward model's chat template renders"),
     ("{% for m in messages %}{{ m.content.split('-')[0] }}{% endfor %}", ScoreError, "rollout 0: got 'a-a-a'"),
 ])  # fmt: skip
 def test_a_response_whose_place_is_not_certain_is_refused(
-    world: Path, template: str, error: type[Exception], said: str
+    world: Path, template: str, error: type[Exception], decoded: str
 ) -> None:
     reward = judge(world, "chat")
     reward.tokenizer.chat_template = template
     batch = batch_of([("hello", "a-a-a" if "split" in template else "a b"), ("hello", "a film")], eos=False)
     prompt = tuple(tiny_runs.alone(batch, 0)[0])
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=decoded):
         translate(replace(reward, text=replace(policy_text(), conversations={prompt: CHAT})), batch)
 
 
@@ -123,8 +123,8 @@ def test_a_run_on_conversations(world: Path, tmp_path: Path) -> None:
     reward = AutoModelForSequenceClassification.from_pretrained(world / "chat").eval()
     tokenizer = AutoTokenizer.from_pretrained(world / "chat")
     for record in records:
-        said = chatty.decode(record["response_ids"], skip_special_tokens=True)
-        ids = tokenizer(f"[INST] A film? [/INST] {said} #", add_special_tokens=False, return_tensors="pt")
+        decoded = chatty.decode(record["response_ids"], skip_special_tokens=True)
+        ids = tokenizer(f"[INST] A film? [/INST] {decoded} #", add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
             assert record["raw_score"] == pytest.approx(float(reward(**ids).logits), abs=1e-5)
     assert len({record["raw_score"] for record in records}) > 4

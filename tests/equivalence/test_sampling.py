@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from apportion.config import SamplingConfig
 from apportion.errors import ModelError
 from apportion.generation import sample
-from apportion.generation.draw import allowed_, draw, refuse_unlike_numbers
+from apportion.generation.draw import allowed_, check_logprobs, draw
 
 EOS, PAD = tiny_runs.EOS, tiny_runs.PAD
 
@@ -142,7 +142,7 @@ def test_rows_without_a_finite_probability_are_refused_by_number() -> None:
     logits[1, 2] = torch.nan
     _, logprobs = draw(logits, uniforms(3))
     with pytest.raises(ModelError, match="rollout 11: got nan"):
-        refuse_unlike_numbers(logprobs, torch.tensor([10, 11, 12]))
+        check_logprobs(logprobs, torch.tensor([10, 11, 12]))
     logits[1] = -torch.inf
     assert not torch.isfinite(draw(logits, uniforms(3))[1][1])
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from apportion.config import LoraConfig, ScoreConfig
 from apportion.errors import ConfigError, ModelError, ScoreError
 from apportion.evidence import PRODUCERS, Models
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.reward import reward_evidence
 from apportion.evidence.scoring import score
 from apportion.models.lora import add_adapter
 from apportion.models.reward import RewardModel, adjust
@@ -53,7 +53,7 @@ def by_hand(folder: Path, prompt: list[int], response: list[int]) -> tuple[float
 @pytest.mark.parametrize("extra", [0, 4])
 def test_scores_and_attention_equal_eager_ones_of_each_row_alone(world: Path, name: str, extra: int) -> None:
     batch = tiny_runs.rollouts_of(tiny_runs.prompts(4), RESPONSES, extra=extra)
-    found = reward_pass(tiny_runs.judge(world, name), batch, BOTH)
+    found = reward_evidence(tiny_runs.judge(world, name), batch, BOTH)
     for row, response in enumerate(RESPONSES):
         expected, attention = by_hand(world / name, *tiny_runs.alone(batch, row))
         assert abs(float(found["scores"][row]) - expected) < 1e-5
@@ -61,7 +61,7 @@ def test_scores_and_attention_equal_eager_ones_of_each_row_alone(world: Path, na
         torch.testing.assert_close(found["reward_attention"][row, :n], attention, rtol=0, atol=1e-5)
         assert (found["reward_attention"][row, n:] == 0).all()
     assert found["scores"].std() > 0.1
-    without = reward_pass(tiny_runs.judge(world, name), batch, frozenset({"scores"}))
+    without = reward_evidence(tiny_runs.judge(world, name), batch, frozenset({"scores"}))
     assert torch.equal(without["scores"], found["scores"]) and set(without) == {"scores"}
 
 
@@ -86,7 +86,7 @@ def test_padding_changes_no_score_on_other_architectures(name: str) -> None:
 def test_micro_batches_change_no_score_and_no_evidence(world: Path, micro: int) -> None:
     models = tiny_runs.models(world)
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(7))
-    needs = {name for producer in PRODUCERS.values() if not producer.requires for name in producer.gives}
+    needs = {name for producer in PRODUCERS.values() if not producer.requires for name in producer.provides}
     needs -= {"vine_values", "vine_calls"}  # sampled afresh in each micro-batch
     if find_spec("spacy") is None:  # phrases need an extra
         needs -= {"phrase_boundaries", "phrase_fallback"}

@@ -14,7 +14,8 @@ from apportion.config import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError
 from apportion.evidence import Models
 from apportion.evidence.scoring import score
-from apportion.evidence.vine import state_values, vine_pass
+from apportion.evidence.vine import state_values, vine_evidence
+from apportion.registry import EvidenceKey
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,9 @@ def models_of(world: Path, tokens: int = 6, stop: str = "length") -> Models:
 def test_values_stand_before_each_action_and_calls_are_counted(world: Path) -> None:
     models = models_of(world)
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(), max_new_tokens=6)
-    found = vine_pass(models, batch, frozenset({"vine_values@samples=3", "vine_calls@samples=3"}))
+    found = vine_evidence(
+        models, batch, frozenset({EvidenceKey("vine_values", samples=3), EvidenceKey("vine_calls", samples=3)})
+    )
     values = found["vine_values@samples=3"]
     assert (values[:, 0::2] != 0).all() and (values[:, 1::2] == 0).all()
     assert found["vine_calls@samples=3"].tolist() == [9.0] * len(batch)
@@ -59,7 +62,7 @@ def test_a_state_with_one_token_left_has_the_mean_score_of_its_endings(world: Pa
 
 
 def test_each_text_is_scored_once_and_whole(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the reward model reads is the prompt, the response so far, and a continuation no longer than was left."""
+    """The reward model scores the prompt, the response so far, and a continuation no longer than the rest."""
     models = models_of(world, stop="eos")
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(3), max_new_tokens=6, stop="eos")
     read: list[list[int]] = []
@@ -70,7 +73,7 @@ def test_each_text_is_scored_once_and_whole(world: Path, monkeypatch: pytest.Mon
         return inner(ids, mask, readings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(models.reward, "read", spy)
-    vine_pass(models, batch, frozenset({"vine_values@samples=2"}))
+    vine_evidence(models, batch, frozenset({EvidenceKey("vine_values", samples=2)}))
     ids = segments.ngrams(n=2)(batch)
     expected = []
     for row in range(len(batch)):
@@ -89,11 +92,11 @@ def test_each_text_is_scored_once_and_whole(world: Path, monkeypatch: pytest.Mon
 def test_values_are_in_the_units_of_the_scores(world: Path) -> None:
     models = replace(models_of(world), scores=ScoreConfig(clip=0.05))
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(), max_new_tokens=4)
-    scored = score(models, batch, {"vine_values@samples=2"}, ScoreConfig(clip=0.05))
+    scored = score(models, batch, {EvidenceKey("vine_values", samples=2)}, ScoreConfig(clip=0.05))
     assert scored.evidence["vine_values@samples=2"].abs().max() <= 0.05 + 1e-6
 
 
 def test_a_run_without_segments_is_an_error(world: Path) -> None:
     batch = tiny_runs.sampled(tiny_runs.models(world).policy, tiny_runs.prompts(2))
     with pytest.raises(ConfigError, match="segment, sampling and generator"):
-        vine_pass(tiny_runs.models(world), batch, frozenset({"vine_values"}))
+        vine_evidence(tiny_runs.models(world), batch, frozenset({"vine_values"}))

@@ -26,8 +26,6 @@ sys.exit(code)
 
 
 def test_the_real_command_refuses_and_loads_no_model_library(python: Command) -> None:
-    done = python("-m", "apportion", "rl", "--reward_model", "x", "--stepz", 3)
-    done.assert_refused("flag: got '--stepz'", "--steps", "Did you mean '--steps'")
     for arguments in (["rl", "--reward_model", "x", "--credit", "atention"], ["rl", "--help"]):
         done = python("-c", PROBE.format(listed=LISTED), *arguments)
         assert json.loads(done.err.partition("LOADED ")[2]) == []
@@ -136,7 +134,7 @@ def test_a_wrong_value_is_named(command: Command, flag: str, value: str, pieces:
         (["--credit.mix", "lots"], ["attention.mix: got 'lots'", "a number in [0, 1]"]),
         (["--credit.mix", "true"], ["attention.mix: got True", "a number in [0, 1]"]),
         (["--credit.mix", "{"], ["--credit.mix: got '{'", "YAML", "quote it"]),
-        (["--credit.kl_penalty.coef", "-1"], ["kl_penalty.coef: got -1", "a number >= 0"]),
+        (["--credit.kl_penalty.coef", "-1"], ["kl_penalty.coef: got -1", "a finite number >= 0"]),
         (["--advantages.gamma", "2"], ["gae.gamma: got 2", "a number in [0, 1]"]),
         (
             ["--credit", "[attention, uniform]"],

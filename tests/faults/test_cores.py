@@ -194,8 +194,6 @@ def test_the_setting_reaches_torch_and_the_run_folder(tmp_path: Path) -> None:
     done = command("--threads", "1")
     assert done.returncode == 0 and "began with 2 threads and continues with 1" in done.stderr, done.stderr
     assert json.loads((run / "status.json").read_text())["threads"] == 1
-    refused = command("--threads", "0")
-    assert refused.returncode == 2 and "threads: got 0" in refused.stderr
 
 
 KEEP = """

@@ -106,4 +106,4 @@ def test_a_model_in_a_new_process(python: Command, lay: Callable[[Case], list[st
 @pytest.mark.skipif(sys.platform != "linux" or (os.geteuid() == 0 and not hasattr(os, "mkfifo")), reason="no pipes")
 def test_a_pipe_is_not_waited_for(command: Command, tmp_path: Path, rl_flags: list[str]) -> None:
     os.mkfifo(tmp_path / "p.jsonl")
-    command("rl", *rl_flags, "--prompts", "p.jsonl").assert_refused_early("p.jsonl, which is no regular file")
+    command("rl", *rl_flags, "--prompts", "p.jsonl").assert_refused_early("p.jsonl, which is not a regular file")

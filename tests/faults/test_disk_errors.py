@@ -109,7 +109,14 @@ def test_a_run_waits_for_space_and_continues_by_itself(tmp_path: Path, disk: Pat
     assert [(t["step"], t["row"]) for t in texts] == [(step, row) for step in range(1, 61) for row in range(4)]
 
 
-@pytest.mark.parametrize("more", [[], ["--checkpoint_every", "1", "--lora.rank", "0"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        # a checkpoint that cannot be written is in test_a_disk_that_fills_up_and_is_emptied_again too
+        pytest.param(["--checkpoint_every", "1", "--lora.rank", "0"], marks=pytest.mark.long),
+    ],
+)
 def test_weights_that_cannot_be_written(tmp_path: Path, rl_flags: list[str], more: list[str]) -> None:
     # the weights are larger than a file may be here, the logs are not: at the end, or at the first checkpoint
     command = ["sh", "-c", f"ulimit -f 80; {RUN}", "sh", *rl_flags, *more]

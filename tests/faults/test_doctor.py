@@ -56,7 +56,7 @@ BROKEN = {
     "share": ("make(lambda r, x, s: (torch.where(r.mask, x, 0), s), share=lambda r: 0.3 * r.mask)", "shares sum to 1"),
     "stats": (
         "make(lambda r, x, s: (torch.where(r.mask, x, 0), s), stats=lambda r, b, a: {'m': (b.sum() / 0, b.sum())})",
-        "statistics are finite",
+        "statistics are finite and add up",
     ),
     "raises": ("make(lambda r, x, s: 1 / 0)", "shape kept"),
 }

@@ -72,6 +72,7 @@ def test_a_discount_under_redistribution_warns(apportion: Command, rl_flags: lis
     assert "warning" in done.err and "gamma" in done.err
 
 
+@pytest.mark.long  # test_corpus.py has such tables, one of them in a new process
 @pytest.mark.parametrize(
     ("content", "pieces"),
     one_of(
@@ -123,6 +124,7 @@ def test_models_that_cannot_be_used(
     assert not (done.folder / "run" / "rollouts.jsonl").exists()
 
 
+@pytest.mark.long  # test_output_errors.py has it in forked processes
 def test_a_folder_of_another_configuration(apportion: Command, tmp_path: Path, rl_flags: list[str]) -> None:
     apportion("rl", *rl_flags).assert_done()
     kept = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
@@ -131,6 +133,7 @@ def test_a_folder_of_another_configuration(apportion: Command, tmp_path: Path, r
     assert (tmp_path / "run" / "final" / "model.safetensors").read_bytes() == kept
 
 
+@pytest.mark.long  # test_disk_errors.py has full file systems and files that may not grow
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
 def test_no_room_on_the_disk(python: Command, world: Path, tiny: ModuleType) -> None:
     # a full file system of its own is tried in test_disk_errors.py; here a file that may not grow

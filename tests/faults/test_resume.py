@@ -1,4 +1,4 @@
-"""Going on after anything: damaged checkpoints, lost logs, signals; always to the bits of the uninterrupted run."""
+"""Resuming after damaged checkpoints, lost logs and signals: bitwise equal to the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run(stopped: Path, tmp_path: Path) -> Path:
 
 
 def resumed(models: Path, run: Path, whole: Path) -> int:
-    """Go on with `run`, check that it ends as `whole`, and return the step that it went on from."""
+    """Resume `run`, check that it ends as `whole`, and return the step that it resumed from."""
     rl.train(settings(models, run))
     assert difference(traces(whole), traces(run)) == SAME
     return int(json.loads((run / "status.json").read_text()).get("resumed_from", 0))
@@ -115,9 +115,9 @@ def test_a_damaged_file_is_named_and_the_one_before_it_taken(
     assert {p.name for p in newest.iterdir()} == set(FILES), "every file of a checkpoint is tried"
     damage(newest / name, how)
     assert resumed(models, run, whole) == 2
-    said = capsys.readouterr().err
-    assert f"checkpoint {newest} cannot be used: {name} " in said
-    assert f"resuming from {run / 'checkpoints' / 'step-2'}." in said
+    err = capsys.readouterr().err
+    assert f"checkpoint {newest} cannot be used: {name} " in err
+    assert f"resuming from {run / 'checkpoints' / 'step-2'}." in err
 
 
 def test_every_byte_of_a_manifest_counts(stopped: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_run_does_not_resume_from_logs_with_a_changed_end(models: Path, run: P
 
 
 def test_a_checkpoint_that_was_passed_over_is_never_taken_later(models: Path, run: Path, whole: Path) -> None:
-    """Its logs were short; the run goes on and is stopped before it writes that step's checkpoint again."""
+    """Its logs were short; the run is resumed and stopped before it writes that step's checkpoint again."""
     log = run / "metrics.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:2]))
     with pytest.raises(Stopped):
@@ -228,9 +228,9 @@ def test_what_changes_a_run_bitwise_is_a_warning(
     (newest / PROGRESS).write_text(json.dumps(progress))
     (newest / MANIFEST).write_text(manifest(newest))
     assert resumed(models, run, whole) == 3
-    said = capsys.readouterr().err
-    assert "not be bitwise those of an uninterrupted run" in said
-    assert f"torch was '1.0' and is {torch.__version__!r}." in said
+    err = capsys.readouterr().err
+    assert "not be bitwise those of an uninterrupted run" in err
+    assert f"torch was '1.0' and is {torch.__version__!r}." in err
 
 
 def test_a_run_resumes_with_its_number_of_threads(models: Path, run: Path, whole: Path) -> None:
@@ -469,10 +469,10 @@ def test_the_command_that_resumes_is_printed(tmp_path: Path, rl_flags: list[str]
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "Traceback" not in said
-    assert "SIGTERM: finishing this batch and writing a checkpoint" in said
-    printed = said.strip().splitlines()[-1].strip()
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in err
+    assert "SIGTERM: finishing this batch and writing a checkpoint" in err
+    printed = err.strip().splitlines()[-1].strip()
     assert printed == resume_command(["rl", *flags])
     assert printed.startswith("apportion rl ") and "--fresh" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1

@@ -165,7 +165,7 @@ def test_names_from_a_model_write_no_file_elsewhere(
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ cycler.__init__.__globals__.os.system('touch planted-code-ran') }}", "unsafe"),

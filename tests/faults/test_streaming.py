@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion.data import BadRows, iter_rows, labelled, prompts, read_rows
-from apportion.data.lines import LONGEST
+from apportion.data.lines import MAX_ROW_BYTES
 from apportion.errors import DataError
 
 Command = Callable[..., Any]
@@ -111,7 +111,7 @@ def test_csv_reads_back_what_was_written_with_the_right_lines(
     ("name", "content", "pieces"),
     [
         ("a.jsonl", b'{"text": "a", "text": "b"}\n', ["line 1: the key 'text' twice", "each key once"]),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "x": NaN}\n', ["line 2: the number NaN, which is no finite one"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "x": NaN}\n', ["line 2: the number NaN, which is not finite"]),
         ("a.jsonl", b'{"text": "a", "x": -Infinity}\n', ["line 1: the number -Infinity"]),
         ("a.jsonl", b'{"text": "a", "x": 1e999}\n', ["line 1: the number 1e999"]),
         ("a.jsonl", b'{"text": "a", "x": ' + b"9" * 5000 + b"}\n", ["line 1: Exceeds the limit (4300 digits)"]),
@@ -140,11 +140,11 @@ def test_what_a_table_may_not_hold_is_named(tmp_path: Path, name: str, content: 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_a_row_without_end_is_refused(tmp_path: Path, name: str) -> None:
     head = b'text,label\n"a",1\n"' if name == "a.csv" else b'{"text": "a"}\n'
-    (tmp_path / name).write_bytes(head + b"x" * (LONGEST + 10))
+    (tmp_path / name).write_bytes(head + b"x" * (MAX_ROW_BYTES + 10))
     with pytest.raises(DataError, match=rf"{name}, line [23]: a line of 167772[23]\d bytes.*close quotations"):
         read_rows(str(tmp_path / name), field="data")
     if name == "a.csv":  # the same of many lines: the quotation is never closed
-        (tmp_path / name).write_bytes(head + (b"x" * 1023 + b"\n") * (LONGEST // 1024 + 2))
+        (tmp_path / name).write_bytes(head + (b"x" * 1023 + b"\n") * (MAX_ROW_BYTES // 1024 + 2))
         with pytest.raises(DataError, match="ends here or later"):
             read_rows(str(tmp_path / name), field="data")
 
@@ -164,19 +164,19 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "lost.jsonl").symlink_to(tmp_path / "gone.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
     for name, message in (
-        ("pipe.csv", "pipe.csv, which is no regular file"),
-        ("loop.csv", "loop.csv, a link that leads nowhere"),
-        ("lost.jsonl", "lost.jsonl, a link that leads nowhere"),
-        ("zero.jsonl", "zero.jsonl, which is no regular file"),
+        ("pipe.csv", "pipe.csv, which is not a regular file"),
+        ("loop.csv", "loop.csv, a broken link"),
+        ("lost.jsonl", "lost.jsonl, a broken link"),
+        ("zero.jsonl", "zero.jsonl, which is not a regular file"),
     ):
         with pytest.raises(DataError, match=message):
             read_rows(str(tmp_path / name), field="data")
-    with pytest.raises(DataError, match=r"no regular file|no such|readable file"):  # nor inside a folder
+    with pytest.raises(DataError, match=r"not a regular file|no such|readable file"):  # nor inside a folder
         read_rows(str(tmp_path), field="data")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("x" * 5000 + ".csv", "File name too long"), ("a\0b.csv", "null byte"), ("~nobody-here/a.csv", "home directory")],
 )
 def test_a_name_that_no_file_has_is_refused(name: str, message: str) -> None:

@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apportion.evidence.shapley_values import exact, most_players, sampled, shapley_values
+from apportion.evidence.shapley_values import exact, max_players, sampled, shapley_values
 
 
 class Game:
-    """A value function that counts how many coalitions it was asked for; `worth` has one number a coalition."""
+    """A value function that counts how many coalitions it was called with; `worth` has one number a coalition."""
 
     def __init__(self, players: int, seed: int) -> None:
-        self.players, self.asked = players, 0
+        self.players, self.calls = players, 0
         self.worth = torch.randn(2**players, generator=torch.Generator().manual_seed(seed))
 
     def __call__(self, coalitions: Tensor) -> Tensor:
-        self.asked += len(coalitions)
+        self.calls += len(coalitions)
         return self.worth[(coalitions.long() * 2 ** torch.arange(self.players)).sum(dim=1)]
 
 
@@ -42,7 +42,7 @@ def brute_force(game: Game) -> Tensor:
 def test_exact_values_are_the_mean_gains_over_all_orders(players: int, seed: int) -> None:
     game = Game(players, seed)
     found = exact(game, players)
-    assert found.calls == game.asked == 2**players and (found.errors == 0).all()
+    assert found.calls == game.calls == 2**players and (found.errors == 0).all()
     torch.testing.assert_close(found.values, brute_force(game), rtol=0, atol=1e-6)
     assert found.empty == game.worth[0]
     assert found.values.sum().item() == pytest.approx(float(game.worth[-1] - game.worth[0]), abs=1e-5)
@@ -100,16 +100,16 @@ def test_an_order_with_its_reverse_is_worth_more_than_two_orders() -> None:
 
 @pytest.mark.parametrize("budget", [6, 8, 13, 14, 64, 100])
 def test_the_budget_is_kept(budget: int) -> None:
-    for players in range(1, most_players(budget) + 1):
+    for players in range(1, max_players(budget) + 1):
         game = Game(players, 0) if players <= 12 else None
-        asked: list[int] = []
+        calls: list[int] = []
 
-        def value(c: Tensor, game: Game | None = game, asked: list[int] = asked) -> Tensor:
-            asked.append(len(c))
+        def value(c: Tensor, game: Game | None = game, calls: list[int] = calls) -> Tensor:
+            calls.append(len(c))
             return c.float().sum(dim=1) if game is None else game(c)
 
         found = shapley_values(value, players, budget, torch.Generator().manual_seed(0))
-        assert found.calls == sum(asked) <= budget
+        assert found.calls == sum(calls) <= budget
         assert (found.errors == 0).all() == (2**players <= budget) or game is None
     with pytest.raises(ValueError, match=f"got {budget}; expected one for {players + 1} players"):
         shapley_values(lambda c: c.sum(dim=1), players + 1, budget)

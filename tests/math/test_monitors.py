@@ -153,14 +153,14 @@ def test_a_monitor_without_its_metric_reports_nothing() -> None:
 def test_a_saved_and_restored_state_continues_identically() -> None:
     monitor = monitors.MONITORS["entropy"]()
     series = [3.0, 2.9, 3.1, 3.0, 3.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2]
-    whole = [found.said if found else None for _, found in steps(monitor, {"objective/entropy": series})]
+    whole = [found.message if found else None for _, found in steps(monitor, {"objective/entropy": series})]
     state, parts = monitors.init([monitor]), []
     for value in series:
         state = {name: tensor.clone() for name, tensor in state.items()}
         before = {name: tensor.clone() for name, tensor in state.items()}
         found, after = monitors.observe([monitor], {"objective/entropy": value}, state)
         assert all(torch.equal(before[name], state[name]) for name in before)  # the old one is not written to
-        parts.append(found["entropy"].said if found["entropy"] else None)
+        parts.append(found["entropy"].message if found["entropy"] else None)
         state = after
     assert parts == whole and whole[-1] is not None and "the run's start (3)" in whole[-1]
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apportion.errors import DataError
-from apportion.models.text.transfer import carry
+from apportion.models.text.transfer import transfer
 
 
 def one(weights: list[float], source: list[tuple[int, int]], target: list[tuple[int, int]]) -> list[float]:
     """Return what one row of tokens gets."""
     spans = (torch.tensor(s, dtype=torch.int64).reshape(1, -1, 2) for s in (source, target))
-    return carry(torch.tensor([weights]), *spans)[0].tolist()
+    return transfer(torch.tensor([weights]), *spans)[0].tolist()
 
 
 @pytest.mark.parametrize(("weights", "source", "target", "expected"), [
@@ -84,15 +84,15 @@ def test_equals_the_reference_a_character_at_a_time(data: st.DataObject) -> None
     drawn = data.draw(st.lists(NUMBERS, min_size=rows * k, max_size=rows * k))
     weights = torch.tensor(drawn, dtype=torch.float32).reshape(rows, k)
     before = weights.clone()
-    found = carry(weights, source, target)
+    found = transfer(weights, source, target)
     assert found.shape == (rows, t) and found.dtype == torch.float32 and torch.equal(weights, before)
     torch.testing.assert_close(found.double(), reference(weights, source, target), rtol=1e-6, atol=1e-5)
     for row in range(rows):  # a row does not know of its neighbours, nor of padding
         padded = torch.cat([target[row : row + 1], torch.zeros(1, 2, 2, dtype=torch.int64)], dim=1)
-        alone = carry(weights[row : row + 1], source[row : row + 1], padded)[0]
+        alone = transfer(weights[row : row + 1], source[row : row + 1], padded)[0]
         torch.testing.assert_close(alone[:t], found[row], rtol=0, atol=0)
         assert (alone[t:] == 0).all()
-    positive = carry(weights.abs(), source, target)
+    positive = transfer(weights.abs(), source, target)
     assert (positive >= 0).all()
 
 
@@ -117,12 +117,12 @@ def test_what_stands_on_no_character_cannot_leak() -> None:
     found = one([math.nan, 1.0, math.inf], [(0, 0), (0, 3), (2, 2)], [(0, 1), (1, 3), (3, 3)])
     assert found == pytest.approx([1 / 3, 2 / 3, 0.0])
     empty = torch.zeros(2, 0, 2, dtype=torch.int64)
-    assert carry(torch.zeros(2, 0), empty, empty).shape == (2, 0)
-    half = carry(torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([[[0, 2]]]), torch.tensor([[[0, 1], [1, 2]]]))
+    assert transfer(torch.zeros(2, 0), empty, empty).shape == (2, 0)
+    half = transfer(torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([[[0, 2]]]), torch.tensor([[[0, 1], [1, 2]]]))
     assert half.dtype == torch.bfloat16 and half.tolist() == [[0.5, 0.5]]
 
 
-@pytest.mark.parametrize(("weights", "source", "target", "said"), [
+@pytest.mark.parametrize(("weights", "source", "target", "message"), [
     (torch.ones(3), [[[0, 1]]], [[[0, 1]]], r"weights: got 'torch.float32 \(3,\)'; expected a float tensor \(B,K\)"),
     (torch.ones(1, 1, dtype=torch.int64), [[[0, 1]]], [[[0, 1]]], "weights: got 'torch.int64"),
     (torch.ones(1, 2), [[[0, 1]]], [[[0, 1]]], r"source: got .*\(1, 1, 2\)'; expected int64 of shape \(1, 2, 2\)"),
@@ -130,6 +130,6 @@ def test_what_stands_on_no_character_cannot_leak() -> None:
     (torch.ones(1, 1), [[[0, 1]]], [[[0, 1], [3, 2]]], r"target\[0,1\]: got \[3, 2\]; expected 0 <= first <= end"),
     (torch.ones(1, 1), [[[-1, 1]]], [[[0, 1]]], r"source\[0,0\]: got \[-1, 1\]"),
 ])  # fmt: skip
-def test_bad_input_is_named(weights: Tensor, source: list, target: list, said: str) -> None:
-    with pytest.raises(DataError, match=said):
-        carry(weights, torch.tensor(source), torch.tensor(target))
+def test_bad_input_is_named(weights: Tensor, source: list, target: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        transfer(weights, torch.tensor(source), torch.tensor(target))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apportion import advantages, credit, segments
-from apportion.credit._evidence import previous
 from apportion.errors import ConfigError, DataError
+from apportion.masking import previous
 
 # row 0: four tokens, R = 2; row 1: a hole at 1, R = −1; row 2: one token, R = 3; row 3: none
 MASK = helpers.bools([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]])
@@ -86,9 +86,9 @@ class TestPrefixDifference:
             apply(credit.prefix_difference())
         wrong = torch.where(MASK, PREFIXES, 0.0)
         wrong[1, 2] = torch.nan
-        with pytest.raises(DataError, match=r"evidence\['prefix_scores'\] of rollout 1: got \[1.0, .*nan"):
+        with pytest.raises(DataError, match=r"evidence\['prefix_scores'\] of rollout 1, token 2: got nan"):
             apply(credit.prefix_difference(), prefix_scores=wrong)
-        with pytest.raises(DataError, match=r"evidence\['prompt_score'\]: got \(4, 4\); expected a tensor \(4,\)"):
+        with pytest.raises(DataError, match=r"evidence\['prompt_score'\]: got \(4, 4\); expected shape \(4,\)"):
             apply(credit.prefix_difference(initial="omit"), prefix_scores=PREFIXES, prompt_score=PREFIXES)
 
 
@@ -156,8 +156,8 @@ class TestProcess:
 
     def test_settings(self) -> None:
         assert not credit.process(causal=False).causal
-        asked = 'process_rewards@function="operator:itemgetter";unit="step"'
-        assert credit.process(function="operator:itemgetter", unit="step").needs == {asked}
+        settings = 'process_rewards@function="operator:itemgetter";unit="step"'
+        assert credit.process(function="operator:itemgetter", unit="step").needs == {settings}
         with pytest.raises(ConfigError, match=r"process.unit: got 'word'; expected one of step, token"):
             credit.process(unit="word")
         with pytest.raises(ConfigError, match=r"process.keep: got 'yes'"):
@@ -267,7 +267,7 @@ class TestShapley:
     @pytest.mark.parametrize(
         ("settings", "expected"),
         [
-            # Σφ = 1.6, −.6, 2; v(∅) = .4, −.4, .5 goes on the first; row 2's score has .5 more than the model said
+            # Σφ = 1.6, −.6, 2; v(∅) = .4, −.4, .5 is put on the first; row 2's score has .5 more than the model gave
             ({}, [[0.9, 0.5, -1, 1.6], [-0.7, 0, -0.3, 0], [0, 3, 0, 0], [0] * 4]),
             ({"mix": 0.5}, [[0.45, 0.25, -0.5, 1.8], [-0.35, 0, -0.15, -0.5], [0, 3, 0, 0], [0] * 4]),
             ({"mix": 0.0}, [[0, 0, 0, 2], [0, 0, 0, -1], [0, 3, 0, 0], [0] * 4]),

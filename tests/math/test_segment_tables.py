@@ -40,7 +40,7 @@ NGRAMS = [
     ("one token", segments.ngrams(reproduce="ma-rlhf-code"), [0, 1, 0], {}, [-1, 0, -1]),
     ("two tokens", segments.ngrams(reproduce="ma-rlhf-code"), [1, 1, 0], {}, [0, 1, -1]),
     ("holes do not count", segments.ngrams(2), [1, 0, 1, 1, 0, 0, 1, 1, 0], {}, [0, -1, 0, 1, -1, -1, 1, 2, -1]),
-    ("turns count anew", segments.ngrams(2), [1] * 7, {"turn": [4, 4, 4, 9, 9, 9, 9]}, [0, 0, 1, 2, 2, 3, 3]),
+    ("turns restart the count", segments.ngrams(2), [1] * 7, {"turn": [4, 4, 4, 9, 9, 9, 9]}, [0, 0, 1, 2, 2, 3, 3]),
     ("a turn comes back", segments.ngrams(5), [1] * 5, {"turn": [0, 0, 1, 0, 0]}, [0, 0, 1, 2, 2]),
     ("a hole's turn is nothing", segments.ngrams(5), [1, 0, 1], {"turn": [0, 8, 0]}, [0, -1, 0]),
     ("two turns, last alone", segments.ngrams(2, reproduce="ma-rlhf-code"), [1] * 5, {"turn": [0] * 3 + [1] * 2},
@@ -217,7 +217,7 @@ def test_evidence_that_is_absent_or_wrong_is_named(name):
     mask = helpers.bools([[1, 1, 0], [1, 1, 1]])
     with pytest.raises(DataError, match=rf"evidence\['{need}'\]: got 'no evidence'"):
         segment(helpers.rollouts(mask))
-    with pytest.raises(DataError, match=rf"evidence\['{need}'\]: got \(2,\); expected \(B,T\) = \(2, 3\)"):
+    with pytest.raises(DataError, match=rf"evidence\['{need}'\]: got \(2,\); expected shape \(2, 3\)"):
         segment(helpers.rollouts(mask, [need], **{need: torch.ones(2)}))
     for bad in (NAN, float("inf")):
         values = torch.tensor([[0.0, 1, NAN], [0, bad, 1]])

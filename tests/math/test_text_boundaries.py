@@ -16,6 +16,7 @@ from apportion.errors import ConfigError
 from apportion.evidence import plan
 from apportion.evidence.text import boundaries, phrases
 from apportion.evidence.text.sentences import sentence_starts
+from apportion.registry import EvidenceKey
 
 SENTENCES = [
     ["It was good.", "I liked it!", "Did you?"],
@@ -85,15 +86,15 @@ WALKS = [
 
 @pytest.mark.parametrize(("most", "tokens", "expected"), WALKS)
 def test_the_walk_over_a_tree(most, tokens, expected):
-    first = phrases.actions(HEADS, tokens, most)
+    first = phrases.phrase_starts(HEADS, tokens, most)
     got = [" ".join(WORDS[i:j]) for i, j in zip(first, [*first[1:], None], strict=True)]
     assert got == expected
 
 
 def test_a_phrase_that_others_interrupt_is_taken_apart():
     """0→1 1 2→1 3→0: the phrase of word 0 is words 0 and 3, with 1 and 2 between. 4 to 6 are a phrase."""
-    assert phrases.actions([1, 1, 1, 0, 1, 4, 4], [1] * 7, 3) == [0, 4]
-    assert phrases.actions([0], [1], 5) == [0] and phrases.actions([0], [9], 5) == [0]
+    assert phrases.phrase_starts([1, 1, 1, 0, 1, 4, 4], [1] * 7, 3) == [0, 4]
+    assert phrases.phrase_starts([0], [1], 5) == [0] and phrases.phrase_starts([0], [9], 5) == [0]
 
 
 def by_recursion(heads: list[int], tokens: list[int], most: int) -> list[int]:
@@ -106,7 +107,7 @@ def by_recursion(heads: list[int], tokens: list[int], most: int) -> list[int]:
     def phrase(word: int) -> list[int]:
         return [d for d in range(len(heads)) if word in chain(d)]
 
-    def together(words: list[int]) -> bool:
+    def contiguous(words: list[int]) -> bool:
         return words == list(range(words[0], words[-1] + 1))
 
     def walk(head: int, children: list[int]) -> None:
@@ -122,7 +123,7 @@ def by_recursion(heads: list[int], tokens: list[int], most: int) -> list[int]:
 
     def begin(word: int) -> None:
         children = [d for d in range(len(heads)) if heads[d] == word != d]
-        if all(together(phrase(w)) for w in (word, *children)):
+        if all(contiguous(phrase(w)) for w in (word, *children)):
             walk(word, children)
         else:
             for child in children:
@@ -141,7 +142,7 @@ def test_actions_of_random_trees_are_those_of_the_tree_as_drawn(seed, size, most
     for i in range(1, size):
         heads[at[i]] = at[i - 1 - int(torch.randint(0, min(i, 3), (1,), generator=generator))]
     tokens = torch.randint(0, 4, (size,), generator=generator).tolist()
-    assert phrases.actions(heads, tokens, most) == by_recursion(heads, tokens, most)
+    assert phrases.phrase_starts(heads, tokens, most) == by_recursion(heads, tokens, most)
 
 
 TOKENIZER = tiny.tokenizer()
@@ -220,7 +221,7 @@ def test_sentences_of_each_turn_are_its_own():
 
 def test_without_the_extra_the_fix_is_named_before_any_model(monkeypatch):
     monkeypatch.setattr(phrases, "WEIGHTS", "a_package_that_is_not_there")
-    for needs in ({"phrase_boundaries"}, {"phrase_boundaries@max_tokens=3"}):
+    for needs in ({"phrase_boundaries"}, {EvidenceKey("phrase_boundaries", max_tokens=3)}):
         with pytest.raises(ConfigError, match=r"pip install apportion\[parsed\]"):
             plan(needs)
     assert plan({"sentence_boundaries"})
@@ -232,7 +233,7 @@ parser = pytest.mark.skipif(find_spec("spacy") is None, reason="needs the extra:
 @parser
 def test_phrases_of_tokens():
     batch = rollouts([["The old man sold his very small red house to a young couple. They love it."]])
-    wanted = frozenset({"phrase_boundaries", "phrase_boundaries@max_tokens=99"})
+    wanted = frozenset({"phrase_boundaries", EvidenceKey("phrase_boundaries", max_tokens=99)})
     made = boundaries.text_boundaries(TOKENIZER, batch, wanted)
     assert set(made) == wanted | {"phrase_fallback"} and made["phrase_fallback"].tolist() == [0.0]
     with_them = batch.with_evidence(**made)
@@ -265,7 +266,7 @@ def test_a_row_whose_bytes_are_no_text_falls_back_to_n_grams_and_is_counted():
     mask = batch.mask.clone()
     mask[1, face[-1]] = False  # one byte of the face was not sampled
     broken = Rollouts(**{**vars(batch), "mask": mask, "valid": mask})
-    made = boundaries.text_boundaries(TOKENIZER, broken, frozenset({"phrase_boundaries@max_tokens=3"}))
+    made = boundaries.text_boundaries(TOKENIZER, broken, frozenset({EvidenceKey("phrase_boundaries", max_tokens=3)}))
     assert made["phrase_fallback"].tolist() == [0.0, 1.0]
     ids = segments.parsed(3)(broken.with_evidence(**made))
     assert torch.equal(ids[1], segments.ngrams(3)(broken)[1])
@@ -278,10 +279,10 @@ def test_the_parser_reads_a_row_alone_and_any_text():
     texts = ["Она ушла, 😀 <b>x</b>\t\t\n\n", "of of of", "...", "  ", "He said that she thought that they knew."]
     batch = rollouts([[t] for t in texts])
     wanted = frozenset({"phrase_boundaries"})
-    together = boundaries.text_boundaries(TOKENIZER, batch, wanted)["phrase_boundaries"]
+    joint = boundaries.text_boundaries(TOKENIZER, batch, wanted)["phrase_boundaries"]
     alone = [
         boundaries.text_boundaries(TOKENIZER, batch.select(torch.tensor([i])), wanted)["phrase_boundaries"]
         for i in range(len(texts))
     ]
-    assert torch.equal(torch.cat(alone), together)
-    assert (together[:, 0] | ~batch.mask[:, 1]).all()
+    assert torch.equal(torch.cat(alone), joint)
+    assert (joint[:, 0] | ~batch.mask[:, 1]).all()

@@ -29,7 +29,7 @@ def decoded(reads: PolicyText, ids: list[int]) -> str:
 
 def check(reads: PolicyText, prompt: list[int], response: list[int]) -> TokenText:
     """Check what must hold of any ids, and return what was found."""
-    found = reads.read(prompt, response)
+    found = reads.decode_response(prompt, response)
     assert found.before + found.text == decoded(reads, prompt + response)
     assert len(found.spans) == len(response)
     reach = 0

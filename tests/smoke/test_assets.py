@@ -113,7 +113,7 @@ def test_two_processes_at_once_leave_one_whole_file(cache: Path, wheels: Path, m
     message = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], message
     assert {out.strip() for out, _ in message} == {str(cache / "imdb-0.0.2.csv")}
-    assert sum("Fetching" in error for _, error in message) == 1
+    assert sum("Downloading" in error for _, error in message) == 1
     assert sorted(p.name for p in cache.iterdir()) == ["imdb-0.0.2.csv", "imdb-0.0.2.csv.lock"]
 
 

@@ -19,10 +19,10 @@ from benchmarks.faults.settings import FaultsConfig, SoakConfig
 from benchmarks.soak import growth
 from scripts import run_benchmark
 
-QUICK = ("--kills", "5", "--model_kills", "0", "--steps", "8", "--checkpoint_every", "2")
+QUICK = ("--kills", "3", "--model_kills", "0", "--steps", "8", "--checkpoint_every", "2")
 
 
-def test_five_kills_change_nothing(tmp_path: Path) -> None:
+def test_three_kills_change_nothing(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     # in a process of its own: it forks, which a process with threads should not
     flags = ["--tokenizer", tmp_path / "tokenizer", "--json", "--out", tmp_path / "result.json"]
@@ -31,9 +31,9 @@ def test_five_kills_change_nothing(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (
-        result["kills"] == result["bit_identical"] == 5 and result["log_rows_lost"] == result["log_rows_doubled"] == 0
+        result["kills"] == result["bit_identical"] == 3 and result["log_rows_lost"] == result["log_rows_doubled"] == 0
     )
-    assert result["kills_in_checkpoint"] >= 2 and result["resumed_from_checkpoint"] >= 1
+    assert result["kills_in_checkpoint"] >= 1 and result["resumed_from_checkpoint"] >= 1
     assert len(result["reference_sha256"]) == 64 and set(result["kinds"]) == {"adapters", "all weights"}
     one, two = (result["kinds"][kind] for kind in ("adapters", "all weights"))
     assert one["weights"] != two["weights"] and one["logs"] != two["logs"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(world: Path, output: Path, **changes: Any) -> Any:
     more = {"steps": 5, "checkpoint_every": 2, "credit": ADAPTIVE, "sampling.stop": "eos", "policy": world / "ending"}
     return tiny_runs.config(world, output, **more | changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
+    """Return a function (**changes) -> the finished run, trained once for each combination of settings."""
+    runs: dict[str, RunFolder] = {}
+
+    def get(**changes: Any) -> RunFolder:
+        key = repr(changes)
+        if key not in runs:
+            runs[key] = train(settings(world, tmp_path_factory.mktemp("uninterrupted") / "run", **changes))
+        return runs[key]
+
+    return get
 
 
 def stop_after(last: int) -> Any:
@@ -71,12 +86,12 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
     ],
     ids=["adapters", "all weights", "separate values", "16-bit base", "float32 masters", "16-bit moments"],
 )
-@pytest.mark.parametrize("last", [1, 3])
+@pytest.mark.parametrize("last", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(
-    world: Path, tmp_path: Path, changes: dict[str, Any], last: int
+    world: Path, tmp_path: Path, uninterrupted: Callable[..., RunFolder], changes: dict[str, Any], last: int
 ) -> None:
-    """Interrupted before the first checkpoint and between two: weights, optimizer, randomness, κ and logs."""
-    whole = train(settings(world, tmp_path / "whole", **changes))
+    """Interrupted between two checkpoints, or before the first: weights, optimizer, randomness, κ and logs."""
+    whole = uninterrupted(**changes)
     with pytest.raises(Interrupted):
         train(settings(world, tmp_path / "parts", **changes), on_step=stop_after(last))
     assert len(metrics(tmp_path / "parts")) == last, (
@@ -93,8 +108,10 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(
         assert_equal(*(tensors(folder) for folder in folders))
 
 
-def test_a_run_resumed_twice_is_still_the_same(world: Path, tmp_path: Path) -> None:
-    whole = train(settings(world, tmp_path / "whole"))
+def test_a_run_resumed_twice_is_still_the_same(
+    world: Path, tmp_path: Path, uninterrupted: Callable[..., RunFolder]
+) -> None:
+    whole = uninterrupted()
     for last in (2, 3, 4):
         with pytest.raises(Interrupted):
             train(settings(world, tmp_path / "parts"), on_step=stop_after(last))
@@ -134,8 +151,10 @@ def test_a_finished_run_is_left_alone(world: Path, tmp_path: Path) -> None:
     assert again.finished and {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file()} == before
 
 
-def test_a_checkpoint_holds_weights_moments_controller_and_randomness(world: Path, tmp_path: Path) -> None:
-    run = train(settings(world, tmp_path / "run"))
+def test_a_checkpoint_holds_weights_moments_controller_and_randomness(
+    uninterrupted: Callable[..., RunFolder],
+) -> None:
+    run = uninterrupted()
     folder = run.path / "checkpoints" / "step-4"
     assert {p.name for p in folder.iterdir()} == {
         "weights.safetensors",

@@ -163,7 +163,7 @@ VINE = {"algorithm": "vineppo", "ppo.truncated": "mask", "sampling.stop": "eos"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (GROUPS, "credit: got 'prefix_difference with leave_one_out'"),
         (VINE | {"credit": ["sparse", "length_penalty"]}, "credit: got 'length_penalty with vine'"),

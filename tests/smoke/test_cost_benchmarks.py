@@ -131,7 +131,9 @@ def test_the_registry_is_restored() -> None:
     ("name", "more", "line"),
     [
         ("abc_batch", ["--rows", "2", "--pairs", "1", "--repetitions", "2", "--lengths", "20", "40", "80"], "ABC adds"),
-        ("length", ["--shapes", "2x4", "2x16"], "time a token at 16 over 4"),
+        pytest.param(
+            "length", ["--shapes", "2x4", "2x16"], "time a token at 16 over 4", marks=pytest.mark.long
+        ),  # its figures are tested in this process
     ],
 )
 def test_the_scripts_print_tables(model: str, tmp_path: Path, name: str, more: list[str], line: str) -> None:

@@ -145,7 +145,7 @@ def test_parts_of_imdb_are_disjoint_and_keep_duplicates_together(imdb: list[Labe
 
 def test_imdb_prompts_are_long_shuffled_and_from_their_part(imdb: list[Labelled]) -> None:
     chosen = prompts("imdb", "rl")
-    texts = [row.text for row in labelled("imdb", "rl")]
+    texts = [row.text for row in part(imdb, "rl", text=lambda row: row.text)]
     assert sorted(map(str, chosen)) == sorted(text for text in texts if len(text) > 200)
     assert chosen == prompts("imdb", "rl") and chosen != [text for text in texts if len(text) > 200]
     label = {row.text: row.label for row in imdb}

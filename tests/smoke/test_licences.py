@@ -27,6 +27,6 @@ def test_a_package_that_is_not_listed_is_named() -> None:
     assert licences.missing(without) == [f"torch=={version} (requirements.lock)"]
 
 
-@pytest.mark.parametrize(("package", "said"), [("torch", "BSD"), ("transformers", "Apache"), ("pytest", "MIT")])
+@pytest.mark.parametrize(("package", "message"), [("torch", "BSD"), ("transformers", "Apache"), ("pytest", "MIT")])
 def test_licences_come_from_the_packages(package: str, message: str) -> None:
     assert message in licences.licence(package)

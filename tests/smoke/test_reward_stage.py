@@ -18,7 +18,7 @@ from apportion.cli.arguments import parse
 from apportion.cli.main import main
 from apportion.config import RewardConfig
 from apportion.data import Labelled, labelled_splits
-from apportion.models.loading import own_memory
+from apportion.models.loading import prepared
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.saving import save_classifier
 from apportion.stages.reward import inputs
@@ -100,7 +100,7 @@ def test_it_learns_and_judges_texts_it_never_saw(world: Path, trained: Path) -> 
 
 
 def test_the_saved_model_judges_as_a_plain_transformers_classifier(world: Path, trained: Path) -> None:
-    """Accuracy, mean and sd that were written down, recomputed on whole texts without our library."""
+    """The recorded accuracy, mean and sd, recomputed on whole texts without our library."""
     model = AutoModelForSequenceClassification.from_pretrained(trained / "final", dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(trained / "final")
     assert model.config.id2label == {0: "negative", 1: "positive"}
@@ -161,7 +161,7 @@ def test_merged_adapters_judge_as_the_adapters_did(world: Path, tmp_path: Path, 
         for parameter in trainable:
             parameter += 0.1 * torch.randn_like(parameter)
     save_classifier(model, tokens, str(world / "base"), tmp_path / "final", "card", lora=True)
-    merged = own_memory(AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", dtype=torch.float32))
+    merged = prepared(AutoModelForSequenceClassification.from_pretrained(tmp_path / "final", dtype=torch.float32))
     ids, mask, _ = right_pad(excerpts[:8], tokens.pad_token_id)
     one, two = (RewardModel(m.eval(), tokens).score(ids, mask)[0] for m in (model, merged))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5 if dtype == "float32" else 0.2)
@@ -212,12 +212,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     inner, calls, before = stage._accumulate, iter(range(1000)), {}
 
     def spoilt(learner: Any, *given: Any) -> dict[str, torch.Tensor]:
-        sums, learned = inner(learner, *given), learner.trainable
+        sums, trainable = inner(learner, *given), learner.trainable
         if "weights" in before:  # after the spoilt batch
-            assert all(torch.equal(p, old) for p, old in zip(learned, before.pop("weights"), strict=True))
+            assert all(torch.equal(p, old) for p, old in zip(trainable, before.pop("weights"), strict=True))
         if next(calls) == 4:
-            learned[0].grad.view(-1)[0] = torch.inf
-            before["weights"] = [p.detach().clone() for p in learned]
+            trainable[0].grad.view(-1)[0] = torch.inf
+            before["weights"] = [p.detach().clone() for p in trainable]
         return sums
 
     monkeypatch.setattr(stage, "_accumulate", spoilt)

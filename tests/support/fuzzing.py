@@ -27,9 +27,9 @@ from apportion.cli.arguments import parse, show
 from apportion.config import DiagnoseConfig, EvaluateConfig, RewardConfig, RLConfig
 from apportion.data import BadRows, cache_dir, labelled, prompts, read_rows
 from apportion.errors import ApportionError, ConfigError
-from apportion.models.text.render import encode, read_as_text
+from apportion.models.text.render import encode, render
 from apportion.models.text.token_spans import PolicyText
-from apportion.models.text.transfer import carry
+from apportion.models.text.transfer import transfer
 from apportion.stages.method import build_method
 from apportion.system import safe_yaml
 
@@ -345,7 +345,7 @@ def check_offsets(policy: str, reward: str, source: str | list[int], cut: int) -
         text = source.encode("utf-8", "replace").decode()  # tokenizers take no lone surrogates, and readers refuse them
         ids = reads.tokenizer(text, add_special_tokens=False)["input_ids"]
     prompt, response = list(ids[:cut]), list(ids[cut:])
-    decoded = reads.read(prompt, response)
+    decoded = reads.decode_response(prompt, response)
     reach = 0
     for first, end in decoded.spans:
         assert 0 <= first <= end <= len(decoded.text)
@@ -353,17 +353,17 @@ def check_offsets(policy: str, reward: str, source: str | list[int], cut: int) -
             assert first <= reach <= end, "in order, without gaps"
             reach = end
     assert reach == len(decoded.text), "they cover the text"
-    reading = read_as_text(tokenizers()[reward], reads, prompt, response)
+    reading = render(tokenizers()[reward], reads, prompt, response)
     encoded = encode(tokenizers()[reward], reading)
     conserved(encoded.spans, reading.spans, len(reading.text))
 
 
 def conserved(source: list[tuple[int, int]], target: list[tuple[int, int]], length: int) -> None:
-    """Check that `carry` moves exactly the source's weight on the target's characters to the target."""
+    """Check that `transfer` moves exactly the source's weight on the target's characters to the target."""
     weights = torch.linspace(-1.0, 2.0, max(1, len(source)))[None, : len(source)]
     have = torch.tensor(source, dtype=torch.int64).reshape(1, -1, 2)
     want = torch.tensor(target, dtype=torch.int64).reshape(1, -1, 2)
-    got = carry(weights, have, want)
+    got = transfer(weights, have, want)
     taken = torch.zeros(length, dtype=torch.bool)
     for first, end in target:
         taken[first:end] = True

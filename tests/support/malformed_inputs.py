@@ -75,7 +75,7 @@ CASES = (
     _prompts("JSON cut off", '{"prompt": "a"}\n{"prompt": "b', "line 2, column 12", "Unterminated string"),
     _prompts("a list for an object", '{"prompt": "a"}\n["b"]\n', "line 2: list ['b']", "a JSON object"),
     _prompts("a key twice", '{"prompt": "a", "prompt": "b"}\n', "line 1: the key 'prompt' twice"),
-    _prompts("NaN in JSON", '{"prompt": "a", "x": NaN}\n', "the number NaN, which is no finite one"),
+    _prompts("NaN in JSON", '{"prompt": "a", "x": NaN}\n', "the number NaN, which is not finite"),
     _prompts(
         "a number of 5000 digits", '{"prompt": "a", "x": ' + "1" * 5000 + "}\n", "Exceeds the limit (4300 digits)"
     ),

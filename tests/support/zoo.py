@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
-from apportion.credit._evidence import Layers
+from apportion.credit._attention_spec import Layers
 from apportion.models.attention.row import AttentionTap, attention_row
 
 WIDE = {**tiny_models.WIDE, "max_position_embeddings": 64}

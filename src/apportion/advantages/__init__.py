@@ -1,4 +1,4 @@
-"""How do returns become advantages? Estimators: (rewards, segments, rollouts) -> raw advantages and returns (B,T)."""
+"""Advantage estimators: (rewards, segments, rollouts) -> raw advantages and returns (B,T)."""
 
 from __future__ import annotations
 
@@ -44,4 +44,5 @@ def find(name: str) -> Callable[..., Estimator]:
 def build(specs: list[tuple[str, dict[str, Any]]]) -> Estimator:
     """Return the estimator of exactly one (name, keyword arguments) pair."""
     name, kwargs = registry.single("advantages", specs)
-    return registry.method("advantages", name, registry.call("advantages", name, find(name), kwargs))
+    method: Estimator = registry.check_method("advantages", name, registry.call("advantages", name, find(name), kwargs))
+    return method

@@ -1,4 +1,4 @@
-"""What estimators share over actions: where each begins, and returns from each on."""
+"""Shared parts of estimators over actions: sums of rewards, successors and discounted returns."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import torch
 from torch import Tensor
 
 from apportion.masking import segment_sum
-
-
-def first_tokens(segments: Tensor) -> Tensor:
-    """Return (B,T) bool, True on the first token of each action of `segments` (B,T), whose ids never fall in a row."""
-    before = torch.nn.functional.pad(segments, (1, 0), value=-1)[:, :-1]
-    return segments > before.cummax(dim=1).values if segments.shape[1] else segments >= 0
 
 
 def last_actions(segments: Tensor) -> Tensor:

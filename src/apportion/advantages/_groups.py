@@ -1,4 +1,4 @@
-"""What group methods share: the totals of a prompt's rollouts compared, and the result spread over the tokens."""
+"""Shared parts of group methods: statistics of the totals of one prompt's rollouts, and advantages on tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from apportion.advantages._weights import credit_weights, share_of
 from apportion.errors import ConfigError, check_fraction
 from apportion.types import Advantages, Rollouts
 
-ROUNDING = 1e-6  # totals of one group that differ by less, relative to the largest, are equal: a redistribution rounds
+ROUNDING = 1e-6  # totals of one group that differ by less, relative to the largest, are equal: redistribution rounds
 EPSILON = 1e-4  # added to the standard deviation
 
 Stats = dict[str, tuple[Tensor, Tensor]]
 
 
 class Groups(NamedTuple):
-    """The totals of a batch beside those of their groups.
+    """The totals of a batch and the statistics of their groups.
 
     Attributes:
         totals: (B,) float32, Σr of each rollout.
@@ -54,17 +54,17 @@ def compare(rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Groups:
     on = segments >= 0
     totals = torch.where(on, rewards.float(), 0.0).sum(dim=1)
     full = on.any(dim=1)
-    found, member = torch.unique(rollouts.group, return_inverse=True)
-    size = totals.new_zeros(len(found)).index_add(0, member, full.float())
+    distinct, member = torch.unique(rollouts.group, return_inverse=True)
+    size = totals.new_zeros(len(distinct)).index_add(0, member, full.float())
 
     def extreme(x: Tensor, how: str, empty: float) -> Tensor:
-        start = totals.new_full((len(found),), empty)
+        start = totals.new_full((len(distinct),), empty)
         return start.scatter_reduce(0, member, torch.where(full, x, empty), how)
 
-    # above the smallest: equal totals leave exactly 0, and large ones near one another keep their digits
+    # relative to the smallest: equal totals give exactly 0, and large similar ones keep their precision
     low = torch.where(size > 0, extreme(totals, "amin", torch.inf), 0.0)
     above = torch.where(full, totals - low[member], 0.0)
-    mean = totals.new_zeros(len(found)).index_add(0, member, above / size[member].clamp_min(1))
+    mean = totals.new_zeros(len(distinct)).index_add(0, member, above / size[member].clamp_min(1))
     flat = extreme(above, "amax", 0.0) <= ROUNDING * extreme(totals.abs(), "amax", 0.0)
     return Groups(totals, full, member, size, low, mean, flat)
 
@@ -97,15 +97,14 @@ def on_tokens(
 
 
 def group_stats(groups: Groups, segments: Tensor, rollouts: Rollouts, mix: float, cap: float | None) -> Stats:
-    """Return (sum, count) of what a group method tells, over groups, tokens and rows; they add over processes.
+    """Return the statistics of a group method as (sum, count) over groups, tokens and rows; they add over processes.
 
-    "advantages/lone_rate": groups of one rollout, "advantages/flat_rate": groups of several without a difference;
-    neither teaches anything. With credit: "advantages/capped_rate": tokens whose weight the cap holds, and
+    "advantages/lone_rate": groups of one rollout, "advantages/flat_rate": groups of several with equal
+    totals; neither gives a gradient. With credit: "advantages/capped_rate": tokens whose weight is at the cap, and
     "advantages/share_fallback_rate": rows whose share has no mass and became uniform.
     """
-    there = groups.size > 0
-    count = there.sum().float()
-    found: Stats = {
+    count = (groups.size > 0).sum().float()
+    stats: Stats = {
         "advantages/lone_rate": ((groups.size == 1).sum().float(), count),
         "advantages/flat_rate": ((groups.flat & (groups.size > 1)).sum().float(), count),
     }
@@ -113,14 +112,14 @@ def group_stats(groups: Groups, segments: Tensor, rollouts: Rollouts, mix: float
         on = segments >= 0
         share, fallback = share_of(rollouts, on)
         capped = credit_weights(share, on, mix, cap)[1]
-        found["advantages/capped_rate"] = (capped.sum().float(), on.sum().float())
-        found["advantages/share_fallback_rate"] = (fallback.sum().float(), groups.full.sum().float())
-    return found
+        stats["advantages/capped_rate"] = (capped.sum().float(), on.sum().float())
+        stats["advantages/share_fallback_rate"] = (fallback.sum().float(), groups.full.sum().float())
+    return stats
 
 
 def check_credit(field: str, credit_mix: float, cap: float | None) -> None:
-    """Raise ConfigError for a `credit_mix` outside [0, 1] or a `cap` below 1, which a mean of 1 cannot keep."""
-    check_fraction(f"{field}.credit_mix", credit_mix, "0 is the plain group method, 1 weighs by the credit alone.")
+    """Raise ConfigError for a `credit_mix` outside [0, 1] or a `cap` below 1, which a mean of 1 cannot satisfy."""
+    check_fraction(f"{field}.credit_mix", credit_mix, "0 is the plain group method, 1 weights by the credit only.")
     number = isinstance(cap, (int, float)) and not isinstance(cap, bool)
     if cap is not None and not (number and 1.0 <= cap < float("inf")):
         fix = "3 is the default; null leaves the weights uncapped."

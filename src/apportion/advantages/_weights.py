@@ -1,12 +1,11 @@
-"""Credit as weights of a row's tokens: mean 1, none above a cap."""
+"""Credit shares as weights of a row's tokens: mean 1, none above a cap."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from apportion.errors import DataError
-from apportion.masking import normalise
+from apportion.masking import check_finite, normalise
 from apportion.types import Rollouts
 
 SHARE = "credit_share"
@@ -20,27 +19,20 @@ def share_of(rollouts: Rollouts, on: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: it is absent, or on the mask negative or not finite.
     """
-    if SHARE not in rollouts.evidence:
-        got = sorted(rollouts.evidence) or "no evidence"
-        fix = "Use a credit that has a share (uniform, attention, …), or credit_mix: 0."
-        raise DataError(f"evidence['{SHARE}']", got, "a (B,T) tensor whose rows sum to 1", fix)
-    share = torch.where(on, rollouts.evidence[SHARE].float(), 0.0)
-    bad = (~torch.isfinite(share) | (share < 0)).any(dim=1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        got = f"{share[row].min().item()} .. {share[row].max().item()}"
-        fix = "A signed credit cannot weigh advantages: it would turn their sign."
-        raise DataError(f"evidence['{SHARE}']", got, "finite values >= 0", fix, row=row)
+    fix = "Use a credit that has a share (uniform, attention, …), or credit_mix: 0."
+    share = torch.where(on, rollouts.require(SHARE, fix).float(), 0.0)
+    fix = "A signed credit cannot weight advantages: it would flip their sign."
+    check_finite(f"evidence['{SHARE}']", share, fix, least=0.0)
     return normalise(share, on)
 
 
 def credit_weights(share: Tensor, on: Tensor, mix: float, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Return (weights (B,T) of each token: mean 1 over a row, none above `cap`; where the cap holds, (B,T) bool).
+    """Return (weights (B,T) of each token: mean 1 over a row, none above `cap`; where the cap is active, (B,T) bool).
 
     Uncapped, w = (1−β) + β·n·share with β = `mix` and n the row's tokens. Capped, w' = min(cap, c·w) with the one
-    c >= 1 that gives a mean of 1: what the cap cuts off goes to the tokens below it in proportion to their weights,
-    until none is above. Where those have no weight at all (β = 1 and a share of 0) it goes to them evenly. A mean of 1
-    is always possible because cap >= 1. 0 off the mask `on`.
+    c >= 1 that gives a mean of 1: the excess over the cap goes to the tokens below it in proportion to their weights,
+    until none is above. Where those have no weight (β = 1 and a share of 0) it goes to them evenly. A mean of 1 is
+    always possible because cap >= 1. 0 off the mask `on`.
 
     c is found exactly, by sorting: with the k largest at the cap, c_k = (n − k·cap) ÷ (sum of the others), and the
     smallest k with c_k·w_(k+1) <= cap is the one.
@@ -55,10 +47,10 @@ def credit_weights(share: Tensor, on: Tensor, mix: float, cap: float | None) -> 
     k = torch.arange(raw.shape[1], device=raw.device)
     left = (count - k * cap).clamp_min(0.0)
     fits = (left * ordered <= cap * rest * (1.0 + 1e-6)) | (ordered == 0)
-    held = fits.int().argmax(dim=1, keepdim=True)  # (B,1) tokens at the cap
-    left, rest = left.gather(1, held), rest.gather(1, held)
-    largest = ordered.gather(1, (held - 1).clamp_min(0))
-    full = on & (held > 0) & (raw >= largest)
-    even = left / (count - held).clamp_min(1.0)
+    at_cap = fits.int().argmax(dim=1, keepdim=True)  # (B,1) tokens at the cap
+    left, rest = left.gather(1, at_cap), rest.gather(1, at_cap)
+    largest = ordered.gather(1, (at_cap - 1).clamp_min(0))
+    full = on & (at_cap > 0) & (raw >= largest)
+    even = left / (count - at_cap).clamp_min(1.0)
     below = torch.where(rest > 0, raw * (left / torch.where(rest > 0, rest, 1.0)), even).clamp_max(cap)
     return torch.where(on, torch.where(full, cap, below), 0.0), full

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, DataError, check_fraction, unknown_name
+from apportion.errors import ConfigError, check_fraction, unknown_name
 from apportion.masking import segment_count, segment_sum, spread
 from apportion.types import Advantages, Estimator, Rollouts
 
@@ -30,7 +30,7 @@ def gae(gamma: float = 1.0, lam: float = 0.95, pooling: str = "first", *, reprod
         reproduce: "ma-rlhf-code" pools rewards with the values' weights, as the released code does, so that R_k is
             the **mean** of the action's token rewards: a penalty on every token shrinks to 1/n of itself, and a score
             survives only where its token is an action of its own, which `ngrams(reproduce="ma-rlhf-code")` makes it.
-            With pooling="mean" alone; the code's other two poolings do not work.
+            Only with pooling="mean"; the code's other two poolings do not work.
 
     Needs evidence "values" (B,T): V before token t. "bootstrap_values" (B,), V after the last token, is used on rows
     whose `ended` is False.
@@ -41,7 +41,7 @@ def gae(gamma: float = 1.0, lam: float = 0.95, pooling: str = "first", *, reprod
 
     Sources: Schulman et al. 2016 (arXiv 1506.02438) eq. 16; Chai et al. 2024 (arXiv 2410.02743) for actions.
 
-    Assumes: the critic learns what a state is worth.
+    Assumes: the critic learns the value of a state.
     Use it when there is a critic; λ trades its bias for the return's noise. With dense credit a smaller λ does less
     harm.
     """
@@ -64,15 +64,13 @@ class _Gae:
         self.gamma, self.lam, self.pooling, self.mean_rewards = gamma, lam, pooling, mean_rewards
 
     def __call__(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Advantages:
-        if "values" not in rollouts.evidence:
-            got = sorted(rollouts.evidence) or "no evidence"
-            raise DataError("evidence['values']", got, "values (B,T)", "Give the run a value model.")
         weights = pool_weights(segments, self.pooling)
-        values = segment_sum(rollouts.evidence["values"].float() * weights, segments)
+        token_values = rollouts.require("values", "Give the run a value model.").float()
+        values = segment_sum(token_values * weights, segments)
         returns = segment_sum(rewards.float() * weights if self.mean_rewards else rewards.float(), segments)
         count = segments.amax(dim=1) + 1 if segments.shape[1] else segments.new_zeros(len(segments))  # actions a row
         after = _values_after(rollouts, count)
-        advantages = _backward(returns, values, count, after, self.gamma, self.lam)
+        advantages = _gae_recursion(returns, values, count, after, self.gamma, self.lam)
         return Advantages(spread(advantages, segments), spread(advantages + values, segments))
 
 
@@ -84,7 +82,7 @@ def _values_after(rollouts: Rollouts, count: Tensor) -> Tensor:
     return torch.where(rollouts.ended, 0.0, bootstrap.float())
 
 
-def _backward(rewards: Tensor, values: Tensor, count: Tensor, after: Tensor, gamma: float, lam: float) -> Tensor:
+def _gae_recursion(rewards: Tensor, values: Tensor, count: Tensor, after: Tensor, gamma: float, lam: float) -> Tensor:
     """Return advantages (B,S) by the recursion from each row's last action; 0 beyond it."""
     out = torch.zeros_like(values)
     following, running = after, torch.zeros_like(after)

@@ -1,4 +1,4 @@
-"""GRPO's advantage: how a rollout's total compares with those of the same prompt."""
+"""GRPO's advantage: a rollout's total relative to those of the same prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from apportion.advantages._groups import EPSILON, Stats, check_credit, compare, deviation, group_stats, on_tokens
 from apportion.advantages._weights import SHARE
-from apportion.errors import ConfigError
+from apportion.errors import check_flag
 from apportion.types import Advantages, Estimator, Rollouts
 
 
@@ -23,25 +23,24 @@ def group_relative(std: bool = True, credit_mix: float = 0.0, cap: float | None 
 
     Groups are `rollouts.group`, in any order and of any size; rows without tokens are in none. A group of one, or one
     whose totals are equal up to rounding (1e-6 of the largest), has advantage 0: both are counted by `stats`. The
-    returns are Σr. The estimate sees the rollout as one action, so segments only say where its tokens are.
+    returns are Σr. The estimate treats the rollout as one action; segments only mark its tokens.
 
     Raises:
         ConfigError: a setting outside its range. DataError: "credit_share" absent, negative or not finite.
 
     Sources: Shao et al. 2024 (arXiv 2402.03300) section 4.1; Liu et al. 2025 (arXiv 2503.20783) without std.
 
-    Assumes: samples of one prompt compare with one another.
+    Assumes: samples of one prompt are comparable.
     Use it when several samples a prompt are cheap and a critic is not wanted.
     """
-    if not isinstance(std, bool):
-        raise ConfigError("group_relative.std", std, "true or false", "GRPO is true, Dr. GRPO false.")
+    check_flag("group_relative.std", std, "GRPO is true, Dr. GRPO false.")
     check_credit("group_relative", credit_mix, cap)
     return _GroupRelative(std, float(credit_mix), cap)
 
 
 class _GroupRelative:
     group_wise = True
-    scalar = True  # it reads the sum of each row's rewards: where they land is lost on it
+    scalar = True  # it uses only the sum of each row's rewards, not where they land
     critic = False
 
     def __init__(self, std: bool, mix: float, cap: float | None) -> None:
@@ -59,5 +58,5 @@ class _GroupRelative:
         return on_tokens(advantages, groups, segments, rollouts, self.mix, self.cap)
 
     def stats(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Stats:
-        """Return (sum, count) of groups that teach nothing and of weights that the cap holds."""
+        """Return (sum, count) of groups without a gradient and of weights at the cap."""
         return group_stats(compare(rewards, segments, rollouts), segments, rollouts, self.mix, self.cap)

@@ -12,7 +12,7 @@ from apportion.types import Advantages, Estimator, Rollouts
 def leave_one_out(credit_mix: float = 0.0, cap: float | None = 3.0) -> Estimator:
     """Return A_i = R_i − mean_{j≠i} R_j over the rollouts of one prompt, R = Σr, on every token of the row.
 
-    The baseline does not see the rollout that it judges, so it adds no bias. With two rollouts it is their difference.
+    The baseline is independent of the rollout, so it adds no bias. With two rollouts A is their difference.
 
     Args:
         credit_mix: β in [0, 1], weights by the credit's share as in `group_relative`; above 0 it needs evidence
@@ -27,7 +27,7 @@ def leave_one_out(credit_mix: float = 0.0, cap: float | None = 3.0) -> Estimator
 
     Source: Kool et al. 2019; Ahmadian et al. 2024 (arXiv 2402.14740) eq. 7 for language models.
 
-    Assumes: samples of one prompt compare with one another.
+    Assumes: samples of one prompt are comparable.
     Use it when an unbiased gradient without a critic is wanted, with two samples a prompt or more.
     """
     check_credit("leave_one_out", credit_mix, cap)
@@ -36,7 +36,7 @@ def leave_one_out(credit_mix: float = 0.0, cap: float | None = 3.0) -> Estimator
 
 class _LeaveOneOut:
     group_wise = True
-    scalar = True  # it reads the sum of each row's rewards: where they land is lost on it
+    scalar = True  # it uses only the sum of each row's rewards, not where they land
     critic = False
 
     def __init__(self, mix: float, cap: float | None) -> None:
@@ -52,5 +52,5 @@ class _LeaveOneOut:
         return on_tokens(advantages, groups, segments, rollouts, self.mix, self.cap)
 
     def stats(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Stats:
-        """Return (sum, count) of groups that teach nothing and of weights that the cap holds."""
+        """Return (sum, count) of groups without a gradient and of weights at the cap."""
         return group_stats(compare(rewards, segments, rollouts), segments, rollouts, self.mix, self.cap)

@@ -1,4 +1,4 @@
-"""Monte-Carlo returns: each action is worth the rewards from it on; no critic."""
+"""Monte-Carlo returns: each action gets its reward-to-go; no critic."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def monte_carlo(gamma: float = 1.0) -> Estimator:
     """Return A_k = G_k = R_k + γ·G_{k+1}, the reward-to-go of each action, on each of its tokens.
 
     R_k is the sum of the action's token rewards, γ in [0, 1] counts per action. There is no baseline and no critic;
-    whitening in the update (`ppo.whiten_advantages`, off unless asked for) would centre the batch. A response that was
-    cut off has the rewards that were seen. The returns are the same G_k. With γ = 1 and the score on the last token
+    whitening in the update (`ppo.whiten_advantages`, off by default) would centre the batch. A truncated response
+    has the rewards up to its truncation. The returns are the same G_k. With γ = 1 and the score on the last token
     every token gets the score; GAE(γ, λ=1) with V = 0.
 
     Raises:
@@ -24,7 +24,7 @@ def monte_carlo(gamma: float = 1.0) -> Estimator:
     Source: Williams 1992; Sutton and Barto 2018, section 13.3.
 
     Assumes: nothing.
-    Use it for: the plainest unbiased estimate is wanted, or a baseline for the others.
+    Use it for: the simplest unbiased estimate, and a baseline for the others.
     """
     return _MonteCarlo(check_fraction("monte_carlo.gamma", gamma, "1 is usual for text."))
 

@@ -1,4 +1,4 @@
-"""REINFORCE++: reward-to-go, with or without the group's mean taken off first; the whole batch is whitened after."""
+"""REINFORCE++: reward-to-go, optionally minus the group's mean, whitened over the whole batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from apportion.types import Advantages, Estimator, Rollouts
 
 
 def reinforce_pp(baseline: str | None = None, gamma: float = 1.0) -> Estimator:
-    """Return A_k = G_k, the reward-to-go of each action, raw: its normalisation over the whole batch is the update's
-    whitening, which REINFORCE++ needs and which must be on.
+    """Return A_k = G_k, the reward-to-go of each action, raw: REINFORCE++'s normalisation over the whole batch is the
+    update's whitening, which must be on.
 
     Args:
         baseline: None, for any number of rollouts a prompt; or "group", REINFORCE++ with baseline: the mean of Σr over
@@ -22,7 +22,7 @@ def reinforce_pp(baseline: str | None = None, gamma: float = 1.0) -> Estimator:
             in that mean, so a group of one is left with Σr = 0; `stats` counts them.
         gamma: γ in [0, 1], per action.
 
-    The KL penalty belongs in the rewards (credit `kl_penalty`), token by token, so G holds the penalties to come. Rows
+    The KL penalty belongs in the rewards (credit `kl_penalty`), token by token, so G includes future penalties. Rows
     without tokens are in no group. The returns are G before the baseline.
 
     Raises:
@@ -30,7 +30,7 @@ def reinforce_pp(baseline: str | None = None, gamma: float = 1.0) -> Estimator:
 
     Source: Hu et al. 2025 (arXiv 2501.03262).
 
-    Assumes: returns of different prompts are on one scale.
+    Assumes: returns of different prompts are on the same scale.
     Use it for: one sample a prompt and no critic; whitening must be on.
     """
     if baseline not in (None, "group"):
@@ -60,7 +60,7 @@ class _ReinforcePP:
         return Advantages(spread(advantages, segments), spread(returns, segments))
 
     def stats(self, rewards: Tensor, segments: Tensor, rollouts: Rollouts) -> Stats:
-        """Return (sum, count) of groups of one and of groups without a difference."""
+        """Return (sum, count) of groups of one and of groups with equal totals."""
         if not self.group_wise:
             return {}
         return group_stats(compare(rewards, segments, rollouts), segments, rollouts, 0.0, None)

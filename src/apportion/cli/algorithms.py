@@ -48,7 +48,7 @@ def one_line(field: str, spec: Any) -> str:
 
 def _purpose(factory: object) -> str:
     """Return the first line of the method's module docstring."""
-    return (inspect.getmodule(factory).__doc__ or "").split("\n")[0]  # type: ignore[union-attr]
+    return (inspect.getmodule(factory).__doc__ or "").split("\n")[0]
 
 
 def _parameters(factory: object) -> list[inspect.Parameter]:

@@ -204,7 +204,7 @@ def print_contract(name: str, method: Any) -> int:
         table.add_row(clause, "FAIL" if clause in broken else "ok")
     console.print(table)
     for violation in broken.values():
-        console.print(f"\n{violation.clause}: {violation.said}.\nThe smallest batch that shows it:")
+        console.print(f"\n{violation.clause}: {violation.message}.\nThe smallest batch that shows it:")
         console.print(describe(violation.case))
     return 2 if broken else 0
 

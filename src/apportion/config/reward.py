@@ -52,5 +52,7 @@ class RewardConfig(Section):
     """processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free."""
     dtype: Dtype = "auto"
     """auto (bfloat16 where the processor has it), float32, bfloat16."""
+    fast_kernels: Switch = True
+    """faster layers, equal up to rounding; off, every layer is that of transformers and peft."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-3))

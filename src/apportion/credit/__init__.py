@@ -1,14 +1,15 @@
-"""Where does the reward land? Credit methods: pure functions from rewards (B,T) to rewards (B,T), and their chain."""
+"""Credit methods: pure functions from rewards (B,T) to rewards (B,T) that decide where the reward lands."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from apportion import registry
+from apportion.credit._attention_spec import REWARD_ATTENTION, AttentionSpec, attention_spec, requested_attention
+from apportion.credit._redistribute import redistributor
 from apportion.credit.attention import attention
 from apportion.credit.attribution import attribution
 from apportion.credit.implicit import implicit
@@ -21,7 +22,7 @@ from apportion.credit.shapley import shapley
 from apportion.credit.sparse import sparse
 from apportion.credit.uniform import uniform
 from apportion.errors import ConfigError, DataError, ScoreError
-from apportion.masking import place_on_last
+from apportion.masking import check_finite, place_on_last
 from apportion.types import Credit, Rollouts, State
 
 FACTORIES = (
@@ -40,8 +41,11 @@ FACTORIES = (
 METHODS: Mapping[str, Callable[..., Credit]] = {f.__name__: f for f in FACTORIES}
 __all__ = [
     "METHODS",
+    "REWARD_ATTENTION",
+    "AttentionSpec",
     "apply",
     "attention",
+    "attention_spec",
     "attribution",
     "chain",
     "find",
@@ -53,6 +57,8 @@ __all__ = [
     "policy_attention",
     "prefix_difference",
     "process",
+    "redistributor",
+    "requested_attention",
     "shapley",
     "sparse",
     "uniform",
@@ -70,13 +76,13 @@ def find(name: str) -> Callable[..., Credit]:
 
 
 def chain(*credits: Credit, allow_redistributing_penalties: bool = False) -> Credit:
-    """Return the credits applied from left to right, each on the rewards that the one before returned.
+    """Return the credits composed from left to right, each on the rewards that the one before returned.
 
     A redistributor after a credit that changes the return (a KL penalty) would spread that penalty over the row, which
-    no paper does: it is refused unless `allow_redistributing_penalties`. State keys are prefixed by position.
+    no paper does; it is an error unless `allow_redistributing_penalties`. State keys are prefixed by position.
 
     Raises:
-        ConfigError: that order, or no credits at all.
+        ConfigError: that order, or no credits.
     """
     if not credits:
         raise ConfigError("credit", "an empty chain", "at least one credit", "Use `sparse` for plain RLHF.")
@@ -125,7 +131,7 @@ def chain(*credits: Credit, allow_redistributing_penalties: bool = False) -> Cre
 
 
 def apply(credit: Credit, rollouts: Rollouts, state: State | None = None) -> tuple[Tensor, State]:
-    """Return (rewards (B,T) float32, state): the scores (B,) put on each row's last token, then `credit`.
+    """Return (rewards (B,T) float32, state): `credit` of the scores (B,), placed on each row's last token.
 
     Raises:
         DataError: the rollouts have no scores.
@@ -133,11 +139,7 @@ def apply(credit: Credit, rollouts: Rollouts, state: State | None = None) -> tup
     """
     if rollouts.scores is None:
         raise DataError("Rollouts.scores", None, "scores (B,)", "Score the rollouts first.")
-    bad = ~torch.isfinite(rollouts.scores)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        got = float(rollouts.scores[row])
-        raise ScoreError("score", got, "a finite number", "Check the reward model.", row=row)
+    check_finite("score", rollouts.scores, "Check the reward model.", error=ScoreError)
     rewards = place_on_last(rollouts.scores.float(), rollouts.mask)
     return credit.assign(rollouts, rewards, credit.init() if state is None else state)
 
@@ -146,15 +148,15 @@ def make(name: str, kwargs: dict[str, Any]) -> Credit:
     """Return the credit of that name with these keyword arguments.
 
     Raises:
-        ConfigError: an unknown name or key, a value out of range, or a user's function that returns something else.
+        ConfigError: an unknown name or key, a value out of range, or a user-supplied function that returns no Credit.
     """
-    made = registry.call("credit", name, find(name), kwargs)
-    if not isinstance(made, Credit):
+    method = registry.call("credit", name, find(name), kwargs)
+    if not isinstance(method, Credit):
         fix = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
-        raise ConfigError("credit", f"{name}, which returned a {type(made).__name__}", "a Credit", fix)
-    named = isinstance(made.needs, frozenset) and all(isinstance(need, str) for need in made.needs)
-    if not named or not callable(made.init) or not callable(made.assign):
-        got = f"{name}, which returned Credit({made.init!r:.40}, {made.assign!r:.40}, needs={made.needs!r:.60})"
+        raise ConfigError("credit", f"{name}, which returned a {type(method).__name__}", "a Credit", fix)
+    named = isinstance(method.needs, frozenset) and all(isinstance(need, str) for need in method.needs)
+    if not named or not callable(method.init) or not callable(method.assign):
+        got = f"{name}, which returned Credit({method.init!r:.40}, {method.assign!r:.40}, needs={method.needs!r:.60})"
         fix = "Return apportion.Credit(init, assign, needs, keeps_return, causal)."
         raise ConfigError("credit", got, "functions init and assign, and a frozenset of names", fix)
-    return made
+    return method

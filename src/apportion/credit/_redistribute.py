@@ -1,4 +1,4 @@
-"""What every redistributor shares: r' = (1−β)·r + β·α·Σr, its checks and its statistics."""
+"""Shared parts of redistributors: r' = (1−β)·r + β·α·Σr and its statistics."""
 
 from __future__ import annotations
 
@@ -7,37 +7,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from apportion.errors import DataError
 from apportion.masking import normalise
 from apportion.types import Credit, Rollouts, State
 
 Weights = Callable[[Rollouts], Tensor]
 
 
-def take_evidence(rollouts: Rollouts, name: str) -> Tensor:
-    """Return evidence `name` (B,T) in float32, 0 off the mask.
-
-    Raises:
-        DataError: it is absent, or on the mask not finite or negative.
-    """
-    if name not in rollouts.evidence:
-        got = sorted(rollouts.evidence) or "no evidence"
-        expected = f"a (B,T) tensor named {name!r}"
-        raise DataError(f"evidence[{name!r}]", got, expected, "Produce it in scoring.")
-    # `where`, not a product: what stands off the mask may be anything, NaN included
-    weights = torch.where(rollouts.mask, rollouts.evidence[name].float(), 0.0)
-    bad = (~torch.isfinite(weights) | (weights < 0)).any(dim=1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        got = f"{weights[row].min().item()} .. {weights[row].max().item()}"
-        raise DataError(f"evidence[{name!r}]", got, "finite values >= 0", "Check the model.", row=row)
-    return weights
-
-
 def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal: bool) -> Credit:
     """Return the credit that spreads β = `mix` of each row's rewards in proportion to `weights(rollouts)` (B,T).
 
-    The rest, 1−β, stays where it was. Row sums are kept for any β because the shares sum to 1: a row whose weights
+    The rest, 1−β, stays in place. Row sums are kept for any β because the shares sum to 1: a row whose weights
     have no mass falls back to uniform shares (counted in `credit/fallback_rate`), a row without tokens stays 0.
     Source: Chan et al. 2024 (arXiv 2402.00782), eq. for r_t with β and α.
     """
@@ -46,7 +25,7 @@ def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal
         return normalise(weights(rollouts), rollouts.mask)[0]
 
     def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
-        if mix == 0.0:  # bit for bit the rewards that came
+        if mix == 0.0:  # bitwise the input rewards
             return torch.where(rollouts.mask, rewards, 0), state
         r = torch.where(rollouts.mask, rewards.float(), 0.0)
         spread = mix * share(rollouts) * r.sum(dim=1, keepdim=True)
@@ -60,7 +39,7 @@ def redistributor(weights: Weights, *, mix: float, needs: frozenset[str], causal
 
 
 def share_stats(raw: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (sum, count) of kept mass, largest share, share entropy (nats), fallback and empty rates over rows."""
+    """Return (sum, count) over rows: mass on the mask, largest share, share entropy (nats), fallback, empty rows."""
     shares, fallback = normalise(raw, mask)
     full = mask.any(dim=1)
     rows = full.sum().float()
@@ -71,5 +50,5 @@ def share_stats(raw: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         "share_entropy": entropy[full].sum(),
         "fallback_rate": fallback.float().sum(),
     }
-    found = {f"credit/{k}": (v, rows) for k, v in sums.items()}
-    return found | {"credit/empty_rate": ((~full).float().sum(), torch.ones_like(rows) * len(mask))}
+    stats = {f"credit/{k}": (v, rows) for k, v in sums.items()}
+    return stats | {"credit/empty_rate": ((~full).float().sum(), torch.ones_like(rows) * len(mask))}

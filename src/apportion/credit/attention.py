@@ -1,4 +1,4 @@
-"""ABC: the reward model's own attention, by default its last layer's, spreads its score over the tokens it read."""
+"""ABC: the score is spread in proportion to the reward model's own attention, by default that of its last layer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from apportion.credit._evidence import Layers, reading
-from apportion.credit._redistribute import redistributor, take_evidence
+from apportion.credit._attention_spec import Layers, attention_spec
+from apportion.credit._redistribute import redistributor
 from apportion.errors import ConfigError, check_fraction
 from apportion.masking import last_index, normalise
 from apportion.types import Credit, Rollouts
@@ -26,22 +26,22 @@ def attention(
 ) -> Credit:
     """Return attention-based credit, r_t = β·α_t·Σr + (1−β)·r_t with β = `mix`.
 
-    α (B,T) is evidence "reward_attention" (the last layer's attention of the position where the reward model reads
-    its score, averaged over heads), normalised over the response: no extra forward (measured). α looks at the
-    whole response, so the credit is not causal and its policy gradient is biased, though each row's return is kept.
+    α (B,T) is evidence "reward_attention" (the last layer's attention at the position where the reward model computes
+    its score, averaged over heads), normalised over the response: no extra forward. α depends on the whole response,
+    so the credit is not causal and its policy gradient is biased, though each row's return is kept.
 
     Args:
-        mix: β in [0, 1]; 0 is sparse bit for bit, 0.8 the authors' setting.
+        mix: β in [0, 1]; 0 equals sparse bitwise, 0.8 is the authors' setting.
         floor: part in [0, 1] of the share that is spread uniformly, against attention sinks.
         cap: largest share of one token in (0, 1]; the excess goes to the others in proportion. A row too short for
             the cap (cap·n < 1) becomes uniform.
-        exclude_self: leave out the last token's attention to itself (the only token of a one-token row keeps it).
+        exclude_self: exclude the last token's attention to itself (except in a one-token row).
         layers: "last" (the paper's), "all", a layer's number (−1 is the last) or several; these are averaged.
-        heads: "mean" (the paper's) or "max", the largest over the heads of each layer.
-        rollout: read the attention rollout over all layers instead (Abnar & Zuidema 2020, arXiv 2005.00928). It costs
-            about as much as the attention scores of a whole forward, O(T²); one row of a layer costs O(T).
+        heads: "mean" (the paper's) or "max", the maximum over the heads of each layer.
+        rollout: use the attention rollout over all layers instead (Abnar & Zuidema 2020, arXiv 2005.00928). It costs
+            about as much as the attention scores of a forward pass, O(T²); one row of a layer costs O(T).
 
-    With other layers or heads, or the rollout, the evidence is "reward_attention" asked for with these settings.
+    With other layers or heads, or the rollout, the evidence is "reward_attention" with these settings.
 
     Raises:
         ConfigError: a setting outside its range.
@@ -49,17 +49,17 @@ def attention(
 
     Source: Chan et al. 2024 (arXiv 2402.00782), section 3.
 
-    Assumes: where the reward model looks is where the score was earned; nothing guarantees it.
-    Use it when responses are long, the critic is weak, and `diagnose` shows that it points the true way.
+    Assumes: tokens that the reward model attends to earned the score; nothing guarantees it.
+    Use it when responses are long, the critic is weak, and `diagnose` shows that its gradient points the true way.
     """
-    name = reading(layers, heads, rollout).evidence
+    name = attention_spec(layers, heads, rollout).evidence
     check_fraction("attention.mix", mix)
     check_fraction("attention.floor", floor, "0 leaves attention as it is, 1 is uniform.")
     if cap is not None and (check_fraction("attention.cap", cap, "Use 0.2 for at most a fifth a token.") == 0.0):
         raise ConfigError("attention.cap", cap, "a number in (0, 1] or null", "Use 0.2 for a fifth a token.")
 
     def weights(rollouts: Rollouts) -> Tensor:
-        raw = take_evidence(rollouts, name)
+        raw = rollouts.token_evidence(name, least=0.0)
         if exclude_self:
             raw = without_last(raw, rollouts.mask)
         if floor == 0.0 and cap is None:
@@ -68,7 +68,7 @@ def attention(
         flat = rollouts.mask / rollouts.mask.sum(dim=1, keepdim=True).clamp_min(1)
         share = (1.0 - floor) * share + floor * flat
         share = share if cap is None else capped(share, rollouts.mask, cap)
-        return share * raw.sum(dim=1, keepdim=True)  # keeps the kept mass visible in the metrics
+        return share * raw.sum(dim=1, keepdim=True)  # so that the metrics still show the mass on the response
 
     return redistributor(weights, mix=mix, needs=frozenset({name}), causal=False)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, DataError
+from apportion.errors import check_number
+from apportion.masking import check_finite
 from apportion.types import Credit, Rollouts, State
 
 
@@ -33,8 +32,8 @@ def kl_penalty(*, coef: float = 0.05, target: float | None = None, horizon: floa
     Use it for: always, in some form, when a learned reward model is trained against.
     """
     for name, value, least in (("coef", coef, 0.0), ("horizon", horizon, 1.0), ("target", target, 1e-6)):
-        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
-            raise ConfigError(f"kl_penalty.{name}", value, f"a number >= {least:g}", "See its docstring.")
+        if value is not None:
+            check_number(f"kl_penalty.{name}", value, least)
 
     def init() -> State:
         return {"coef": torch.tensor(float(coef))}
@@ -61,15 +60,6 @@ def kl_penalty(*, coef: float = 0.05, target: float | None = None, horizon: floa
 
 def log_ratio(rollouts: Rollouts) -> Tensor:
     """Return log π − log π_ref of the sampled tokens, (B,T) float32 nats, 0 off the mask."""
-    if "reference_logprobs" not in rollouts.evidence:
-        got = sorted(rollouts.evidence) or "no evidence"
-        fix = "Score the rollouts with the reference model."
-        raise DataError("evidence['reference_logprobs']", got, "a (B,T) tensor of log-probabilities", fix)
-    reference = rollouts.evidence["reference_logprobs"].float()
+    reference = rollouts.require("reference_logprobs", "Score the rollouts with the reference model.").float()
     ratio = torch.where(rollouts.mask, rollouts.logprobs.float() - reference, 0.0)
-    bad = ~torch.isfinite(ratio).all(dim=1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        got = ratio[row].tolist()
-        raise DataError("log-ratio", got, "finite nats", "Was a banned token sampled?", row=row)
-    return ratio
+    return check_finite("log-ratio", ratio, "Was a banned token sampled?")

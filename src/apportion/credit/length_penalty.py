@@ -1,12 +1,12 @@
-"""Length penalty: the last token pays for tokens beyond a target, without bound or as a soft overlong ramp."""
+"""Length penalty: the last token pays for tokens beyond a target, linearly or as a soft overlong ramp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from apportion.credit._evidence import check_number, is_last
-from apportion.errors import ConfigError
+from apportion.errors import check_number, check_whole
+from apportion.masking import is_last
 from apportion.types import Credit, Rollouts, State
 
 
@@ -17,13 +17,13 @@ def length_penalty(*, coef: float = 0.01, target: int = 0, limit: int | None = N
         −c·clip((n − target) / (limit − target), 0, 1)          with `limit`: from 0 at target to c at limit and beyond
 
     The second is DAPO's soft overlong punishment with target = L_max − L_cache, limit = L_max and coef = 1. It does
-    not keep the return. Causal: how many tokens there are is known at the last one. It comes after a redistributor in
-    a chain, and is not redistributed.
+    not keep the return. Causal: the number of tokens is known at the last one. In a chain it comes after a
+    redistributor, so that it is not redistributed.
 
     Args:
         coef: c >= 0, in units of the score.
-        target: tokens that cost nothing, >= 0.
-        limit: tokens from which the ramp is full, > target; None for no ramp.
+        target: number of tokens that cost nothing, >= 0.
+        limit: number of tokens at which the ramp is full, > target; None for no ramp.
 
     Raises:
         ConfigError: a setting outside its range.
@@ -34,12 +34,10 @@ def length_penalty(*, coef: float = 0.01, target: int = 0, limit: int | None = N
     Use it when responses grow without getting better, or are cut off at the limit.
     """
     check_number("length_penalty.coef", coef, 0.0)
-    for field, value, least in (("target", target, 0), ("limit", limit, target + 1 if isinstance(target, int) else 1)):
-        if value is None and field == "limit":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            fix = "Count sampled tokens, EOS included."
-            raise ConfigError(f"length_penalty.{field}", value, f"a whole number >= {least}", fix)
+    fix = "Count sampled tokens, EOS included."
+    check_whole("length_penalty.target", target, 0, fix)
+    if limit is not None:
+        check_whole("length_penalty.limit", limit, target + 1, fix)
 
     def costs(rollouts: Rollouts) -> Tensor:
         over = (rollouts.mask.sum(dim=1) - target).clamp_min(0).float()

@@ -1,11 +1,11 @@
-"""ABC-D and ABC-D2: the policy's own attention while it wrote spreads the score (ablations of ABC)."""
+"""ABC-D and ABC-D2: the score is spread in proportion to the policy's own attention (ablations of ABC)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from apportion.credit._redistribute import redistributor, take_evidence
+from apportion.credit._redistribute import redistributor
 from apportion.errors import check_fraction, unknown_name
 from apportion.types import Credit, Rollouts
 
@@ -18,7 +18,7 @@ def policy_attention(*, mix: float = 0.8, view: str = "mean", shifted: bool = Fa
     Args:
         mix: β in [0, 1].
         view: "mean" (ABC-D) averages the rows of all generation steps; "last" (ABC-D2) is the final step's row. The
-            step that writes token t attends to tokens before t, so the last token has no share of its own.
+            step that generates token t attends to tokens before t, so the last token has no share of its own.
         shifted: move every share one token to the right, as the authors' code does, so that the first token gets 0.
             For reproduction only.
 
@@ -29,7 +29,7 @@ def policy_attention(*, mix: float = 0.8, view: str = "mean", shifted: bool = Fa
 
     Source: Chan et al. 2024 (arXiv 2402.00782), ABC-D and ABC-D2.
 
-    Assumes: what the policy attends to while it writes is what its response hangs on.
+    Assumes: the tokens that the policy attends to while generating are those that its response depends on.
     Use it for: an ablation of `attention`: it needs no attention from the reward model.
     """
     check_fraction("policy_attention.mix", mix)
@@ -38,7 +38,7 @@ def policy_attention(*, mix: float = 0.8, view: str = "mean", shifted: bool = Fa
     name = f"policy_attention_{view}"
 
     def weights(rollouts: Rollouts) -> Tensor:
-        raw = take_evidence(rollouts, name)
+        raw = rollouts.token_evidence(name, least=0.0)
         if shifted:
             raw = torch.nn.functional.pad(raw, (1, 0))[:, :-1]
         return torch.where(rollouts.mask, raw, 0.0)

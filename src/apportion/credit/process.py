@@ -1,4 +1,4 @@
-"""Process rewards: a user's own numbers, one a token or a step, in place of the score or beside it."""
+"""Process rewards: user-supplied numbers, one a token or a step, in place of the score or added to it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import torch
 from torch import Tensor
 
 from apportion import registry
-from apportion.credit._evidence import token_evidence
-from apportion.errors import ConfigError, unknown_name
+from apportion.errors import check_flag, unknown_name
+from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts, State
 
 UNITS = ("token", "step")
 
 
 def process(*, function: str | None = None, unit: str = "token", keep: bool = False, causal: bool = True) -> Credit:
-    """Return p_t, or r_t + p_t with `keep`, where p are rewards that a function of yours gives.
+    """Return p_t, or r_t + p_t with `keep`, where p are the rewards that `function` returns.
 
         def rewards(texts, rollouts, prompts):      # lists of B texts; a micro-batch at a time
             return [[0.0, 0.5, -1.0], [1.0], …]     # B rows
 
     A row holds one number a sampled token (unit "token"), or one a step (unit "step"): an action of the run's
     `segments`, whose last token gets it. In either unit a row may instead hold pairs (token, number), the token
-    counted from 0 among the row's sampled tokens: boundaries of your own. Numbers are in units of the score and are
-    neither centred nor scaled.
+    counted from 0 among the row's sampled tokens. Numbers are in units of the score and are neither centred nor
+    scaled.
 
     Args:
-        function: "package.module:function" as above; None is for a caller who brings the evidence.
+        function: "package.module:function" as above; None is for a caller who supplies the evidence.
         unit: "token" or "step".
-        keep: add to the rewards that come in; False replaces them, the score with them.
-        causal: declares that your number for a token reads nothing after it. Set it to false if it does: the policy
-            gradient is then biased, and tools say so.
+        keep: add to the input rewards; False replaces them, the score included.
+        causal: declares that the number for a token depends on nothing after it. Set it to false otherwise: the
+            policy gradient is then biased, and reports say so.
 
-    Needs evidence "process_rewards" (B,T), made by `function`. It does not keep the return: the objective is yours.
+    Needs evidence "process_rewards" (B,T), made by `function`. It does not keep the return: it replaces the objective.
 
     Raises:
         ConfigError: an unknown `unit`, or a `function` that is not such a name.
@@ -39,25 +39,26 @@ def process(*, function: str | None = None, unit: str = "token", keep: bool = Fa
 
     Source: Uesato et al. 2022 (arXiv 2211.14275) and Lightman et al. 2023 (arXiv 2305.20050), rewards of steps.
 
-    Assumes: your numbers judge the tokens or steps that they stand on.
+    Assumes: each number judges the token or step that it is given to.
     Use it when steps can be checked: tests that pass, a calculator, a step-wise reward model.
     """
     if unit not in UNITS:
         raise unknown_name("process.unit", str(unit), UNITS)
     for field, value in (("keep", keep), ("causal", causal)):
-        if not isinstance(value, bool):
-            raise ConfigError(f"process.{field}", value, "true or false", "Write it without quotes.")
+        check_flag(f"process.{field}", value)
     if function is not None:
-        registry.find("process.function", function, {})  # imports it: a mistyped name is told before models load
+        registry.find(
+            "process.function", function, {}
+        )  # imports it, so that a mistyped name fails before models are loaded
     settings = {} if function is None else {"function": function, "unit": unit}
-    name = registry.ask("process_rewards", **settings)
+    name = EvidenceKey("process_rewards", **settings)
 
     def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
-        given = token_evidence(rollouts, name)
-        paid = rewards.float() + given if keep else given
+        process_rewards = rollouts.token_evidence(name)
+        paid = rewards.float() + process_rewards if keep else process_rewards
         return torch.where(rollouts.mask, paid, 0.0).to(rewards.dtype), state
 
     def stats(rollouts: Rollouts, before: Tensor, after: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        return {"credit/process": (token_evidence(rollouts, name).sum(), rollouts.mask.any(dim=1).sum().float())}
+        return {"credit/process": (rollouts.token_evidence(name).sum(), rollouts.mask.any(dim=1).sum().float())}
 
     return Credit(dict, assign, frozenset({name}), keeps_return=False, causal=causal, stats=stats)

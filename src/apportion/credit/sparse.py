@@ -11,11 +11,11 @@ from apportion.types import Credit, Rollouts, State
 def sparse() -> Credit:
     """Return the credit that leaves the rewards (B,T) where they are: the score on each row's last token.
 
-    The identity of `chain`; ABC with β = 0 equals it bit for bit. Causal: the reward at t depends on tokens up to t.
+    The identity of `chain`; ABC with β = 0 equals it bitwise. Causal: the reward at t depends on tokens up to t.
     Source: Ouyang et al. 2022 (arXiv 2203.02155).
 
-    Assumes: the critic can carry one late reward back to the tokens that earned it.
-    Use it for: the baseline of every comparison, and where responses are short; its gradient is unbiased.
+    Assumes: the critic can propagate one late reward back to the tokens that earned it.
+    Use it for: the baseline of every comparison, and short responses; its gradient is unbiased.
     """
 
     def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:

@@ -1,4 +1,4 @@
-"""Uniform credit: every token gets the same part of the score."""
+"""Uniform credit: every token gets an equal part of the score."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from apportion.types import Credit, Rollouts
 def uniform(*, mix: float = 1.0) -> Credit:
     """Return r_t = (1−β)·r_t + β·Σr/n over a row's n tokens, β = `mix` in [0, 1].
 
-    The baseline every comparison with ABC carries. Not causal: the share depends on how long the response becomes,
-    so with a free EOS its policy gradient is biased towards going on when the score is positive.
+    The baseline of every comparison with ABC. Not causal: the share depends on the final length of the response, so
+    with a free EOS its policy gradient is biased towards longer responses when the score is positive.
     Source: Chan et al. 2024 (arXiv 2402.00782), the uniform ablation.
 
     Raises:
         ConfigError: `mix` outside [0, 1].
 
-    Assumes: every token earned the score alike.
-    Use it for: the baseline that every dense credit has to beat: it recovers much of what they gain.
+    Assumes: every token earned the score equally.
+    Use it for: the baseline that every dense credit has to beat; it recovers much of their gain.
     """
     check_fraction("uniform.mix", mix)
 

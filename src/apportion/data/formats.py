@@ -1,4 +1,4 @@
-"""The file formats of tables: CSV, JSON lines, JSON lists and Parquet, read a row at a time with the place of each."""
+"""File formats of tables: CSV, JSON lines, JSON lists and Parquet, read a row at a time with its location."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apportion.data.lines import LONGEST, CsvFeed, Line, lines, not_utf8, opened, too_long
+from apportion.data.lines import MAX_ROW_BYTES, CsvFeed, Line, lines, not_utf8, opened, too_long
 from apportion.errors import DataError
 
-DEEPEST = 64  # values inside one another, in a JSON row
-LONGEST_LIST = 2**29  # bytes of a JSON list, which is read whole
+MAX_DEPTH = 64  # nested values of a JSON row
+MAX_LIST_BYTES = 2**29  # of a JSON list, which is read at once
 BATCH = 64  # rows of a Parquet file in memory at a time
 
 
 class Row(dict[str, Any]):
-    """One row of a table: column -> value, and `where` it stands ("reviews.csv, line 3") for error messages."""
+    """One row of a table: column -> value, and its location `where` ("reviews.csv, line 3") for error messages."""
 
     __slots__ = ("where",)
 
@@ -29,7 +29,7 @@ class Row(dict[str, Any]):
 
 
 class Unreadable(NamedTuple):
-    """A row that cannot be read while those after it can: where it stands, why, and what there is of it."""
+    """An unreadable row between readable ones: its location, the error, and its text."""
 
     where: str
     error: DataError
@@ -43,14 +43,14 @@ def read_csv(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
     """Yield the rows of comma-separated values with a header line.
 
     Raises:
-        DataError: a header that is not UTF-8, repeats a column or lacks one of `columns`; a broken quotation: where
-            its row ends is not certain, so that none after it is.
+        DataError: a header that is not UTF-8, repeats a column or lacks one of `columns`; a broken quotation, after
+            which no row boundary is certain.
     """
-    # the standard limit, 131,072 characters, is less than some reviews have
-    csv.field_size_limit(LONGEST)
+    # the default limit, 131,072 characters, is too small for some reviews
+    csv.field_size_limit(MAX_ROW_BYTES)
     with opened(path, field) as stream:
         feed = CsvFeed(stream, path, field)
-        # strict: an unclosed quotation is an error; otherwise it would swallow the rest of the file without a word
+        # strict: an unclosed quotation is an error; otherwise it would silently swallow the rest of the file
         reader = csv.reader(feed, strict=True)
         header: list[str] | None = None
         while (record := _record(reader, feed)) is not None:
@@ -89,14 +89,14 @@ def _record(reader: Any, feed: CsvFeed) -> tuple[str, list[str]] | None:
 
 
 def read_json(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
-    """Yield one JSON object a line; a `.json` file may also be one list of objects, which is read whole.
+    """Yield one JSON object a line; a `.json` file may also be one list of objects, which is read at once.
 
     Raises:
         DataError: a list that does not parse.
     """
     with opened(path, field) as stream:
         if path.suffix.lower() == ".json" and stream.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":  # type: ignore[attr-defined]
-            yield from _list(stream.read(LONGEST_LIST + 1), path, field)
+            yield from _list(stream.read(MAX_LIST_BYTES + 1), path, field)
             return
         for line in lines(stream):
             where = f"{path}, line {line.number}"
@@ -111,9 +111,9 @@ def read_json(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
 
 
 def _list(content: bytes, path: Path, field: str) -> Items:
-    if len(content) > LONGEST_LIST:
+    if len(content) > MAX_LIST_BYTES:
         fix = "Write one object a line (.jsonl), which is read line by line."
-        raise DataError(field, f"{path}: a list of more than {LONGEST_LIST} bytes", "a shorter list", fix)
+        raise DataError(field, f"{path}: a list of more than {MAX_LIST_BYTES} bytes", "a shorter list", fix)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -121,7 +121,7 @@ def _list(content: bytes, path: Path, field: str) -> Items:
         begin = content.rfind(b"\n", 0, offset) + 1
         line = Line(content.count(b"\n", 0, offset) + 1, content[begin:], begin)
         raise not_utf8(path, line, offset - begin, field) from error
-    for number, item in enumerate(_parse(text, path, 0, field, DEEPEST + 1), 1):
+    for number, item in enumerate(_parse(text, path, 0, field, MAX_DEPTH + 1), 1):
         where = f"{path}, item {number}"
         try:
             yield _object(item, where, field)
@@ -149,7 +149,7 @@ def read_parquet(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
                 for values in _values(batch):
                     number += 1
                     where = f"{path}, row {number}"
-                    yield Row(values, where) if isinstance(values, dict) else _strange(values, where, field)
+                    yield Row(values, where) if isinstance(values, dict) else _unrepresentable(values, where, field)
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
@@ -159,11 +159,11 @@ def read_parquet(path: Path, field: str, columns: Sequence[str] = ()) -> Items:
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
-    """Yield the rows of a record batch as dicts, or what Python says of a row that it cannot hold."""
+    """Yield the rows of a record batch as dicts, or the exception for a row that Python cannot represent."""
     try:
         yield from batch.to_pylist()
         return
-    except (ValueError, OverflowError):  # text that is no UTF-8, a date after the year 9999: find the rows
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date after the year 9999: find the rows
         pass
     for i in range(batch.num_rows):
         try:
@@ -172,9 +172,9 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
             yield error
 
 
-def _strange(reason: Exception, where: str, field: str) -> Unreadable:
+def _unrepresentable(reason: Exception, where: str, field: str) -> Unreadable:
     fix = "Write its text columns in UTF-8, and dates between the years 1 and 9999."
-    error = DataError(field, f"{where}: {reason}", "values that Python can hold", fix)
+    error = DataError(field, f"{where}: {reason}", "values that Python can represent", fix)
     return Unreadable(where, error, "")
 
 
@@ -193,11 +193,11 @@ def _decoded(line: Line, path: Path, field: str) -> str:
         raise not_utf8(path, line, error.start, field) from error
 
 
-class _Refused(ValueError):
-    """What JSON allows and a table does not, or the other way round."""
+class _Rejected(ValueError):
+    """A value that is valid in JSON and not in a table, or the reverse."""
 
 
-def _parse(text: str, path: Path, line: int, field: str, deepest: int = DEEPEST) -> Any:
+def _parse(text: str, path: Path, line: int, field: str, deepest: int = MAX_DEPTH) -> Any:
     """Return the JSON value of line number `line`; 0 stands for a whole file."""
     where = f"{path}, line {line}" if line else str(path)
     fix = "Write each row as one JSON object on a line of its own."
@@ -210,7 +210,7 @@ def _parse(text: str, path: Path, line: int, field: str, deepest: int = DEEPEST)
         raise DataError(field, f"{where}: {error.msg}", "valid JSON", fix) from error
     except RecursionError:
         deep = True
-    except ValueError as error:  # ours, or a whole number of more digits than Python reads
+    except ValueError as error:  # _Rejected, or an integer with more digits than Python parses
         raise DataError(field, f"{where}: {error}", "valid JSON, each key once", fix) from error
     if deep:
         fix = "Give each column as a key of one object."
@@ -219,17 +219,17 @@ def _parse(text: str, path: Path, line: int, field: str, deepest: int = DEEPEST)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Refused(f"the key {next(name for name in names if names.count(name) > 1)[:60]!r} twice in one object")
-    return made
+        raise _Rejected(f"the key {next(name for name in names if names.count(name) > 1)[:60]!r} twice in one object")
+    return unique
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise _Refused(f"the number {text[:20]}, which is no finite one")
+        raise _Rejected(f"the number {text[:20]}, which is not finite")
     return value
 
 
@@ -237,12 +237,12 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite, parse_
 
 
 def depth(value: Any) -> int:
-    """Return how many lists and objects lie inside one another at the most, without recursion."""
-    found, layer = 0, [value]
+    """Return the nesting depth of lists and objects, without recursion."""
+    levels, layer = 0, [value]
     while layer := [item for item in layer if isinstance(item, (list, dict))]:
-        found += 1
+        levels += 1
         layer = [inner for item in layer for inner in (item.values() if isinstance(item, dict) else item)]
-    return found
+    return levels
 
 
 def _object(value: Any, where: str, field: str) -> Row:
@@ -258,7 +258,7 @@ def _lines(path: Path, first: int, last: int) -> str:
 
 
 def check_columns(names: Sequence[str], where: str, field: str) -> None:
-    """Raise DataError for a table that has a column twice."""
+    """Raise DataError for a table with a duplicate column."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         got = f"{where}: columns {', '.join(names)[:300]}"
@@ -266,7 +266,7 @@ def check_columns(names: Sequence[str], where: str, field: str) -> None:
 
 
 def require_columns(present: Iterable[str], where: str, columns: Sequence[str], field: str) -> None:
-    """Raise DataError for a table without one of `columns`, with the name that was perhaps meant."""
+    """Raise DataError for a table without one of `columns`, with the most similar name."""
     names = list(present)
     for column in columns:
         if column in names:

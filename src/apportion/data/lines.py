@@ -1,4 +1,4 @@
-"""Lines of a file that holds a table: read one after the other, each with its number and what is wrong with it."""
+"""Lines of a table's file: streamed, each with its number and its error, if any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from apportion.errors import DataError
 
-LONGEST = 2**24  # bytes of a row; what is longer is no row, but a file without line breaks or an open quotation
+MAX_ROW_BYTES = 2**24  # longer means a file without line breaks or an open quotation
 _MARK = b"\xef\xbb\xbf"
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -20,35 +20,35 @@ _COMPRESSED = {
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-_STRANGE = re.compile("[\0\udc80-\udcff]")  # a NUL, or a byte that is no UTF-8
+_INVALID = re.compile("[\0\udc80-\udcff]")  # a NUL, or a byte that is not UTF-8
 _PHYSICAL = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 class Line(NamedTuple):
-    """A line: its number from 1, its bytes with their line break, where they begin in the file, and what is wrong."""
+    """A line: its number from 1, its bytes with their line break, their offset in the file, and its error."""
 
     number: int
     raw: bytes
     offset: int
-    wrong: str | None = None  # too long: `raw` is its beginning
+    wrong: str | None = None  # too long: `raw` is its start
 
 
 def opened(path: Path, field: str) -> BinaryIO:
     """Open a table.
 
     Raises:
-        DataError: it cannot be read, is no regular file (a pipe or a device has no end), or is compressed.
+        DataError: it cannot be read, is not a regular file (a pipe or a device has no end), or is compressed.
     """
     try:
-        # not blocking: opening a pipe that nobody writes to would wait for ever
+        # non-blocking: opening a pipe without a writer would hang
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         fix = "Check the path and its permissions."
         raise DataError(field, f"{path}: {error.strerror}", "a readable file", fix) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        fix = "Write what it holds to a file first; it is read more than once."
-        raise DataError(field, f"{path}, which is no regular file", "a file on disk", fix)
+        fix = "Write its contents to a file first; it is read more than once."
+        raise DataError(field, f"{path}, which is not a regular file", "a file on disk", fix)
     stream = os.fdopen(handle, "rb")
     head = stream.read(6)
     stream.seek(0)
@@ -61,13 +61,13 @@ def opened(path: Path, field: str) -> BinaryIO:
 
 
 def lines(stream: BinaryIO) -> Iterator[Line]:
-    """Yield the lines of `stream`, each in memory alone; a byte-order mark at the beginning is no content."""
+    """Yield the lines of `stream`, one in memory at a time, without a byte-order mark at the start."""
     number = offset = 0
-    while raw := stream.readline(LONGEST + 1):
+    while raw := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         first, size = offset, len(raw)
-        if len(raw) > LONGEST and not raw.endswith(b"\n"):
-            while (more := stream.readline(LONGEST)) and not more.endswith(b"\n"):
+        if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            while (more := stream.readline(MAX_ROW_BYTES)) and not more.endswith(b"\n"):
                 size += len(more)
             yield Line(number, raw[:200], first, f"a line of {size + len(more)} bytes")
         elif number == 1 and raw.startswith(_MARK):
@@ -79,23 +79,23 @@ def lines(stream: BinaryIO) -> Iterator[Line]:
 
 
 def too_long(where: str, got: str, field: str) -> DataError:
-    """Return the error for a row beyond `LONGEST`."""
+    """Return the error for a row beyond `MAX_ROW_BYTES`."""
     fix = "Put each row on a line of its own, and close quotations."
-    return DataError(field, f"{where}: {got}", f"rows of at most {LONGEST} bytes", fix)
+    return DataError(field, f"{where}: {got}", f"rows of at most {MAX_ROW_BYTES} bytes", fix)
 
 
 def not_utf8(path: Path, line: Line, start: int, field: str) -> DataError:
-    """Return the error for byte `start` of a line, which is no UTF-8."""
+    """Return the error for byte `start` of a line, which is not UTF-8."""
     got = f"{path}, line {line.number}: byte {line.raw[start]:#04x} at offset {line.offset + start}"
     fix = "Convert the file, for example with `iconv -f latin1 -t utf-8`."
     return DataError(field, got, "text in UTF-8", fix)
 
 
 class CsvFeed:
-    """The lines of a CSV file as the csv module wants them: text, split at every kind of line break.
+    """The lines of a CSV file as input of the csv module: text, split at every kind of line break.
 
-    The csv module decides where a row ends. What is wrong with the bytes of a row is kept in `wrong` until `begin` is
-    called for the next, so that one row can be left out and the ones after it still be read right.
+    The csv module decides where a row ends. An error in the bytes of a row is kept in `wrong` until `begin` is called
+    for the next, so that an invalid row can be skipped and those after it still be read.
     """
 
     def __init__(self, stream: BinaryIO, path: Path, field: str) -> None:
@@ -109,12 +109,12 @@ class CsvFeed:
         return self
 
     def begin(self) -> None:
-        """Forget the row before."""
+        """Start a new row."""
         self.size, self.wrong, self._text = 0, None, []
 
     @property
     def text(self) -> str:
-        """What was read of the row."""
+        """The text of the row so far."""
         return "".join(self._text)
 
     def __next__(self) -> str:
@@ -129,8 +129,10 @@ class CsvFeed:
         line = next(self._lines)
         self.size += len(line.raw)
         where = f"{self.path}, line {line.number}"
-        if line.wrong or self.size > LONGEST:
-            raise too_long(where, line.wrong or f"a row of more than {LONGEST} bytes ends here or later", self.field)
+        if line.wrong or self.size > MAX_ROW_BYTES:
+            raise too_long(
+                where, line.wrong or f"a row of more than {MAX_ROW_BYTES} bytes ends here or later", self.field
+            )
         wrong = None
         try:
             text = line.raw.decode("utf-8")
@@ -141,4 +143,4 @@ class CsvFeed:
             offset = line.offset + line.raw.index(b"\0")
             fix = "Remove it; a file full of them may be UTF-16: convert it with `iconv -f utf-16 -t utf-8`."
             wrong = DataError(self.field, f"{where}: a NUL at offset {offset}", "text", fix)
-        return [(piece, wrong if _STRANGE.search(piece) else None) for piece in _PHYSICAL.findall(text)]
+        return [(piece, wrong if _INVALID.search(piece) else None) for piece in _PHYSICAL.findall(text)]

@@ -17,7 +17,7 @@ from apportion.errors import DataError
 Messages = list[dict[str, Any]]  # each with role and content, both str
 
 _COLUMNS = ("prompt", "messages", "text")  # the first that a table has is used
-_SHORTEST = 200  # characters; a shorter review is no beginning to continue
+_SHORTEST = 200  # characters; a shorter review is too short to continue
 
 
 def prompts(
@@ -31,10 +31,10 @@ def prompts(
             a list of {"role", "content"} to which the caller applies the chat template.
         part: one of `splits.PARTS`, or None for every row.
         field: the configuration key that gave `source`, for error messages.
-        bad: where rows of a table that cannot be used are written down; None makes the first of them an error.
+        bad: the log of invalid rows of a table; None makes the first of them an error.
 
     Raises:
-        DataError: what `read_rows` refuses, an empty prompt, a message without role or content, a part without rows.
+        DataError: the errors of `read_rows`, an empty prompt, a message without role or content, a part without rows.
         ConfigError: an unknown part.
     """
     if part is not None:
@@ -42,18 +42,18 @@ def prompts(
     if source in BUILTIN_DATA:
         texts = [row.text for row in labelled(source, part, field=field) if len(row.text) > _SHORTEST]
         return [*sorted(texts, key=_shuffled)]
-    found = _table(source, field, bad)
+    rows = _table(source, field, bad)
     if part is None:
-        return found
-    chosen = splits.part(found, part, text=_key)
+        return rows
+    chosen = splits.part(rows, part, text=_key)
     if not chosen:
-        got = f"{source}: no prompt of {len(found)} falls into part {part!r}"
+        got = f"{source}: no prompt of {len(rows)} falls into part {part!r}"
         raise DataError(field, got, "at least one prompt", "Give more rows, or no part.")
     return chosen
 
 
 def _table(source: str, field: str, bad: BadRows | None) -> list[str | Messages]:
-    column = ""  # chosen at the first row that has one; one without any lacks the first
+    column = ""  # of the first row that has one; a row without any lacks the first
 
     def row_of(row: Row) -> str | Messages:
         nonlocal column
@@ -91,5 +91,5 @@ def _key(prompt: str | Messages) -> str:
 
 
 def _shuffled(text: str) -> bytes:
-    # Another hash than that of `bucket`: its order inside a part would follow the bucket.
+    # a different hash than `bucket`, whose order inside a part would follow the bucket
     return hashlib.sha256(b"order:" + text.encode()).digest()

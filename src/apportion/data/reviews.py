@@ -34,14 +34,14 @@ def labelled(
             text and label; labels are 0 or 1, neg or pos, negative or positive.
         part: one of `splits.PARTS`, or None for every row.
         field: the configuration key that gave `source`, for error messages.
-        bad: where unusable rows of a table are recorded; None makes the first of them an error.
+        bad: the log of invalid rows of a table; None makes the first of them an error.
 
     Raises:
-        DataError: what `read_rows` refuses, a label that is none of these, or a part without rows.
+        DataError: the errors of `read_rows`, another label, or a part without rows.
         ConfigError: an unknown part.
     """
     if part is not None:
-        splits.bounds(part)  # an unknown name is refused before the data is fetched and read
+        splits.bounds(part)  # an unknown name is an error before the data is downloaded and read
     rows = _imdb() if source in BUILTIN_DATA else _table(source, field, bad)
     if part is None:
         return rows
@@ -87,7 +87,7 @@ def _table(source: str, field: str, bad: BadRows | None) -> list[Labelled]:
 
 
 def _imdb() -> list[Labelled]:
-    # The file also holds sentences of Rotten Tomatoes, which are no reviews.
+    # the file also has sentences of Rotten Tomatoes, which are not reviews
     rows = iter_rows(str(builtin_table("imdb")), ("text", "label", "source"), field="imdb")
     return [
         Labelled(_LINE_BREAKS.sub("\n", row["text"]).strip(), _label(row, "imdb"))
@@ -98,7 +98,7 @@ def _imdb() -> list[Labelled]:
 
 def _label(row: Row, field: str) -> int:
     value = row["label"]
-    # bool is an int to Python, but true is no label here: it could mean "is negative".
+    # bool is an int in Python, but true is not a label: it could mean "is negative"
     known = isinstance(value, int | str) and not isinstance(value, bool)
     label = _LABELS.get(str(value).strip().lower()) if known else None
     if label is None:

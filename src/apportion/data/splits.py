@@ -1,4 +1,4 @@
-"""Named disjoint parts of a set of texts, cut by a hash of the text so that duplicates fall on the same side."""
+"""Named disjoint parts of a set of texts, by a hash of the text, so that duplicates fall into the same part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from apportion.errors import unknown_name
 
 T = TypeVar("T")
 
-# Buckets [from, to) out of 100. What judges a policy at the end never saw what trained its reward model or the policy.
+# buckets [from, to) out of 100; the final judge is trained on no text of the reward model's or the policy's training
 PARTS: dict[str, tuple[int, int]] = {
     "reward_train": (0, 42),
     "reward_validation": (42, 45),

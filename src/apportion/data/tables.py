@@ -1,4 +1,4 @@
-"""Rows of a table by its source: a CSV, JSON-lines, JSON or Parquet file, a folder of them, or a hub dataset."""
+"""Rows of a table: a CSV, JSON-lines, JSON or Parquet file, a folder of them, or a hub dataset."""
 
 from __future__ import annotations
 
@@ -9,35 +9,44 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from apportion.data.bad_rows import BadRows, judge
+from apportion.data.bad_rows import BadRows, check_count
 from apportion.data.formats import READERS, Items, Row, Unreadable, require_columns
 from apportion.errors import DataError
 from apportion.system.paths import local_path
 
 T = TypeVar("T")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_BESIDE_DATA = {".md", ".yaml", ".yml"}  # what a dataset folder holds beside its tables: cards, licences
-_CARDS = {"authors", "changelog", "citation", "copying", "licence", "license", "notice", "readme"}  # the same, bare
+_BESIDE_DATA = {".md", ".yaml", ".yml"}  # other files of a dataset folder: cards, licences
+_CARDS = {
+    "authors",
+    "changelog",
+    "citation",
+    "copying",
+    "licence",
+    "license",
+    "notice",
+    "readme",
+}  # without a suffix
 
 
 def iter_rows(source: str, columns: Sequence[str] = (), *, field: str, bad: BadRows | None = None) -> Iterator[Row]:
-    """Yield the rows of `source` one after the other, each in memory alone (of Parquet, a batch of them).
+    """Yield the rows of `source` one in memory at a time (of Parquet, a batch).
 
     Args:
         source: a `.csv`, `.jsonl`, `.json` or `.parquet` file, a folder with such files (read in the order of their
-            names), or the id of a hub dataset (its "train" split). What exists on disk is never looked up on the hub.
-            A `.json` file that is one list is read whole.
-        columns: columns that each row must have, neither null nor blank. Other columns are kept as they are.
+            names), or the id of a hub dataset (its "train" split). A name that exists on disk is never looked up on the
+            hub. A `.json` file that is one list is read at once.
+        columns: columns that each row must have, neither null nor blank. Other columns are kept unchanged.
         field: the configuration key that gave `source`, for error messages.
-        bad: where rows that cannot be used are written down; None makes the first of them an error.
+        bad: the log of invalid rows; None makes the first of them an error.
 
     Yields:
-        One dict a row, at least one in all; each has `where`, its file and line. Blank lines are no rows.
+        One dict a row, at least one in all; each has `where`, its file and line. Blank lines are skipped.
 
     Raises:
         DataError: an absent or unreadable file, an unknown extension, a missing column, no rows, an encoding other
-            than UTF-8, a line that does not parse, an empty cell; with the file and the line. With `bad`: what makes
-            the rest of a file uncertain, and more rows that cannot be used than can.
+            than UTF-8, a line that does not parse, an empty cell; with the file and the line. With `bad`: an
+            error after which no row of the file is certain, and more invalid rows than valid ones.
     """
     return usable(source, lambda row: row, columns, field=field, bad=bad)
 
@@ -50,32 +59,32 @@ def read_rows(source: str, columns: Sequence[str] = (), *, field: str, bad: BadR
 def usable(
     source: str, make: Callable[[Row], T], columns: Sequence[str] = (), *, field: str, bad: BadRows | None = None
 ) -> Iterator[T]:
-    """Yield `make` of each row of `source`; a DataError that it raises makes the row one that cannot be used.
+    """Yield `make` of each row of `source`; a DataError that it raises makes the row invalid.
 
     Otherwise as `iter_rows`.
     """
-    kept = left_out = 0
+    valid = left_out = 0
     first: DataError | None = None
     for name, items in _tables(source, columns, field):
-        before = kept + left_out
+        before = valid + left_out
         for item in items:
             try:
                 if isinstance(item, Unreadable):
                     raise item.error
                 for column in columns:
                     require(item, column, field=field)
-                made = make(item)
+                value = make(item)
             except DataError as error:
                 if bad is None:
                     raise
                 bad.add(field, item, error)
                 left_out, first = left_out + 1, first or error
             else:
-                kept += 1
-                yield made
-        if kept + left_out == before:
+                valid += 1
+                yield value
+        if valid + left_out == before:
             raise DataError(field, f"{name}: no rows", "at least one row", "Add rows or give another file.")
-    judge(source, kept, left_out, first, field)
+    check_count(source, valid, left_out, first, field)
 
 
 def check_text(row: Row, column: str, *, field: str) -> str:
@@ -93,15 +102,15 @@ def check_text(row: Row, column: str, *, field: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         got = f"{row.where}: {column} has a lone surrogate at character {error.start}"
-        raise DataError(field, got, "valid Unicode", "Write the character whole or remove it.") from error
+        raise DataError(field, got, "valid Unicode", "Write the complete character or remove it.") from error
     return value
 
 
 def require(row: Row, column: str, *, field: str) -> None:
-    """Refuse a row without `column`, or with null or blank text in it.
+    """Check that `row` has a value in `column`.
 
     Raises:
-        DataError: with the file and the line.
+        DataError: it is missing, null or blank; with the file and the line.
     """
     require_columns(row, row.where, (column,), field)
     value = row[column]
@@ -115,7 +124,7 @@ def _tables(source: str, columns: Sequence[str], field: str) -> Iterator[tuple[s
     if not source.strip():  # Path("") is the working folder
         raise DataError(field, source, "a file, folder or hub dataset", "Name one.")
     path = local_path(source, field, DataError)
-    if os.path.isdir(path):  # unlike Path's, these say no where they may not look
+    if os.path.isdir(path):  # unlike Path's methods, these are False without permission
         for file in _tables_in(path, field):
             yield str(file), READERS[file.suffix.lower()](file, field, columns)
     elif os.path.exists(path):
@@ -123,7 +132,7 @@ def _tables(source: str, columns: Sequence[str], field: str) -> Iterator[tuple[s
         yield source, READERS[path.suffix.lower()](path, field, columns)
     elif os.path.islink(path):
         fix = "Fix the link, or name the file itself."
-        raise DataError(field, f"{source}, a link that leads nowhere", "a file, folder or hub dataset", fix)
+        raise DataError(field, f"{source}, a broken link", "a file, folder or hub dataset", fix)
     elif path.suffix.lower() in READERS or not _HUB_ID.fullmatch(source):
         raise DataError(field, source, "a file, folder or hub dataset that exists", _near_files(path))
     else:
@@ -150,10 +159,10 @@ def _tables_in(folder: Path, field: str) -> list[Path]:
     if files and deeper is not None:
         got = f"{folder} with {files[0].name} and, in a folder of its own, {deeper.relative_to(folder)}"
         fix = "Put the tables into one folder, or give one of the folders or files."
-        raise DataError(field, got, "tables that lie in one folder", fix)
+        raise DataError(field, got, "tables in one folder", fix)
     if not files:
         names = ", ".join(f.name for f in inside[:8]) or "nothing"
-        fix = "Give the folder in which the files themselves lie."
+        fix = "Give the folder that contains the files."
         raise DataError(field, f"{folder} with {names}", "a folder with " + ", ".join(READERS), fix)
     return files
 
@@ -170,7 +179,7 @@ def _tables_under(folder: Path) -> Iterator[Path]:
 def _near_files(path: Path) -> str:
     try:
         beside = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
-    except OSError:  # it may be entered and not listed: there is nothing to suggest
+    except OSError:  # without permission to list it there is nothing to suggest
         beside = []
     near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
     if near:
@@ -181,15 +190,15 @@ def _near_files(path: Path) -> str:
 
 
 def _hub(source: str, field: str) -> Items:
-    from datasets import load_dataset, packaged_modules  # heavy, and only a hub id needs it
+    from datasets import load_dataset, packaged_modules  # heavy, and only needed for a hub id
 
     if source in packaged_modules._PACKAGED_DATASETS_MODULES:  # `text` would read every file of the working folder
         got, fix = f"{source!r}, a name of file formats on the hub", _near_files(Path(source))
         raise DataError(field, got, "a file, folder or hub dataset that exists", fix)
-    try:  # around the rows too: an image is decoded, with libraries that may be absent, when its row is read
+    try:  # includes the rows: an image is decoded when its row is read, with libraries that may be absent
         for number, row in enumerate(load_dataset(source, split="train"), 1):
             yield Row(row, f"{source}, row {number}")
-    except Exception as error:  # the hub client raises errors of a dozen libraries; each ends as one DataError
+    except Exception as error:  # the hub client raises errors of a dozen libraries
         got = f"{source!r}: {type(error).__name__}: {str(error).strip()[:300]}"
         fix = "Check the name and the network, or give a local file."
         raise DataError(field, got, "a file or folder, or a hub dataset with a train split", fix) from error

@@ -1,4 +1,4 @@
-"""One forward and one backward of the reward model: what each response token adds to the score, to first order."""
+"""One forward and one backward of the reward model: the first-order effect of each response token on the score."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ScoreError
-from apportion.evidence.prefix import every_position
+from apportion.evidence.prefix import scores_from_logits
 from apportion.evidence.text_reward import to_policy, translate
+from apportion.masking import check_finite
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Rollouts
 
 
-def attribution_pass(reward: RewardModel, rollouts: Rollouts) -> dict[str, Tensor]:
+def attribution_evidence(reward: RewardModel, rollouts: Rollouts) -> dict[str, Tensor]:
     """Return {"reward_attribution": (B,T)} float32, signed: (e_t − e_null)·∂R/∂e_t, 0 where `valid` is False.
 
-    e_t is what the model's embedding layer gives for token t, e_null what it gives for the pad token, R the score.
-    Weights get no gradient. What a model with its own tokenizer says of its tokens is carried over by characters.
+    e_t is the model's embedding of token t, e_null that of the pad token, R the score. Weights get no gradient. The
+    attribution of a model with its own tokenizer is transferred to the policy's tokens by characters.
 
     Raises:
-        ScoreError: a score or an attribution is not finite, or a text cannot be read; it names the rollout.
+        ScoreError: a score or an attribution is not finite, or a text cannot be scored; it names the rollout.
     """
     if reward.text is None:
         return _attribute(reward, rollouts)
@@ -40,24 +41,20 @@ def _attribute(reward: RewardModel, rollouts: Rollouts) -> dict[str, Tensor]:
         null = layer(torch.full((1, 1), pad, dtype=ids.dtype, device=ids.device))
     leaves: list[Tensor] = []
 
-    def cut(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def detach(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    # ids go in rather than embeddings, so that the model finds its pooled position by itself
-    handle = layer.register_forward_hook(cut)
+    # ids are the input rather than embeddings, so that the model finds its pooled position itself
+    handle = layer.register_forward_hook(detach)
     try:
         with torch.enable_grad():
             logits = model(**inputs).logits
-            reward.difference(logits.detach())  # refuses what is not a number
-            (gradient,) = torch.autograd.grad(every_position(reward, logits).sum(), leaves[0])
+            reward.scores_of(logits.detach())  # raises where a score is not finite
+            (gradient,) = torch.autograd.grad(scores_from_logits(reward, logits).sum(), leaves[0])
     finally:
         handle.remove()
-    moved = ((leaves[0].detach().float() - null.float()) * gradient.float()).sum(dim=-1)[:, before:]
-    found = torch.where(rollouts.valid, moved, 0.0)
-    bad = ~torch.isfinite(found).all(dim=1)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        fix = "Load the reward model in float32 (reward_dtype)."
-        raise ScoreError("attribution", found[row].tolist(), "finite numbers", fix, row=row)
-    return {"reward_attribution": found}
+    effect = ((leaves[0].detach().float() - null.float()) * gradient.float()).sum(dim=-1)[:, before:]
+    effect = torch.where(rollouts.valid, effect, 0.0)
+    check_finite("attribution", effect, "Load the reward model in float32 (reward_dtype).", error=ScoreError)
+    return {"reward_attribution": effect}

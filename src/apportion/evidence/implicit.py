@@ -1,41 +1,41 @@
-"""One forward of a further language model, which a setting names: its log-probabilities of the sampled tokens."""
+"""One forward of a further language model, named by a setting: its log-probabilities of the sampled tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apportion import registry
 from apportion.errors import ModelError
+from apportion.evidence.models import Models
+from apportion.models.fast import has_fast_kernels
 from apportion.models.loading import load_causal, load_tokenizer, locate
 from apportion.models.policy import Policy
+from apportion.registry import EvidenceKey
 from apportion.types import Rollouts
-
-if TYPE_CHECKING:
-    from apportion.evidence import Models
 
 
 @torch.no_grad()
-def implicit_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> Mapping[str, Tensor]:
-    """Return log-probabilities (B,T) of the sampled tokens, nats, under the model that each wanted name asks for.
+def implicit_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> Mapping[str, Tensor]:
+    """Return log-probabilities (B,T) of the sampled tokens, nats, under the model that each need names.
 
-    Each model is loaded once, into `models.others`, and read as the policy is: same banned ids, same temperature.
+    Each model is loaded once, into `models.others`, and used with the policy's banned ids and temperature.
 
     Raises:
         ModelError: a model that cannot be loaded, or whose tokenizer is not the policy's.
     """
-    found = {}
-    for name in sorted(wanted):
-        model = further_policy(models.policy, models.others, "implicit.model", registry.asked(name)[1]["model"])
-        found[name] = model.forward(rollouts, values=False).logprobs
-    return found
+    logprobs = {}
+    for need in sorted(needs):
+        path = EvidenceKey.of(need).settings["model"]
+        model = further_policy(models.policy, models.others, "implicit.model", path)
+        logprobs[need] = model.forward(rollouts, values=False).logprobs
+    return logprobs
 
 
 def further_policy(policy: Policy, others: dict[str, Any], field: str, path: str) -> Policy:
-    """Return the language model at `path` as a frozen policy without values, loaded into `others` at first.
+    """Return the language model at `path` as a frozen policy without values, cached in `others`.
 
     Raises:
         ModelError: it cannot be loaded, or its tokenizer is not the policy's.
@@ -44,12 +44,15 @@ def further_policy(policy: Policy, others: dict[str, Any], field: str, path: str
         folder = locate(field, path)
         tokenizer = load_tokenizer(field, folder, policy.tokenizer.pad_token)
         if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-            got = f"{path}, whose vocabulary of {len(tokenizer.get_vocab())} entries is another"
-            fix = "Train it with DPO from the policy's own start."
+            got = f"{path} with a different vocabulary of {len(tokenizer.get_vocab())} entries"
+            fix = "Train it with DPO from the policy's own initial model."
             raise ModelError(field, got, "a model with the policy's tokenizer", fix)
         weights = next(policy.model.parameters())
-        model = load_causal(field, folder, weights.dtype, weights.device).requires_grad_(False)
-        others[path] = Policy(model, policy.tokenizer, policy.banned, temperature=policy.temperature)
-    kept = others[path]
-    assert isinstance(kept, Policy)
-    return kept
+        fast = has_fast_kernels(policy.model)
+        model = load_causal(field, folder, weights.dtype, weights.device, fast_kernels=fast)
+        others[path] = Policy(
+            model.requires_grad_(False), policy.tokenizer, policy.banned, temperature=policy.temperature
+        )
+    cached = others[path]
+    assert isinstance(cached, Policy)
+    return cached

@@ -12,34 +12,37 @@ from apportion.models.attention.row import AttentionTap, attention_row
 from apportion.models.policy import Policy
 from apportion.types import Rollouts
 
-STEPS_AT_ONCE = 64  # attention rows held at a time
+STEPS_AT_ONCE = 64  # attention rows in memory at a time
+POLICY = frozenset(
+    {"old_logprobs", "values", "bootstrap_values", "entropy", "policy_attention_mean", "policy_attention_last"}
+)
 
 
 @torch.no_grad()
-def policy_pass(policy: Policy, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """Return what is wanted of old_logprobs, values, entropy, policy_attention_* (B,T) and bootstrap_values (B,)."""
-    tapped = any(name.startswith("policy_attention") for name in wanted)
-    watched = contextlib.nullcontext() if not tapped else policy.whole()
-    with watched, attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
-        out = policy.forward(rollouts, values="values" in wanted or "bootstrap_values" in wanted, entropy=True)
-    found: dict[str, Tensor | None] = {
+def policy_evidence(policy: Policy, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Return the needed ones of old_logprobs, values, entropy, policy_attention_* (B,T) and bootstrap_values (B,)."""
+    tapped = any(name.startswith("policy_attention") for name in needs)
+    unshared = policy.without_shared_prompts() if tapped else contextlib.nullcontext()
+    with unshared, attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
+        out = policy.forward(rollouts, values="values" in needs or "bootstrap_values" in needs, entropy=True)
+    evidence: dict[str, Tensor | None] = {
         "old_logprobs": out.logprobs,
         "values": out.values,
         "bootstrap_values": out.after,
         "entropy": out.entropy,
     }
-    if tap is not None and "policy_attention_mean" in wanted:
-        found["policy_attention_mean"] = mean_attention(tap, rollouts)
-    if tap is not None and "policy_attention_last" in wanted:
+    if tap is not None and "policy_attention_mean" in needs:
+        evidence["policy_attention_mean"] = mean_attention(tap, rollouts)
+    if tap is not None and "policy_attention_last" in needs:
         final = last_index(rollouts.mask).clamp_min(0)[:, None]
-        found["policy_attention_last"] = step_attention(tap, rollouts, final)[:, 0]
-    return {name: found[name] for name in wanted if found.get(name) is not None}  # type: ignore[misc]
+        evidence["policy_attention_last"] = step_attention(tap, rollouts, final)[:, 0]
+    return {name: evidence[name] for name in needs if evidence.get(name) is not None}  # type: ignore[misc]
 
 
 def step_attention(tap: AttentionTap, rollouts: Rollouts, steps: Tensor) -> Tensor:
     """Return the head-mean attention over response tokens (B,R,T) at generation steps (B,R).
 
-    The step that writes response token t reads from the position before it, so columns from t on are 0.
+    The step that generates response token t attends from the position before it, so columns from t on are 0.
     """
     prompt = rollouts.prompt_ids.shape[1]
     rows = tap.weights(prompt + steps - 1).mean(dim=2)[..., prompt:]
@@ -56,6 +59,6 @@ def mean_attention(tap: AttentionTap, rollouts: Rollouts) -> Tensor:
     return total / rollouts.mask.sum(dim=1, keepdim=True).clamp_min(1)
 
 
-def reference_pass(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
+def reference_evidence(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
     """Return {"reference_logprobs": (B,T)} of the sampled tokens, nats."""
     return {"reference_logprobs": policy.reference_logprobs(rollouts)}

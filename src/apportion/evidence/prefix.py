@@ -1,4 +1,4 @@
-"""The score of every prefix: a decoder that reads ids gives all in the scoring forward, other models read each."""
+"""Prefix scores: from the scoring forward of a decoder with the policy's tokens, else one forward row a prefix."""
 
 from __future__ import annotations
 
@@ -10,74 +10,70 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ModelError, ScoreError
-from apportion.evidence.ablated import score_kept
+from apportion.evidence.ablated import score_ablated
+from apportion.masking import check_finite
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.types import Rollouts
 
-GIVES = frozenset({"prefix_scores", "prompt_score"})
+PREFIX = frozenset({"prefix_scores", "prompt_score"})
 HEADS = ("score", "classifier")
 
 
 @contextlib.contextmanager
-def head_outputs(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """Give a list that holds what the model's head said in the forward of the `with` block, when `wanted`.
+def capture_head_outputs(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Yield a list that receives the output of the model's head in the forward of the `with` block, when `wanted`.
 
-    Decoders apply the head at every position, (B,K,labels), and choose the pooled one afterwards.
+    Decoders apply the head at every position, (B,K,labels), and select the pooled one afterwards.
 
     Raises:
         ModelError: the model has no head of a known name.
     """
-    caught: list[Tensor] = []
+    captured: list[Tensor] = []
     if not wanted or not is_decoder(model):
-        yield caught
+        yield captured
         return
     head = next((module for name, module in model.named_children() if name in HEADS), None)
     if head is None:
         got = [name for name, _ in model.named_children()]
         fix = "Use a reward model that transformers' AutoModelForSequenceClassification loads."
         raise ModelError(f"head of {type(model).__name__}", got, " or ".join(HEADS), fix)
-    handle = head.register_forward_hook(lambda module, args, output: caught.append(output))
+    handle = head.register_forward_hook(lambda module, args, output: captured.append(output))
     try:
-        yield caught
+        yield captured
     finally:
         handle.remove()
 
 
 @torch.no_grad()
 def prefix_evidence(
-    reward: RewardModel, rollouts: Rollouts, caught: list[Tensor], wanted: frozenset[str]
+    reward: RewardModel, rollouts: Rollouts, captured: list[Tensor], needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    """Return what is wanted of prefix_scores (B,T), after token t, 0 off the mask, and prompt_score (B,).
+    """Return the needed ones of prefix_scores (B,T), after token t, 0 off the mask, and prompt_score (B,).
 
     Args:
-        caught: the head's outputs of the forward that scored the rollouts; nothing for an encoder or a model with its
-            own tokenizer, which then reads every prefix as a row of its own, as `prefix_rows` counts.
+        captured: the head's outputs of the forward that scored the rollouts; empty for an encoder or a model with its
+            own tokenizer, which scores every prefix as a row of its own, as `prefix_rows` counts.
 
     Raises:
-        ScoreError: a prefix score is not finite, or a prompt is empty and its score is wanted; it names the rollout.
+        ScoreError: a prefix score is not finite, or a prompt is empty and its score is needed; it names the rollout.
     """
-    if not wanted & GIVES:
+    if not needs & PREFIX:
         return {}
     before = rollouts.prompt_ids.shape[1]
-    if "prompt_score" in wanted:
+    if "prompt_score" in needs:
         check_prompts(rollouts)
-    if caught:
-        scores = every_position(reward, caught[-1])  # (B,P+T)
+    if captured:
+        scores = scores_from_logits(reward, captured[-1])  # (B,P+T)
         prompt = scores[:, before - 1] if before else scores.new_zeros(len(scores))
         scores = torch.where(rollouts.mask, scores[:, before:], 0.0)
     else:
-        prompt, scores = _each_prefix(reward, rollouts, "prompt_score" in wanted)
-    found = {name: value for name, value in (("prefix_scores", scores), ("prompt_score", prompt)) if name in wanted}
-    for name, value in found.items():
-        bad = ~torch.isfinite(value.reshape(len(value), -1)).all(dim=1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            fix = "A failure never becomes a reward: check the reward model's weights and dtype."
-            raise ScoreError(name, value[row].tolist(), "finite numbers", fix, row=row)
-    return found
+        prompt, scores = _each_prefix(reward, rollouts, "prompt_score" in needs)
+    fix = "A failure never becomes a reward: check the reward model's weights and dtype."
+    evidence = {"prefix_scores": scores, "prompt_score": prompt}
+    return {name: check_finite(name, evidence[name], fix, error=ScoreError) for name in evidence if name in needs}
 
 
-def every_position(reward: RewardModel, logits: Tensor) -> Tensor:
+def scores_from_logits(reward: RewardModel, logits: Tensor) -> Tensor:
     """Return R (…) float32 from the head's outputs (…, 1 or 2), at every position or the pooled one."""
     logits = logits.float()
     if logits.shape[-1] == 1:
@@ -86,27 +82,27 @@ def every_position(reward: RewardModel, logits: Tensor) -> Tensor:
 
 
 def check_prompts(rollouts: Rollouts) -> None:
-    """Raise ScoreError for a rollout without a prompt: a reward model has nothing to read there."""
+    """Raise ScoreError for a rollout without a prompt, which has no prompt score."""
     empty = ~rollouts.prompt_mask.any(dim=1)
     if empty.any():
         row = int(empty.nonzero()[0])
-        fix = "Give a prompt (--prompt, or a BOS token at the start of prompts): the method reads its score alone."
+        fix = "Give a prompt (--prompt, or a BOS token at the start of prompts): the method needs its score."
         raise ScoreError("prompt", "no tokens", "at least one token to score", fix, row=row)
 
 
 def prefix_rows(rollouts: Rollouts, prompt: bool) -> int:
-    """Return how many further rows such a model reads: one a token, and one a prompt if its score is wanted."""
+    """Return the number of further rows of such a model: one a token, and one a prompt if its score is needed."""
     return int(rollouts.mask.sum()) + (len(rollouts) if prompt else 0)
 
 
 def _each_prefix(reward: RewardModel, rollouts: Rollouts, with_prompt: bool) -> tuple[Tensor, Tensor]:
-    """Return (prompt score (B,), prefix scores (B,T)) with each prefix read as a text of its own."""
+    """Return (prompt score (B,), prefix scores (B,T)) with each prefix scored as a text of its own."""
     rows, ends = rollouts.mask.nonzero(as_tuple=True)
     count = len(rollouts) if with_prompt else 0
     every = torch.arange(count, device=rows.device)
     rows, ends = torch.cat([every, rows]), torch.cat([torch.full_like(every, -1), ends])
     keep = rollouts.valid[rows] & (torch.arange(rollouts.mask.shape[1], device=ends.device) <= ends[:, None])
-    said = score_kept(reward, rollouts, rows, keep)
-    scores = torch.zeros(rollouts.mask.shape, device=said.device)
-    scores[rollouts.mask] = said[count:]
-    return (said[:count] if with_prompt else said.new_zeros(len(rollouts))), scores
+    prefix = score_ablated(reward, rollouts, rows, keep)
+    scores = torch.zeros(rollouts.mask.shape, device=prefix.device)
+    scores[rollouts.mask] = prefix[count:]
+    return (prefix[:count] if with_prompt else prefix.new_zeros(len(rollouts))), scores

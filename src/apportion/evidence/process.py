@@ -1,31 +1,30 @@
-"""A user's process rewards: lists of numbers, one a token or a step, checked and padded to (B,T)."""
+"""User-supplied process rewards: lists of numbers, one a token or a step, validated and padded to (B,T)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apportion import registry
 from apportion.errors import ConfigError, DataError, ScoreError
+from apportion.evidence.models import Models
+from apportion.registry import EvidenceKey
 from apportion.segments import check
 from apportion.types import Rollouts
 
-if TYPE_CHECKING:
-    from apportion.evidence import Models
 
-
-def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """Return the process rewards (B,T) of each function that the wanted names ask for.
+def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Return the process rewards (B,T) of the function that each need names.
 
     A function is called with (texts, rollouts, prompts), lists of the B rollouts' decoded responses and prompts.
 
     Raises:
-        ConfigError: rewards of steps in a run whose segments are not known here.
+        ConfigError: rewards of steps where `models` has no segmenter.
         DataError: another number of rows than rollouts. ScoreError: a row of the wrong length, or with something that
             is not a finite number; it names the rollout.
         UserCodeError: the function raised, or took longer than `monitors.timeout`.
@@ -34,9 +33,9 @@ def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> 
     pairs = zip(rollouts.response_ids, rollouts.mask, strict=True)
     texts = [decode(ids[mask]) for ids, mask in pairs]
     prompts = [decode(ids[mask]) for ids, mask in zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)]
-    found = {}
-    for name in sorted(wanted):
-        settings = registry.asked(name)[1]
+    rewards = {}
+    for need in sorted(needs):
+        settings = EvidenceKey.of(need).settings
         function = registry.find("process.function", settings["function"], {})
         segments = None
         if settings.get("unit") == "step":
@@ -44,28 +43,28 @@ def process_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> 
                 fix = "Use unit: token, or give Models the segmenter of the run."
                 raise ConfigError("process.unit", "step", "a run with segments", fix)
             segments = check(models.segment(rollouts), rollouts.mask)
-        made = models.user_code.call(settings["function"], function, texts, rollouts, prompts)
-        found[name] = laid_out(made, rollouts.mask, segments, settings["function"])
-    return found
+        rows = models.user_code.call(settings["function"], function, texts, rollouts, prompts)
+        rewards[need] = to_tokens(rows, rollouts.mask, segments, settings["function"])
+    return rewards
 
 
-def laid_out(made: Any, mask: Tensor, segments: Tensor | None, source: str) -> Tensor:
-    """Return (B,T) float32 with the numbers in `made`, B rows, on the tokens of `mask` (B,T) that they belong to.
+def to_tokens(rows: Any, mask: Tensor, segments: Tensor | None, source: str) -> Tensor:
+    """Return (B,T) float32 with the numbers in `rows`, B lists, on the tokens of `mask` (B,T) that they belong to.
 
     Args:
-        made: rows of one number a token of the row, or, with `segments` (B,T) ids, one a segment, which falls on the
+        rows: lists of one number a token of the row, or, with `segments` (B,T) ids, one a segment, which falls on the
             segment's last token; or rows of pairs (token, number), the token counted among the row's own.
-        source: what the errors call it.
+        source: the name used in errors.
 
     Raises:
-        DataError, ScoreError: as `process_pass` says.
+        DataError, ScoreError: as `process_evidence`.
     """
-    made = made.tolist() if isinstance(made, Tensor) else made
-    if not _is_list(made) or len(made) != len(mask):
-        got = f"{len(made)} rows" if _is_list(made) else type(made).__name__
-        raise DataError(f"what {source} returned", got, f"a list of {len(mask)} rows", "One a rollout.")
+    rows = rows.tolist() if isinstance(rows, Tensor) else rows
+    if not _is_list(rows) or len(rows) != len(mask):
+        got = f"{len(rows)} rows" if _is_list(rows) else type(rows).__name__
+        raise DataError(f"the result of {source}", got, f"a list of {len(mask)} rows", "One a rollout.")
     out = torch.zeros(mask.shape, device=mask.device)
-    for row, given in enumerate(made):
+    for row, given in enumerate(rows):
         field = f"process rewards from {source}"
         if not _is_list(given):
             raise ScoreError(field, given, "a list of numbers", "Return one list a rollout.", row=row)
@@ -75,9 +74,11 @@ def laid_out(made: Any, mask: Tensor, segments: Tensor | None, source: str) -> T
         marked = len(given) > 0 and all(_is_list(item) for item in given)
         spots, numbers = _pairs(given, mask[row].nonzero()[:, 0], field) if marked else (places, list(given))
         if len(numbers) != len(spots):
-            what = "token" if segments is None else "step"
-            expected = f"{len(spots)} numbers, one a {what}"
-            raise ScoreError(field, f"{len(numbers)} numbers", expected, "Count what was sampled, EOS too.", row=row)
+            unit = "token" if segments is None else "step"
+            expected = f"{len(spots)} numbers, one a {unit}"
+            raise ScoreError(
+                field, f"{len(numbers)} numbers", expected, "Count the sampled tokens, EOS included.", row=row
+            )
         out[row, spots] = torch.tensor([_number(field, i, value) for i, value in enumerate(numbers)], device=out.device)
     return out
 

@@ -1,81 +1,80 @@
-"""The reward model as a game over spans of the response: Shapley values of the spans within a budget of readings."""
+"""Shapley values of spans of the response under the reward model, within a budget of scored texts."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apportion import registry
 from apportion.errors import ConfigError, DataError
-from apportion.evidence.ablated import score_kept
+from apportion.evidence.ablated import score_ablated
+from apportion.evidence.models import Models
 from apportion.evidence.prefix import check_prompts
-from apportion.evidence.shapley_values import most_players, shapley_values
+from apportion.evidence.shapley_values import max_players, shapley_values
+from apportion.registry import EvidenceKey
 from apportion.segments import check
 from apportion.types import Rollouts
 
-if TYPE_CHECKING:
-    from apportion.evidence import Models
-
 PARTS = ("values", "empty", "error", "calls", "joined")
+SHAPLEY = frozenset(f"shapley_{part}" for part in PARTS)
 ENDINGS = (".", "!", "?", "…", "。", "！", "？")
 
 
-def shapley_pass(models: Models, rollouts: Rollouts, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """Return what is wanted of shapley_values (B,T) and shapley_empty, _error, _calls, _joined (B,), by their settings.
+def shapley_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Return the needed ones of shapley_values (B,T) and shapley_empty, _error, _calls, _joined (B,), by settings.
 
     A span's value is spread evenly over its tokens. The settings are those of `credit.shapley`.
 
     Raises:
-        ScoreError: a score is not finite, or a prompt is empty (it is what the empty coalition reads); it names the
-            rollout. ConfigError: spans that are the run's segments where these are not known.
+        ScoreError: a score is not finite, or a prompt is empty (the text of the empty coalition); it names the rollout.
+        ConfigError: spans "segments" where `models` has no segmenter.
     """
     check_prompts(rollouts)
-    found: dict[str, Tensor] = {}
-    by_settings: dict[str, set[str]] = {}
-    for name in wanted:
-        by_settings.setdefault(name.partition("@")[2], set()).add(name)
-    for names in by_settings.values():
-        settings = {"spans": "sentences", "budget": 64, "seed": 0} | registry.asked(min(names))[1]
+    evidence: dict[str, Tensor] = {}
+    by_settings: dict[tuple[Any, ...], set[EvidenceKey]] = {}
+    for key in map(EvidenceKey.of, needs):
+        by_settings.setdefault(tuple(sorted(key.settings.items())), set()).add(key)
+    for pairs, keys in by_settings.items():
+        settings = {"spans": "sentences", "budget": 64, "seed": 0} | dict(pairs)
         rows = [_one(models, rollouts, row, settings) for row in range(len(rollouts))]
-        made = {part: torch.stack([r[i] for r in rows]) for i, part in enumerate(PARTS)}
-        found |= {name: made[registry.asked(name)[0].removeprefix("shapley_")] for name in names}
-    return found
+        parts = {f"shapley_{part}": torch.stack([r[i] for r in rows]) for i, part in enumerate(PARTS)}
+        evidence |= {key: parts[key.name] for key in keys}
+    return evidence
 
 
 def _one(models: Models, rollouts: Rollouts, row: int, settings: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Return (values (T,), v(∅), largest standard error, texts read, spans joined away) of one rollout."""
-    spans = cut(models, rollouts, row, settings["spans"])
+    """Return (values (T,), v(∅), largest standard error, texts scored, spans lost by joining) of one rollout."""
+    spans = split_spans(models, rollouts, row, settings["spans"])
     count = int(spans.max()) + 1 if len(spans) else 0
     device, zero = rollouts.mask.device, torch.zeros((), device=rollouts.mask.device)
     if count == 0:
         return torch.zeros(rollouts.mask.shape[1], device=device), zero, zero, zero, zero
-    players = min(count, most_players(settings["budget"]))
-    spans = torch.where(spans >= 0, spans * players // count, -1)  # neighbours are joined, as evenly as may be
-    sampled, read = rollouts.mask[row], rollouts.valid[row]
+    players = min(count, max_players(settings["budget"]))
+    spans = torch.where(spans >= 0, spans * players // count, -1)  # neighbouring spans are joined evenly
+    sampled, valid = rollouts.mask[row], rollouts.valid[row]
 
     def value(coalitions: Tensor) -> Tensor:
         chosen = coalitions.to(device)[:, spans.clamp_min(0)] & sampled
-        keep = chosen | (read & ~sampled)
-        return score_kept(models.reward, rollouts, torch.full((len(keep),), row, device=device), keep)
+        keep = chosen | (valid & ~sampled)
+        return score_ablated(models.reward, rollouts, torch.full((len(keep),), row, device=device), keep)
 
     generator = seeded(settings["seed"], rollouts.response_ids[row][sampled])
     game = shapley_values(value, players, settings["budget"], generator)
     size = torch.bincount(spans[sampled], minlength=players)
     each = (game.values.to(device) / size)[spans.clamp_min(0)]
-    told = [game.empty, game.errors.max(), torch.tensor(float(game.calls)), torch.tensor(float(count - players))]
-    return torch.where(sampled, each, 0.0), *(t.to(device) for t in told)
+    totals = [game.empty, game.errors.max(), torch.tensor(float(game.calls)), torch.tensor(float(count - players))]
+    return torch.where(sampled, each, 0.0), *(t.to(device) for t in totals)
 
 
 def seeded(seed: int, ids: Tensor) -> torch.Generator:
-    """Return a generator that depends on `seed` and the tokens alone: not on the batch or the order of its rows."""
+    """Return a generator that depends only on `seed` and the tokens, not on the batch or the order of its rows."""
     digest = hashlib.blake2b(repr((seed, ids.tolist())).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def cut(models: Models, rollouts: Rollouts, row: int, spans: str | int) -> Tensor:
+def split_spans(models: Models, rollouts: Rollouts, row: int, spans: str | int) -> Tensor:
     """Return span ids (T,) from 0 along one rollout's sampled tokens, -1 off the mask."""
     mask = rollouts.mask[row]
     order = mask.cumsum(dim=0) - 1

@@ -1,4 +1,4 @@
-"""Shapley values of any game, from a function that says what a coalition is worth: exact, or from random orders."""
+"""Shapley values of a game given by its value function: exact, or from random orders."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Value = Callable[[Tensor], Tensor]  # coalitions (M,n) bool -> what each is worth (M,) float
+Value = Callable[[Tensor], Tensor]  # coalitions (M,n) bool -> the value of each (M,) float
 LEAST_PAIRS = 2  # a standard error needs two
 
 
 class Shapley(NamedTuple):
-    """The values (n,) of n players, their standard errors (n,) (0 when exact), v(∅), and how often v was asked."""
+    """The values (n,) of n players, their standard errors (n,) (0 when exact), v(∅), and the number of calls of v."""
 
     values: Tensor
     errors: Tensor
@@ -22,9 +22,9 @@ class Shapley(NamedTuple):
     calls: int
 
 
-def most_players(budget: int) -> int:
+def max_players(budget: int) -> int:
     """Return the largest number of players that `budget` calls of v can serve, exactly or with two pairs of orders."""
-    # both pairs ask for v(∅) and v(all) once, and for n − 1 more coalitions an order
+    # both pairs evaluate v(∅) and v(all) once, and n − 1 more coalitions an order
     return max(budget.bit_length() - 1, (budget - 2) // (2 * LEAST_PAIRS) + 1)
 
 
@@ -32,7 +32,7 @@ def shapley_values(value: Value, players: int, budget: int, generator: torch.Gen
     """Return Shapley values with at most `budget` calls: exact where 2^n coalitions fit, else from random orders.
 
     Raises:
-        ValueError: the budget serves fewer than `players`; see `most_players`.
+        ValueError: the budget is too small for `players`; see `max_players`.
     """
     if 2**players <= budget:
         return exact(value, players)
@@ -52,18 +52,18 @@ def exact(value: Value, players: int) -> Shapley:
     worth = value(coalitions).double()
     size = coalitions.sum(dim=1)
     weight = torch.tensor([1.0 / (players * math.comb(players - 1, k)) for k in range(players)], dtype=torch.float64)
-    found = torch.zeros(players, dtype=torch.float64)
+    values = torch.zeros(players, dtype=torch.float64)
     for i in range(players):
         without = numbers[~coalitions[:, i]]
-        found[i] = (weight[size[without]] * (worth[without + 2**i] - worth[without]).cpu()).sum()
-    return Shapley(found.float(), torch.zeros(players), worth[0].float(), 2**players)
+        values[i] = (weight[size[without]] * (worth[without + 2**i] - worth[without]).cpu()).sum()
+    return Shapley(values.float(), torch.zeros(players), worth[0].float(), 2**players)
 
 
 def sampled(value: Value, players: int, pairs: int, generator: torch.Generator | None = None) -> Shapley:
     """Return the mean gains over `pairs` random orders and their reverses; each order's gains add up to v(all) − v(∅).
 
-    An order and its reverse are one draw of two dependent ones (antithetic), so the standard error is that of the
-    pairs' means. A coalition that several orders share is asked for once.
+    An order and its reverse are an antithetic pair, so the standard error is that of the pairs' means. A coalition that
+    several orders share is evaluated once.
     """
     draws = [torch.randperm(players, generator=generator) for _ in range(pairs)]
     orders = torch.stack([order for draw in draws for order in (draw, draw.flip(0))])  # (2p,n)

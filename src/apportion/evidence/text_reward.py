@@ -1,4 +1,4 @@
-"""A reward model with its own tokenizer: rollouts in its tokens, and what it tells of them in the policy's."""
+"""Reward models with their own tokenizer: rollouts in its tokens, and its evidence in the policy's tokens."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from apportion import registry
 from apportion.errors import ConfigError, ScoreError
 from apportion.models.reward import RewardModel
-from apportion.models.text.render import Encoded, context_limit, encode, read_as_text
-from apportion.models.text.transfer import carry
+from apportion.models.text.render import Encoded, context_limit, encode, render
+from apportion.models.text.transfer import transfer
+from apportion.registry import EvidenceKey
 from apportion.types import Rollouts
 
-# evidence that is an amount on each token, so that characters can share it
-CARRIED = frozenset({"reward_attention", "reward_attribution"})
+# evidence that is an amount on each token, so that it can be split over characters
+TRANSFERABLE = frozenset({"reward_attention", "reward_attribution"})
 
 
 class Translation(NamedTuple):
-    """Rollouts in the reward model's tokens (no prompt apart from the response), and where all tokens stand."""
+    """Rollouts in the reward model's tokens, prompt and response in one, and the character spans of all tokens."""
 
     rollouts: Rollouts
     source: Tensor  # (B,K,2) int64, characters of the reward model's tokens
@@ -28,47 +28,47 @@ class Translation(NamedTuple):
 
 
 def translate(reward: RewardModel, rollouts: Rollouts) -> Translation:
-    """Return the rollouts as `reward` reads them: decoded, in its chat template where prompts are conversations.
+    """Return the rollouts in the tokens of `reward`: decoded, in its chat template where prompts are conversations.
 
     Raises:
-        ScoreError: a text is empty, too long for the model (nothing is cut off), or changed by the chat template; it
-            names the rollout. ModelError: as `read_as_text` and `encode`.
+        ScoreError: a text is empty, too long for the model (nothing is truncated), or changed by the chat template;
+            it names the rollout. ModelError: as `render` and `encode`.
     """
     assert reward.text is not None
     tokenizer, limit = reward.tokenizer, context_limit(reward.model, reward.tokenizer)
     embeddings = reward.model.get_input_embeddings().num_embeddings
     prompts = _rows(rollouts.prompt_ids, rollouts.prompt_mask)
     responses = _rows(rollouts.response_ids, rollouts.valid)
-    readings, encoded = [], []
+    rendered, encoded = [], []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        readings.append(read_as_text(tokenizer, reward.text, prompt, response, row=row))
-        encoded.append(encode(tokenizer, readings[-1], embeddings))
+        rendered.append(render(tokenizer, reward.text, prompt, response, row=row))
+        encoded.append(encode(tokenizer, rendered[-1], embeddings))
         _check_length(row, len(encoded[-1].ids), limit)
     device = rollouts.mask.device
     ids, source = _padded(encoded)
     mask = torch.arange(ids.shape[1]) < torch.tensor([[len(one.ids)] for one in encoded])
     target = torch.zeros(*rollouts.valid.shape, 2, dtype=torch.int64)
-    spans = [span for reading in readings for span in reading.spans]
+    spans = [span for one in rendered for span in one.spans]
     target[rollouts.valid.cpu()] = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
     return Translation(_as_rollouts(ids.to(device), mask.to(device)), source.to(device), target.to(device))
 
 
-def to_policy(found: Mapping[str, Tensor], translation: Translation) -> dict[str, Tensor]:
+def to_policy(evidence: Mapping[str, Tensor], translation: Translation) -> dict[str, Tensor]:
     """Return evidence (B,) as it is, and amounts on the reward model's tokens (B,K) on the policy's (B,T).
 
-    The amounts keep their scale: what lies on the response's characters arrives there, the rest stays out.
+    The amounts keep their scale: the part on the response's characters is transferred, the rest is dropped.
 
     Raises:
-        ConfigError: evidence a token that is no amount, which characters cannot share.
+        ConfigError: per-token evidence that is not an amount and cannot be split over characters.
     """
-    carried = {}
-    for name, value in found.items():
-        if value.dim() > 1 and (registry.asked(name)[0] not in CARRIED or value.dim() > 2):
+    transferred = {}
+    for name, value in evidence.items():
+        if value.dim() > 1 and (EvidenceKey.of(name).name not in TRANSFERABLE or value.dim() > 2):
             fix = "Use a reward model with the policy's own tokenizer for this method."
-            expected = "one of " + ", ".join(sorted(CARRIED)) + " under a reward model with its own tokenizer"
+            expected = "one of " + ", ".join(sorted(TRANSFERABLE)) + " under a reward model with its own tokenizer"
             raise ConfigError("evidence", name, expected, fix)
-        carried[name] = value if value.dim() == 1 else carry(value, translation.source, translation.target)
-    return carried
+        transferred[name] = value if value.dim() == 1 else transfer(value, translation.source, translation.target)
+    return transferred
 
 
 def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
@@ -78,16 +78,16 @@ def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 def _check_length(row: int, length: int, limit: int) -> None:
     if length == 0:
-        fix = "The policy wrote special tokens alone after such a prompt: give prompts with text."
+        fix = "The policy generated only special tokens after such a prompt: give prompts with text."
         raise ScoreError("text", "no tokens", "at least one for the reward model", fix, row=row)
     if length > limit:
-        fix = "Nothing is cut off: shorten the prompts, or lower sampling.max_new_tokens."
+        fix = "Texts are never truncated: shorten the prompts, or lower sampling.max_new_tokens."
         expected = f"at most {limit}, the reward model's context"
         raise ScoreError("text", f"{length} tokens", expected, fix, row=row)
 
 
 def _padded(encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
-    """Return (ids (B,K), spans (B,K,2)) on the right of which shorter rows have 0 and (0, 0)."""
+    """Return (ids (B,K), spans (B,K,2)), right-padded with 0 and (0, 0)."""
     width = max(len(one.ids) for one in encoded)
     ids = torch.tensor([one.ids + [0] * (width - len(one.ids)) for one in encoded])
     spans = torch.tensor([one.spans + [(0, 0)] * (width - len(one.spans)) for one in encoded])

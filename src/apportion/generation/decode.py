@@ -1,4 +1,4 @@
-"""The loop that writes: prompts enter, every row takes a token a step, rows that have ended leave, others enter."""
+"""The continuous-batching decode loop: a token a row a step; finished rows leave, waiting rollouts enter."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from apportion.generation.draw import allowed_, draw, refuse_unlike_numbers
-from apportion.generation.step_model import StepModel, spare
+from apportion.generation.draw import allowed_, check_logprobs, draw
+from apportion.generation.step_model import StepModel, extra_padding
 
-LEAVE = 8  # rows leave, and others enter, when one in this many has ended
-CHECK = 8  # steps between looks at which rows have ended where a look stops the device
+LEAVE = 8  # finished rows leave, and others enter, when one in this many has ended
+CHECK = 8  # steps between checks for finished rows on a device, where a check synchronises
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a writer keeps to.
+class SamplingRules:
+    """How tokens are sampled and responses end.
 
     Attributes:
-        banned: (N,) ids that are never drawn.
+        banned: (N,) ids that are never sampled.
         temperature: divides the logits.
         eos: the id that ends a response, or None: every response has the full length.
-        pad: the id that stands after an ended response.
+        pad: the id after an ended response.
     """
 
     banned: Tensor
@@ -35,7 +35,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows in the batch, each (n,): rollout, tokens written, last token, its position, not yet ended."""
+    """The rows in the batch, each (n,): rollout, tokens generated, last token, its position, not yet ended."""
 
     rollout: Tensor
     written: Tensor
@@ -47,15 +47,15 @@ class Rows:
         """Return some of the rows."""
         return Rows(*(t[rows] for t in (self.rollout, self.written, self.token, self.position, self.live)))
 
-    def beside(self, other: Rows) -> Rows:
-        """Return these rows and `other` behind them."""
+    def concat(self, other: Rows) -> Rows:
+        """Return these rows followed by `other`."""
         pairs = ((getattr(self, n), getattr(other, n)) for n in ("rollout", "written", "token", "position", "live"))
         return Rows(*(torch.cat(pair) for pair in pairs))
 
 
 @dataclass
 class Responses:
-    """What was written, by rollout: ids (N,T+1) and log-probabilities; the last column takes what ended rows write."""
+    """The generated ids and log-probabilities by rollout, (N,T+1); the last column absorbs the writes of ended rows."""
 
     ids: Tensor
     logprobs: Tensor
@@ -63,68 +63,68 @@ class Responses:
 
     @staticmethod
     def empty(rollouts: int, tokens: int, pad: int, device: torch.device) -> Responses:
-        """Return nothing written yet."""
+        """Return empty responses."""
         ids = torch.full((rollouts, tokens + 1), pad, device=device)
         mask = torch.zeros(ids.shape, dtype=torch.bool, device=device)
         return Responses(ids, torch.zeros(ids.shape, device=device), mask)
 
     def finished(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (ids, log-probabilities, mask), each (N,T), T as long as the longest response."""
+        """Return (ids, log-probabilities, mask), each (N,T), T the length of the longest response."""
         length = int(self.mask[:, :-1].any(dim=0).sum())
         return self.ids[:, :length], self.logprobs[:, :length], self.mask[:, :length]
 
 
 @dataclass
 class Decoder:
-    """Writes responses to `prompts`, `copies` each, with at most `rows` in the batch.
+    """Generates responses to `prompts`, `copies` each, with at most `rows` in the batch.
 
-    Every rollout draws with its own uniforms (N,T), so that what it writes does not depend on which rows it shares the
-    batch with, nor on when it entered.
+    Every rollout samples with its own uniforms (N,T), so that it does not depend on the other rows of the batch or on
+    when it entered.
     """
 
-    writer: StepModel
+    model: StepModel
     prompts: Sequence[Sequence[int]]
     copies: int
     rows: int
-    rules: Rules
+    rules: SamplingRules
     uniforms: Tensor
     waiting: deque[tuple[int, range]] = field(default_factory=deque)  # (prompt, its rollouts), entering together
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (ids (N,T), log-probabilities, mask) of all rollouts in order, T as long as the longest.
+        """Return (ids (N,T), log-probabilities, mask) of all rollouts in order, T the length of the longest.
 
         Raises:
-            ModelError: a log-probability is not a finite number.
+            ModelError: a log-probability is not finite.
         """
         total, tokens = self.uniforms.shape
         self.out = Responses.empty(total, tokens, self.rules.pad, self.uniforms.device)
         for prompt in range(len(self.prompts)):
-            mine = range(prompt * self.copies, (prompt + 1) * self.copies)
-            self.waiting.extend((prompt, mine[i : i + self.rows]) for i in range(0, self.copies, self.rows))
+            rollouts = range(prompt * self.copies, (prompt + 1) * self.copies)
+            self.waiting.extend((prompt, rollouts[i : i + self.rows]) for i in range(0, self.copies, self.rows))
         rows, steps = self._enter(None), 0
         while True:
             steps += 1
             if steps % CHECK == 0 or rows.live.device.type == "cpu":
-                kept = self._leave(rows)
-                if kept is None:
+                remaining = self._leave(rows)
+                if remaining is None:
                     break
-                rows = kept
-            logits = self.writer.step(rows.token, rows.position)
+                rows = remaining
+            logits = self.model.step(rows.token, rows.position)
             rows = self._choose(replace(rows, position=rows.position + 1), logits)
         ids, logprobs, mask = self.out.finished()
-        everyone = torch.arange(total, device=mask.device)
-        refuse_unlike_numbers(torch.where(mask, logprobs, 0.0).sum(dim=1), everyone)
+        every_rollout = torch.arange(total, device=mask.device)
+        check_logprobs(torch.where(mask, logprobs, 0.0).sum(dim=1), every_rollout)
         return ids, logprobs, mask
 
     def _choose(self, rows: Rows, logits: Tensor) -> Rows:
-        """Draw the next token of every row from `logits` (n,V), note it, and return the rows after it."""
+        """Sample and record the next token of every row from `logits` (n,V); return the rows after it."""
         last = self.uniforms.shape[1]
         uniforms = self.uniforms[rows.rollout, rows.written.clamp_max(last - 1)]
         ids, logprobs = draw(allowed_(logits, self.rules.banned, self.rules.temperature), uniforms)
         if logits.device.type == "cpu":
-            refuse_unlike_numbers(logprobs.masked_fill(~rows.live, 0.0), rows.rollout)
-        at = rows.rollout, torch.where(rows.live, rows.written, last)
-        self.out.ids[at], self.out.logprobs[at], self.out.mask[at] = ids, logprobs, rows.live
+            check_logprobs(logprobs.masked_fill(~rows.live, 0.0), rows.rollout)
+        index = rows.rollout, torch.where(rows.live, rows.written, last)
+        self.out.ids[index], self.out.logprobs[index], self.out.mask[index] = ids, logprobs, rows.live
         written = rows.written + 1
         live = rows.live & (written < last)
         if self.rules.eos is not None:
@@ -132,40 +132,40 @@ class Decoder:
         return replace(rows, written=written, token=torch.where(live, ids, self.rules.pad), live=live)
 
     def _leave(self, rows: Rows) -> Rows | None:
-        """Return the rows to go on with, after those that ended have left and others entered; None when all is done."""
+        """Return the rows to continue with, after finished rows left and others entered; None when all are done."""
         live = int(rows.live.sum())
         ended, room = len(rows.live) - live, self.rows - live
         if live == 0 and not self.waiting:
             return None
-        enters = bool(self.waiting) and (live == 0 or (self.writer.past.open and self._pays(room)))
+        enters = bool(self.waiting) and (live == 0 or (self.model.past.open and self._worth_prefill(room)))
         if ended and (enters or ended * LEAVE >= len(rows.live)):
-            stay = rows.live.nonzero()[:, 0]
-            self.writer.past.keep(stay)
-            rows = rows[stay]
+            live_rows = rows.live.nonzero()[:, 0]
+            self.model.past.keep_rows(live_rows)
+            rows = rows[live_rows]
         return self._enter(rows) if enters else rows
 
-    def _pays(self, room: int) -> bool:
-        """Whether those that wait can enter, enough of them to read their prompts together."""
+    def _worth_prefill(self, room: int) -> bool:
+        """Whether there is room for waiting rollouts, and for enough of them to prefill their prompts together."""
         return room >= max(len(self.waiting[0][1]), min(self.rows // LEAVE, sum(len(r) for _, r in self.waiting)))
 
     def _enter(self, rows: Rows | None) -> Rows:
-        """Let as many rollouts in as there is room for, each prompt read once, and draw their first tokens."""
+        """Add as many rollouts as there is room for, prefill each prompt once, and sample their first tokens."""
         room = self.rows - (0 if rows is None else len(rows.rollout))
         entering: list[tuple[int, range]] = []
         while self.waiting and len(self.waiting[0][1]) <= room:
             entering.append(self.waiting.popleft())
             room -= len(entering[-1][1])
         device = self.uniforms.device
-        ids, mask = left_pad([self.prompts[prompt] for prompt, _ in entering], self.rules.pad, spare(device))
-        counts = torch.tensor([len(mine) for _, mine in entering], device=device)
+        ids, mask = left_pad([self.prompts[prompt] for prompt, _ in entering], self.rules.pad, extra_padding(device))
+        counts = torch.tensor([len(rollouts) for _, rollouts in entering], device=device)
         source = torch.arange(len(entering), device=device).repeat_interleave(counts)
-        rollout = torch.tensor([i for _, mine in entering for i in mine], device=device)
+        rollout = torch.tensor([i for _, rollouts in entering for i in rollouts], device=device)
         mask = mask.to(device)
-        logits = self.writer.read(ids.to(device), mask, source)
+        logits = self.model.prefill(ids.to(device), mask, source)
         start = torch.zeros_like(rollout)
         new = Rows(rollout, start, start, mask.sum(dim=1)[source] - 1, start == 0)
         new = self._choose(replace(new, position=new.position + 1), logits)
-        return new if rows is None or not len(rows.rollout) else rows.beside(new)
+        return new if rows is None or not len(rows.rollout) else rows.concat(new)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, more: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Drawing one id a row from logits: the inverse of the cumulative distribution, in two levels, one uniform a row."""
+"""Sampling of one id a row from logits: the inverse cumulative distribution in two levels, one uniform a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apportion.errors import ModelError
 
-BELOW_ONE = 1.0 - 2.0**-53  # the largest float64 below 1: times any sum it is below that sum
+BELOW_ONE = 1.0 - 2.0**-53  # the largest float64 below 1: its product with a sum is below the sum
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,15 +17,15 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
     The id is the first whose cumulative probability exceeds its row's uniform (float64, in [0,1)): sums of blocks of
     about √V ids choose a block, and the sums within it an id, both in float64. So one pass over V in float32 is enough,
-    and no id of probability 0 is ever drawn. A row whose logits are not numbers gives some id and the log-probability
-    NaN; `refuse_unlike_numbers` is for it.
+    and no id of probability 0 is ever sampled. A row with NaN logits gets an arbitrary id and log-probability NaN;
+    `check_logprobs` raises for it.
     """
     p = logits.softmax(dim=-1)
     size = 1 << math.ceil(math.log2(max(p.shape[1], 1)) / 2)
-    whole = p.shape[1] // size * size
-    sums = p[:, :whole].unflatten(1, (-1, size)).sum(dim=-1)
-    if whole < p.shape[1]:
-        sums = torch.cat([sums, p[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
+    covered = p.shape[1] // size * size
+    sums = p[:, :covered].unflatten(1, (-1, size)).sum(dim=-1)
+    if covered < p.shape[1]:
+        sums = torch.cat([sums, p[:, covered:].sum(dim=-1, keepdim=True)], dim=1)
     block, rest, total = _invert(sums.double(), uniforms[:, None])
     ids = block * size + torch.arange(size, device=p.device)  # (B,size), the last block's may lie beyond V
     inside = p.gather(1, ids.clamp_max(p.shape[1] - 1)).double().masked_fill(ids >= p.shape[1], 0.0)
@@ -35,9 +35,9 @@ def draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _invert(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (first place whose cumulative mass exceeds its uniform's share, what is left of the uniform, the sum).
+    """Return (first index whose cumulative mass exceeds its uniform's share, remainder of the uniform, the sum).
 
-    Shapes: mass (B,N) and uniforms (B,1) float64; all three (B,1). What is left is uniform in [0,1) again.
+    Shapes: mass (B,N) and uniforms (B,1) float64; all three (B,1). The remainder is uniform in [0,1).
     """
     cumulative = mass.cumsum(dim=1)
     total = cumulative[:, -1:].contiguous()
@@ -49,9 +49,9 @@ def _invert(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def allowed_(logits: Tensor, banned: Tensor, temperature: float) -> Tensor:
-    """Return what `Policy.allowed` does, float32 logits (B,V) over the temperature and −inf on `banned` (N,) ids.
+    """Return the result of `Policy.allowed`, float32 logits (B,V) over the temperature and −inf on `banned` (N,) ids.
 
-    The logits are overwritten where they are float32 already.
+    float32 logits are overwritten.
     """
     logits = logits.float()
     if temperature != 1.0:
@@ -59,11 +59,11 @@ def allowed_(logits: Tensor, banned: Tensor, temperature: float) -> Tensor:
     return logits.index_fill_(-1, banned, -torch.inf)
 
 
-def refuse_unlike_numbers(logprobs: Tensor, rollouts: Tensor) -> None:
-    """Raise ModelError for the first of the drawn tokens' log-probabilities (B,) that is no finite number.
+def check_logprobs(logprobs: Tensor, rollouts: Tensor) -> None:
+    """Raise ModelError if a sampled token's log-probability (B,) is not finite.
 
     Args:
-        rollouts: (B,) the number of each row's rollout, for the message.
+        rollouts: (B,) the rollout of each row, for the error.
     """
     bad = ~torch.isfinite(logprobs)
     if bad.any():

@@ -1,4 +1,4 @@
-"""The past of the rows in the batch as transformers' models see it: a cache over the buffers, or one of their own."""
+"""Adapters of the batch's key-value cache to transformers' cache classes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from apportion.generation.key_values import Buffers, Foreign, Pair
+from apportion.generation.key_values import KeyValueBuffers, ModelCache, Pair
 
 
 class BufferLayer(CacheLayerMixin):
-    """One layer of `Buffers` as transformers' models see it: `update` writes the new column and returns views.
+    """One layer of `KeyValueBuffers` as a transformers cache: `update` writes the new column and returns views.
 
-    A sliding window is left to the mask, which the models make from the columns.
+    A sliding window is applied by the mask, which the models build from the columns.
     """
 
     is_sliding = False
 
-    def __init__(self, buffers: Buffers, index: int) -> None:
-        super().__init__()
+    def __init__(self, buffers: KeyValueBuffers, index: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.buffers, self.index, self.is_initialized = buffers, index, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the buffers stand."""
+        """Do nothing: the buffers are allocated."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Write keys and values (B,H,1,D) to the newest column; return all columns (B,H,L,D) as views."""
@@ -33,7 +33,7 @@ class BufferLayer(CacheLayerMixin):
         return keys, values
 
     def get_seq_length(self) -> int:
-        """Return the columns before the newest, which is being computed."""
+        """Return the number of columns before the newest, which is being computed."""
         return self.buffers.used - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -45,19 +45,19 @@ class BufferLayer(CacheLayerMixin):
         return -1
 
 
-def past_of(model: Any, rows: int, longest: int) -> Buffers | Foreign:
-    """Return an empty past for `model`: buffers where every layer keeps keys and values of all or of a window."""
+def empty_past(model: Any, rows: int, longest: int) -> KeyValueBuffers | ModelCache:
+    """Return an empty cache for `model`: buffers where every layer caches the keys and values of all or of a window."""
     kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     chunked = "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
     plain = kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"} and not chunked
-    return Buffers(rows, longest) if plain else Foreign()
+    return KeyValueBuffers(rows, longest) if plain else ModelCache()
 
 
-def cache_over(buffers: Buffers) -> Cache:
-    """Return the cache through which a model writes one column to `buffers` a step."""
+def cache_over(buffers: KeyValueBuffers) -> Cache:
+    """Return the transformers cache through which a model writes one column to `buffers` a step."""
     return Cache([BufferLayer(buffers, i) for i in range(len(buffers.layers))])
 
 
-def empty_cache(model: Any, past: Buffers | Foreign) -> Cache:
-    """Return the cache for reading prompts: every column is kept where the past has buffers."""
-    return DynamicCache() if isinstance(past, Buffers) else DynamicCache(config=model.config)
+def empty_cache(model: Any, past: KeyValueBuffers | ModelCache) -> Cache:
+    """Return the transformers cache for the prefill: with buffers, one that keeps every column."""
+    return DynamicCache() if isinstance(past, KeyValueBuffers) else DynamicCache(config=model.config)

@@ -1,4 +1,4 @@
-"""One step of a Llama written out: few large products through packed weights instead of the model's own forward."""
+"""The decoding step of a Llama as few large products over packed weights, instead of the model's own forward."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from apportion.distributed.sharding import plain_class
-from apportion.generation.key_values import Buffers, Pair
+from apportion.generation.key_values import KeyValueBuffers, Pair
 from apportion.generation.step_model import StepModel
-from apportion.models.fast.linear import parts_of
+from apportion.models.fast.linear import linear_parts
 from apportion.models.fast.packed_weights import can_pack, pack, packed_product
 from apportion.models.policy import Policy
 
@@ -32,14 +32,14 @@ class Layer(NamedTuple):
 
 
 class LlamaStepModel(StepModel):
-    """Writes as `StepModel` does, with the steps of a Llama written out.
+    """A `StepModel` with the decoding step of a Llama written out.
 
-    The same operations on the same numbers as the model's eager attention, in about a third of the calls: query, key
-    and value are one product, gate and up another; 16-bit weights are packed for the processor's products; attention of
-    one query a row is two batched products over the buffers, without copies of shared key heads. Layers that are
-    neither plain nor plainly adapted are called as they are.
+    The same operations as the model's eager attention, in about a third of the calls: query, key and value are one
+    product, gate and up another; 16-bit weights are packed; attention of one query a row is two batched products over
+    the buffers, without copies of shared key heads. Layers that are neither plain nor plainly adapted run their own
+    `forward`.
 
-    Args: as `StepModel`'s.
+    Args: as `StepModel`.
     """
 
     def __init__(self, policy: Policy, model: Any, rows: int, longest: int) -> None:
@@ -68,7 +68,7 @@ class LlamaStepModel(StepModel):
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """See `StepModel.step`."""
         past = self.past
-        assert isinstance(past, Buffers)
+        assert isinstance(past, KeyValueBuffers)
         past.next_column()
         states = self.trunk.embed_tokens(tokens)  # (n,d)
         cos, sin = self.trunk.rotary_emb(states[:, None], position_ids=positions[:, None])  # (n,1,size)
@@ -84,23 +84,23 @@ class LlamaStepModel(StepModel):
         return self.head(self.trunk.norm(states))
 
     def _attend(self, inputs: Tensor, turn: Pair, bias: Tensor, pair: Pair) -> Tensor:
-        """Return what the heads say (n,H·D) of queries, keys and values (n,(H+2G)·D), which are written to `pair`."""
+        """Return the attention output (n,H·D) for projections (n,(H+2G)·D); keys and values are written to `pair`."""
         rows, groups, used = len(inputs), self.groups, self.past.used  # type: ignore[union-attr]
         size = pair[0].shape[-1]
         heads = inputs.view(rows, -1, size)
         qk = heads[:, : self.heads + groups]
         qk = qk * turn[0] + qk.roll(size // 2, dims=-1) * turn[1]
-        keys, values = pair[0][:rows], pair[1][:rows]  # (n,G,L,D), all columns: a view of some is copied by products
+        keys, values = pair[0][:rows], pair[1][:rows]  # (n,G,L,D), all columns: products would copy a view of some
         pair[0][:rows, :, used - 1] = qk[:, self.heads :]
         pair[1][:rows, :, used - 1] = heads[:, self.heads + groups :]
         return attend(qk[:, : self.heads].to(keys.dtype), keys, values, bias, self.scaling)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Return what the heads of one query a row say, (n,H·D), as eager attention computes it.
+    """Return the attention output of one query a row, (n,H·D), as eager attention computes it.
 
     Args:
-        query: (n,H,D); keys, values: (n,G,L,D), each for H/G heads; bias: (n,1,1,L), −inf on keys not to be seen.
+        query: (n,H,D); keys, values: (n,G,L,D), each for H/G heads; bias: (n,1,1,L), −inf on masked keys.
     """
     rows, groups, _, size = keys.shape
     query = query.reshape(rows * groups, -1, size)
@@ -111,12 +111,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: f
 
 
 def bare(model: Any) -> Any:
-    """Return the model without what wraps it for adapters."""
+    """Return the model without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_llama(model: Any) -> bool:
-    """Whether the steps of `model` are those written here: transformers' Llama itself, in evaluation mode."""
+    """Whether `model` is exactly transformers' Llama, in evaluation mode."""
     from transformers import LlamaForCausalLM
 
     base = bare(model)
@@ -124,29 +124,29 @@ def is_llama(model: Any) -> bool:
 
 
 def product(layers: list[nn.Module]) -> Product:
-    """Return the function x -> the layers' outputs beside each other.
+    """Return the function x -> the concatenated outputs of the layers.
 
-    Plain linear layers are one product. Their adapters are two thin ones, all together: x times every A, and that times
-    every B in a block of its own. They are not merged: rounded to 16 bit, the sum would lose most of what they say.
+    Plain linear layers are one product. Their adapters are two low-rank ones: x times every A, and that times every B
+    in a block of its own. They are not merged: the sum, rounded to 16 bit, would lose most of their contribution.
     """
-    parts = [parts_of(layer) for layer in layers]
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts):
+    parts = [linear_parts(layer) for layer in layers]
+    linear = [part for part in parts if part is not None]
+    if len(linear) < len(parts):
         return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
-    weight = torch.cat([part.weight.detach() for part in found]) if len(found) > 1 else found[0].weight.detach()
-    biases = [part.bias.detach() for part in found if part.bias is not None]
+    weight = torch.cat([part.weight.detach() for part in linear]) if len(linear) > 1 else linear[0].weight.detach()
+    biases = [part.bias.detach() for part in linear if part.bias is not None]
     base = plain_product(weight, torch.cat(biases).to(weight.dtype) if biases else None)
-    if all(part.down is None for part in found):
+    if all(part.down is None for part in linear):
         return base
     empty = weight.new_zeros(0, weight.shape[1])
-    downs = [empty if part.down is None else part.down.detach().to(weight.dtype) for part in found]
-    ups = [part.weight.new_zeros(len(part.weight), 0) if part.up is None else part.up.detach() for part in found]
+    downs = [empty if part.down is None else part.down.detach().to(weight.dtype) for part in linear]
+    ups = [part.weight.new_zeros(len(part.weight), 0) if part.up is None else part.up.detach() for part in linear]
     down, up = torch.cat(downs).T, torch.block_diag(*ups).to(weight.dtype).T.contiguous()
     return lambda x: base(x).addmm_(x @ down, up)
 
 
 def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
-    """Return the function x -> x·weightᵀ + bias, packed where that is quicker."""
+    """Return the function x -> x·weightᵀ + bias, packed where supported."""
     if can_pack(weight):
         packed = pack(weight)
         return lambda x: packed_product(x, packed, bias)

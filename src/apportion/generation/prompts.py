@@ -1,4 +1,4 @@
-"""Prompts of a run: read, tokenised, checked against the context, and dealt out in a seeded order."""
+"""Prompts of a run: loaded, tokenised, checked against the context, and served in a seeded order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apportion.errors import ConfigError, DataError
 def load_prompts(source: str, part: str, bad: BadRows | None = None) -> list[Any]:
     """Return prompts: texts, or conversations as lists of {role, content}; `part` is for the built-in set only.
 
-    `bad` is where rows that cannot be used are written down; None makes the first of them an error.
+    `bad` records invalid rows; None makes the first of them an error.
     """
     from apportion.data import prompts
 
@@ -25,7 +25,7 @@ def load_prompts(source: str, part: str, bad: BadRows | None = None) -> list[Any
 def tokenize(
     texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int, context: int
 ) -> list[list[int]]:
-    """Return prompts as ids: the chat template for conversations, cut to a seeded number of first tokens if asked.
+    """Return prompts as ids: the chat template for conversations; truncated to a seeded number of tokens if configured.
 
     Raises:
         DataError: a prompt is empty, or longer than the limit or the model's context allows; it names the row.
@@ -45,7 +45,7 @@ def tokenize(
 
 
 def encoded(texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int) -> list[list[int]]:
-    """Return prompts as `tokenize` does, of whatever length they are."""
+    """Return prompts as `tokenize` does, without a check of their length."""
     rows = [_ids(text, tokenizer, sampling) for text in texts]
     if sampling.prompt_tokens is None:
         return rows
@@ -58,9 +58,9 @@ def encoded(texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed
 def conversations(
     texts: Sequence[Any], rows: Sequence[Sequence[int]], sampling: SamplingConfig
 ) -> dict[tuple[int, ...], list[dict[str, Any]]]:
-    """Return the turns of prompts that are whole conversations, by their ids (`tokenize`'s `rows`).
+    """Return the turns of prompts that are conversations, by their ids (`rows` of `tokenize`).
 
-    A conversation that is cut to its first tokens is no conversation any more, but a text.
+    A conversation that is truncated to its first tokens is treated as text.
     """
     if sampling.prompt_tokens is not None:
         return {}
@@ -78,14 +78,16 @@ def _ids(text: Any, tokenizer: Any, sampling: SamplingConfig) -> list[int]:
 def _conversation(turns: Any, tokenizer: Any) -> list[int]:
     try:
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-    except Exception as error:  # a template is a program of the model's: whatever it raises is said
+    except Exception as error:  # a template is a program that may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "Give prompts as text, or use a policy whose tokenizer has a chat template for such turns."
-        raise DataError("prompts", f"a conversation ({reason})", "one that the policy reads", fix) from error
+        raise DataError(
+            "prompts", f"a conversation ({reason})", "one that the policy's chat template renders", fix
+        ) from error
 
 
 class PromptStream:
-    """Deals prompts out in an order that depends on the seed and the step only, so that resuming needs no state."""
+    """Serves prompts in an order that depends only on the seed and the step, so that a resume needs no state."""
 
     def __init__(self, texts: Sequence[Any], tokenizer: Any, sampling: SamplingConfig, seed: int, context: int) -> None:
         self.seed = seed

@@ -1,27 +1,20 @@
-"""Plain sampling with a key-value cache, log-probabilities collected while sampling."""
+"""Plain sampling with a key-value cache; log-probabilities are recorded while sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apportion.config.sections import SamplingConfig
-from apportion.generation.decode import Decoder, Rules, left_pad
+from apportion.generation.decode import Decoder, SamplingRules, left_pad
 from apportion.generation.llama import LlamaStepModel, is_llama
 from apportion.generation.step_model import StepModel
+from apportion.models.fast import has_fast_kernels
 from apportion.models.policy import Policy
 from apportion.types import Rollouts
-
-
-class Sampler(Protocol):
-    """Prompts to rollouts: anything that returns unscored `Rollouts` for token-id prompts can take this place."""
-
-    def __call__(
-        self, policy: Policy, prompts: Sequence[Sequence[int]], config: SamplingConfig, generator: torch.Generator
-    ) -> Rollouts: ...
 
 
 @torch.no_grad()
@@ -36,18 +29,18 @@ def sample(
 ) -> Rollouts:
     """Return rollouts of `prompts` (lists of ids), `samples_per_prompt` each, grouped by prompt.
 
-    Every processor of `generate` is off: tokens come from softmax(logits/temperature) without the banned ids. With
-    stop="eos" a row ends at its first EOS, which is on the mask; `ended` is True on rows that wrote one. Each prompt is
-    read once for all its samples; rows that have ended leave the batch, and with `config.rows` others enter.
+    Tokens are sampled from softmax(logits/temperature) without the banned ids, without top-k, top-p or any other
+    processor. With stop="eos" a row ends at its first EOS, which is on the mask; `ended` is True on such rows. Each
+    prompt is prefilled once for all its samples; finished rows leave the batch, and with `config.rows` others enter.
 
     Args:
         generator: the only source of randomness: one uniform a rollout and token, drawn before the first token, so that
-            a rollout does not depend on the rows that it shares the batch with.
-        model: sample from this model instead of the policy's (its reference, say).
-        uniforms: (B,max_new_tokens) float64 in [0, 1) to draw with; the generator is then left alone.
+            a rollout does not depend on the other rows of the batch.
+        model: sample from this model instead of the policy's, such as its reference.
+        uniforms: (B,max_new_tokens) float64 in [0, 1) to sample with, instead of the generator.
 
     Raises:
-        ModelError: a log-probability is not a finite number.
+        ModelError: a log-probability is not finite.
     """
     device, copies = policy.device, config.samples_per_prompt or 1
     total = len(prompts) * copies
@@ -55,10 +48,11 @@ def sample(
         uniforms = draw_uniforms(total, config.max_new_tokens, generator)
     eos = policy.tokenizer.eos_token_id if config.stop == "eos" else None
     pad = policy.tokenizer.pad_token_id
-    rules = Rules(torch.tensor(policy.banned, dtype=torch.int64, device=device), policy.temperature, eos, pad)
+    rules = SamplingRules(torch.tensor(policy.banned, dtype=torch.int64, device=device), policy.temperature, eos, pad)
     rows = min(total, config.rows or total)
-    writer = pick_writer(policy, policy.model if model is None else model, rows, prompts, config.max_new_tokens)
-    tokens, logprobs, mask = Decoder(writer, prompts, copies, rows, rules, uniforms.to(device)).run()
+    longest = max(len(p) for p in prompts) + config.max_new_tokens
+    step_model = make_step_model(policy, policy.model if model is None else model, rows, longest)
+    tokens, logprobs, mask = Decoder(step_model, prompts, copies, rows, rules, uniforms.to(device)).run()
     ids, seen = left_pad([p for p in prompts for _ in range(copies)], pad)
     return Rollouts(
         prompt_ids=ids.to(device),
@@ -72,11 +66,11 @@ def sample(
 
 
 def draw_uniforms(rollouts: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Return what a batch is drawn with, (rollouts,tokens) float64 in [0, 1)."""
+    """Return the random numbers of a batch, (rollouts,tokens) float64 in [0, 1)."""
     return torch.rand(rollouts, tokens, dtype=torch.float64, generator=generator, device=generator.device)
 
 
-def pick_writer(policy: Policy, model: Any, rows: int, prompts: Sequence[Sequence[int]], new: int) -> StepModel:
-    """Return how `model` writes: a Llama by steps written out, every other by its own forward."""
-    kind = LlamaStepModel if is_llama(model) else StepModel
-    return kind(policy, model, rows, max(len(p) for p in prompts) + new)
+def make_step_model(policy: Policy, model: Any, rows: int, longest: int) -> StepModel:
+    """Return the decoding steps of `model`: a Llama's written out where it has fast kernels, else its own forward."""
+    kind = LlamaStepModel if has_fast_kernels(model) and is_llama(model) else StepModel
+    return kind(policy, model, rows, longest)

@@ -1,4 +1,4 @@
-"""How a model writes: it reads prompts, then one token of every row at a time, as any transformers model can."""
+"""Prefill and decoding steps of a batch by any transformers model's own forward."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.generation.key_values import Buffers
+from apportion.generation.key_values import KeyValueBuffers
 from apportion.models.policy import Policy, contiguous_head
 
 
 class StepModel:
-    """A model that writes by its own forward, with the past of the rows in the batch.
+    """A causal language model with the key-value cache of the rows in the batch.
 
     Args:
-        policy: whose model or reference it is.
+        policy: the policy that the model or reference belongs to.
         model: the causal language model.
-        rows: most rows at a time.
-        longest: most tokens of a prompt and its response.
+        rows: largest number of rows.
+        longest: largest number of tokens of a prompt and its response.
     """
 
     def __init__(self, policy: Policy, model: Any, rows: int, longest: int) -> None:
-        from apportion.generation.hf_cache import past_of
+        from apportion.generation.hf_cache import empty_past
 
         self.policy, self.model = policy, model
-        self.past = past_of(model, rows, longest)
+        self.past = empty_past(model, rows, longest)
         self.cache: Any = None
 
-    def read(self, ids: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-        """Read prompts (N,W), left-padded; row i of those that enter has read prompt source[i]. Return logits (n,V)."""
+    def prefill(self, ids: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+        """Compute prompts (N,W), left-padded; add rows, row i with prompt source[i] (n,). Return their logits (n,V)."""
         from apportion.generation.hf_cache import empty_cache
 
         cache = empty_cache(self.model, self.past)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         logits = self._forward(ids, mask, positions, cache)
-        self.past.enter(cache, mask, source)
+        self.past.add_rows(cache, mask, source)
         return logits[source]
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Read one token of every row (n,) at its position (n,); return the logits of the next (n,V)."""
+        """Compute one token of every row (n,) at its position (n,); return the logits of the next (n,V)."""
         from apportion.generation.hf_cache import cache_over
 
         self.past.next_column()
-        if isinstance(self.past, Buffers):
+        if isinstance(self.past, KeyValueBuffers):
             self.cache = cache_over(self.past) if self.cache is None else self.cache
             mask, cache = self.past.seen[: self.past.rows, : self.past.used], self.cache
         else:
@@ -64,10 +64,10 @@ class StepModel:
         return logits
 
 
-def spare(device: torch.device) -> int:
-    """Return how many columns that nobody sees stand before the prompts: one on a CPU.
+def extra_padding(device: torch.device) -> int:
+    """Return the number of masked columns before the prompts: one on a CPU.
 
-    Without any padding transformers gives sdpa no mask, and there grouped queries then take a kernel that needs 96 ms a
-    step where the one with a mask needs 60 (SmolLM2-135M, 64 rows).
+    Without any padding transformers passes sdpa no mask, and grouped queries then use a kernel that takes 96 ms a step
+    on a CPU instead of 60 (SmolLM2-135M, 64 rows).
     """
     return 1 if device.type == "cpu" else 0

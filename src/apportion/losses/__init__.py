@@ -1,4 +1,4 @@
-"""How do advantages become a gradient? Losses as sums over a batch; the caller divides by the declared denominator."""
+"""Policy and value losses: sums over a batch, which the caller divides by the declared denominator."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 from apportion import registry
 from apportion.errors import ConfigError
-from apportion.losses._ratios import Sums
+from apportion.losses._ratios import Sums, entropy_of
 from apportion.losses.cispo import cispo
 from apportion.losses.dapo import dapo, overlong_penalty
 from apportion.losses.dr_grpo import dr_grpo
-from apportion.losses.entropy import entropy_of
 from apportion.losses.grpo import grpo
 from apportion.losses.gspo import gspo
 from apportion.losses.ppo import clipped_policy, ppo
@@ -56,11 +55,11 @@ def build(specs: list[tuple[str, dict[str, Any]]]) -> PolicyLoss:
     """Return the policy loss of exactly one (name, keyword arguments) pair.
 
     Raises:
-        ConfigError: several, an unknown name or key, a value out of range, or a function that returns something else.
+        ConfigError: several, an unknown name or key, a value out of range, or a function that returns no PolicyLoss.
     """
     name, kwargs = registry.single("loss", specs)
-    made = registry.call("loss", name, find(name), kwargs)
-    if not isinstance(made, PolicyLoss):
+    loss = registry.call("loss", name, find(name), kwargs)
+    if not isinstance(loss, PolicyLoss):
         fix = "Return apportion.types.PolicyLoss(terms, denominator, ratio, needs)."
-        raise ConfigError("loss", f"{name}, which returned a {type(made).__name__}", "a PolicyLoss", fix)
-    return made
+        raise ConfigError("loss", f"{name}, which returned a {type(loss).__name__}", "a PolicyLoss", fix)
+    return loss

@@ -1,4 +1,4 @@
-"""What every policy loss shares: ratios from log-probabilities, the pessimistic clip, statistics, and what counts."""
+"""Shared parts of policy losses: importance ratios, the clipped surrogate, statistics and denominators."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from apportion.errors import ConfigError, DataError
+from apportion.errors import check_number
 from apportion.masking import segment_sum
 from apportion.types import Rollouts
 
@@ -18,39 +18,39 @@ Sums = dict[str, Tensor]
 LIMIT = 20.0
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return `x` in float32, or in float64 if it came so."""
+def upcast(x: Tensor) -> Tensor:
+    """Return `x` in float32, or as it is in float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def log_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Return log π − log π_old of each token (B,T), nats, exactly 0 off the mask whatever stands there."""
-    return torch.where(mask, wide(logprobs) - wide(old_logprobs), 0.0)
+    """Return log π − log π_old of each token (B,T), nats, exactly 0 off the mask."""
+    return torch.where(mask, upcast(logprobs) - upcast(old_logprobs), 0.0)
 
 
 def limited_exp(log_ratio: Tensor) -> Tensor:
-    """Return exp(log_ratio) with its argument limited to ±LIMIT."""
+    """Return exp(log_ratio) with its argument clamped to ±LIMIT."""
     return log_ratio.clamp(-LIMIT, LIMIT).exp()
 
 
-def pessimistic(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Return (max(−A·ρ, −A·clip(ρ, 1−low, 1+high)), where the clip is active): PPO's term, eq. 7 of 1707.06347."""
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Return (max(−A·ρ, −A·clip(ρ, 1−low, 1+high)), where the clip is active), eq. 7 of PPO (1707.06347)."""
     plain, limited = -advantages * ratio, -advantages * ratio.clamp(1.0 - low, 1.0 + high)
     return torch.maximum(plain, limited), (limited > plain).detach()
 
 
 @torch.no_grad()
 def statistics(log_ratio: Tensor, used: Tensor, clipped: Tensor, mask: Tensor) -> Sums:
-    """Return sums over tokens of what every policy loss tells.
+    """Return the statistics of every policy loss as sums over tokens.
 
     Args:
-        log_ratio: (B,T) of each token alone, as `log_ratios` gives it.
+        log_ratio: (B,T) each token's own, from `log_ratios`.
         used: (B,T) the log-ratio that the loss used at each token: its own, its action's or its sequence's.
         clipped: (B,T) bool, where the clip is active; spread over the tokens that share a ratio.
 
     "policy/approxkl" is k3 of each token's own ratio, (ρ−1)−log ρ in nats, so that it means the same under every loss.
-    "val/ratio" is the ratio that the loss used, "policy/clipfrac" the tokens where the clip held, and
-    "policy/ratio_limited" those whose log-ratio was cut to ±LIMIT before exp.
+    "val/ratio" is the ratio that the loss used, "policy/clipfrac" the tokens where the clip was active, and
+    "policy/ratio_limited" those whose log-ratio was clamped to ±LIMIT before exp.
     """
     zero = torch.zeros_like(log_ratio)
     return {
@@ -69,11 +69,8 @@ def reference_kl(logprobs: Tensor, rollouts: Rollouts, mask: Tensor) -> Tensor:
     Raises:
         DataError: evidence "reference_logprobs" absent.
     """
-    if "reference_logprobs" not in rollouts.evidence:
-        got = sorted(rollouts.evidence) or "no evidence"
-        fix = "Score the rollouts with the reference model, or use kl_coef: 0."
-        raise DataError("evidence['reference_logprobs']", got, "a (B,T) tensor of log-probabilities", fix)
-    gap = log_ratios(rollouts.evidence["reference_logprobs"], logprobs, mask)
+    fix = "Score the rollouts with the reference model, or use kl_coef: 0."
+    gap = log_ratios(rollouts.require("reference_logprobs", fix), logprobs, mask)
     return torch.where(mask, limited_exp(gap) - 1.0 - gap, 0.0)
 
 
@@ -88,13 +85,19 @@ def actions(mask: Tensor, segments: Tensor) -> Tensor:
 
 
 def sequences(mask: Tensor, segments: Tensor) -> Tensor:
-    """Return the number of rows with a token on `mask` (B,T), a float32 scalar; other rows count nothing."""
+    """Return the number of rows with a token on `mask` (B,T), a float32 scalar; other rows do not count."""
     return mask.any(dim=1).sum().float()
 
 
 def on_mask(segments: Tensor, mask: Tensor) -> Tensor:
     """Return `segments` (B,T) with −1 wherever `mask` is False."""
     return torch.where(mask & (segments >= 0), segments, -1)
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """Return the entropy in nats of softmax(logits) (…,V) -> (…); −inf logits have no mass."""
+    logp = logits.log_softmax(dim=-1)
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(dim=-1)
 
 
 def row_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -110,7 +113,4 @@ def action_mean(x: Tensor, ids: Tensor) -> Tensor:
 
 def check_clip(field: str, value: float, most: float = math.inf) -> float:
     """Return `value` if it is a number in [0, most]; raise ConfigError that names `field` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= most:
-        expected = "a number >= 0" if most == math.inf else f"a number in [0, {most:g}]"
-        raise ConfigError(field, value, expected, "0.2 is usual for token ratios.")
-    return float(value)
+    return check_number(field, value, 0.0, "0.2 is usual for token ratios.", most=most)

@@ -1,18 +1,18 @@
-"""CISPO: the importance weight is clipped and detached, so that every token keeps its gradient."""
+"""CISPO: a clipped and detached importance weight, so that every token keeps its gradient."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from apportion.losses._ratios import Sums, check_clip, limited_exp, log_ratios, statistics, tokens, wide
+from apportion.losses._ratios import Sums, check_clip, limited_exp, log_ratios, statistics, tokens, upcast
 from apportion.types import PolicyLoss, Rollouts
 
 
 def cispo(clip_low: float = 1.0, clip_high: float = 4.0) -> PolicyLoss:
     """Return CISPO's loss, −sg[clip(ρ, 1−ε_low, 1+ε_high)]·A·log π a token, over all tokens of the batch, without KL.
 
-    PPO drops the gradient of a token whose ratio has left the clip; this one only bounds its weight.
+    PPO drops the gradient of a token whose ratio is outside the clip range; CISPO only bounds its weight.
 
     Args:
         clip_low: ε_low in [0, 1]. The paper sets no lower bound, which is 1 here.
@@ -24,8 +24,8 @@ def cispo(clip_low: float = 1.0, clip_high: float = 4.0) -> PolicyLoss:
     Raises:
         ConfigError: a bound outside its range.
 
-    Assumes: a rare token's gradient is worth keeping after its ratio has moved.
-    Use it when few tokens decide and PPO's clip silences them.
+    Assumes: the gradient of a rare token is useful even after its ratio has moved.
+    Use it when few tokens are decisive and PPO's clip removes their gradient.
     """
     check_clip("cispo.clip_low", clip_low, 1.0)
     check_clip("cispo.clip_high", clip_high)
@@ -36,7 +36,7 @@ def cispo(clip_low: float = 1.0, clip_high: float = 4.0) -> PolicyLoss:
         log_ratio = log_ratios(logprobs, rollouts.old_logprobs, mask)
         ratio = limited_exp(log_ratio).detach()
         weight = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-        logprobs, advantages = (torch.where(mask, wide(x), 0.0) for x in (logprobs, advantages))
+        logprobs, advantages = (torch.where(mask, upcast(x), 0.0) for x in (logprobs, advantages))
         loss = -(weight * advantages * logprobs).sum()
         return loss, statistics(log_ratio, log_ratio, weight != ratio, mask)
 

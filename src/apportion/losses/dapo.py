@@ -1,4 +1,4 @@
-"""DAPO: the clip leaves more room upwards, every token weighs the same, and a ramp punishes overlong responses."""
+"""DAPO: an asymmetric clip, equal weight of every token, and a soft penalty on overlong responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def dapo(clip_low: float = 0.2, clip_high: float = 0.28) -> PolicyLoss:
 
     Args:
         clip_low: ε_low in [0, 1].
-        clip_high: ε_high >= 0; above ε_low it lets unlikely tokens grow.
+        clip_high: ε_high >= 0; above ε_low it lets the probability of unlikely tokens grow.
 
     Denominator: tokens. The overlong ramp is `overlong_penalty`, a part of the reward. Source: Yu et al. 2025
     (arXiv 2503.14476) eq. 8.
@@ -23,7 +23,7 @@ def dapo(clip_low: float = 0.2, clip_high: float = 0.28) -> PolicyLoss:
     Raises:
         ConfigError: a bound outside its range.
 
-    Assumes: unlikely tokens should be able to grow.
+    Assumes: the probability of unlikely tokens should be able to grow.
     Use it when entropy falls too fast under a symmetric clip.
     """
     check_clip("dapo.clip_low", clip_low, 1.0)
@@ -38,9 +38,9 @@ def dapo(clip_low: float = 0.2, clip_high: float = 0.28) -> PolicyLoss:
 
 
 def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
-    """Return what to add to the score of responses of `lengths` (B,) tokens, (B,) float32 in [−1, 0].
+    """Return the penalty to add to the scores of responses of `lengths` (B,) tokens, (B,) float32 in [−1, 0].
 
-    0 up to `limit` − `buffer` tokens, then a straight ramp down to −1 at `limit`, and −1 beyond.
+    0 up to `limit` − `buffer` tokens, then a linear ramp down to −1 at `limit`, and −1 beyond.
     Source: Yu et al. 2025 (arXiv 2503.14476) eq. 13, with L_max = `limit` and L_cache = `buffer`.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Dr. GRPO: GRPO without its bias towards long responses: every sequence's sum is divided by one constant."""
+"""Dr. GRPO: GRPO without its length bias, with one constant denominator for every sequence."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from apportion.errors import ConfigError
+from apportion.errors import check_whole
 from apportion.losses._ratios import Sums, check_clip, sequences
 from apportion.losses.grpo import reference_needs, token_terms
 from apportion.types import PolicyLoss, Rollouts
@@ -13,7 +13,7 @@ from apportion.types import PolicyLoss, Rollouts
 def dr_grpo(clip: float = 0.2, kl_coef: float = 0.0, length: int | None = None) -> PolicyLoss:
     """Return Dr. GRPO's loss: GRPO's token terms summed over a sequence and divided by a constant, not by its length.
 
-    Every token weighs the same whatever its response's length. Use it with `group_relative(std=False)`.
+    Every token has the same weight, whatever the length of its response. Use it with `group_relative(std=False)`.
 
     Args:
         clip: ε in [0, 1].
@@ -28,14 +28,13 @@ def dr_grpo(clip: float = 0.2, kl_coef: float = 0.0, length: int | None = None) 
     Raises:
         ConfigError: a setting outside its range.
 
-    Assumes: every token weighs the same, however long its response.
-    Use it when responses may grow: it takes no length for free.
+    Assumes: every token has the same weight, however long its response.
+    Use it when responses may grow: it gives no advantage to length.
     """
     check_clip("dr_grpo.clip", clip, 1.0)
     check_clip("dr_grpo.kl_coef", kl_coef)
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        fix = "Use the largest number of new tokens, sampling.max_new_tokens."
-        raise ConfigError("dr_grpo.length", length, "a whole number >= 1, or null", fix)
+    if length is not None:
+        check_whole("dr_grpo.length", length, 1, "Use the largest number of new tokens, sampling.max_new_tokens.")
     constant = 1.0 if length is None else float(length)
 
     def terms(

@@ -1,4 +1,4 @@
-"""GSPO: one importance ratio a sequence, normalised by its length; and its token form."""
+"""GSPO: one length-normalised importance ratio a sequence, and its token form."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from apportion.losses._ratios import (
     Sums,
     check_clip,
+    clipped_surrogate,
     limited_exp,
     log_ratios,
-    pessimistic,
     row_mean,
     sequences,
     statistics,
-    wide,
+    upcast,
 )
 from apportion.types import PolicyLoss, Rollouts
 
@@ -29,14 +29,14 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4, token: bool = False) -
             values and gradients are the plain form's where a row's advantages agree.
 
     The plain form has one advantage a sequence, the mean of its tokens': token credit would be averaged away, so it
-    belongs to the token form. That one therefore declares `ratio` "token", though its value covers the sequence.
+    belongs to the token form, which therefore declares `ratio` "token", though its value covers the sequence.
 
     Denominator: sequences with a token on the mask. Source: Zheng et al. 2025 (arXiv 2507.18071) eq. 5–7 and 13–14.
 
     Raises:
         ConfigError: a bound outside its range.
 
-    Assumes: the reward judges the response, so its ratio should.
+    Assumes: the reward judges the whole response, so the ratio should cover it.
     Use it for: mixture-of-experts policies, or a sampler whose numerics differ from the trainer's.
     """
     check_clip("gspo.clip_low", clip_low, 1.0)
@@ -46,17 +46,17 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4, token: bool = False) -
         logprobs: Tensor, rollouts: Rollouts, advantages: Tensor, mask: Tensor, segments: Tensor
     ) -> tuple[Tensor, Sums]:
         own = log_ratios(logprobs, rollouts.old_logprobs, mask)
-        advantages = torch.where(mask, wide(advantages), 0.0)
-        together = row_mean(own, mask)  # (B,1)
+        advantages = torch.where(mask, upcast(advantages), 0.0)
+        joint = row_mean(own, mask)  # (B,1)
         if token:
-            # worth 0 with the gradient of log π: the sequence's value, the token's direction
-            used = together.detach() + (own - own.detach())
-            each, clipped = pessimistic(limited_exp(used), advantages, clip_low, clip_high)
+            # value of the sequence ratio, gradient of the token's log π
+            used = joint.detach() + (own - own.detach())
+            each, clipped = clipped_surrogate(limited_exp(used), advantages, clip_low, clip_high)
             total = row_mean(torch.where(mask, each, 0.0), mask).sum()
         else:
-            each, clipped = pessimistic(limited_exp(together), row_mean(advantages, mask), clip_low, clip_high)
-            total = each.sum()  # a row without tokens has advantage 0 and adds 0
+            each, clipped = clipped_surrogate(limited_exp(joint), row_mean(advantages, mask), clip_low, clip_high)
+            total = each.sum()  # a row without tokens has advantage 0
         shape = mask.shape
-        return total, statistics(own, together.detach().expand(shape), clipped.expand(shape), mask)
+        return total, statistics(own, joint.detach().expand(shape), clipped.expand(shape), mask)
 
     return PolicyLoss(terms, sequences, "token" if token else "sequence")

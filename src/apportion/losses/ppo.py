@@ -11,13 +11,13 @@ from apportion.losses._ratios import (
     action_mean,
     actions,
     check_clip,
+    clipped_surrogate,
     limited_exp,
     log_ratios,
     on_mask,
-    pessimistic,
     statistics,
     tokens,
-    wide,
+    upcast,
 )
 from apportion.masking import segment_sum, spread
 from apportion.types import PolicyLoss, Rollouts
@@ -36,14 +36,14 @@ def ppo(clip: float = 0.2, ratio: str = "token") -> PolicyLoss:
             product of n ratios leaves 1±ε about n times sooner than one, so compare the two at equal clip fraction.
 
     With actions of one token the two are equal; with `whole_response` the second has one ratio a sequence. Log-ratios
-    are limited to ±20 before exp and the tokens concerned counted in "policy/ratio_limited".
+    are clamped to ±20 before exp and the affected tokens counted in "policy/ratio_limited".
 
     Raises:
         ConfigError: `clip` or `ratio` outside its range.
 
     Sources: Schulman et al. 2017 (arXiv 1707.06347) eq. 7; Chai et al. 2024 (arXiv 2410.02743) for actions.
 
-    Assumes: a step that moves a token's probability by more than ε is not to be trusted.
+    Assumes: the surrogate is unreliable where a token's probability has moved by more than ε.
     Use it for: the default, with several epochs a batch.
     """
     check_clip("ppo.clip", clip, 1.0)
@@ -60,9 +60,9 @@ def ppo(clip: float = 0.2, ratio: str = "token") -> PolicyLoss:
     ) -> tuple[Tensor, Sums]:
         ids = on_mask(segments, mask)
         own = log_ratios(logprobs, rollouts.old_logprobs, mask)
-        together = segment_sum(own, ids)  # (B,S); an action without tokens has ratio 1 and advantage 0
-        terms, clipped = pessimistic(limited_exp(together), action_mean(wide(advantages), ids), clip, clip)
-        used = spread(together.detach(), ids)
+        joint = segment_sum(own, ids)  # (B,S); an action without tokens has ratio 1 and advantage 0
+        terms, clipped = clipped_surrogate(limited_exp(joint), action_mean(upcast(advantages), ids), clip, clip)
+        used = spread(joint.detach(), ids)
         return terms.sum(), statistics(own, used, spread(clipped.float(), ids) > 0, mask)
 
     if ratio == "token":
@@ -75,7 +75,7 @@ def clipped_policy(
 ) -> tuple[Tensor, Sums]:
     """Return (sum over tokens of max(−A·ρ, −A·clip(ρ, 1±ε)), statistics as sums over tokens).
 
-    ρ = exp(log π − log π_old) a token; all tensors (B,T), advantages already whitened or not as the caller chose.
+    ρ = exp(log π − log π_old) a token; all tensors (B,T); advantages are used as given, whitened or not.
     Masked positions have ratio exactly 1 and add 0. Statistics: "policy/approxkl" (k3, nats), "policy/clipfrac",
     "policy/ratio_limited", "val/ratio". Denominator: tokens. Source: Schulman et al. 2017 (arXiv 1707.06347) eq. 7.
     """
@@ -87,5 +87,5 @@ def clipped_tokens(
 ) -> tuple[Tensor, Sums]:
     """Return `clipped_policy` with its own bounds below and above 1."""
     log_ratio = log_ratios(logprobs, old_logprobs, mask)
-    terms, clipped = pessimistic(limited_exp(log_ratio), torch.where(mask, wide(advantages), 0.0), low, high)
+    terms, clipped = clipped_surrogate(limited_exp(log_ratio), torch.where(mask, upcast(advantages), 0.0), low, high)
     return torch.where(mask, terms, 0.0).sum(), statistics(log_ratio, log_ratio, clipped, mask)

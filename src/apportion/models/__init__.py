@@ -1,4 +1,4 @@
-"""Policies, reward models and what is read out of them."""
+"""Policies, reward models, and the attention weights of their forward passes."""
 
 from apportion.models.attention.row import AttentionTap, attention_row
 

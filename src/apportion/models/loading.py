@@ -1,4 +1,4 @@
-"""From a name, a folder or a hub id to a model and a tokenizer that are fit for their role."""
+"""Loading of models and tokenizers from a name, a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -17,24 +17,32 @@ from safetensors.torch import load_file
 from torch import nn
 
 from apportion.errors import ModelError
-from apportion.models.fast.linear import quicken
-from apportion.models.fast.norms import lean
+from apportion.models.fast import use_fast_kernels
 from apportion.system import cpu
 from apportion.system.paths import local_path
 
-# what transformers, peft and safetensors raise of a folder that is not what they expect
-UNFIT = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
+# errors of transformers, peft and safetensors for a damaged or unsuitable folder
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+)
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 ADAPTER = "adapter_model.safetensors"
-MEND = "Check the folder or id, and save it again if it is damaged; a hub id needs the network or a cached copy."
-# code that lies in a model's folder is never run; unset, transformers would ask on the terminal whether it should be
+FIX = "Check the folder or id, and save it again if it is damaged; a hub id needs the network or a cached copy."
+# code in a model's folder is never run; with the default, transformers would ask on the terminal
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 NO_SDPA = "does not support an attention implementation through torch.nn.functional.scaled_dot_product_attention"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def locate(field: str, name: str) -> str:
-    """Return what the Auto classes can load for `name`: a folder that holds a model, or a hub id. Loads nothing.
+    """Return the model folder or hub id of `name`, which the Auto classes can load. Loads nothing.
 
     Raises:
         ModelError: the folder is absent, has no config.json or no safetensors weights, or the name is none of these.
@@ -44,7 +52,7 @@ def locate(field: str, name: str) -> str:
     if name in BUILTIN_MODELS:
         return str(builtin_model(name))
     path = local_path(name, field, ModelError)
-    if name.strip() and os.path.isdir(path):  # unlike Path's, it says no where it may not look
+    if name.strip() and os.path.isdir(path):  # unlike Path.is_dir, it is False without permission
         _check_folder(field, path)
         return str(path)
     expected = f"a built-in name ({', '.join(BUILTIN_MODELS)}), a model folder, or a hub id such as owner/name"
@@ -68,14 +76,14 @@ def _check_folder(field: str, path: Path) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device: `auto` is the GPU if there is one. Raises ModelError when cuda is asked for and absent."""
+    """Return the device: `auto` is the GPU if there is one. Raises ModelError when cuda is requested and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("device", name, "cpu or auto", "This PyTorch sees no GPU.")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype: `auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    """Return the dtype: `auto` is bfloat16 where the device has native products of it, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
@@ -84,7 +92,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are native on `device` (AVX512-BF16 or AMX on a CPU)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
 
@@ -92,19 +100,19 @@ def has_bfloat16(device: torch.device) -> bool:
 SHORT = 256  # tokens
 
 
-def quick_attention(model: Any, device: torch.device, longest: int) -> None:
-    """Let `model`, to be trained on at most `longest` tokens, use the attention that is quickest to train.
+def use_fastest_attention(model: Any, device: torch.device, longest: int) -> None:
+    """Set the attention implementation that trains `model` fastest on at most `longest` tokens.
 
-    On a CPU the backward of sdpa costs more than the rest of a layer's for short sequences: a step of 16 × 40 tokens of
+    On a CPU the backward of sdpa costs more than the rest of a layer for short sequences: a step of 16 × 40 tokens of
     a 135M model takes 0.99 s with it and 0.65 s with eager attention, 4 × 256 take 1.32 s and 1.16 s. Eager attention
-    keeps (T,T) weights for its backward, so longer sequences stay with sdpa.
+    saves (T,T) weights for its backward, so longer sequences use sdpa.
     """
     if device.type == "cpu" and longest <= SHORT and hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")
 
 
 def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any:
-    """Return the tokenizer in `folder` (or hub id), with a pad token of its own, distinct from EOS.
+    """Return the tokenizer in `folder` (or hub id), with a pad token distinct from EOS.
 
     Raises:
         ModelError: there is none, it has no EOS, or its pad token is absent or equal to EOS.
@@ -113,43 +121,43 @@ def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any
 
 
 def read_tokenizer(field: str, folder: str) -> Any:
-    """Return the tokenizer in `folder` (or hub id) as it is stored. Raises ModelError when there is none."""
+    """Return the tokenizer in `folder` (or hub id) as stored. Raises ModelError when there is none."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
         _check_templates(tokenizer.chat_template)
         return tokenizer
-    except Exception as error:  # the tokenizers library raises bare ones; each ends as one ModelError
-        raise ModelError(field, _said(folder, error), "a folder or hub id with a tokenizer", MEND) from error
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise ModelError(field, _with_reason(folder, error), "a folder or hub id with a tokenizer", FIX) from error
 
 
 def _check_templates(templates: Any) -> None:
-    """Raise ValueError for named chat templates that could not be saved: each becomes a file of its name."""
+    """Raise ValueError for named chat templates that could not be saved as a file of that name."""
     names = templates if isinstance(templates, dict) else {}
-    wrong = next((str(name) for name in names if not re.fullmatch(r"[\w.-]+", str(name)) or ".." in str(name)), None)
-    if wrong is not None:
-        raise ValueError(f"a chat template named {wrong[:60]!r}")
+    invalid = next((str(name) for name in names if not re.fullmatch(r"[\w.-]+", str(name)) or ".." in str(name)), None)
+    if invalid is not None:
+        raise ValueError(f"a chat template named {invalid[:60]!r}")
 
 
 def with_pad(field: str, tokenizer: Any, pad_token: str | None) -> Any:
-    """Return `tokenizer` with `pad_token` as its pad token, or with its own. Raises ModelError as `load_tokenizer`."""
+    """Return `tokenizer` with `pad_token`, or its own, as pad token. Raises ModelError as `load_tokenizer`."""
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             ends = (tokenizer.eos_token, tokenizer.bos_token)
             reserved = [str(t) for t in tokenizer.added_tokens_decoder.values() if str(t) not in ends][:8]
-            fix = f"Choose a reserved token that never stands in text, such as one of {reserved}."
+            fix = f"Choose a reserved token that never occurs in text, such as one of {reserved}."
             raise ModelError("pad_token", pad_token, "a token of the tokenizer's vocabulary", fix)
         tokenizer.pad_token = pad_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         got = f"pad {tokenizer.pad_token!r}, eos {tokenizer.eos_token!r}"
-        fix = "Pass --pad_token with a reserved token of the vocabulary that never stands in text."
+        fix = "Pass --pad_token with a reserved token of the vocabulary that never occurs in text."
         raise ModelError(f"{field}'s tokenizer", got, "a pad token distinct from EOS", fix)
     return tokenizer
 
 
 def load_settings(field: str, folder: str) -> Any:
-    """Return the configuration of the model in `folder` (or hub id), without weights: an adapter's base's.
+    """Return the configuration of the model in `folder` (or hub id), or of an adapter's base model, without weights.
 
     Raises:
         ModelError: it cannot be read.
@@ -158,22 +166,22 @@ def load_settings(field: str, folder: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(base_of(folder), **NO_CODE)
-    except UNFIT as error:
+    except LOAD_ERRORS as error:
         expected = "a config.json that transformers can read"
-        raise ModelError(field, _said(folder, error), expected, MEND) from error
+        raise ModelError(field, _with_reason(folder, error), expected, FIX) from error
 
 
 def _is_adapter(folder: str) -> bool:
-    """Whether `folder` holds an adapter and no whole model, with or without a config.json."""
+    """Whether `folder` holds an adapter and no full model, with or without a config.json."""
     path = Path(folder)
     return (path / "adapter_config.json").is_file() and next(path.glob("model*.safetensors"), None) is None
 
 
 def base_of(folder: str) -> str:
-    """Return the model that the adapter in `folder` was made for, or `folder` when it holds no adapter alone.
+    """Return the base model of the adapter in `folder`, or `folder` itself when it holds a full model.
 
     Raises:
-        ValueError: the adapter does not say.
+        ValueError: the adapter names no base model.
     """
     if not _is_adapter(folder):
         return folder
@@ -184,17 +192,21 @@ def base_of(folder: str) -> str:
 
 
 def _adapter_settings(folder: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    return found
+    settings: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return settings
 
 
-def _said(folder: str, error: Exception) -> str:
-    """Return the folder with the first line of what the library said about it."""
+def _with_reason(folder: str, error: Exception) -> str:
+    """Return the folder with the first line of the library's error."""
     return f"{folder} ({(str(error).splitlines() or [type(error).__name__])[0]})"
 
 
-def load_causal(field: str, folder: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_causal(
+    field: str, folder: str, dtype: torch.dtype, device: torch.device, *, fast_kernels: bool = True
+) -> nn.Module:
     """Return the causal language model in `folder`, adapters merged, in evaluation mode.
+
+    With `fast_kernels` its layers compute with the equivalents of `models.fast`.
 
     Raises:
         ModelError: it cannot be loaded, or weights are missing (they would be random).
@@ -207,39 +219,39 @@ def load_causal(field: str, folder: str, dtype: torch.dtype, device: torch.devic
     else:
         model, info = _from_pretrained(field, AutoModelForCausalLM, folder, dtype)
     _refuse_missing(field, folder, info)
-    return own_memory(model.to(device).eval())
+    return prepared(model.to(device).eval(), fast_kernels)
 
 
 def _adapted(field: str, folder: str, auto: Any, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
-    """Return (float32 model with the adapter in `folder` merged, {"missing_keys": stored in neither of both})."""
+    """Return (float32 model with the adapter in `folder` merged, {"missing_keys": weights stored in neither})."""
     from peft import PeftModel
 
-    # not peft's own Auto classes: they make an object of any class of transformers that the adapter's settings name
+    # not peft's own Auto classes, which instantiate any class of transformers that the adapter's settings name
     model, info = _from_pretrained(field, auto, folder, torch.float32, **kwargs)
     try:
         stored = load_file(Path(folder) / ADAPTER)
         _widen(model, stored)
-        with _said_once():
+        with _no_missing_key_warning():
             adapted = PeftModel.from_pretrained(model, folder)
-    except UNFIT as error:
-        raise ModelError(field, _said(folder, error), "an adapter that fits its base model", MEND) from error
+    except LOAD_ERRORS as error:
+        raise ModelError(field, _with_reason(folder, error), "an adapter that fits its base model", FIX) from error
     missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
     return _merged(field, folder, adapted), {"missing_keys": missing}
 
 
 def _widen(model: Any, stored: Mapping[str, torch.Tensor]) -> None:
-    """Give `model` the vocabulary of an adapter that brings embeddings of its own, for tokens that were added."""
+    """Resize `model` to the vocabulary of an adapter that stores its own embeddings, for added tokens."""
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
-    given = [stored.get(f"base_model.model.{name}.{end}") for end in ("weight", "base_layer.weight")]
-    rows = next((len(weight) for weight in given if weight is not None), embeddings.num_embeddings)
+    embedded = [stored.get(f"base_model.model.{name}.{end}") for end in ("weight", "base_layer.weight")]
+    rows = next((len(weight) for weight in embedded if weight is not None), embeddings.num_embeddings)
     if rows != embeddings.num_embeddings:
         model.resize_token_embeddings(rows)
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
-    """Leave out peft's warning of weights that an adapter lacks, which `_merged` makes an error."""
+def _no_missing_key_warning() -> Iterator[None]:
+    """Suppress peft's warning about missing weights of an adapter, which `_merged` makes an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         yield
@@ -249,28 +261,28 @@ def _merged(field: str, folder: str, adapted: Any) -> nn.Module:
     """Return the model with its adapter merged into it.
 
     Raises:
-        ModelError: weights of the adapter are not in its file, or are there and fit no layer (peft leaves both as they
-            are, with a warning at most), or it is of a kind that cannot be merged.
+        ModelError: weights of the adapter are missing in its file, or match no layer (peft ignores both, with a warning
+            at most), or it is of a kind that cannot be merged.
     """
     if not callable(getattr(adapted, "merge_and_unload", None)):
         got = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
-        fix = "Merge it into its base model where it was made, and give that."
+        fix = "Merge it into its base model with the library that made it, and give the result."
         raise ModelError(field, got, "an adapter that can be merged, such as LoRA", fix)
     try:
-        found = adapted.load_adapter(folder, "default", torch_device="cpu")  # again: only this says what did not fit
-        astray = sorted({*found.missing_keys, *found.unexpected_keys})
-        if not astray:
+        result = adapted.load_adapter(folder, "default", torch_device="cpu")  # a second time: only this reports keys
+        unmatched = sorted({*result.missing_keys, *result.unexpected_keys})
+        if not unmatched:
             model: nn.Module = adapted.merge_and_unload()
             return model
-    except UNFIT as error:
-        raise ModelError(field, _said(folder, error), "an adapter that fits its base model", MEND) from error
-    got = f"{folder}, whose {ADAPTER} and layers differ in {len(astray)} weights: {', '.join(astray[:3])}"
+    except LOAD_ERRORS as error:
+        raise ModelError(field, _with_reason(folder, error), "an adapter that fits its base model", FIX) from error
+    got = f"{folder}, whose {ADAPTER} and layers differ in {len(unmatched)} weights: {', '.join(unmatched[:3])}"
     fix = "It was saved under other names or for another model: save it again with `save_pretrained`."
     raise ModelError(field, got, "an adapter that fits its base model", fix)
 
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
-    """Return (the model in `folder`, or the base of the adapter in it, what of it was missing)."""
+    """Return (the model in `folder`, or the base of the adapter in it, loading info with its missing keys)."""
     expected = f"weights that {auto.__name__} can load"
     try:
         loading: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **NO_CODE}
@@ -279,13 +291,14 @@ def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **k
             loading["revision"] = _adapter_settings(folder).get("revision")
         base, loading = base_of(folder), loading | kwargs
         try:
-            return auto.from_pretrained(base, attn_implementation="sdpa", **loading)
+            loaded: tuple[Any, Any] = auto.from_pretrained(base, attn_implementation="sdpa", **loading)
         except ValueError as error:
             if NO_SDPA not in str(error):
                 raise
-            return auto.from_pretrained(base, attn_implementation="eager", **loading)  # such as DeBERTa
-    except UNFIT as error:
-        raise ModelError(field, _said(folder, error), expected, MEND) from error
+            loaded = auto.from_pretrained(base, attn_implementation="eager", **loading)  # such as DeBERTa
+        return loaded
+    except LOAD_ERRORS as error:
+        raise ModelError(field, _with_reason(folder, error), expected, FIX) from error
 
 
 def _refuse_missing(field: str, folder: str, info: Any) -> None:
@@ -295,25 +308,32 @@ def _refuse_missing(field: str, folder: str, info: Any) -> None:
         raise ModelError(field, f"{folder} without {missing[:3]}", "weights for every layer", fix)
 
 
-def own_memory(model: nn.Module) -> nn.Module:
-    """Copy weights out of the memory-mapped file (its alignment changes the last bits of float32 products), and let
-    the linear layers compute without detours."""
+def prepared(model: nn.Module, fast_kernels: bool = True) -> nn.Module:
+    """Return `model` with its weights copied out of the memory-mapped file, whose alignment would change float32
+    products bitwise, and with fast kernels if requested."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
-    quicken(model)
-    lean(model)
+    if fast_kernels:
+        use_fast_kernels(model)
     cpu.return_freed_memory()  # of the file and of copies in another dtype
     return model
 
 
 def load_classifier(
-    field: str, folder: str, dtype: torch.dtype, device: torch.device, *, new_head: int | None = None
+    field: str,
+    folder: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    new_head: int | None = None,
+    fast_kernels: bool = True,
 ) -> nn.Module:
     """Return the sequence classifier in `folder`, in evaluation mode.
 
     Args:
-        new_head: number of labels of a fresh head to train, N(0, 1/(d+1)); None demands that the head is stored.
+        new_head: number of labels of a fresh head to train, N(0, 1/(d+1)); None requires a stored head.
+        fast_kernels: compute with the equivalents of `models.fast`.
 
     Raises:
         ModelError: it cannot be loaded, its head is absent, or it has neither 1 nor 2 labels.
@@ -335,11 +355,11 @@ def load_classifier(
         head = next(m for name, m in model.named_children() if name in ("score", "classifier"))
         width = head.weight.shape[1]
         torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
-    return own_memory(model.to(device).eval())
+    return prepared(model.to(device).eval(), fast_kernels)
 
 
 def context_of(folder: str, field: str = "policy") -> int:
-    """Return the longest sequence that the model in `folder` was made for, in tokens; reads its settings only.
+    """Return the context length of the model in `folder`, in tokens, from its configuration.
 
     Raises:
         ModelError: settings that cannot be read.

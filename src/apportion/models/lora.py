@@ -1,4 +1,4 @@
-"""LoRA on any architecture: which layers to adapt, float32 adapters over a 16-bit base, exact merging."""
+"""LoRA on any architecture: the layers to adapt, float32 adapters over a 16-bit base, exact merging."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from apportion.config.sections import LoraConfig
 from apportion.errors import ConfigError
-from apportion.models.fast.linear import quicken
+from apportion.models.fast import has_fast_kernels, use_fast_linear
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -33,7 +33,7 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
     else:
         wanted = {targets} if isinstance(targets, str) else set(targets)
         chosen = [name for name in linear if name.split(".")[-1] in wanted]
-        if wanted - {name.split(".")[-1] for name in chosen}:  # one that occurs does not excuse one that does not
+        if wanted - {name.split(".")[-1] for name in chosen}:  # every name must occur
             chosen = []
     if not chosen:
         known = sorted({name.split(".")[-1] for name in linear})
@@ -45,12 +45,14 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
 def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None) -> Any:
     """Return the peft model: adapters in float32 over `model`, dropout 0, `head` (if named) trained in full.
 
+    The adapters use fast kernels where `model` does.
+
     Raises ConfigError as `target_names` does.
     """
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
-    names = target_names(model, config.targets)
+    names, fast = target_names(model, config.targets), has_fast_kernels(model)
     first = dict(model.named_modules())[names[0]]
     settings = PeftConfig(
         r=config.rank,
@@ -65,7 +67,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # peft leaves modules_to_save in bf16, where small updates vanish
             parameter.data = parameter.data.float()
-    quicken(adapted)
+    if fast:
+        use_fast_linear(adapted)
     if head is not None:
         adapted.get_submodule(f"base_model.model.{head}").register_forward_pre_hook(lambda _, args: (args[0].float(),))
     return adapted
@@ -80,4 +83,5 @@ def merged_copy(adapted: Any, base: nn.Module) -> nn.Module:
     state = {k: v.float().cpu() for k, v in get_peft_model_state_dict(adapted).items()}
     set_peft_model_state_dict(fresh, state)
     with torch.no_grad():
-        return fresh.merge_and_unload()
+        merged: nn.Module = fresh.merge_and_unload()
+        return merged

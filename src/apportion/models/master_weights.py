@@ -1,8 +1,8 @@
-"""16-bit weights with float32 masters at 4 bytes a weight in all, and AdamW on them.
+"""16-bit weights with float32 masters in 4 bytes a weight, and AdamW on them.
 
 A float32 number is its nearest bfloat16 and a 16-bit remainder: bits = (bfloat16 bits · 2^16) + remainder. The model
 computes with the first half, the optimizer joins the two exactly, so that no update is lost to rounding and no second
-copy of the weights is kept or cast. Everything is done a block at a time, which stays in a processor's cache.
+copy of the weights is stored or cast. Weights are processed in blocks that fit in a processor's cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_into(master: Tensor, spare: Tensor, weight: Tensor, remainder: Tensor) -> None:
-    """Write `split` of `master` into `weight` and `remainder`; `master` and `spare` (float32) are used up."""
+    """Write `split` of `master` into `weight` and `remainder`; `master` and `spare` (float32) are overwritten."""
     bits, high = master.view(torch.int32), spare.view(torch.int32)
     torch.add(bits, 0x8000, out=high)
     high.bitwise_and_(-0x10000)
@@ -37,14 +37,14 @@ def split_into(master: Tensor, spare: Tensor, weight: Tensor, remainder: Tensor)
 
 
 def join(weight: Tensor, remainder: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the float32 tensor that `split` cut into these two, in `out` if it is given."""
+    """Return the float32 tensor of the two halves, the inverse of `split`, in `out` if it is passed."""
     master = torch.empty_like(weight, dtype=torch.float32) if out is None else out
     master.copy_(weight).view(torch.int32).add_(remainder)
     return master
 
 
 def to_sixteen_bit(*modules: nn.Module | None) -> dict[nn.Parameter, Tensor]:
-    """Turn every float32 parameter that learns into bfloat16, in place, and return {parameter: remainder}."""
+    """Convert every trained float32 parameter to bfloat16, in place, and return {parameter: remainder}."""
     remainders: dict[nn.Parameter, Tensor] = {}
     for module in modules:
         for parameter in module.parameters() if module is not None else ():
@@ -54,19 +54,19 @@ def to_sixteen_bit(*modules: nn.Module | None) -> dict[nn.Parameter, Tensor]:
 
 
 def to_float32(remainders: dict[nn.Parameter, Tensor]) -> None:
-    """Undo `to_sixteen_bit`: every parameter is its float32 master again, and `remainders` is empty."""
+    """Invert `to_sixteen_bit`: every parameter is its float32 master, and `remainders` is empty."""
     while remainders:
         parameter, remainder = remainders.popitem()
         parameter.data = join(parameter.data, remainder)
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over float32 weights, whole or split into two halves.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over float32 weights, plain or split into two halves.
 
     Args:
         remainders: the other half of each bfloat16 weight, from `to_sixteen_bit`; it is written to in place.
-        moments: "float32", or "bfloat16": both moments in 16 bit, rounded at random up or down in proportion, so that
-            the small steps of the second moment (1 − β₂ = 0.001) are kept on average. Only split weights have them.
+        moments: "float32", or "bfloat16": both moments in 16 bit with stochastic rounding, so that the small steps of
+            the second moment (1 − β₂ = 0.001) are unbiased. Only for split weights.
 
     State of each parameter: step, exp_avg, exp_avg_sq, and remainder where it is split.
     """
@@ -90,26 +90,26 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            learning = [p for p in group["params"] if p.grad is not None]
-            for parameter in learning:
-                self._ready(parameter)
-            plain = [p for p in learning if p not in self.remainders]
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                self._init_state(parameter)
+            plain = [p for p in parameters if p not in self.remainders]
             if plain:
                 self._apply(group, *self._operands(plain))
-            for number, parameter in enumerate(p for p in learning if p in self.remainders):
+            for number, parameter in enumerate(p for p in parameters if p in self.remainders):
                 self._step_split(group, parameter, number)
 
-    def _ready(self, parameter: nn.Parameter) -> None:
+    def _init_state(self, parameter: nn.Parameter) -> None:
         state = self.state[parameter]
         if not state:
-            kept = parameter in self.remainders
-            dtype = self.moments if kept else torch.float32
+            split = parameter in self.remainders
+            dtype = self.moments if split else torch.float32
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-            if kept:
+            if split:
                 state["remainder"] = self.remainders[parameter]
 
     def _operands(self, plain: list[nn.Parameter]) -> tuple[list[Tensor], ...]:
@@ -136,7 +136,7 @@ class MasterAdamW(torch.optim.Optimizer):
         )
 
     def _step_split(self, group: Mapping[str, Any], parameter: nn.Parameter, number: int) -> None:
-        """Move one split weight: join a block, step it, split it again."""
+        """Update one split weight: join a block, step it, split it."""
         state = self.state[parameter]
         assert parameter.grad is not None
         size = block(parameter.device)
@@ -157,16 +157,16 @@ class MasterAdamW(torch.optim.Optimizer):
         state["step"] += 1
 
     def _scratch(self, size: int, device: torch.device) -> list[Tensor]:
-        """Return five float32 blocks (size,), the same memory each time: fresh memory costs more than the step."""
+        """Return five float32 blocks (size,) of reused memory: allocation costs more than the step."""
         if not self.blocks or len(self.blocks[0]) < size or self.blocks[0].device != device:
             self.blocks = [torch.empty(size, device=device) for _ in range(5)]
         return [block[:size] for block in self.blocks]
 
     def _rounded(self, x: Tensor, turn: int) -> Tensor:
-        """Round float32 `x` in place to bfloat16, up or down at random in proportion; equal turns give equal results.
+        """Round float32 `x` stochastically to bfloat16 in place; equal turns give equal results.
 
-        The noise is one fixed block, read from another place each turn. Its size follows from all weights, not from
-        those stepped so far: the first step after a resume must round as it would have without.
+        The noise is one fixed block, used from another offset each turn. Its size depends on all weights, not on those
+        stepped so far: the first step after a resume must round as in an uninterrupted run.
         """
         size = len(x)
         if self.noise is None:

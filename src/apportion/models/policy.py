@@ -1,4 +1,4 @@
-"""A policy with its values and its reference: one forward gives log-probabilities, values and entropy."""
+"""The policy with its values and its reference: log-probabilities, values and entropy in one forward."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from apportion.distributed.sharding import Sharded, Weights
 from apportion.errors import ModelError
 from apportion.losses import entropy_of
 from apportion.masking import last_index
-from apportion.models.loading import load_causal, load_tokenizer, locate, pick_device, pick_dtype, quick_attention
+from apportion.models.loading import load_causal, load_tokenizer, locate, pick_device, pick_dtype, use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import to_sixteen_bit
-from apportion.models.shared_prompt import Shared, can_share, shared_prompts, states_behind
+from apportion.models.shared_prompt import Shared, can_share, shared_prompts, states_after_shared_prompts
 from apportion.models.token_logprobs import token_logprobs
 from apportion.models.value_head import ValueStart, make_head, make_trunk
 from apportion.types import Rollouts
 
 
 class Outputs(NamedTuple):
-    """What one forward gives: (B,T) float32, 0 off the mask; `after` (B,) is V after the last token."""
+    """The results of one forward: (B,T) float32, 0 off the mask; `after` (B,) is V after the last token."""
 
     logprobs: Tensor
     values: Tensor | None
@@ -36,20 +36,20 @@ class Outputs(NamedTuple):
 
 @dataclass
 class Policy:
-    """A causal language model that is trained, the values on it, and the reference it may not leave far behind.
+    """A trained causal language model, its value head, and its reference.
 
     Attributes:
         model: the language model, with adapters when `reference` is None.
         tokenizer: with a pad token distinct from EOS.
-        value_head: d -> 1, float32 (`models.critic`); None for a policy that is only sampled and read.
-        value_trunk: a model of its own under the value head, or None for the policy's trunk.
+        value_head: d -> 1, float32 (`models.value_head`); None for a policy without values.
+        value_trunk: a separate model under the value head, or None for the policy's trunk.
         reference: a frozen copy, or None: the policy with its adapters disabled.
         banned: ids that are never sampled; their logit is −inf in every log-probability.
         temperature: divides the logits in sampling and in every log-probability.
-        remainders: the lower halves of the float32 masters of weights that learn in 16 bit (`models.masters`).
-        weights: how they are kept, whole or in parts (`models.sharded`).
-        plain: whether the logits are the output layer's as they come, so that they can be computed in blocks.
-        shares: whether a prompt with several responses is read once (`models.prefix`).
+        remainders: the lower halves of the float32 masters of weights that learn in 16 bit (`models.master_weights`).
+        weights: how they are stored, replicated or sharded (`distributed.sharding`).
+        plain: whether the logits are the output layer's own, so that they can be computed in blocks.
+        shares: whether a prompt with several responses is computed once (`models.shared_prompt`).
     """
 
     model: Any
@@ -71,92 +71,95 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def trainable(self) -> list[nn.Parameter]:
-        """Return every parameter that learns: adapters or all weights, the value trunk's, the value head's."""
+        """Return every trained parameter: adapters or all weights, the value trunk's, the value head's."""
         modules = [m for m in (self.model, self.value_head, self.value_trunk) if m is not None]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def learning(self) -> list[nn.Parameter]:
-        """Return what the optimizer steps in this process for each of `trainable`: it, or this process's part."""
+        """Return what the optimizer of this process steps for each of `trainable`: it, or this process's shard."""
         return self.weights.local_parameters(self.trainable())
 
     def shard(self, again: bool, end: Callable[[str], None]) -> None:
-        """Have each process keep a part of every weight but the value head's; as `models.sharded.Sharded`."""
+        """Shard every weight but the value head's over the processes; see `distributed.sharding.Sharded`."""
         models = [m for m in (self.model, self.value_trunk, self.reference) if m is not None]
         self.weights = Sharded(models, self.trainable(), self.remainders, again, end)
 
     def make_whole(self) -> None:
-        """Have the model's weights whole in the main process, to be saved; nothing is learned after."""
+        """Gather the model's weights in the main process for saving; it is not trained after that."""
         self.weights.unshard_for_saving(self.model, self.remainders)
 
     def allowed(self, logits: Tensor) -> Tensor:
-        """Return float32 logits (…,V) over the temperature, −inf on banned ids: the one distribution of all passes."""
+        """Return float32 logits (…,V) over the temperature, −inf on banned ids: the distribution of every pass."""
         logits = logits.float() if self.temperature == 1.0 else logits.float() / self.temperature
         return logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
 
     def forward(self, rollouts: Rollouts, *, values: bool = True, entropy: bool = False) -> Outputs:
         """Return log-probabilities, values and entropy of `rollouts` in one forward of the policy (and value trunk)."""
-        logprobs, spread, hidden = self.read(self.model, rollouts, entropy)
+        logprobs, entropies, hidden = self.score_tokens(self.model, rollouts, entropy)
         if not values or self.value_head is None:
-            return Outputs(logprobs, None, None, spread)
+            return Outputs(logprobs, None, None, entropies)
         before, after = self.values(rollouts, hidden if self.value_trunk is None else None)
-        return Outputs(logprobs, before, after, spread)
+        return Outputs(logprobs, before, after, entropies)
 
     def values(self, rollouts: Rollouts, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return V before each response token (B,T), 0 off the mask, and after the last one (B,).
 
         Args:
-            states: (B,T+1,d) under the value head; None computes them, in a forward of the value trunk.
+            states: (B,T+1,d) under the value head; None computes them in a forward of the value trunk.
         """
         assert self.value_head is not None
-        states = trunk_states(self.value_trunk, rollouts, self.shared(rollouts)) if states is None else states
-        everywhere = self.value_head(states.float()).squeeze(-1)  # (B,T+1)
-        after = everywhere.gather(1, (last_index(rollouts.valid) + 1)[:, None]).squeeze(1)
-        return torch.where(rollouts.mask, everywhere[:, :-1], 0.0), after
+        states = trunk_states(self.value_trunk, rollouts, self.shared_prompts(rollouts)) if states is None else states
+        all_values = self.value_head(states.float()).squeeze(-1)  # (B,T+1)
+        after = all_values.gather(1, (last_index(rollouts.valid) + 1)[:, None]).squeeze(1)
+        return torch.where(rollouts.mask, all_values[:, :-1], 0.0), after
 
     @torch.no_grad()
     def reference_logprobs(self, rollouts: Rollouts) -> Tensor:
         """Return log π_ref of the sampled tokens, (B,T) float32, 0 off the mask: one forward of the reference."""
         with self.as_reference() as model:
-            return self.read(model, rollouts, entropy=False)[0]
+            return self.score_tokens(model, rollouts, entropy=False)[0]
 
-    def read(self, model: Any, rollouts: Rollouts, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    def score_tokens(self, model: Any, rollouts: Rollouts, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return (log-probabilities (B,T), entropies (B,T) or None, states (B,T+1,d)) under `model`, one forward.
 
-        Where the model's logits are its output layer's alone, they are computed at the
-        sampled tokens only, a block at a time; else (a soft cap, a scale) as the model computes them.
+        Where the model's logits are its output layer's own, they are computed at the sampled tokens only, a block at a
+        time; else (a soft cap, a scale) by the model.
         """
         if not self.plain:
             logits, hidden = response_logits(model, rollouts)
             logits = self.allowed(logits[:, :-1])
             with torch.no_grad():
-                spread = torch.where(rollouts.mask, entropy_of(logits), 0.0) if entropy else None
-            return chosen_logprobs(logits, rollouts), spread, hidden
-        hidden = response_states(model, rollouts, self.shared(rollouts))
+                entropies = torch.where(rollouts.mask, entropy_of(logits), 0.0) if entropy else None
+            return chosen_logprobs(logits, rollouts), entropies, hidden
+        hidden = response_states(model, rollouts, self.shared_prompts(rollouts))
         head, mask = model.get_output_embeddings(), rollouts.mask
         rows, columns = mask.nonzero(as_tuple=True)
         index = rows * hidden.shape[1] + columns
         states = hidden.flatten(0, 1).index_select(0, index)
         banned = torch.tensor(self.banned, device=states.device)
         bias = getattr(head, "bias", None)
-        chosen, spread = token_logprobs(
+        chosen, entropies = token_logprobs(
             states, head.weight, bias, rollouts.response_ids[mask], banned, self.temperature, entropy
         )
         logprobs = chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
-        return logprobs, None if spread is None else spread.new_zeros(mask.shape).masked_scatter(mask, spread), hidden
+        if entropies is not None:
+            entropies = entropies.new_zeros(mask.shape).masked_scatter(mask, entropies)
+        return logprobs, entropies, hidden
 
-    def shared(self, rollouts: Rollouts) -> Shared | None:
-        """Return the distinct prompts of `rollouts` where reading each once is possible and pays.
+    def shared_prompts(self, rollouts: Rollouts) -> Shared | None:
+        """Return the distinct prompts of `rollouts` where computing each once is possible and saves time.
 
-        Not where every process must make as many forwards: whether it pays depends on a process's rows.
+        None where all processes must run equally many forwards: whether it saves time depends on a process's rows.
         """
         return shared_prompts(rollouts) if self.shares and not self.weights.layerwise else None
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Have every row read whole inside, in one forward, for those who monitor it (attention rows)."""
+    def without_shared_prompts(self) -> Iterator[None]:
+        """Compute prompt and response of every row in one forward within the block, to capture its attention."""
         before, self.shares = self.shares, False
         try:
             yield
@@ -165,7 +168,7 @@ class Policy:
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[Any]:
-        """Give the reference model: the frozen copy, or the policy with its adapters disabled."""
+        """Yield the reference model: the frozen copy, or the policy with its adapters disabled."""
         if self.reference is not None:
             yield self.reference
         else:
@@ -176,56 +179,56 @@ class Policy:
 def response_logits(model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     """Return logits (B,T+1,V) and the states under them (B,T+1,d): entry t is *before* response token t.
 
-    The logits are computed at response positions only. The states are caught at the input of the output layer, so
-    that they are what the model itself reads, on any architecture.
+    The logits are computed at response positions only. The states are captured at the input of the output layer, so
+    that they are the model's own on any architecture.
     """
     length = rollouts.response_ids.shape[1]
-    with contiguous_head(model) as caught:
+    with contiguous_head(model) as captured:
         logits = model(**inputs_of(rollouts), use_cache=False, logits_to_keep=length + 1).logits
-    return logits[:, -length - 1 :], caught[-1][:, -length - 1 :]
+    return logits[:, -length - 1 :], captured[-1][:, -length - 1 :]
 
 
 def response_states(model: Any, rollouts: Rollouts, shared: Shared | None = None) -> Tensor:
     """Return the states under the output layer, (B,T+1,d), without its logits: entry t is before response token t.
 
-    With `shared` each distinct prompt is read once.
+    With `shared` each distinct prompt is computed once.
     """
 
     def run(keep: int, **inputs: Any) -> Tensor:
-        with contiguous_head(model, first_only=True) as caught:
+        with contiguous_head(model, first_only=True) as captured:
             model(**inputs, logits_to_keep=keep)
-        return caught[-1][:, -keep:]
+        return captured[-1][:, -keep:]
 
     if shared is not None:
-        return states_behind(run, rollouts, shared)
+        return states_after_shared_prompts(run, rollouts, shared)
     return run(rollouts.response_ids.shape[1] + 1, **inputs_of(rollouts), use_cache=False)
 
 
 @torch.no_grad()
 def plain_head(model: Any) -> bool:
-    """Whether the model's logits are its output layer's as they come, neither capped nor scaled: it is tried out."""
+    """Whether the model's logits are its output layer's own, neither capped nor scaled, by a forward of two tokens."""
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is None:
         return False
-    with contiguous_head(model) as caught:
+    with contiguous_head(model) as captured:
         logits = model(input_ids=torch.tensor([[1, 2]], device=head.weight.device), use_cache=False).logits
-    return torch.equal(logits, torch.nn.functional.linear(caught[-1], head.weight, getattr(head, "bias", None)))
+    return torch.equal(logits, torch.nn.functional.linear(captured[-1], head.weight, getattr(head, "bias", None)))
 
 
 @contextlib.contextmanager
 def contiguous_head(model: Any, *, first_only: bool = False) -> Iterator[list[Tensor]]:
-    """Make the output layer's input contiguous, and catch it: a strided one is multiplied through a copy of the
-    whole output matrix, which costs more than the rest of the forward on a CPU. With `first_only` the layer itself
-    computes one position, for a caller who wants what is caught."""
-    caught: list[Tensor] = []
+    """Make the output layer's input contiguous, and yield a list that receives it: a strided input would be multiplied
+    with a copy of the output matrix, which costs more than the rest of the forward on a CPU. With `first_only` the
+    layer computes one position, for a caller who needs only its input."""
+    captured: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught.append(args[0].contiguous())
-        return (caught[-1][:, :1].detach() if first_only else caught[-1], *args[1:])
+        captured.append(args[0].contiguous())
+        return (captured[-1][:, :1].detach() if first_only else captured[-1], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
-        yield caught
+        yield captured
     finally:
         handle.remove()
 
@@ -238,7 +241,7 @@ def trunk_states(trunk: Any, rollouts: Rollouts, shared: Shared | None = None) -
         return states[:, -keep:]
 
     if shared is not None:
-        return states_behind(run, rollouts, shared)
+        return states_after_shared_prompts(run, rollouts, shared)
     return run(rollouts.response_ids.shape[1] + 1, **inputs_of(rollouts), use_cache=False)
 
 
@@ -251,7 +254,7 @@ def inputs_of(rollouts: Rollouts) -> dict[str, Tensor]:
 
 
 def chosen_logprobs(logits: Tensor, rollouts: Rollouts) -> Tensor:
-    """Return log-probabilities of the sampled tokens (B,T) from logits (B,T,V), 0 off the mask, no full softmax."""
+    """Return log-probabilities of the sampled tokens (B,T) from logits (B,T,V), 0 off the mask."""
     chosen = logits.gather(-1, rollouts.response_ids[..., None]).squeeze(-1)
     # off the mask the pad's logit is −inf: replace it before the subtraction, so that no gradient is NaN
     chosen = torch.where(rollouts.mask, chosen, 0.0)
@@ -269,6 +272,7 @@ def load_policy(
     stop: str = "eos",
     temperature: float = 1.0,
     values: ValueStart | None = None,
+    fast_kernels: bool = True,
 ) -> Policy:
     """Return a policy to train: float32 adapters over a 16-bit base, or all weights with a frozen copy as reference.
 
@@ -281,6 +285,7 @@ def load_policy(
         dtype, device: as `pick_dtype` and `pick_device` take them.
         stop: "eos", or "length" where EOS is never sampled.
         values: how values are initialised; None for a head at zero on the policy's trunk.
+        fast_kernels: compute with the equivalents of `models.fast`.
 
     Raises:
         ModelError, ConfigError: as the loaders, `add_adapter` and `make_trunk` do.
@@ -290,8 +295,8 @@ def load_policy(
     banned = banned_ids(tokenizer, stop)
     compute, values = pick_dtype(dtype, where), values or ValueStart()
     adapters = lora.rank > 0
-    model: Any = load_causal("policy", folder, compute if adapters else torch.float32, where)
-    quick_attention(model, where, max_length)
+    model: Any = load_causal("policy", folder, compute if adapters else torch.float32, where, fast_kernels=fast_kernels)
+    use_fastest_attention(model, where, max_length)
     model.requires_grad_(not adapters)
     reference = None if adapters else copy.deepcopy(model).requires_grad_(False).to(compute)
     trunk = make_trunk(model, values, lora, max_length)

@@ -1,4 +1,4 @@
-"""A reward model: one score a sequence, from the position it reads, and the attention of that position."""
+"""Reward models: one score a sequence, the scored position, and the attention of that position."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from apportion.config.sections import ScoreConfig
-from apportion.credit._evidence import Reading
+from apportion.credit import AttentionSpec
 from apportion.errors import ConfigError, ModelError, ScoreError
-from apportion.models.attention.row import attention_row, union
+from apportion.masking import check_finite
+from apportion.models.attention.row import attention_row, needed_layers
 from apportion.models.loading import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
-from apportion.models.shared_prompt import Shared, inputs_behind, read_prompts
+from apportion.models.shared_prompt import Shared, prefill_prompts, response_inputs
 from apportion.models.text.render import check_model, check_tokenizer
 from apportion.models.text.token_spans import PolicyText
 from apportion.types import Rollouts
@@ -33,7 +34,7 @@ class RewardModel:
         model: the classifier; tokenizer: its own.
         positive: index of the positive label when there are two.
         mean, sd: of R on the held-out set it was evaluated on; None when they are not stored beside the weights.
-        text: how the policy's ids become text for a model with a tokenizer of its own; None: it reads them as they are.
+        text: decodes the policy's ids for a model with its own tokenizer; None where the model uses the policy's ids.
     """
 
     model: Any
@@ -48,20 +49,20 @@ class RewardModel:
 
         Args:
             ids: (B,K) int64; mask: (B,K) bool, padded on either side (encoders: right).
-            attention: also read the last layer's row at the position that is scored, averaged over heads.
+            attention: also return the last layer's row at the scored position, averaged over heads.
 
         Raises:
             ScoreError: a score is not finite; it names the row.
-            ModelError: the model's attention cannot be read.
+            ModelError: the model's attention cannot be captured.
         """
-        scores, rows, positions = self.read(ids, mask, [Reading()] if attention else [])
+        scores, rows, positions = self.forward(ids, mask, [AttentionSpec()] if attention else [])
         return scores, rows[0] if attention else None, positions
 
     @torch.no_grad()
-    def read(self, ids: Tensor, mask: Tensor, readings: Sequence[Reading]) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Return (scores (B,), an attention row (B,K) for each of `readings`, positions (B,)), in one forward.
+    def forward(self, ids: Tensor, mask: Tensor, specs: Sequence[AttentionSpec]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return (scores (B,), an attention row (B,K) for each of `specs`, positions (B,)), in one forward.
 
-        The rows are those of the position that is scored. Otherwise as `score`.
+        The rows are those of the scored position. Otherwise as `score`.
         """
         pad = self.model.config.get_text_config().pad_token_id
         ids = ids.masked_fill(~mask, pad)
@@ -69,57 +70,54 @@ class RewardModel:
         if is_decoder(self.model):
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
         positions = self.positions(ids)
-        if not readings:
-            return self.difference(self.model(**inputs).logits), [], positions
-        with attention_row(self.model, union(readings)) as tap:
+        if not specs:
+            return self.scores_of(self.model(**inputs).logits), [], positions
+        with attention_row(self.model, needed_layers(specs)) as tap:
             logits = self.model(**inputs).logits
-        scores = self.difference(logits)
-        return scores, [tap.read(one, positions) for one in readings], positions
+        scores = self.scores_of(logits)
+        return scores, [tap.attention(spec, positions) for spec in specs], positions
 
     @torch.no_grad()
-    def read_shared(
-        self, rollouts: Rollouts, shared: Shared, readings: Sequence[Reading]
+    def forward_shared(
+        self, rollouts: Rollouts, shared: Shared, specs: Sequence[AttentionSpec]
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Return what `read` does of `rollouts` whose ids are this model's, each distinct prompt read once."""
+        """Return the result of `forward` for `rollouts` in this model's ids, each distinct prompt computed once."""
         pad = self.model.config.get_text_config().pad_token_id
 
         def run(keep: int, **inputs: Any) -> Tensor:
             states: Tensor = self.model.base_model(**inputs).last_hidden_state
             return states[:, -keep:]
 
-        _, past = read_prompts(run, rollouts, shared)
-        inputs = inputs_behind(rollouts, past)
+        _, past = prefill_prompts(run, rollouts, shared)
+        inputs = response_inputs(rollouts, past)
         inputs["input_ids"] = rollouts.response_ids.masked_fill(~rollouts.valid, pad)
-        positions = self.positions(inputs["input_ids"])  # in the response, as the model is given it alone
+        positions = self.positions(inputs["input_ids"])  # in the response, which is the model's only input here
         width = rollouts.prompt_ids.shape[1]
-        if not readings:
-            return self.difference(self.model(**inputs).logits), [], width + positions
-        with attention_row(self.model, union(readings)) as tap:
+        if not specs:
+            return self.scores_of(self.model(**inputs).logits), [], width + positions
+        with attention_row(self.model, needed_layers(specs)) as tap:
             logits = self.model(**inputs).logits
-        return self.difference(logits), [tap.read(one, positions) for one in readings], width + positions
+        return self.scores_of(logits), [tap.attention(spec, positions) for spec in specs], width + positions
 
-    def difference(self, logits: Tensor) -> Tensor:
+    def scores_of(self, logits: Tensor) -> Tensor:
         """Return R (B,) float32 from logits (B, 1 or 2). Raises ScoreError for one that is not finite."""
         logits = logits.float()
         scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, self.positive] - logits[:, 1 - self.positive]
-        bad = ~torch.isfinite(scores)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            fix = "A failure never becomes a reward: check the reward model's weights and dtype."
-            raise ScoreError("score", float(scores[row]), "a finite number", fix, row=row)
-        return scores
+        fix = "A failure never becomes a reward: check the reward model's weights and dtype."
+        return check_finite("score", scores, fix, error=ScoreError)
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Return (B,) int64, where the model reads its score: the rightmost id ≠ pad, or 0 for encoders (CLS)."""
+        """Return (B,) int64, the position of the score: the rightmost id ≠ pad, or 0 for encoders (CLS)."""
         if not is_decoder(self.model):
             return torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
         pad = self.model.config.get_text_config().pad_token_id
         index = torch.arange(ids.shape[1], device=ids.device)
-        return (index * (ids != pad)).argmax(dim=1)
+        last: Tensor = (index * (ids != pad)).argmax(dim=1)
+        return last
 
 
 def is_decoder(model: Any) -> bool:
-    """Whether the model's layers are causal; encoders read their score at the first token."""
+    """Whether the model's layers are causal; encoders compute their score at the first token."""
     causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
     return bool(causal[-1]) if causal else True
 
@@ -132,16 +130,18 @@ def load_reward(
     pad_token: str | None = None,
     field: str = "reward_model",
     policy: PolicyText | None = None,
+    fast_kernels: bool = True,
 ) -> RewardModel:
     """Return the reward model called `name`: a folder or hub id of a sequence classifier with 1 or 2 labels.
 
     Args:
-        policy: whose rollouts it is to score. A decoder with the policy's own vocabulary reads their ids; every other
-            model reads their text through its own tokenizer, with `pad_token` only if its vocabulary has that.
+        policy: whose rollouts it is to score. A decoder with the policy's vocabulary scores their ids; every other
+            model scores their text through its own tokenizer, with `pad_token` only if its vocabulary has that.
+        fast_kernels: compute with the equivalents of `models.fast`.
 
     Raises:
-        ModelError: it cannot be loaded, its head is not stored, it has no pad token distinct from EOS, or it has a
-            tokenizer of its own that cannot say where its tokens stand in a text.
+        ModelError: it cannot be loaded, its head is not stored, it has no pad token distinct from EOS, or it has its
+            own tokenizer that does not return character offsets.
     """
     folder = locate(field, name)
     where = pick_device(device)
@@ -151,7 +151,7 @@ def load_reward(
         pad_token = pad_token if pad_token in tokenizer.get_vocab() else None
         check_tokenizer(field, tokenizer)
     tokenizer = with_pad(field, tokenizer, pad_token)
-    model: Any = load_classifier(field, folder, pick_dtype(dtype, where), where)
+    model: Any = load_classifier(field, folder, pick_dtype(dtype, where), where, fast_kernels=fast_kernels)
     text_config = model.config.get_text_config()
     if pad_token is not None or text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
@@ -164,7 +164,7 @@ def load_reward(
 
 
 def positive_label(config: Any) -> int:
-    """Return the index of the positive label: the one whose name says so, else 1."""
+    """Return the index of the positive label by its name, else 1."""
     names = {int(i): str(label).lower() for i, label in (config.id2label or {}).items()}
     return next((i for i, label in names.items() if label.startswith("pos")), 1)
 
@@ -176,20 +176,20 @@ def read_statistics(folder: Path) -> dict[str, float]:
         return {}
     try:
         stored = json.loads(path.read_text())
-        found = {"mean": float(stored["mean"]), "sd": float(stored["sd"])}
-        if not all(map(math.isfinite, found.values())):
-            raise ValueError(f"not finite: {found}")
-        return found
+        statistics = {"mean": float(stored["mean"]), "sd": float(stored["sd"])}
+        if not all(map(math.isfinite, statistics.values())):
+            raise ValueError(f"not finite: {statistics}")
+        return statistics
     except (ValueError, KeyError, TypeError) as error:
         fix = "Delete the file, or evaluate the reward model again."
         raise ModelError(str(path), str(error), '{"mean": number, "sd": number}', fix) from error
 
 
 def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
-    """Return scores (B,) centred and scaled by the reward model's statistics, then clipped: a sequence at a time.
+    """Return scores (B,) centred and scaled by the reward model's statistics, then clipped.
 
     Raises:
-        ConfigError: centring or scaling is asked for, and the reward model's folder has no statistics.
+        ConfigError: centring or scaling is requested, and the reward model's folder has no statistics.
     """
     if config.center or config.scale:
         if reward.mean is None or reward.sd is None:

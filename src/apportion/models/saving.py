@@ -1,4 +1,4 @@
-"""Saving trained models in Hugging Face format, adapters merged in float32, with a model card."""
+"""Saving of trained models in Hugging Face format, adapters merged in float32, with a model card."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ Trained by apportion with these settings:
 
 
 def save_policy(policy: Policy, base: str, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the policy (float32, adapters merged into a freshly loaded base) to `folder`, whole or not at all.
+    """Write the policy (float32, adapters merged into a freshly loaded base) to `folder` atomically.
 
-    Its weights are whole (`models.sharded.Sharded.make_whole`).
-
-    Weights that learned in 16 bit are their float32 masters from then on.
+    Its weights must be gathered (`distributed.sharding.Sharded.make_whole`). Weights that were trained in 16 bit become
+    their float32 masters.
     """
     if policy.reference is None:
         model: Any = merged_copy(policy.model, load_causal("policy", base, torch.float32, torch.device("cpu")))
@@ -51,7 +50,7 @@ def save_policy(policy: Policy, base: str, folder: Path, settings: Mapping[str, 
 
 
 def save_classifier(adapted: Any, tokenizer: Any, base: str, folder: Path, card: str, *, lora: bool) -> None:
-    """Write a trained sequence classifier (float32, adapters merged) to `folder`, whole or not at all."""
+    """Write a trained sequence classifier (float32, adapters merged) to `folder` atomically."""
     model = adapted
     if lora:
         fresh: Any = load_classifier("model", base, torch.float32, torch.device("cpu"), new_head=2)
@@ -61,7 +60,7 @@ def save_classifier(adapted: Any, tokenizer: Any, base: str, folder: Path, card:
 
 
 def head_config(tokenizer: Any) -> dict[str, Any]:
-    """Return what a 2-class reward model's configuration says of its labels and its padding."""
+    """Return the labels and the padding of a 2-class reward model's configuration."""
     labels = {0: "negative", 1: "positive"}
     return {
         "pad_token_id": tokenizer.pad_token_id,
@@ -82,12 +81,12 @@ def save_model(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
 
 
 def unfinished(folder: Path) -> Path:
-    """Return the name that `folder` has while `save_model` writes it; what failed may leave it."""
+    """Return the temporary name of `folder` while `save_model` writes it; a failed write may leave it."""
     return folder.with_name(f".{folder.name}.tmp")
 
 
 def model_card(title: str, tag: str, text: str, settings: Mapping[str, Any]) -> str:
-    """Return the model card: what it is, how it was trained, with every setting."""
+    """Return the model card, with every setting."""
     base = settings.get("policy") or settings.get("model") or "unknown"
     dumped = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     return CARD.format(tag=tag, base=base, title=title, text=text, settings=dumped)

@@ -1,8 +1,8 @@
-"""Log-probabilities of chosen tokens straight from the states under the output layer, a block of positions at a time.
+"""Log-probabilities of chosen tokens from the states under the output layer, a block of positions at a time.
 
-The logits of a batch are its largest tensor: n·V numbers, and a softmax of them in float32 takes four times as much
-again. Here they exist for one block of positions, are kept in the model's own dtype only while they are few, and are
-computed a second time in the backward pass otherwise.
+The logits of a batch are its largest tensor: n·V numbers, and a softmax of them in float32 takes four times as much in
+addition. Here they exist for one block of positions; a small batch saves them in the model's own dtype for the backward
+pass, a larger one recomputes them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 24  # logits at once: 32 MiB in 16 bit
 ROWS_ELEMENTS = 1 << 21  # logits at once in float32: 8 MiB, which a processor's cache holds
-KEPT_ELEMENTS = 1 << 26  # logits kept for the backward pass: 128 MiB in 16 bit; more are computed again
+SAVED_ELEMENTS = 1 << 26  # logits saved for the backward pass: 128 MiB in 16 bit; more are recomputed
 
 
 def token_logprobs(
@@ -33,8 +33,8 @@ def token_logprobs(
     Args:
         states: (n,d); weight: (V,d); bias: (V,) or None; ids: (n,) int64, none of them banned; banned: (k,) int64.
     """
-    found = _TokenLogprobs.apply(states, weight, bias, ids, banned, temperature, entropy)  # type: ignore[no-untyped-call]
-    return found[0], found[1] if entropy else None
+    result = _TokenLogprobs.apply(states, weight, bias, ids, banned, temperature, entropy)  # type: ignore[no-untyped-call]
+    return result[0], result[1] if entropy else None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -50,33 +50,33 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         count, vocabulary = len(states), len(weight)
-        normaliser, chosen, spread = (states.new_zeros(count, dtype=torch.float32) for _ in range(3))
-        learns = any(ctx.needs_input_grad[:3])
-        keep = learns and count * vocabulary <= KEPT_ELEMENTS
-        kept: list[Tensor] = []
+        normaliser, chosen, entropies = (states.new_zeros(count, dtype=torch.float32) for _ in range(3))
+        needs_gradient = any(ctx.needs_input_grad[:3])
+        save = needs_gradient and count * vocabulary <= SAVED_ELEMENTS
+        saved: list[Tensor] = []
         for block in _blocks(count, vocabulary, BLOCK_ELEMENTS):
             logits = block_logits(states[block], weight, bias, banned)
             chosen[block] = logits.gather(1, ids[block, None]).squeeze(1).float() / temperature
             for part in _blocks(len(logits), vocabulary, ROWS_ELEMENTS):
                 here = slice(block.start + part.start, block.start + part.stop)
-                normaliser[here], spread[here] = log_sum(logits[part], temperature, entropy)
-            if keep:
-                kept.append(logits)
-        ctx.save_for_backward(states, weight, bias, ids, banned, normaliser, *kept)
+                normaliser[here], entropies[here] = log_sum(logits[part], temperature, entropy)
+            if save:
+                saved.append(logits)
+        ctx.save_for_backward(states, weight, bias, ids, banned, normaliser, *saved)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(spread)
-        return chosen - normaliser, spread
+        ctx.mark_non_differentiable(entropies)
+        return chosen - normaliser, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, bias, ids, banned, normaliser, *kept = ctx.saved_tensors
+        states, weight, bias, ids, banned, normaliser, *saved = ctx.saved_tensors
         gradient = gradients[0].float() / ctx.temperature  # (n,)
         to_states, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if to_states else None
         d_weight = torch.zeros_like(weight) if to_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if to_bias else None
         for number, block in enumerate(_blocks(len(states), len(weight), BLOCK_ELEMENTS)):
-            logits = kept[number] if kept else block_logits(states[block], weight, bias, banned)
+            logits = saved[number] if saved else block_logits(states[block], weight, bias, banned)
             d_logits = logits_gradient(logits, ids[block], normaliser[block], gradient[block], ctx.temperature)
             if d_states is not None:
                 torch.mm(d_logits, weight, out=d_states[block])
@@ -96,7 +96,7 @@ def block_logits(states: Tensor, weight: Tensor, bias: Tensor | None, banned: Te
 
 def log_sum(logits: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | float]:
     """Return (log Σ exp, entropy in nats or 0) of softmax(logits/temperature), rows (n,V) -> (n,), with one exp."""
-    wide = logits.float()  # a copy where the logits are 16 bit, and left as it is where they are not
+    wide = logits.float()  # a copy of 16-bit logits, which may be overwritten; float32 logits may not
     peak = wide.amax(dim=-1, keepdim=True)
     shifted = wide - peak if wide is logits else wide.sub_(peak)
     shifted = shifted if temperature == 1.0 else shifted.div_(temperature)
@@ -105,7 +105,7 @@ def log_sum(logits: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, 
     total = peak.squeeze(-1) / temperature + mass.log()
     if not entropy:
         return total, 0.0
-    shifted.clamp_min_(-1e4)  # −inf has no weight, and 0·−inf is no number
+    shifted.clamp_min_(-1e4)  # −inf has weight 0, and 0·−inf is NaN
     return total, mass.log() - torch.linalg.vecdot(weights, shifted) / mass
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apportion.config.sections import LoraConfig, ScoreConfig
 from apportion.errors import ConfigError
-from apportion.models.loading import quick_attention
+from apportion.models.loading import use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.reward import RewardModel, adjust
 
@@ -46,11 +46,11 @@ def make_trunk(model: Any, start: ValueStart, lora: LoraConfig, max_length: int)
     """Return the trunk under the value head, or None for the policy's own.
 
     Args:
-        model: the policy's model before adapters are added, in the dtype in which all weights of a trunk learn.
+        model: the policy's model before adapters are added, in the dtype in which a fully trained trunk learns.
         max_length: as `load_policy` takes it.
 
     Raises:
-        ConfigError: the reward model does not read the policy's ids, or its score is not linear in its last state.
+        ConfigError: the reward model does not use the policy's ids, or its score is not linear in its last state.
     """
     if start.kind == "shared":
         return None
@@ -58,7 +58,7 @@ def make_trunk(model: Any, start: ValueStart, lora: LoraConfig, max_length: int)
         weight = next(model.parameters())
         score_layer(start.source)
         trunk = copy.deepcopy(start.source.model.base_model).to(weight.dtype)
-        quick_attention(trunk, weight.device, max_length)
+        use_fastest_attention(trunk, weight.device, max_length)
     else:
         trunk = copy.deepcopy(model.base_model)
     return (add_adapter(trunk, lora) if lora.rank > 0 else trunk.requires_grad_(True)).eval()
@@ -99,8 +99,8 @@ def score_layer(reward: RewardModel) -> tuple[Tensor, Tensor]:
     """
     fix = "Use ppo.value_model separate or shared."
     if reward.text is not None:
-        got = "a reward model with a tokenizer of its own"
-        raise ConfigError("ppo.value_model", f"reward, with {got}", "one that reads the policy's ids", fix)
+        got = "reward, with a reward model that has its own tokenizer"
+        raise ConfigError("ppo.value_model", got, "one that uses the policy's ids", fix)
     layer = next((m for name, m in reward.model.named_children() if name in HEADS), None)
     if not isinstance(layer, nn.Linear):
         got = f"reward, with the head {type(layer).__name__}"

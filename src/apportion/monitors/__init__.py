@@ -1,4 +1,4 @@
-"""The monitors: one rule a file, over the metrics that a run logs anyway, judged against the run's own start."""
+"""Monitors: rules over the logged metrics of a run, relative to the run's own start; one rule a file."""
 
 from __future__ import annotations
 

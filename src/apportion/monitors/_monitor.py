@@ -1,4 +1,4 @@
-"""What a monitor is: a rule over a batch's metrics, judged against the run's own start. Pure: state goes in and out."""
+"""Monitors as pure rules over a batch's metrics, relative to the run's own start; state is passed in and returned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apportion.types import State
 
 START = 5  # batches whose mean is the run's start
 WEIGHT = 1 / 3  # of the newest batch in the running mean: five batches' worth of averaging
-CALM = 5  # quiet batches in a row that end an episode
+CALM = 5  # consecutive batches without an alert that end an episode
 
 
 class MetricHistory(NamedTuple):
@@ -36,62 +36,62 @@ class Monitor(NamedTuple):
 
     Attributes:
         name: its setting (`monitors.NAME`) and metric (`monitors/NAME`).
-        reads: metrics, the first of which must be there for it to judge; those that a run does not log are left out.
-        judge: {metric: Track} -> what is wrong, in words and numbers, or None.
-        expected: what a healthy run shows. causes, fix: what it is likely to be, and what to do about it.
-        tightens: whether a larger KL coefficient holds what it monitors.
+        metrics: the metrics that it uses; without the first one the monitor is inactive, the others are optional.
+        check: {metric: MetricHistory} -> the problem in words and numbers, or None.
+        expected: the metrics of a healthy run. causes, fix: likely causes, and the remedy.
+        raises_kl_coef: whether a larger KL coefficient counters the problem.
     """
 
     name: str
-    reads: tuple[str, ...]
-    judge: Callable[[Mapping[str, MetricHistory]], str | None]
+    metrics: tuple[str, ...]
+    check: Callable[[Mapping[str, MetricHistory]], str | None]
     expected: str
     causes: str
     fix: str
-    tightens: bool = False
+    raises_kl_coef: bool = False
 
 
 class Alert(NamedTuple):
-    """A monitor that fires in this batch: what it says, and whether an episode begins with it."""
+    """A monitor that fires in this batch: the problem, and whether an episode begins with it."""
 
     monitor: Monitor
-    said: str
+    message: str
     begins: bool
 
 
 def init(monitors: Iterable[Monitor]) -> State:
-    """Return the state of a run that has seen nothing: float64 tensors (3,).
+    """Return the initial state: float64 tensors (3,).
 
     "NAME METRIC" holds (batches seen, mean of the first `START` of them, running mean); "NAME episode" holds
     (1 during an episode, quiet batches since it last fired, episodes).
     """
-    names = [f"{w.name} {key}" for w in monitors for key in (*w.reads, "episode")]
+    names = [f"{m.name} {key}" for m in monitors for key in (*m.metrics, "episode")]
     return {name: torch.zeros(3, dtype=torch.float64) for name in names}
 
 
 def observe(
     monitors: Iterable[Monitor], metrics: Mapping[str, float], state: State
 ) -> tuple[dict[str, Alert | None], State]:
-    """Return ({monitor: what it found, or None}, the state after this batch).
+    """Return ({monitor: its alert, or None}, the state after this batch).
 
-    A monitor whose first metric is absent says nothing at all and is not in the answer.
+    A monitor whose first metric is absent is not in the result.
     """
-    found: dict[str, Alert | None] = {}
+    alerts: dict[str, Alert | None] = {}
     state = dict(state)
     for monitor in monitors:
-        if monitor.reads[0] not in metrics:
+        if monitor.metrics[0] not in metrics:
             continue
-        tracks = {}
-        for key in (key for key in monitor.reads if key in metrics):
-            tracks[key], state[f"{monitor.name} {key}"] = follow(state[f"{monitor.name} {key}"], metrics[key])
-        said = monitor.judge(tracks)
-        began, state[f"{monitor.name} episode"] = _episode(state[f"{monitor.name} episode"], said is not None)
-        found[monitor.name] = None if said is None else Alert(monitor, said, began)
-    return found, state
+        histories = {}
+        for key in (key for key in monitor.metrics if key in metrics):
+            histories[key], state[f"{monitor.name} {key}"] = follow(state[f"{monitor.name} {key}"], metrics[key])
+        message = monitor.check(histories)
+        began, state[f"{monitor.name} episode"] = _episode(state[f"{monitor.name} episode"], message is not None)
+        alerts[monitor.name] = None if message is None else Alert(monitor, message, began)
+    return alerts, state
 
 
 def follow(stored: Tensor, value: float) -> tuple[MetricHistory, Tensor]:
-    """Return (the metric with its new value, what to store of it): (seen, start, running mean), (3,) float64."""
+    """Return (the metric with its new value, its state (3,) float64: batches seen, start, running mean)."""
     seen, start, recent = stored.tolist()
     before = recent if seen else None
     mean = value if before is None else before + WEIGHT * (value - before)
@@ -102,7 +102,7 @@ def follow(stored: Tensor, value: float) -> tuple[MetricHistory, Tensor]:
 
 
 def _episode(stored: Tensor, fires: bool) -> tuple[bool, Tensor]:
-    """Return (whether an episode begins, what to store): it ends after `CALM` batches in which nothing fired."""
+    """Return (whether an episode begins, its state); an episode ends after `CALM` batches without an alert."""
     on, quiet, count = stored.tolist()
     begins = fires and not on
     quiet = 0.0 if fires else quiet + 1
@@ -110,9 +110,9 @@ def _episode(stored: Tensor, fires: bool) -> tuple[bool, Tensor]:
     return begins, torch.tensor([on, quiet, count + begins], dtype=torch.float64)
 
 
-def share(part: float, whole: float | None) -> str:
-    """Return "12% of the run's start (3.28)", or "9.1 times …" from twice on; `whole` is a start that is known."""
-    assert whole is not None
-    ratio = part / whole if whole else float("inf")
+def share(value: float, start: float | None) -> str:
+    """Return "12% of the run's start (3.28)", or "9.1 times …" from 2 on; `start` must be known."""
+    assert start is not None
+    ratio = value / start if start else float("inf")
     size = f"{100 * ratio:.3g}% of" if ratio < 2 else f"{ratio:.3g} times"
-    return f"{size} the run's start ({whole:.3g})"
+    return f"{size} the run's start ({start:.3g})"

@@ -1,4 +1,4 @@
-"""Monitors for a KL that falls below zero: the sampler and the trainer do not agree on what was sampled."""
+"""Monitor for a negative KL: the sampler and the trainer disagree on the sampling distribution."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def negative_kl(*, mean: float = -1.0, once: float = -5.0) -> Monitor:
     """
     key = "objective/kl"
 
-    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
-        kl = tracks[key]
+    def check(metrics: Mapping[str, MetricHistory]) -> str | None:
+        kl = metrics[key]
         if kl.value >= once and kl.recent >= mean:
             return None
         return f"{key} {kl.value:.3g} nats a response, {kl.recent:.3g} in the running mean"
@@ -25,7 +25,7 @@ def negative_kl(*, mean: float = -1.0, once: float = -5.0) -> Monitor:
     return Monitor(
         "negative_kl",
         (key,),
-        judge,
+        check,
         f"at least {mean:g} in the running mean and {once:g} in a batch",
         "the tokens were not sampled from the distribution whose log-probabilities are used (a filter such as top-k, "
         "another temperature, a banned token), or the sampler and the trainer compute different numbers",

@@ -1,4 +1,4 @@
-"""Monitors for probability ratios that blow up within one batch's update."""
+"""Monitor for exploding importance ratios within one batch's update."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def ratio(*, most: float = 0.5, least: float = 0.1, rise: float = 10.0, limited:
     """
     key, cut = "policy/approxkl", "policy/ratio_limited"
 
-    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
-        kl = tracks[key]
-        if cut in tracks and tracks[cut].value > limited:
-            return f"{cut} {tracks[cut].value:.3g}: the share of tokens whose ratio is beyond e^±20"
+    def check(metrics: Mapping[str, MetricHistory]) -> str | None:
+        kl = metrics[key]
+        if cut in metrics and metrics[cut].value > limited:
+            return f"{cut} {metrics[cut].value:.3g}: the share of tokens whose ratio is beyond e^±20"
         if kl.value > most:
             return f"{key} {kl.value:.3g} nats a token in one batch"
         if kl.risen(least, rise):
@@ -29,7 +29,7 @@ def ratio(*, most: float = 0.5, least: float = 0.1, rise: float = 10.0, limited:
     return Monitor(
         "ratio",
         (key, cut),
-        judge,
+        check,
         f"at most {most:g} nats a token in a batch, {least:g} in the running mean, ratios within e^±20",
         "steps too large for the batch (optim.lr, ppo.epochs), a learning rate without warm-up, advantages that are "
         "not whitened, or a sampler that differs from the trainer (sampling/logprob_gap)",

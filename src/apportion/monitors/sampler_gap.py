@@ -1,4 +1,4 @@
-"""Monitors the difference between the sampler's and the trainer's log-probabilities of the same tokens."""
+"""Monitor for a gap between the sampler's and the trainer's log-probabilities of the same tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def sampler_gap(*, least: float = 0.1, rise: float = 5.0, most: float = 0.3) -> 
     """
     key = "sampling/logprob_gap"
 
-    def judge(tracks: Mapping[str, MetricHistory]) -> str | None:
-        gap = tracks[key]
+    def check(metrics: Mapping[str, MetricHistory]) -> str | None:
+        gap = metrics[key]
         if gap.recent > most:
             return f"{key} {gap.recent:.3g} nats a token"
         if gap.risen(least, rise):
@@ -27,9 +27,9 @@ def sampler_gap(*, least: float = 0.1, rise: float = 5.0, most: float = 0.3) -> 
     return Monitor(
         "sampler_gap",
         (key,),
-        judge,
+        check,
         f"at most {most:g}, and at most {rise:g} times the start where it is above {least:g}",
         "the sampler and the trainer run the model differently: precision, attention kernels, padding or positions, "
-        "another temperature, weights that were not handed over",
-        "Try --dtype float32; if the gap stays, the model's cached and whole forwards differ (report it)",
+        "another temperature, weights that were not synchronised",
+        "Try --dtype float32; if the gap stays, the model's cached and full forwards differ (report it)",
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from apportion.data.formats import DEEPEST, depth
+from apportion.data.formats import MAX_DEPTH, depth
 from apportion.errors import DataError
 from apportion.report.style import finite
 from apportion.system import safe_yaml
@@ -179,10 +179,10 @@ def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
 
 
 def _json(text: str) -> Any:
-    """Return the value of `text`. Raises ValueError or RecursionError where it is not JSON, or deeper than DEEPEST."""
+    """Return the value of `text`. Raises ValueError or RecursionError where it is not JSON, or too deep."""
     value = json.loads(text)
-    if text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST:
-        raise ValueError(f"nested more than {DEEPEST} deep")
+    if text.count("[") + text.count("{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
     return value
 
 

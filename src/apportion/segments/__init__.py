@@ -1,4 +1,4 @@
-"""What counts as one action? Segmenters: rollouts -> (B,T) int64 ids from 0 along each row, -1 off the mask."""
+"""Segmenters, which define one action: rollouts -> (B,T) int64 ids from 0 along each row, -1 off the mask."""
 
 from __future__ import annotations
 
@@ -63,4 +63,5 @@ def find(name: str) -> Callable[..., Segmenter]:
 def build(specs: list[tuple[str, dict[str, Any]]]) -> Segmenter:
     """Return the segmenter of exactly one (name, keyword arguments) pair."""
     name, kwargs = registry.single("segments", specs)
-    return registry.method("segments", name, registry.call("segments", name, find(name), kwargs))
+    method: Segmenter = registry.check_method("segments", name, registry.call("segments", name, find(name), kwargs))
+    return method

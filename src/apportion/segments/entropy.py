@@ -1,21 +1,19 @@
-"""A new action where the policy hesitates: segments between tokens of high entropy."""
+"""Entropy boundaries: an action starts at each token of high policy entropy."""
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from apportion.errors import ConfigError
-from apportion.segments._boundaries import Cut, numbers
+from apportion.errors import check_number
+from apportion.segments._boundaries import BoundarySegmenter
 from apportion.types import Rollouts, Segmenter
 
 
 def entropy(threshold: float = 1.75) -> Segmenter:
     """Return the segmenter that ends an action before each token whose entropy is above `threshold`, (B,T) int64.
 
-    The entropy of token t is that of the distribution it was drawn from, H(π(·|s_t)): a token drawn where the policy
-    hesitates starts an action, and the tokens that follow from it belong to it.
+    The entropy of token t is that of the distribution it was sampled from, H(π(·|s_t)): a token sampled where the
+    policy is uncertain starts an action, and the tokens that follow from it belong to it.
 
         threshold 1.75, entropies  .2 1.8 .1 .3 2.5 1.75:  ids 0 1 1 1 2 2
 
@@ -30,15 +28,13 @@ def entropy(threshold: float = 1.75) -> Segmenter:
 
     Source: Yin et al. 2025 (arXiv 2501.02790).
 
-    Assumes: a decision is taken where the policy hesitates.
-    Use it for: long reasoning, where few tokens are open and many follow from them.
+    Assumes: a decision is taken where the policy is uncertain.
+    Use it for: long reasoning, where few tokens are uncertain and many follow from them.
     """
-    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if not number or not math.isfinite(threshold) or threshold < 0:
-        fix = "0 makes almost every token an action; a threshold above log(vocabulary) makes the response one."
-        raise ConfigError("entropy.threshold", threshold, "a finite number of nats, at least 0", fix)
+    fix = "0 makes almost every token an action; a threshold above log(vocabulary) makes the response one."
+    check_number("entropy.threshold", threshold, 0.0, fix)
 
     def starts(rollouts: Rollouts) -> Tensor:
-        return numbers(rollouts, "entropy") > threshold
+        return rollouts.token_evidence("entropy") > threshold
 
-    return Cut(starts, frozenset({"entropy"}))
+    return BoundarySegmenter(starts, frozenset({"entropy"}))

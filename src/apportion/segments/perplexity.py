@@ -1,11 +1,11 @@
-"""An action goes on while the reference model finds it ever more likely: the perplexity rule of MA-RLHF."""
+"""The perplexity rule of MA-RLHF: an action continues while its perplexity under the reference does not rise."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from apportion.segments._boundaries import Cut, numbers, turn_starts
+from apportion.segments._boundaries import BoundarySegmenter, turn_starts
 from apportion.types import Rollouts, Segmenter
 
 
@@ -19,7 +19,7 @@ def perplexity() -> Segmenter:
         mean so far 2   1.5  1.5  3   3   7/3  2.25  1.8
         id          0   0    0    1   1   1    1     1
 
-    Each turn starts anew; holes in the mask are stepped over. Every row is cut by its own numbers.
+    Each turn starts a new action; holes in the mask are skipped. Rows are independent of one another.
 
     Needs evidence "reference_logprobs" (B,T), nats. Returns (B,T) int64.
 
@@ -29,19 +29,19 @@ def perplexity() -> Segmenter:
     Source: Chai et al. 2024 (arXiv 2410.02743), section 3.2.1 and appendix B.4. The released code compares each token's
     perplexity with that of the token before, and takes row 0's boundaries for every row.
 
-    Assumes: tokens that the reference finds ever easier continue what was begun.
-    Use it when actions should follow what is predictable, in any language.
+    Assumes: tokens that the reference predicts with rising confidence belong to one decision.
+    Use it when actions should follow predictability, in any language.
     """
-    return Cut(_starts, frozenset({"reference_logprobs"}))
+    return BoundarySegmenter(_starts, frozenset({"reference_logprobs"}))
 
 
 def _starts(rollouts: Rollouts) -> Tensor:
     mask = rollouts.mask
     longest = int(mask.sum(dim=1).max()) if len(mask) else 0
-    # each row's tokens without holes between them, so that nothing has to be stepped over; time first
+    # each row's tokens without holes between them; time first
     packed = mask.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
     # doubles: sums of a row's float32 numbers are exact in them, so that equal means compare as equal
-    surprise = -numbers(rollouts, "reference_logprobs").double().gather(1, packed).T
+    surprise = -rollouts.token_evidence("reference_logprobs").double().gather(1, packed).T
     forced = turn_starts(mask, rollouts.turn).gather(1, packed).T
     starts = _new_actions(surprise, forced)
     return torch.zeros_like(mask).scatter_(1, packed, starts.T) & mask
@@ -49,13 +49,13 @@ def _starts(rollouts: Rollouts) -> Tensor:
 
 def _new_actions(x: Tensor, forced: Tensor) -> Tensor:
     """Return (T,B) bool, True where x_t (T,B) lies above the mean of its action so far, or `forced` (T,B) is True."""
-    pairs = torch.stack([x, torch.ones_like(x)], dim=1)  # (T,2,B): what a token adds to its action's sum and size
+    pairs = torch.stack([x, torch.ones_like(x)], dim=1)  # (T,2,B): each token's part of its action's sum and size
     against = torch.where(forced, torch.inf, x)
-    state = torch.ones_like(pairs[0]) if len(x) else x  # (2,B); the first token is forced, whatever stands here
-    found = []
+    state = torch.ones_like(pairs[0]) if len(x) else x  # (2,B); the first token is forced, whatever the initial state
+    starts = []
     for pair, value in zip(pairs.unbind(), against.unbind(), strict=True):  # a recursion over tokens, all rows at once
         total, size = state.unbind()
         above = torch.addcmul(total, value, size, value=-1) < 0  # x·size > total
         state = torch.where(above, pair, state + pair)
-        found.append(above)
-    return torch.stack(found) if found else forced
+        starts.append(above)
+    return torch.stack(starts) if starts else forced

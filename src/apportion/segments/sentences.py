@@ -1,10 +1,10 @@
-"""Every sentence is an action, where a producer has marked the sentences."""
+"""Sentences as actions."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from apportion.segments._boundaries import Cut, flags
+from apportion.segments._boundaries import BoundarySegmenter, boundary_flags
 from apportion.types import Rollouts, Segmenter
 
 NAME = "sentence_boundaries"
@@ -13,9 +13,9 @@ NAME = "sentence_boundaries"
 def sentences() -> Segmenter:
     """Return the segmenter that starts an action on each sentence's first token, (B,T) int64.
 
-    Needs evidence "sentence_boundaries" (B,T) bool, True on each sentence's first token; apportion makes it from the
-    response's text (the rule is in `apportion.evidence.text.sentences`). Where it is absent, "boundaries" is read, for
-    those who bring their own.
+    Needs evidence "sentence_boundaries" (B,T) bool, True on each sentence's first token; apportion produces it from
+    the response's text (see `apportion.evidence.text.sentences`). Where it is absent, user-supplied evidence
+    "boundaries" is used.
 
     Raises:
         DataError: both are absent, or it is not bool (B,T).
@@ -25,6 +25,6 @@ def sentences() -> Segmenter:
     """
 
     def starts(rollouts: Rollouts) -> Tensor:
-        return flags(rollouts, NAME)
+        return boundary_flags(rollouts, NAME)
 
-    return Cut(starts, frozenset({NAME}))
+    return BoundarySegmenter(starts, frozenset({NAME}))

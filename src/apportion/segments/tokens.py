@@ -1,4 +1,4 @@
-"""Every token is an action of its own: token-level PPO."""
+"""Tokens as actions: token-level PPO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apportion.types import Rollouts, Segmenter
 def tokens() -> Segmenter:
     """Return the segmenter that numbers each row's masked tokens 0, 1, 2, …; -1 off the mask. (B,T) int64.
 
-    Assumes: each token is a decision of its own.
+    Assumes: each token is one decision.
     Use it for: the default: token-level PPO.
     """
     return _Tokens()

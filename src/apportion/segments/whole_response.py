@@ -1,23 +1,23 @@
-"""The whole response is one action: the bandit."""
+"""The whole response as one action: the bandit."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from apportion.segments._boundaries import Cut
+from apportion.segments._boundaries import BoundarySegmenter
 from apportion.types import Rollouts, Segmenter
 
 
 def whole_response() -> Segmenter:
     """Return the segmenter that gives every token of a row id 0, -1 off the mask; (B,T) int64.
 
-    A response of several turns (`rollouts.turn`) has one action a turn: no action reaches over a turn.
+    A response of several turns (`rollouts.turn`) has one action a turn: no action crosses a turn.
 
     Assumes: the response is one decision.
-    Use it for: group methods, and the bandit that macro actions of growing length end in.
+    Use it for: group methods, and the bandit, the limit of macro actions of growing length.
     """
-    return Cut(_starts)
+    return BoundarySegmenter(_starts)
 
 
 def _starts(rollouts: Rollouts) -> Tensor:

@@ -9,18 +9,19 @@ from torch import Tensor
 
 from apportion import credit, registry
 from apportion.config import ScoreConfig
-from apportion.credit._evidence import EVIDENCE, asked_reading
+from apportion.credit import REWARD_ATTENTION, requested_attention
 from apportion.errors import ConfigError, DataError
 from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel, is_decoder
 from apportion.models.text.render import context_limit
+from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts
 
 # evidence from only a reward model: attention comes with the scoring forward, the rest takes further passes
-FURTHER = PRODUCERS["attribution"].gives | PRODUCERS["shapley"].gives | {"prefix_scores", "prompt_score"}
-AVAILABLE = FURTHER | {EVIDENCE}
+FURTHER = PRODUCERS["attribution"].provides | PRODUCERS["shapley"].provides | {"prefix_scores", "prompt_score"}
+AVAILABLE = FURTHER | {REWARD_ATTENTION}
 
 
 class TextCredit(NamedTuple):
@@ -50,7 +51,7 @@ def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
 
 def _available(need: str) -> bool:
     """Whether a reward model is enough for the evidence `need`."""
-    return registry.asked(need)[0] in AVAILABLE
+    return EvidenceKey.of(need).name in AVAILABLE
 
 
 def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[str, Credit]) -> TextCredit:
@@ -64,11 +65,11 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
         ConfigError: a method that needs a decoder, with an encoder.
     """
     ids, response = _encode(reward, prompt, text)
-    wanted = frozenset({EVIDENCE}).union(*(method.needs for method in methods.values()))
-    further = frozenset(name for name in wanted if registry.asked(name)[0] in FURTHER)
+    wanted = frozenset({REWARD_ATTENTION}).union(*(method.needs for method in methods.values()))
+    further = frozenset(name for name in wanted if EvidenceKey.of(name).name in FURTHER)
     names = sorted(wanted - further)
-    readings = [asked_reading(name) for name in names]
-    scores, rows, at = reward.read(ids, torch.ones_like(ids, dtype=torch.bool), readings)
+    specs = [requested_attention(name) for name in names]
+    scores, rows, at = reward.forward(ids, torch.ones_like(ids, dtype=torch.bool), specs)
     rows_by_name = dict(zip(names, rows, strict=True))
     if is_decoder(reward.model) and int(at) != ids.shape[1] - 1:
         got = f"{text[-20:]!r}, which ends with the model's pad token"
@@ -81,7 +82,7 @@ def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[st
     by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
     tokens = [reward.tokenizer.decode([i]) for i in chosen]
     return TextCredit(
-        prompt, tokens, chosen, float(scores[0]), by_method, float(rows_by_name[EVIDENCE][0, response].sum())
+        prompt, tokens, chosen, float(scores[0]), by_method, float(rows_by_name[REWARD_ATTENTION][0, response].sum())
     )
 
 

@@ -49,7 +49,7 @@ def time_limit(
     """Run a block of at most `seconds`; None sets no limit. Time stands still while the process is stopped.
 
     Where the block hangs in code that no signal interrupts, or runs in another thread than the main one, the process is
-    killed, with these left behind:
+    killed, with these files saved:
 
     Args:
         message: written to stderr. files: {path: text}, written then.

@@ -19,7 +19,7 @@ from apportion.system.disk import explain_disk_errors
 from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.run_folder import RunFolder
 from apportion.types import Rollouts
-from apportion.user_code import LastWords, UserCode, error_of
+from apportion.user_code import FilesOnKill, UserCode, error_of
 
 DECIMALS = 8  # with 6, the rounding of a hundred tokens' credit adds up to more than 1e-5 of the score
 Column = Callable[[Rollouts], Tensor]
@@ -47,7 +47,7 @@ class CrashDump:
     Args:
         run: the run folder; None (a loop without one) writes nothing.
         tokenizer: decodes ids. user_code: calls user-supplied functions. modules: {module: "module:function"} of them.
-        nonfinite: knows the rollouts of skipped updates.
+        nonfinite: its `rows`, the rollouts of skipped updates, are marked `skipped`.
         lazy_columns: columns (B,T) of the whole batch, computed only when a step fails.
     """
 
@@ -77,7 +77,9 @@ class CrashDump:
             dump = {"rollouts.jsonl": rows, "error.txt": f"{error}\n"}
             return {str(target / name): text for name, text in dump.items()} | {str(run.path / "status.json"): content}
 
-        self.user_code.last_words = LastWords(f"The rollouts are in {target}.", files, str(target / "traceback.txt"))
+        self.user_code.files_on_kill = FilesOnKill(
+            f"The rollouts are in {target}.", files, str(target / "traceback.txt")
+        )
 
     @contextmanager
     def on_error(self, snapshot: BatchSnapshot) -> Iterator[None]:

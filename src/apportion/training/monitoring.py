@@ -78,7 +78,7 @@ class Monitoring:
         if self.run is not None:
             name, before = alert.monitor.name, self.run.status_fields.get("monitors", {})
             count = int(self.watched[f"{name} episode"][2])
-            entry = {"step": step, "episodes": count, "message": alert.said}
+            entry = {"step": step, "episodes": count, "message": alert.message}
             self.run.update_status(monitors=before | {name: entry})
 
 
@@ -95,7 +95,7 @@ def describe(alert: Alert, step: int) -> str:
 def _parts(alert: Alert, step: int) -> tuple[str, str, str, str]:
     monitor = alert.monitor
     fix = f"Likely causes: {monitor.causes}. {monitor.fix} (monitors.{monitor.name}, docs/monitors.md)."
-    return f"monitor {monitor.name} at step {step}", alert.said, monitor.expected, fix
+    return f"monitor {monitor.name} at step {step}", alert.message, monitor.expected, fix
 
 
 def warn(text: str) -> None:

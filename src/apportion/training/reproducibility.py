@@ -55,7 +55,7 @@ def run_environment(models: Mapping[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,  # type: ignore[attr-defined]
+        "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "matmul precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "processes": collectives.world_size(),

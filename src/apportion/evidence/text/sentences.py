@@ -1,4 +1,4 @@
-"""Where sentences start in a text: a rule over punctuation, without a model and without downloads."""
+"""Sentence starts in a text: a rule over punctuation, without a model and without downloads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# titles, which a name follows; written small they are ordinary words
+# titles, which a name follows; in lower case they are ordinary words
 TITLES = _words("Mr Mrs Ms Mx Dr Prof St Mt Rev Hon Sen Rep Gov Pres Gen Col Lt Sgt Capt Cmdr Maj Messrs Mme Mlle")
 INSIDE = _words("e.g i.e cf vs viz approx")  # never the last word of a sentence
 NUMBERED = _words("no nos fig figs vol vols ch chap sec eq eqs p pp art ver para")  # the same before a number
-# may be the last word: it is, unless the text goes on in lower case or with a number
+# may be the last word: it is, unless the text continues in lower case or with a number
 EITHER = _words(
     "etc al inc ltd co corp llc bros jr sr ca esp resp ed ph.d m.d b.a m.a u.s u.k u.n e.u d.c a.m p.m a.d b.c dept "
     "est ave blvd rd jan feb mar apr jun jul aug sep sept oct nov dec tue tues thu thur thurs fri"
@@ -34,7 +34,7 @@ def sentence_starts(text: str) -> list[int]:
     A sentence ends after a run of . ! ? … (with the quotes and brackets that close after it) where white space or the
     end follows, after 。！？｡ in any case, and at every line break. A full stop does not end it after a title or
     another abbreviation, an initial, or the number of a list's item; nor after "etc.", "U.S." and their kind, an
-    ellipsis or a closing quote, where the text goes on in lower case. Decimals, addresses and versions have no space
+    ellipsis or a closing quote, where the text continues in lower case. Decimals, addresses and versions have no space
     after the stop.
     """
     starts: list[int] = []
@@ -48,14 +48,14 @@ def sentence_starts(text: str) -> list[int]:
 
 
 def _add(starts: list[int], text: str, begin: int, end: int) -> None:
-    """Add the sentence that lies in text[begin:end], unless there is white space only."""
+    """Add the sentence in text[begin:end], unless it is only white space."""
     body = text[begin:end]
     if body.strip():
         starts.append(begin + len(body) - len(body.lstrip()))
 
 
 def _ends_sentence(text: str, begin: int, stop: re.Match[str]) -> bool:
-    """Return whether the sentence from `begin` ends with the stop that was found."""
+    """Return whether the sentence from `begin` ends with `stop`."""
     mark = stop[0]
     if mark[0] == "\n":
         return True
@@ -80,8 +80,8 @@ def _ends_sentence(text: str, begin: int, stop: re.Match[str]) -> bool:
 
 def _stop_ends(body: str, first: str) -> bool:
     """Return whether one full stop ends the sentence `body`; `first` is the next letter or digit, "" at the end."""
-    found = WORD.search(body)
-    word = found[0] if found else ""
+    match = WORD.search(body)
+    word = match[0] if match else ""
     lower = word.lower()
     if ENUMERATOR.fullmatch(body):
         return not first

@@ -1,1 +1,1 @@
-"""Attention weights of chosen rows, read during the ordinary forward pass."""
+"""Attention weights of chosen positions, captured during the ordinary forward pass."""

@@ -1,4 +1,4 @@
-"""BLOOM's attention, which never uses transformers' registry: query, key, ALiBi and mask caught by module hooks."""
+"""Capture of BLOOM's attention, which does not use transformers' registry, by module hooks."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ def layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if any(k.__name__ == "BloomAttention" for k in type(m).__mro__)]
 
 
-def monitor(attention: nn.Module, record: Record) -> list[RemovableHandle]:
-    """Call `record` with what this attention module computed, each time it runs, until the handles are removed.
+def capture(attention: nn.Module, record: Record) -> list[RemovableHandle]:
+    """Call `record` with the inputs and output of this attention module at each forward, until the handles are removed.
 
     Its fused projection gives query, key and value; its arguments the mask and ALiBi's bias (Press et al. 2022,
-    arXiv 2108.12409), a number a key and head that is the same for every query; the input of its output projection
+    arXiv 2108.12409), one number a key and head for every query; the input of its output projection
     is weights·values.
     """
-    given: dict[str, Any] = {}
+    captured: dict[str, Any] = {}
 
     def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(("hidden_states", "residual", "alibi", "attention_mask"), args, strict=False)) | kwargs
-        given.update(mask=named["attention_mask"], alibi=named["alibi"])
+        captured.update(mask=named["attention_mask"], alibi=named["alibi"])
 
     def projected(module: nn.Module, args: tuple[Any, ...], fused: Tensor) -> None:
-        given["qkv"] = [x.detach() for x in attention._reshape(fused)]  # type: ignore[operator]
+        captured["qkv"] = [x.detach() for x in attention._reshape(fused)]  # type: ignore[operator]
 
     def mixed(module: nn.Module, args: tuple[Tensor]) -> None:
-        given["output"] = args[0].detach()
+        captured["output"] = args[0].detach()
 
     def finished(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record(_call(module, given))
-        given.clear()
+        record(_call(module, captured))
+        captured.clear()
 
     inner: Any = attention
     return [
@@ -51,17 +51,17 @@ def monitor(attention: nn.Module, record: Record) -> list[RemovableHandle]:
     ]
 
 
-def _call(module: Any, given: dict[str, Any]) -> Call:
-    query, key, value = given["qkv"]
+def _call(module: Any, captured: dict[str, Any]) -> Call:
+    query, key, value = captured["qkv"]
     batch, heads, length, size = query.shape
-    if given["alibi"].shape[-1] != length:
-        got = f"{length} tokens after {given['alibi'].shape[-1] - length} cached ones"
-        raise ModelError("attention_row(Bloom)", got, "one forward without a cache", "Feed the whole text.")
+    if captured["alibi"].shape[-1] != length:
+        got = f"{length} tokens after {captured['alibi'].shape[-1] - length} cached ones"
+        raise ModelError("attention_row(Bloom)", got, "one forward without a cache", "Run the model on the full text.")
     settings = {"scaling": module.inv_norm_factor, "is_causal": True, "dropout": _dropout(module)}
-    output = given.get("output")  # absent where the output projection is applied in slices
+    output = captured.get("output")  # absent where the output projection is applied in slices
     output = None if output is None else output.view(batch, length, heads, size)
-    bias = given["alibi"].detach().view(batch, heads, length)
-    return Call(module, query, key, value, given["mask"], settings, output, bias)
+    bias = captured["alibi"].detach().view(batch, heads, length)
+    return Call(module, query, key, value, captured["mask"], settings, output, bias)
 
 
 def _dropout(module: Any) -> float:

@@ -1,6 +1,6 @@
-"""Reading chosen rows of a model's attention layers during its ordinary forward pass.
+"""Capture of chosen rows of a model's attention layers during its ordinary forward pass.
 
-The attention function that the model uses is wrapped in transformers' registry for the length of a `with` block. It
+The attention function that the model uses is wrapped in transformers' registry within a `with` block. It
 receives q and k after rotary embedding and norms, the mask and the scaling, so one softmax row costs O(H·T·d); no
 (T,T) matrix is made and `output_attentions` (which changes the kernel) is never used. Shapes: B rows of the batch,
 R chosen positions, L chosen layers, H heads, K keys.
@@ -17,20 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from apportion.credit._evidence import Layers, Reading, check_layers
+from apportion.credit import AttentionSpec
+from apportion.credit._attention_spec import Layers, check_layers
 from apportion.distributed.sharding import plain_class
 from apportion.errors import ModelError
 from apportion.models.attention import bloom
 from apportion.models.attention.softmax import Call, is_causal, output_gap, softmax_rows
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time
-# keyword arguments that change the attention weights and that are not read here
-UNREAD = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k")
-MEND = "Use a credit that needs no attention (uniform, sparse) with this model, or a model of another family."
+# keyword arguments that change the attention weights and are not supported here
+UNSUPPORTED = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k")
+FIX = "Use a credit that needs no attention (uniform, sparse) with this model, or a model of another family."
 
 
 class AttentionTap:
-    """Holds the chosen layers' inputs of one forward pass; `weights` turns them into rows on demand."""
+    """The captured inputs of the chosen layers of one forward pass; `weights` computes rows from them on demand."""
 
     def __init__(self, model: nn.Module, layers: Layers) -> None:
         self._name = _name(model)
@@ -53,7 +54,7 @@ class AttentionTap:
         self._running = True
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._running = False  # gradient checkpointing runs layers again in the backward pass, last one first
+        self._running = False  # gradient checkpointing reruns layers in the backward pass, in reverse order
 
     def _record(self, call: Call) -> None:
         if not self._running or call.module not in self._modules:
@@ -63,7 +64,7 @@ class AttentionTap:
         self._seen += 1
 
     def weights(self, rows: Tensor) -> Tensor:
-        """Return the last chosen layer's post-softmax rows in float32, exactly 0 on keys that the row may not see.
+        """Return the last chosen layer's post-softmax rows in float32, exactly 0 on masked keys.
 
         Args:
             rows: (B,) int64 query positions in the padded input, one a batch row, or (B,R) several.
@@ -72,7 +73,7 @@ class AttentionTap:
             (B,H,K) for (B,), (B,R,H,K) for (B,R); columns are key positions, prompt and pads included. Detached.
 
         Raises:
-            ModelError: no forward ran in the block, or this model's attention cannot be read exactly.
+            ModelError: no forward ran in the block, or this model's attention cannot be reproduced exactly.
         """
         return self._weights(self.layers[-1], rows)
 
@@ -84,12 +85,12 @@ class AttentionTap:
         return torch.stack([self._weights(layer, rows) for layer in self.layers], dim=-3)
 
     def rollout(self, rows: Tensor) -> Tensor:
-        """Return the attention rollout read at `rows` (B,): (B,K) float32, what reaches each input position.
+        """Return the attention rollout at `rows` (B,): (B,K) float32, the part of each input position.
 
-        The product over all layers of ½(A + I), A averaged over heads, one row of it. It is computed backwards as a
+        One row of the product over all layers of ½(A + I), A averaged over heads. It is computed backwards as a
         vector times each layer's matrix, row ← ½(row·A + row), a few of A's rows at a time: O(L·H·T²·d) operations,
-        about those of the model's own attention scores, and never a T×T matrix held. The row sums to 1, or to
-        less where sink logits take mass. Every layer's q, k and v are kept in memory until the tap is dropped.
+        about those of the model's own attention scores, without a T×T matrix in memory. The row sums to 1, or to less
+        where sink logits take mass. Every layer's q, k and v stay in memory until the tap is deleted.
 
         Raises:
             ModelError: as `weights` does; the block was not opened with layers="all"; or keys came from a cache.
@@ -108,17 +109,17 @@ class AttentionTap:
             row = 0.5 * (self._through(layer, row) + row)
         return row
 
-    def read(self, reading: Reading, rows: Tensor) -> Tensor:
-        """Return the attention (B,K) at `rows` (B,) that a `Reading` describes: heads and layers in one row.
+    def attention(self, spec: AttentionSpec, rows: Tensor) -> Tensor:
+        """Return the attention (B,K) at `rows` (B,) of `spec`, heads and layers reduced to one row.
 
-        Heads are averaged or their largest is taken in each layer; layers are then averaged.
+        Heads are reduced by mean or maximum in each layer; layers are then averaged.
         """
-        if reading.rollout:
+        if spec.rollout:
             return self.rollout(rows)
-        chosen = resolve_layers(reading.layers, self._depth, self._name)
-        each = [self._weights(layer, rows) for layer in chosen]
-        merged = [w.amax(dim=1) if reading.heads == "max" else w.mean(dim=1) for w in each]
-        return torch.stack(merged).mean(dim=0)
+        chosen = resolve_layers(spec.layers, self._depth, self._name)
+        weights = [self._weights(layer, rows) for layer in chosen]
+        reduced = [w.amax(dim=1) if spec.heads == "max" else w.mean(dim=1) for w in weights]
+        return torch.stack(reduced).mean(dim=0)
 
     @property
     def causal(self) -> bool:
@@ -126,7 +127,7 @@ class AttentionTap:
         return is_causal(self._call(self.layers[-1]))
 
     def _call(self, layer: int) -> Call:
-        """Return the call of that layer. Raises ModelError unless every layer was seen, once."""
+        """Return the call of that layer. Raises ModelError unless every layer ran exactly once."""
         field = f"attention_row({self._name})"
         if self._forwards == 0:
             fix = "Call the model inside the `with` block."
@@ -134,14 +135,14 @@ class AttentionTap:
         if self._seen != self._depth:
             got = f"a forward in which {self._seen} attention layers used transformers' registry"
             expected = f"one call of each of its {self._depth} layers"
-            raise ModelError(field, got, expected, f"Its attention code cannot be read. {MEND}")
+            raise ModelError(field, got, expected, f"Its attention code is not supported. {FIX}")
         if layer not in self._calls:
             fix = "Open the block with these layers."
             raise ModelError(field, f"layer {layer}", f"one of the chosen layers {list(self.layers)}", fix)
         call = self._calls[layer]
-        unread = [name for name in UNREAD if call.settings.get(name) is not None]
-        if unread:
-            raise ModelError(field, f"attention with {unread[0]}", "plain softmax attention", MEND)
+        unsupported = [name for name in UNSUPPORTED if call.settings.get(name) is not None]
+        if unsupported:
+            raise ModelError(field, f"attention with {unsupported[0]}", "plain softmax attention", FIX)
         return call
 
     def _weights(self, layer: int, rows: Tensor) -> Tensor:
@@ -156,17 +157,17 @@ class AttentionTap:
 
     def _chunk(self, layer: int, call: Call, rows: Tensor) -> Tensor:
         weights = softmax_rows(call, rows)
-        if layer not in self._checked:  # once a layer: do these weights give what the layer gave?
+        if layer not in self._checked:  # once a layer: do these weights reproduce the layer's output?
             gap = output_gap(call, rows, weights)
             if gap > 1.0:
                 got = f"weights whose values differ from layer {layer}'s own output ({gap:.1f} times the rounding)"
-                fix = f"Its attention does more than q·k, mask, bias and softmax. {MEND}"
+                fix = f"Its attention does more than q·k, mask, bias and softmax. {FIX}"
                 raise ModelError(f"attention_row({self._name})", got, "the layer's own weights", fix)
             self._checked.add(layer)
         return weights
 
     def _through(self, layer: int, row: Tensor) -> Tensor:
-        """Return row·A (B,K), A the layer's head mean, from the rows of A that `row` (B,K) has weight on."""
+        """Return row·A (B,K), A the layer's head mean, using only the rows of A where `row` (B,K) is not 0."""
         call, out = self._call(layer), torch.zeros_like(row)
         used = (row != 0).any(dim=0).nonzero().squeeze(1)
         for part in used.split(self._step(call, len(row))):
@@ -178,7 +179,7 @@ class AttentionTap:
 class attention_row:  # a context manager, named like a function as torch.no_grad is
     """Context manager: `with attention_row(model) as tap: model(...)`, then `tap.weights(rows)` at any time.
 
-    Exactly one forward of `model` may run in the block. On any exit the registry is what it was.
+    Exactly one forward of `model` may run in the block. The registry is restored on exit.
 
     Args:
         model: a decoder or encoder of transformers, with or without a head and adapters.
@@ -207,7 +208,7 @@ class attention_row:  # a context manager, named like a function as torch.no_gra
             self._model.register_forward_hook(self._tap._end, always_call=True),
         ]
         for layer in bloom.layers(self._model):
-            self._handles += bloom.monitor(layer, self._tap._record)
+            self._handles += bloom.capture(layer, self._tap._record)
         return self._tap
 
     def __exit__(
@@ -222,7 +223,7 @@ class attention_row:  # a context manager, named like a function as torch.no_gra
 
 
 def resolve_layers(layers: Layers, depth: int, name: str) -> tuple[int, ...]:
-    """Return the layers' numbers from 0, in order, of a model of `depth` layers. Raises ModelError for one beyond."""
+    """Return layer numbers from 0, in order, of a model of `depth` layers. Raises ModelError for one out of range."""
     layers = check_layers("attention_row.layers", layers)
     if layers == "all":
         return tuple(range(depth))
@@ -234,12 +235,12 @@ def resolve_layers(layers: Layers, depth: int, name: str) -> tuple[int, ...]:
     return tuple(sorted({number % depth for number in numbers}))
 
 
-def union(readings: Iterable[Reading]) -> str | tuple[int, ...]:
-    """Return the layers that one block must keep for all of these readings."""
-    readings = list(readings)
-    if any(one.rollout or one.layers == "all" for one in readings):
+def needed_layers(specs: Iterable[AttentionSpec]) -> str | tuple[int, ...]:
+    """Return the layers that one block must capture for all of `specs`."""
+    specs = list(specs)
+    if any(spec.rollout or spec.layers == "all" for spec in specs):
         return "all"
-    return tuple(n for one in readings for n in ((-1,) if isinstance(one.layers, str) else one.layers))
+    return tuple(n for spec in specs for n in ((-1,) if isinstance(spec.layers, str) else spec.layers))
 
 
 def _name(model: nn.Module) -> str:
@@ -248,12 +249,12 @@ def _name(model: nn.Module) -> str:
 
 
 def _depth(model: nn.Module, name: str) -> int:
-    """Return the model's number of layers. Raises ModelError for a model that is no stack of self-attention."""
+    """Return the model's number of layers. Raises ModelError for a model that is not one stack of self-attention."""
     config = _text_config(model)
     depth = getattr(config, "num_hidden_layers", None)
     if depth is None or getattr(config, "is_encoder_decoder", False):
         got = "a configuration without num_hidden_layers" if depth is None else "an encoder with a decoder"
-        raise ModelError(f"attention_row({name})", got, "one stack of self-attention layers", MEND)
+        raise ModelError(f"attention_row({name})", got, "one stack of self-attention layers", FIX)
     return int(depth)
 
 
@@ -268,25 +269,25 @@ def _implementation(model: nn.Module) -> str:
 
 
 def _wrapped(inner: Callable[..., Any] | None, tap: AttentionTap) -> Callable[..., Any]:
-    """Return the attention function `inner` (None: the eager one of the module's own file) that also tells the tap."""
+    """Return the attention function `inner` (None: the eager one of the module's own file), recorded by `tap`."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         function = inner or _eager(module)
-        given = function(module, query, key, value, attention_mask, *args, **kwargs)
-        seen = query.detach(), key.detach(), value.detach()
-        tap._record(Call(module, *seen, attention_mask, kwargs, given[0].detach()))
-        return given
+        result = function(module, query, key, value, attention_mask, *args, **kwargs)
+        inputs = query.detach(), key.detach(), value.detach()
+        tap._record(Call(module, *inputs, attention_mask, kwargs, result[0].detach()))
+        return result
 
     return attend
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Return the eager attention of the file that the module's class, or one it inherits from, is written in."""
+    """Return the eager attention of the file that defines the module's class or a class it inherits from."""
     for kind in type(module).__mro__:
-        found: Callable[..., Any] | None = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-        if found is not None:
-            return found
+        function: Callable[..., Any] | None = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
     fix = "Load the model with attn_implementation='sdpa'."
     raise ModelError("attention_row", type(module).__name__, "a file with eager_attention_forward", fix)

@@ -1,4 +1,4 @@
-"""Softmax rows of one attention layer from what the layer was given: masks, soft-caps, sinks, biases and windows.
+"""Softmax rows of one attention layer from its inputs: masks, soft-caps, sinks, biases and windows.
 
 Shapes: B rows of the batch, R chosen positions, H heads, KV key-value heads, Q queries, K keys, D head size.
 """
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from apportion.errors import ModelError
 
-# largest part of the values by which a layer's own output may differ from rows·values: rounding, never a bias unread
-ROUNDING = 0.01  # a GPU may multiply float32 with 10 bits
+# largest difference of a layer's own output from weights·values, relative to the values: rounding only
+ROUNDING = 0.01  # a GPU may multiply float32 in TF32
 ROUNDING_16_BIT = 0.25
 
 
 class Call(NamedTuple):
-    """What one attention layer was given and what it gave.
+    """The inputs and the output of one attention layer.
 
     Attributes:
         module: the layer.
         query: (B,H,Q,D), key: (B,KV,K,D), value: (B,KV,K,Dv), all after rotary embedding and norms.
         mask: (B,1 or H,Q,K) bool or additive, (B,K) of real tokens, a flex BlockMask, or None.
         settings: the other arguments by name (scaling, softcap, sliding_window, s_aux, is_causal, …).
-        output: (B,Q,H,Dv), weights times values; None where it cannot be seen.
+        output: (B,Q,H,Dv), weights times values; None where it cannot be captured.
         bias: (B,H,K), added to every query's scores (ALiBi); None without one.
     """
 
@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
 
 def is_causal(call: Call) -> bool:
-    """Whether a query of this layer sees no later key, where the mask does not say so itself."""
+    """Whether a query of this layer attends to no later key, where the mask does not show it."""
     stated = call.settings.get("is_causal")
     return bool(getattr(call.module, "is_causal", True) if stated is None else stated)
 
@@ -51,7 +51,7 @@ def softmax_rows(call: Call, rows: Tensor) -> Tensor:
     kv_heads, keys = call.key.shape[1:3]
     index = rows[:, None, :, None].expand(-1, heads, -1, size)
     query = call.query.gather(2, index).float()  # (B,H,R,D)
-    # head h reads key-value head h // (H / KV): group the heads rather than repeat the keys
+    # head h uses key-value head h // (H / KV): group the heads rather than repeat the keys
     query = query.reshape(batch, kv_heads, heads // kv_heads * rows.shape[1], size)
     scaling = call.settings.get("scaling")
     with torch.autocast(query.device.type, enabled=False):
@@ -66,12 +66,13 @@ def softmax_rows(call: Call, rows: Tensor) -> Tensor:
     if sinks is not None:  # one more logit a head, which takes mass and is then dropped
         column = sinks.detach().float().reshape(1, 1, -1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
-    # a row that sees nothing has no mass; a NaN of the model's stays one
-    return scores.softmax(dim=-1).masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+    # a fully masked row has no mass; a NaN of the model stays NaN
+    weights: Tensor = scores.softmax(dim=-1).masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+    return weights
 
 
 def _mask_rows(call: Call, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return (which keys each row sees (B or 1,R,H or 1,K) bool, additive bias of that shape or None)."""
+    """Return (visible keys of each row (B or 1,R,H or 1,K) bool, additive bias of that shape or None)."""
     mask = call.mask
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         return _implied_rows(call, rows), None
@@ -92,7 +93,7 @@ def _mask_rows(call: Call, rows: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _implied_rows(call: Call, rows: Tensor) -> Tensor:
-    """Return what rows see where the kernel masks by itself: real tokens, causality, the window (flash attention)."""
+    """Return visible keys where the kernel itself masks: real tokens, causality, the window (flash attention)."""
     keys, queries = call.key.shape[2], call.query.shape[2]
     at, columns = rows + keys - queries, torch.arange(keys, device=rows.device)
     visible = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=rows.device)
@@ -113,7 +114,7 @@ def _implied_rows(call: Call, rows: Tensor) -> Tensor:
 
 
 def _block_rows(call: Call, rows: Tensor) -> Tensor:
-    """Return what rows see by flex attention's BlockMask: its own rule, asked at these positions only."""
+    """Return visible keys by flex attention's BlockMask, evaluated at these positions only."""
     device = rows.device
     batch = torch.arange(len(rows), device=device)[:, None, None, None]
     heads = torch.arange(call.query.shape[1], device=device)[None, None, :, None]
@@ -123,10 +124,10 @@ def _block_rows(call: Call, rows: Tensor) -> Tensor:
 
 
 def output_gap(call: Call, rows: Tensor, weights: Tensor) -> float:
-    """Return by how much weights·values differs from the layer's own output, over what rounding may explain.
+    """Return the difference of weights·values from the layer's own output, relative to the largest rounding error.
 
-    `weights` (B,R,H,K) are `softmax_rows` at `rows` (B,R). Up to 1 is rounding; above, the layer did something to its
-    weights that is not read here (a bias that it adds by itself, say). 0 where the output was not seen or dropped out.
+    `weights` (B,R,H,K) are `softmax_rows` at `rows` (B,R). Up to 1 is rounding; above, the layer modifies its
+    weights in an unsupported way (such as a bias of its own). 0 where the output was not captured or has dropout.
     """
     if call.output is None or call.settings.get("dropout", 0.0):
         return 0.0
@@ -141,8 +142,8 @@ def output_gap(call: Call, rows: Tensor, weights: Tensor) -> float:
     largest = value.abs().amax(dim=2).repeat_interleave(heads // kv_heads, dim=1)[:, None]  # (B,1,H,Dv)
     coarse = any(x.dtype.itemsize < 4 for x in (call.query, call.key, call.value, call.output))
     allowed = largest.clamp_min(1e-6) * (ROUNDING_16_BIT if coarse else ROUNDING)
-    live = weights.sum(dim=-1, keepdim=True) > 0  # kernels disagree on rows that see nothing
+    live = weights.sum(dim=-1, keepdim=True) > 0  # kernels disagree on fully masked rows
     if isinstance(call.mask, Tensor) and call.mask.dim() == 2:
         live = live & call.mask.bool().gather(1, rows + keys - call.query.shape[2])[:, :, None, None]
-    gap = torch.where(live, off / allowed, 0.0).nan_to_num(0.0)  # a NaN of the model's is refused where it is a score
+    gap = torch.where(live, off / allowed, 0.0).nan_to_num(0.0)  # a NaN of the model is an error where it is a score
     return float(gap.max()) if gap.numel() else 0.0

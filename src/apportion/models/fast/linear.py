@@ -1,78 +1,83 @@
-"""Linear layers without detours: two-dimensional products, and adapters that compute in the layer's own dtype.
+"""Faster linear layers: two-dimensional products, adapters in the layer's own dtype, packed frozen weights.
 
 `torch.matmul` multiplies a strided three-dimensional input with a frozen weight as a batch of products over *copies*
 of the weight, which costs more than the product; and peft's adapters cast their input to float32 and back. The classes
-here replace a layer's `forward` and nothing else: parameters, names, merging and saving stay the layer's own.
+here override only a layer's `forward`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from apportion.models.fast.packed_weights import Frozen, Packs
+from apportion.models.fast.packed_weights import PackedLinear, PackedWeight, can_pack, pack
 
 
-def quicken(model: nn.Module) -> None:
-    """Give every plain linear layer of `model`, and every LoRA layer on one, the `forward` of this file."""
+def use_fast_linear(model: nn.Module) -> None:
+    """Replace the `forward` of every plain linear layer of `model`, and of every LoRA layer on one."""
     from peft.tuners.lora.layer import Linear as PeftLinear
 
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = FlatLinear
         elif type(module) is PeftLinear and isinstance(module.base_layer, nn.Linear):
-            module.__class__ = quick_lora()
+            module.__class__ = fast_lora()
 
 
 class FlatLinear(nn.Linear):
-    """`nn.Linear` that multiplies (n,d) whatever the input's shape and strides, packed weights where it has them."""
+    """`nn.Linear` as one two-dimensional product for any shape and strides, over a packed weight where there is one."""
 
-    packs: Packs | None = None
+    packed: PackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input · weightᵀ + bias."""
         flat = input.reshape(-1, input.shape[-1])
-        if self.packs is not None and flat.dtype == self.weight.dtype:
-            flat = Frozen.apply(flat, self.packs, self.bias)  # type: ignore[no-untyped-call]
+        if self.packed is not None and flat.dtype == self.weight.dtype:
+            flat = PackedLinear.apply(flat, self.packed, self.bias)  # type: ignore[no-untyped-call]
         else:
             flat = nn.functional.linear(flat, self.weight, self.bias)
         return flat.view(*input.shape[:-1], flat.shape[-1])
 
 
-_QUICK_LORA: list[type] = []
+_FAST_LORA: list[type] = []
 
 
-def quick_lora() -> type:
-    """Return the class of peft's LoRA layer with a `forward` of ours; made once, as peft is imported only when used."""
+def fast_lora() -> type:
+    """Return the subclass of peft's LoRA layer with a faster `forward`; made once, as peft is imported lazily."""
     from peft.tuners.lora.layer import Linear as PeftLinear
 
-    if not _QUICK_LORA:
+    if not _FAST_LORA:
 
-        class QuickLora(PeftLinear):  # type: ignore[misc]
-            """peft's LoRA layer; one plain adapter is computed as base product plus two thin ones, in place."""
+        class FastLora(PeftLinear):
+            """peft's LoRA layer; one plain adapter is computed as the base product plus two low-rank ones, in place."""
 
             def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 name = active_adapter(self)
                 if self.disable_adapters and not self.merged:
-                    return self.base_layer(x)
+                    plain: Tensor = self.base_layer(x)
+                    return plain
                 if name is None or args or kwargs:
                     return super().forward(x, *args, **kwargs)
                 base, down, up = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
                 flat = x.reshape(-1, x.shape[-1])
-                packs = getattr(base, "packs", None) if flat.dtype == base.weight.dtype else None
-                out = LowRank.apply(flat, base.weight, base.bias, down, up, self.scaling[name], packs)
+                packed = getattr(base, "packed", None) if flat.dtype == base.weight.dtype else None
+                out: Tensor = LowRank.apply(  # type: ignore[no-untyped-call]
+                    flat, base.weight, base.bias, down, up, self.scaling[name], packed
+                )
                 return out.view(*x.shape[:-1], out.shape[-1])
 
-        _QUICK_LORA.append(QuickLora)
-    return _QUICK_LORA[0]
+        _FAST_LORA.append(FastLora)
+    return _FAST_LORA[0]
 
 
 def active_adapter(layer: Any) -> str | None:
-    """Return the name of the one adapter of peft's `layer`, if that is W + s·BA and nothing else, else None.
+    """Return the name of the only adapter of peft's `layer` if the layer is plain W + s·BA, else None.
 
-    That is: not merged, no dropout, no bias, no variant (DoRA, …), and a frozen base.
+    Plain is: not merged, no dropout, no bias, no variant (DoRA, …), and a frozen base.
     """
     names = layer.active_adapters
     name = str(names[0]) if len(names) == 1 else ""
@@ -87,8 +92,8 @@ def active_adapter(layer: Any) -> str | None:
     return name if plain else None
 
 
-class Parts(NamedTuple):
-    """What a linear layer computes: x·weightᵀ + bias, and x·downᵀ·upᵀ beside it where it is adapted."""
+class LinearParts(NamedTuple):
+    """The parts of x·weightᵀ + bias, plus x·downᵀ·upᵀ where the layer is adapted."""
 
     weight: Tensor
     bias: Tensor | None
@@ -96,20 +101,20 @@ class Parts(NamedTuple):
     up: Tensor | None = None
 
 
-def parts_of(layer: Any) -> Parts | None:
-    """Return the parts of a plain linear layer, adapted as in `quick_lora` or not; None for any other layer."""
+def linear_parts(layer: Any) -> LinearParts | None:
+    """Return the parts of a plain linear layer, with or without a plain adapter; None for any other layer."""
     if type(layer) in (nn.Linear, FlatLinear):
-        return Parts(layer.weight, layer.bias)
-    if not _QUICK_LORA or type(layer) is not _QUICK_LORA[0]:
+        return LinearParts(layer.weight, layer.bias)
+    if not _FAST_LORA or type(layer) is not _FAST_LORA[0]:
         return None
     adapted: Any = layer
     name = active_adapter(adapted)
     if adapted.disable_adapters and not adapted.merged:
-        return parts_of(adapted.base_layer)
+        return linear_parts(adapted.base_layer)
     if name is None:
         return None
     up = adapted.lora_B[name].weight * adapted.scaling[name]
-    return Parts(adapted.base_layer.weight, adapted.base_layer.bias, adapted.lora_A[name].weight, up)
+    return LinearParts(adapted.base_layer.weight, adapted.base_layer.bias, adapted.lora_A[name].weight, up)
 
 
 class LowRank(torch.autograd.Function):
@@ -124,15 +129,15 @@ class LowRank(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         s: float,
-        packs: Packs | None = None,
+        packed: PackedWeight | None = None,
     ) -> Tensor:
-        """Return (m,n) for x (m,k), in x's dtype; `packs` are of the weight."""
+        """Return (m,n) for x (m,k), in x's dtype; `packed` is the packed weight."""
         narrow_down, narrow_up = down.to(x.dtype), (up * s).to(x.dtype)
         inner = x @ narrow_down.T  # (m,r)
-        base = nn.functional.linear(x, weight, bias) if packs is None else packs.times(x, bias)
+        base = nn.functional.linear(x, weight, bias) if packed is None else packed.times(x, bias)
         out = base.addmm_(inner, narrow_up.T)
         ctx.save_for_backward(x, weight, narrow_down, narrow_up, inner)
-        ctx.scale, ctx.dtypes, ctx.packs = s, (down.dtype, up.dtype), packs
+        ctx.scale, ctx.dtypes, ctx.packed = s, (down.dtype, up.dtype), packed
         return out
 
     @staticmethod
@@ -140,11 +145,29 @@ class LowRank(torch.autograd.Function):
         """Return the gradients of x, A and B."""
         x, weight, down, up, inner = ctx.saved_tensors
         gradient = gradients[0]
-        thin = gradient @ up  # (m,r), the scale is in it
+        inner_gradient = gradient @ up  # (m,r), scaled
         d_x = None
         if ctx.needs_input_grad[0]:
-            through = gradient @ weight if ctx.packs is None else ctx.packs.times_transposed(gradient)
-            d_x = through.addmm_(thin, down)
-        d_down = (thin.T @ x).to(ctx.dtypes[0])
+            through = gradient @ weight if ctx.packed is None else ctx.packed.times_transposed(gradient)
+            d_x = through.addmm_(inner_gradient, down)
+        d_down = (inner_gradient.T @ x).to(ctx.dtypes[0])
         d_up = (gradient.T @ inner).to(ctx.dtypes[1]).mul_(ctx.scale)
         return d_x, None, None, d_down, d_up, None, None
+
+
+@contextmanager
+def use_packed_weights(model: nn.Module) -> Iterator[None]:
+    """Pack the frozen linear layers of `model` within the `with` block; their weights must not change in it."""
+    layers = [m for m in model.modules() if type(m) is FlatLinear and _is_frozen(m) and can_pack(m.weight)]
+    for layer in layers:
+        weight = layer.weight.detach()
+        layer.packed = PackedWeight(pack(weight), pack(weight.T.contiguous()))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+def _is_frozen(layer: nn.Linear) -> bool:
+    return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))

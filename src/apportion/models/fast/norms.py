@@ -1,7 +1,7 @@
-"""RMS norms and gated units that keep their inputs for the backward pass and nothing else.
+"""RMS norms and gated units that save only their inputs for the backward pass.
 
-Written with autograd's own operations a norm keeps two float32 copies of its input, and a gated unit three tensors as
-wide as the layer; together that is more than half of what a layer keeps. The forward results are the same to the bit.
+With autograd's own operations a norm saves two float32 copies of its input, and a gated unit three tensors as wide as
+the layer; together that is more than half of a layer's saved tensors. The forward results are bitwise equal.
 """
 
 from __future__ import annotations
@@ -12,49 +12,49 @@ import torch
 from torch import Tensor, nn
 
 
-def lean(model: nn.Module) -> None:
-    """Give the norms and gated units of `model` that compute what is written here the `forward` of this file.
+def use_fast_norms(model: nn.Module) -> None:
+    """Replace the `forward` of the RMS norms and gated SiLU units of `model`.
 
-    Each kind of module is tried out on random numbers first, and left as it is where a result differs in any bit.
+    Each module is first evaluated on random numbers, and left unchanged where the result is not bitwise equal.
     """
     for module in model.modules():
         kind = type(module)
         if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            _replace(module, LEAN.setdefault(kind, type(f"Lean{kind.__name__}", (_LeanNorm, kind), {})))
+            _replace(module, FAST.setdefault(kind, type(f"Fast{kind.__name__}", (_FastNorm, kind), {})))
         elif all(hasattr(module, name) for name in GATED) and type(module.act_fn).__name__ in SILU:
-            _replace(module, LEAN.setdefault(kind, type(f"Lean{kind.__name__}", (_LeanGate, kind), {})))
+            _replace(module, FAST.setdefault(kind, type(f"Fast{kind.__name__}", (_FastGate, kind), {})))
 
 
 GATED, SILU = ("gate_proj", "up_proj", "down_proj", "act_fn"), ("SiLU", "SiLUActivation")
-LEAN: dict[type, type] = {}
+FAST: dict[type, type] = {}  # a library's class -> its subclass here
 
 
 @torch.no_grad()
 def _replace(module: Any, kind: type) -> None:
-    """Let `module` be of `kind` if that changes none of its results."""
+    """Make `module` an instance of `kind` if its result stays bitwise equal."""
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[-1], generator=generator).to(weight)
-    before, usual = module(x), type(module)
+    expected, original = module(x), type(module)
     module.__class__ = kind
-    if not torch.equal(module(x), before):
-        module.__class__ = usual
+    if not torch.equal(module(x), expected):
+        module.__class__ = original
 
 
-class _LeanNorm(nn.Module):
+class _FastNorm(nn.Module):
     weight: nn.Parameter
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return x·weight/√(mean x² + ε), computed in float32 and rounded before the weight."""
-        if hidden_states.dtype != self.weight.dtype:  # the library then promotes, and so the result is of another dtype
-            return super().forward(hidden_states)  # type: ignore[no-any-return, misc]
+        if hidden_states.dtype != self.weight.dtype:  # the library promotes to another dtype
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
         if not torch.is_grad_enabled():
             return normed(hidden_states, self.variance_epsilon)[0].mul_(self.weight)
         return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class _LeanGate(nn.Module):
+class _FastGate(nn.Module):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
@@ -73,7 +73,7 @@ def normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class RMSNorm(torch.autograd.Function):
-    """Zhang & Sennrich 2019 (arXiv 1910.07467), eq. 4. Keeps x and one number a row."""
+    """Zhang & Sennrich 2019 (arXiv 1910.07467), eq. 4. Saves x and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -102,7 +102,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Gate(torch.autograd.Function):
-    """silu(gate)·up; keeps the two inputs and computes the rest again."""
+    """silu(gate)·up; saves the two inputs and recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

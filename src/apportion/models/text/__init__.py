@@ -1,1 +1,1 @@
-"""Between tokens and text: templates, token spans, and weights transferred between tokenizers."""
+"""Tokens and text: chat templates, token spans, and the transfer of weights between tokenizers."""

@@ -1,4 +1,4 @@
-"""A tokenizer of a reward model's own: a rollout as the text that the model reads, and where its tokens stand in it."""
+"""Rollouts as text for a reward model with its own tokenizer, with the character spans of all tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import nn
 from apportion.errors import ModelError, ScoreError
 from apportion.models.text.token_spans import PolicyText, Span
 
-# stands for the response while a chat template is asked where it puts it; no end of it is also a beginning of it, so
-# that it cannot be found a few characters off, together with what stands beside it
+# a placeholder that locates the response in a rendered chat template; no suffix of it is also a prefix of it, so that
+# it cannot be found at a shifted offset together with adjacent characters
 MARK = "RESPONSE{}"
 
 
-class Reading(NamedTuple):
+class RenderedText(NamedTuple):
     """A rollout as text: prompt and response, and the spans of the policy's response tokens in it."""
 
     text: str
     spans: list[Span]
-    templated: bool  # rendered by the chat template, so that special tokens stand in the text already
+    templated: bool  # rendered by the chat template, so that the text contains its special tokens
 
 
 class Encoded(NamedTuple):
@@ -31,54 +31,53 @@ class Encoded(NamedTuple):
     spans: list[Span]
 
 
-def read_as_text(
+def render(
     tokenizer: Any, policy: PolicyText, prompt: Sequence[int], response: Sequence[int], *, row: int = 0
-) -> Reading:
-    """Return what the reward model with `tokenizer` reads of a rollout; `row` is its number, for errors.
+) -> RenderedText:
+    """Return a rollout as text for the reward model with `tokenizer`; `row` is its number, for errors.
 
-    A prompt that was given as text is followed by the response. A prompt that was a conversation goes, with the
-    response as its next turn, through the reward model's own chat template; without one its turns are joined by line
-    breaks.
+    A text prompt is followed by the response. A conversation is rendered, with the response as its next turn, by the
+    reward model's own chat template; without one its turns are joined by line breaks.
 
     Raises:
-        ModelError: the template cannot render the conversation, or does not show a response exactly once.
-        ScoreError: the template changes this response, so that its place is not certain.
+        ModelError: the template cannot render the conversation, or does not render a response exactly once.
+        ScoreError: the template changes this response, so that its position is ambiguous.
     """
-    said = policy.read(prompt, response)
+    decoded = policy.decode_response(prompt, response)
     turns = policy.conversations.get(tuple(prompt))
     if turns is not None and tokenizer.chat_template:
-        text, start, skipped, length = _templated(tokenizer, turns, said.text, row)
-        spans = [tuple(start + min(max(at - skipped, 0), length) for at in span) for span in said.spans]
-        return Reading(text, spans, True)  # type: ignore[arg-type]
-    before = said.before if turns is None else "".join(f"{turn['content']}\n" for turn in turns)
+        text, start, skipped, length = _templated(tokenizer, turns, decoded.text, row)
+        spans = [tuple(start + min(max(at - skipped, 0), length) for at in span) for span in decoded.spans]
+        return RenderedText(text, spans, True)  # type: ignore[arg-type]
+    before = decoded.before if turns is None else "".join(f"{turn['content']}\n" for turn in turns)
     start = len(before)
-    return Reading(before + said.text, [(start + first, start + end) for first, end in said.spans], False)
+    return RenderedText(before + decoded.text, [(start + first, start + end) for first, end in decoded.spans], False)
 
 
 def _templated(
     tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str, row: int
 ) -> tuple[str, int, int, int]:
-    """Return (text, where the response begins in it, characters missing at the response's front, characters shown)."""
+    """Return (text, offset of the response in it, response characters missing at its start, characters rendered)."""
     mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(turn) for turn in turns))
     marked = _rendered(tokenizer, turns, mark)
     if marked.count(mark) != 1:
-        got = f"one that shows a response {marked.count(mark)} times"
-        fix = "Give prompts as text, or fix the template: nothing else says where the response stands."
-        raise ModelError("reward_model's chat template", got, "one that shows it once", fix)
+        got = f"one that renders a response {marked.count(mark)} times"
+        fix = "Give prompts as text, or fix the template: the response cannot be located otherwise."
+        raise ModelError("reward_model's chat template", got, "one that renders it once", fix)
     before, after = marked.split(mark)
     text = _rendered(tokenizer, turns, response)
     length = len(text) - len(before) - len(after)
     shown = text[len(before) : len(before) + length] if length >= 0 else ""
     skipped = _skipped(response, shown)
     if before + shown + after != text or skipped is None:
-        expected = "a response that the reward model's chat template shows as it is, or trimmed"
-        fix = "The template changes it (text in thinking tags, say), and credit would land in the wrong place."
+        expected = "a response that the reward model's chat template renders unchanged, or trimmed"
+        fix = "The template changes it (such as text in thinking tags), and credit would land on the wrong tokens."
         raise ScoreError("response", response[:60], expected, fix, row=row)
     return text, len(before), skipped, length
 
 
 def _skipped(response: str, shown: str) -> int | None:
-    """Return how many of the response's first characters are missing in what is shown of it; None if not certain."""
+    """Return how many of the response's first characters are missing in its rendered part; None if ambiguous."""
     if shown == response.rstrip() or shown == response:
         return 0
     if shown in (response.strip(), response.lstrip()):
@@ -90,69 +89,69 @@ def _skipped(response: str, shown: str) -> int | None:
 def _rendered(tokenizer: Any, turns: Sequence[Mapping[str, Any]], response: str) -> str:
     answered = [*turns, {"role": "assistant", "content": response}]
     try:
-        return tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
-    except Exception as error:  # a template is a program of the model's: whatever it raises is said
+        return str(tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False))
+    except Exception as error:  # a template is a program that may raise anything
         got = f"a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
         fix = "Give prompts as text, or turns that this reward model's template knows."
         raise ModelError("reward_model's chat template", got, "turns that it can render", fix) from error
 
 
-def encode(tokenizer: Any, reading: Reading, embeddings: int | None = None) -> Encoded:
-    """Return the reward model's tokens of a text, never cut off, with their spans in characters of that text.
+def encode(tokenizer: Any, rendered: RenderedText, embeddings: int | None = None) -> Encoded:
+    """Return the reward model's tokens of a text, never truncated, with their spans in characters of that text.
 
-    The offsets are the tokenizer's, which point into the text as it came, before any normalising. Some leave blanks
-    out of them, and a token of blanks alone would be empty: it gets the characters since the token before it.
+    The offsets are the tokenizer's, in the text before normalisation. Some tokenizers exclude spaces from them, so that
+    a token of only spaces would be empty: it gets the characters since the token before it.
 
     Raises:
-        ModelError: an id has none of the model's so many `embeddings`.
+        ModelError: an id that the model, which has `embeddings` of them, has no embedding for.
     """
-    found = tokenizer(
-        reading.text,
-        add_special_tokens=not reading.templated,
+    encoding = tokenizer(
+        rendered.text,
+        add_special_tokens=not rendered.templated,
         return_offsets_mapping=True,
         truncation=False,
         padding=False,
         verbose=False,
     )
-    if embeddings is not None and max(found["input_ids"], default=0) >= embeddings:
-        raise _without_embedding("reward_model", tokenizer, max(found["input_ids"]), embeddings)
+    if embeddings is not None and max(encoding["input_ids"], default=0) >= embeddings:
+        raise _without_embedding("reward_model", tokenizer, max(encoding["input_ids"]), embeddings)
     spans, end = [], 0
-    for first, last in found["offset_mapping"]:  # (0, 0) for the special tokens that the tokenizer adds
+    for first, last in encoding["offset_mapping"]:  # (0, 0) for the special tokens that the tokenizer adds
         spans.append((min(first, end), last) if first == last else (first, last))
         end = max(end, last)
-    return Encoded(found["input_ids"], spans)
+    return Encoded(encoding["input_ids"], spans)
 
 
 def check_tokenizer(field: str, tokenizer: Any) -> None:
-    """Raise ModelError for a tokenizer that does not say which characters its tokens cover. Needs no weights."""
+    """Raise ModelError for a tokenizer without character offsets. Needs no weights."""
     if not tokenizer.is_fast:
-        fix = "Save it as a fast one (with a tokenizer.json): only those say which characters a token covers."
+        fix = "Save it as a fast one (with a tokenizer.json): only those have character offsets."
         expected = "the policy's tokenizer and a decoder, or a fast one"
         raise ModelError(f"{field}'s tokenizer", type(tokenizer).__name__, expected, fix)
 
 
 def check_model(field: str, model: Any, tokenizer: Any) -> None:
-    """Raise ModelError for a model without embeddings for its special tokens, or that reads no single position."""
+    """Raise ModelError for a model without embeddings for its special tokens or with pooling over positions."""
     check_embeddings(field, model, tokenizer)
     if getattr(model.config, "classifier_pooling", "cls") != "cls":
         got = f"classifier_pooling {model.config.classifier_pooling!r}"
-        fix = "Use an encoder that scores its first token: the attention of that one position is what is read."
+        fix = "Use an encoder that scores its first token: credit needs the attention of that position."
         raise ModelError(field, got, "'cls'", fix)
 
 
 def check_embeddings(field: str, model: Any, tokenizer: Any, rows: Iterable[Sequence[int]] = ()) -> None:
     """Raise ModelError for a model without an embedding for an id in `rows`, or for padding, EOS or BOS.
 
-    Tokens that nothing uses may lie beyond its embeddings: a tokenizer may name more than the model was made for.
+    Unused tokens may have no embedding: a tokenizer may have more tokens than the model.
     """
     count = model.get_input_embeddings().num_embeddings
-    lacking = beyond(tokenizer, count, rows)
-    if lacking:
-        raise _without_embedding(field, tokenizer, lacking[-1], count)
+    missing = beyond(tokenizer, count, rows)
+    if missing:
+        raise _without_embedding(field, tokenizer, missing[-1], count)
 
 
 def beyond(tokenizer: Any, count: int, rows: Iterable[Sequence[int]] = ()) -> list[int]:
-    """Return the ids in `rows`, and of padding, EOS and BOS, that `count` embeddings do not reach, in order."""
+    """Return the ids in `rows`, and of padding, EOS and BOS, that are at least `count`, in order."""
     used = {i for row in rows for i in row if i >= count}
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
     return sorted(used | {i for i in special if i is not None and i >= count})
@@ -168,6 +167,6 @@ def context_limit(model: Any, tokenizer: Any) -> int:
     """Return the longest sequence, in tokens, that the model has positions for, or its tokenizer's limit."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from after the pad's id
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa's positions start after the pad's id
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(tokenizer.model_max_length if limit is None else limit)

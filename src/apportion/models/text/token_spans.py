@@ -1,4 +1,4 @@
-"""Where each token of a sequence stands in its decoded text, for any tokenizer."""
+"""Character spans of the tokens of a sequence in its decoded text, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-BROKEN = "\ufffd"  # what bytes that are no character, or not yet one, decode to
+BROKEN = "\ufffd"  # the decoding of bytes that are not, or not yet, a character
 
 Span = tuple[int, int]
 
 
 class TokenText(NamedTuple):
-    """A response as text: what stands before it, the text itself, and each token's span [first, end) in it.
+    """A response as text: the text before it, the text itself, and each token's span [first, end) in it.
 
-    The spans lie in `text` and cover it, in order (neither firsts nor ends ever fall); tokens that make up a character
-    between them overlap there. A token without characters has an empty span, which stands in no order.
+    The spans cover `text` in order (neither firsts nor ends ever fall); tokens that form one character together overlap
+    there. A token without characters has an empty span, in no particular order.
     """
 
     before: str
@@ -25,12 +25,12 @@ class TokenText(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyText:
-    """How a policy's ids read as text.
+    """The decoding of a policy's ids to text.
 
     Attributes:
         tokenizer: the policy's, of any kind.
-        conversations: the turns ({role, content}) that prompts were made of, by the prompt's ids; {} for plain text.
-        special: ids that stand for no text: end of text, padding, turn markers and whatever is marked as such.
+        conversations: the turns ({role, content}) of prompts by the prompt's ids; {} for plain text.
+        special: ids without text: end of text, padding, turn markers and all tokens marked as special.
     """
 
     tokenizer: Any
@@ -41,27 +41,27 @@ class PolicyText:
         marked = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         object.__setattr__(self, "special", frozenset(marked | set(self.tokenizer.all_special_ids)))
 
-    def read(self, prompt: Sequence[int], response: Sequence[int]) -> TokenText:
-        """Return the text of the ids `response` after the ids `prompt`, without special tokens, and where each is.
+    def decode_response(self, prompt: Sequence[int], response: Sequence[int]) -> TokenText:
+        """Return the text of the ids `response` after the ids `prompt`, without special tokens, and each token's span.
 
-        Both are decoded together, since many decoders treat the beginning of a text in their own way. The spans come
-        from decoding, never from encoding the text again, which may give other ids. A character that the prompt's
-        last token begins and the response completes belongs to the response.
+        Both are decoded together, since many decoders treat the start of a text specially. The spans come from
+        decoding, never from re-encoding the text, which may give other ids. A character that the prompt's last token
+        starts and the response completes belongs to the response.
         """
         before = [i for i in prompt if i not in self.special]
         places = [place for place, i in enumerate(response) if i not in self.special]
-        whole, start, found = spans_after(self._decode, before, [response[place] for place in places])
+        text, start, decoded = spans_after(self._decode, before, [response[place] for place in places])
         spans: list[Span | None] = [None] * len(response)
-        for place, (first, end) in zip(places, found, strict=True):
+        for place, (first, end) in zip(places, decoded, strict=True):
             spans[place] = (first - start, end - start)
-        return TokenText(whole[:start], whole[start:], _filled(spans))
+        return TokenText(text[:start], text[start:], _filled(spans))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _filled(spans: Iterable[Span | None]) -> list[Span]:
-    """Return `spans` with empty ones, at the end of what came before, for the tokens that have none."""
+    """Return `spans` with empty ones, at the end of the span before, for the tokens without a span."""
     filled, end = [], 0
     for span in spans:
         first, end = (end, end) if span is None else (span[0], max(end, span[1]))
@@ -72,28 +72,29 @@ def _filled(spans: Iterable[Span | None]) -> list[Span]:
 def spans_after(
     decode: Callable[[Sequence[int]], str], prompt: Sequence[int], response: Sequence[int]
 ) -> tuple[str, int, list[Span]]:
-    """Return (text of both, where the response begins in it, span of each response token in it).
+    """Return (text of both, offset of the response in it, span of each response token in it).
 
-    Decoding every prefix from the start is exact and quadratic. Most tokens need only what the one before them
-    decodes to, so that is tried first, and kept if the pieces put together are the text.
+    Decoding every prefix is exact and quadratic. Most tokens depend only on the token before them, so decoding in small
+    groups is tried first, and used if the concatenated pieces are the text.
     """
     ids, begin = [*prompt, *response], len(prompt)
-    whole = decode(ids)
-    start = common(decode(prompt), whole) if response else len(whole)
-    spans = _stepwise(decode, ids, begin, start, whole)
+    full = decode(ids)
+    start = common(decode(prompt), full) if response else len(full)
+    spans = _stepwise(decode, ids, begin, start, full)
     if spans is None:
-        spans = group_spans([decode(ids[:end]) for end in range(begin + 1, len(ids))] + [whole], start)
-    return whole, start, spans
+        spans = group_spans([decode(ids[:end]) for end in range(begin + 1, len(ids))] + [full], start)
+    return full, start, spans
 
 
 def _stepwise(
-    decode: Callable[[Sequence[int]], str], ids: list[int], begin: int, start: int, whole: str
+    decode: Callable[[Sequence[int]], str], ids: list[int], begin: int, start: int, full: str
 ) -> list[Span] | None:
-    """Return the spans of ids[begin:] by decoding a few tokens at a time, or None where the pieces do not fit.
+    """Return the spans of ids[begin:] by decoding a few tokens at a time, or None where the pieces do not
+    match.
 
-    A group is as few tokens as end on a whole character; the group before it is decoded again with it.
+    A group is the fewest tokens that end on a complete character; it is decoded together with the group before it.
     """
-    anchor, known, position = 0, whole[:start], start
+    anchor, known, position = 0, full[:start], start
     spans: list[Span] = []
     texts: list[str] = []
     for end in range(begin + 1, len(ids) + 1):
@@ -101,30 +102,31 @@ def _stepwise(
         if texts[-1].endswith(BROKEN) and end < len(ids):
             continue
         piece = texts[-1][len(known) :]
-        if not texts[-1].startswith(known) or not whole.startswith(piece, position):
+        if not texts[-1].startswith(known) or not full.startswith(piece, position):
             return None
         shift = position - len(known)
         spans += [(first + shift, last + shift) for first, last in group_spans(texts, len(known))]
         position += len(piece)
         anchor, texts = end - len(texts), []
         known = decode(ids[anchor:end])
-    return spans if position == len(whole) else None
+    return spans if position == len(full) else None
 
 
 def group_spans(texts: Sequence[str], start: int) -> list[Span]:
-    """Return the span of each token in texts[-1], given what is decoded after each of them; the first is at `start`.
+    """Return the span of each token in texts[-1], given the decoded text after each of them; the first is at `start`.
 
-    What agrees with the final text is certain. A token after which more is decoded than that has begun a character
-    that a later one completes: both cover it. A token that adds nothing after a broken character belongs to it.
+    The part that agrees with the final text is certain. A token whose decoded text is longer than that starts a
+    character that a later one completes: both cover it. A token that adds nothing after a broken character belongs to
+    it.
     """
-    whole = texts[-1]
+    full = texts[-1]
     spans: list[Span] = []
     certain, before = start, (start, start)
     for text in texts:
-        agreed = common(text, whole)
+        agreed = common(text, full)
         first, certain = certain, max(certain, agreed)
-        end = min(certain + (agreed < len(text)), len(whole))
-        if end == first > start and whole[first - 1] == BROKEN:
+        end = min(certain + (agreed < len(text)), len(full))
+        if end == first > start and full[first - 1] == BROKEN:
             first -= 1
         before = max(first, before[0]), max(end, before[1])
         spans.append(before)
@@ -132,7 +134,7 @@ def group_spans(texts: Sequence[str], start: int) -> list[Span]:
 
 
 def common(one: str, two: str) -> int:
-    """Return the number of characters that both begin with."""
+    """Return the length of the common prefix."""
     if two.startswith(one):
         return len(one)
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))

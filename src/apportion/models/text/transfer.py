@@ -1,4 +1,4 @@
-"""Weights of one tokenizer's tokens carried over to another's by the characters that both cover."""
+"""Transfer of weights from one tokenizer's tokens to another's by the characters that both cover."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class _Characters(NamedTuple):
     width: Tensor  # characters of that token
 
 
-def carry(weights: Tensor, source: Tensor, target: Tensor) -> Tensor:
+def transfer(weights: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """Return the weights (B,T) that the target tokens get from `weights` (B,K) of the source tokens.
 
-    A source token spreads its weight evenly over its characters, and a character's weight goes in equal parts to the
-    target tokens that cover it (several byte tokens may make up one character). So each row's sum is kept as far as
-    the target covers what the source does: what lies on characters without a target token, such as the prompt's, is
-    left out. A token with an empty span gives and gets 0, whatever its weight, NaN included.
+    A source token spreads its weight evenly over its characters, and a character's weight is split equally between the
+    target tokens that cover it (several byte tokens may form one character). So each row's sum is kept as far as the
+    target covers the source's characters: weight on characters without a target token, such as the prompt's, is
+    dropped. A token with an empty span gives and gets 0, whatever its weight, NaN included.
 
     Args:
         weights: (B,K) float, of either sign.
@@ -37,18 +37,18 @@ def carry(weights: Tensor, source: Tensor, target: Tensor) -> Tensor:
         spans are the same, none is empty and none overlap, it is `weights`.
 
     Raises:
-        DataError: shapes that do not fit, or a span that begins before 0 or ends before it begins.
+        DataError: shapes that do not match, or a span that begins before 0 or ends before it begins.
     """
     _check(weights, source, target)
     rows, size = len(weights), _size(source, target)
-    have, want = _characters(source, size), _characters(target, size)
-    # float64: thousands of characters' float32 parts would add up to 1e-5 beside the whole
-    parts = weights.reshape(-1).double()[have.token] / have.width
-    density = weights.new_zeros(rows * size, dtype=torch.float64).index_add_(0, have.character, parts)
-    covers = torch.bincount(want.character, minlength=rows * size)
-    shares = density[want.character] / covers[want.character]
-    got = weights.new_zeros(rows * target.shape[1], dtype=torch.float64).index_add_(0, want.token, shares)
-    return got.reshape(rows, -1).to(weights.dtype)
+    sources, targets = _characters(source, size), _characters(target, size)
+    # float64: the rounding of thousands of characters' float32 parts would add up to 1e-5 of the sum
+    parts = weights.reshape(-1).double()[sources.token] / sources.width
+    density = weights.new_zeros(rows * size, dtype=torch.float64).index_add_(0, sources.character, parts)
+    covers = torch.bincount(targets.character, minlength=rows * size)
+    shares = density[targets.character] / covers[targets.character]
+    result = weights.new_zeros(rows * target.shape[1], dtype=torch.float64).index_add_(0, targets.token, shares)
+    return result.reshape(rows, -1).to(weights.dtype)
 
 
 def _size(*spans: Tensor) -> int:
@@ -68,17 +68,21 @@ def _characters(spans: Tensor, size: int) -> _Characters:
 
 def _check(weights: Tensor, source: Tensor, target: Tensor) -> None:
     if weights.dim() != 2 or not weights.is_floating_point():
-        got = f"{weights.dtype} {tuple(weights.shape)}"
-        raise DataError("weights", got, "a float tensor (B,K)", "Pass one weight a source token.")
+        raise DataError(
+            "weights",
+            f"{weights.dtype} {tuple(weights.shape)}",
+            "a float tensor (B,K)",
+            "Pass one weight a source token.",
+        )
     rows, tokens = weights.shape
     for name, spans, shape in (("source", source, (rows, tokens, 2)), ("target", target, (rows, "T", 2))):
-        found = tuple(spans.shape)
-        fits = len(found) == 3 and all(want in ("T", have) for have, want in zip(found, shape, strict=True))
-        if not fits or spans.dtype != torch.int64:
+        got = tuple(spans.shape)
+        matches = len(got) == 3 and all(want in ("T", size) for size, want in zip(got, shape, strict=True))
+        if not matches or spans.dtype != torch.int64:
             expected = f"int64 of shape ({', '.join(map(str, shape))})"
-            raise DataError(name, f"{spans.dtype} {found}", expected, "Spans follow the weights (B,K).")
-        wrong = (spans[..., 0] < 0) | (spans[..., 1] < spans[..., 0])
-        if wrong.any():
-            row, token = (int(i) for i in wrong.nonzero()[0])
+            raise DataError(name, f"{spans.dtype} {got}", expected, "Spans follow the weights (B,K).")
+        invalid = (spans[..., 0] < 0) | (spans[..., 1] < spans[..., 0])
+        if invalid.any():
+            row, token = (int(i) for i in invalid.nonzero()[0])
             fix = "A span is [first, end) in characters; (0, 0) is a token without any."
             raise DataError(f"{name}[{row},{token}]", spans[row, token].tolist(), "0 <= first <= end", fix)

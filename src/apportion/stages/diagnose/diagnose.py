@@ -166,7 +166,8 @@ def can_stop(policy: Policy) -> bool:
 
 
 def _rows(rollouts: Rollouts) -> tuple[Tensor, ...]:
-    return torch.arange(len(rollouts), device=rollouts.mask.device).split(ROWS)
+    parts: tuple[Tensor, ...] = torch.arange(len(rollouts), device=rollouts.mask.device).split(ROWS)
+    return parts
 
 
 def _score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +190,8 @@ def projected(states: Tensor, width: int, seed: int) -> Tensor:
     if size <= width:
         return states
     generator = torch.Generator().manual_seed(seed)
-    return states @ (torch.randn(size, width, generator=generator) / width**0.5).to(states)
+    projected: Tensor = states @ (torch.randn(size, width, generator=generator) / width**0.5).to(states)
+    return projected
 
 
 def _by_unit(advantages: Tensor, left: Tensor, right: Tensor, unit: Tensor) -> Tensor:

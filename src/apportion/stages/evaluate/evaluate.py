@@ -13,7 +13,7 @@ import yaml
 from apportion.config import EvaluateConfig, SamplingConfig
 from apportion.data.bad_rows import leaving_out
 from apportion.errors import DataError
-from apportion.evidence.reward import reward_pass
+from apportion.evidence.reward import reward_evidence
 from apportion.generation import sample
 from apportion.generation.prompts import conversations, load_prompts, tokenize
 from apportion.intervals import distinct, mean_interval
@@ -49,6 +49,7 @@ def evaluate(
     prompts = tokenize(texts, tokenizer, sampling, config.seed, context)
     policy_text = PolicyText(tokenizer, conversations(texts, prompts, sampling))
     loading = {"dtype": "float32", "device": config.device, "pad_token": settings["pad_token"]}
+    loading["fast_kernels"] = settings.get("fast_kernels", True)
     reward = load_reward(settings["reward_model"], **loading, policy=policy_text)
     policy, start = _policies(config, run, settings, sampling)
     on_progress(f"generating from {len(prompts)} fresh prompts, before and after training")
@@ -113,7 +114,8 @@ def _policies(
     folder = str(run.path / "final")
     tokenizer = load_tokenizer("run", folder)
     banned = banned_ids(tokenizer, sampling.stop)
-    models = [load_causal("run", where, dtype, device) for where in (folder, locate("policy", settings["policy"]))]
+    fast, folders = settings.get("fast_kernels", True), (folder, locate("policy", settings["policy"]))
+    models = [load_causal("run", where, dtype, device, fast_kernels=fast) for where in folders]
     trained, start = (Policy(model, tokenizer, banned, temperature=sampling.temperature) for model in models)
     return trained, start
 
@@ -128,7 +130,7 @@ def _generate(
     rows: list[dict[str, Any]] = []
     for first in range(0, len(prompts), BATCH):
         rollouts = sample(policy, prompts[first : first + BATCH], one, generator)
-        scores = reward_pass(reward, rollouts, frozenset({"scores"}))["scores"].tolist()
+        scores = reward_evidence(reward, rollouts, frozenset({"scores"}))["scores"].tolist()
         own = policy.forward(rollouts, values=False).logprobs.sum(dim=1)
         starts = start.forward(rollouts, values=False).logprobs.sum(dim=1)
         for i, score in enumerate(scores):

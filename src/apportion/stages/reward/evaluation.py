@@ -20,7 +20,8 @@ BY_LENGTH = 500  # texts for each of them
 
 def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:
     """Return accuracy with its interval, by clip length too, calibration, and mean and sd of R, on held-out texts."""
-    reward = load_reward(str(folder), dtype=config.dtype, device=config.device, field="model")
+    loading: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "fast_kernels": config.fast_kernels}
+    reward = load_reward(str(folder), **loading, field="model")
     ids, labels = token_ids(rows, reward.tokenizer, config)
     excerpts = random_excerpts(ids, labels, len(rows), config.excerpt_tokens, config.seed + 1)
     scores, truth = scored(reward, excerpts), [c.label for c in excerpts]

@@ -17,7 +17,7 @@ from apportion.models.loading import (
     locate,
     pick_device,
     pick_dtype,
-    quick_attention,
+    use_fastest_attention,
 )
 from apportion.models.lora import add_adapter
 from apportion.models.saving import head_config
@@ -66,10 +66,10 @@ def classifier(config: RewardConfig, folder: str, tokenizer: Any, device: torch.
     """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32."""
     lora = config.lora.rank > 0
     dtype = pick_dtype(config.dtype, device) if lora else torch.float32
-    model: Any = load_classifier("model", folder, dtype, device, new_head=2)
+    model: Any = load_classifier("model", folder, dtype, device, new_head=2, fast_kernels=config.fast_kernels)
     check_embeddings("model", model, tokenizer, (excerpt.ids for excerpt in excerpts))
     model.config.update(head_config(tokenizer))
-    quick_attention(model, device, config.excerpt_tokens[1])
+    use_fastest_attention(model, device, config.excerpt_tokens[1])
     head = next(name for name, _ in model.named_children() if name in HEADS)
     if config.probe_excerpts:
         probe_head(model, model.get_submodule(head), excerpts[: config.probe_excerpts], tokenizer.pad_token_id)

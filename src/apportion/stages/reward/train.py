@@ -18,7 +18,7 @@ from apportion.config import RewardConfig, to_dict
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
 from apportion.errors import ConfigError
-from apportion.models.fast.packed_weights import packed
+from apportion.models.fast import use_packed_weights
 from apportion.models.loading import pick_device, pick_dtype
 from apportion.models.reward import STATISTICS
 from apportion.models.saving import model_card, save_classifier
@@ -70,9 +70,9 @@ def _train(session: TrainingSession, run: RunFolder, config: RewardConfig) -> No
     learner = session.load(make)
     [given] = inputs
     batches = shuffled_batches(given.excerpts, config.batch_size, config.seed)
-    with nullcontext() if learner.is_sharded else packed(learner.model):
+    with nullcontext() if learner.is_sharded else use_packed_weights(learner.model):
         for step in session.steps(len(batches)):
-            with session.phase("update", exchanges=True):
+            with session.phase("update", has_collectives=True):
                 metrics = train_batch(
                     learner, batches[step - 1], config, given.tokenizer.pad_token_id, step, len(batches)
                 )

@@ -27,4 +27,5 @@ def make_policy(config: RLConfig, reward: RewardModel | None = None) -> Policy:
         stop=config.sampling.stop,
         temperature=config.sampling.temperature,
         values=ValueStart(config.ppo.value_model, reward, config.scores),
+        fast_kernels=config.fast_kernels,
     )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion import credit, registry
-from apportion.credit._evidence import EVIDENCE
+from apportion import credit
+from apportion.credit import REWARD_ATTENTION
 from apportion.masking import normalise
+from apportion.registry import EvidenceKey
 from apportion.stages.rl.learner import Learner
 from apportion.training.crash_dump import DECIMALS
 from apportion.types import Advantages, Credit, Rollouts
@@ -41,7 +42,8 @@ def rollout_records(
 
 def attention_name(method: Credit) -> str:
     """Return the name of the attention evidence that a credit uses, the paper's where it uses none."""
-    return min((name for name in method.needs if registry.asked(name)[0] == EVIDENCE), default=EVIDENCE)
+    names = [need for need in method.needs if EvidenceKey.of(need).name == REWARD_ATTENTION]
+    return min(names, default=REWARD_ATTENTION)
 
 
 def _record(

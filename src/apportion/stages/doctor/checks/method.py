@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apportion import registry
 from apportion.compatibility import discount_warning
+from apportion.registry import EvidenceKey
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.findings import Result, ok, warn
 
@@ -36,6 +36,6 @@ def unusual(case: Case) -> Result:
 
 def reads_attention(case: Case) -> bool:
     """Whether any credit of the run, trained or only logged, needs the reward model's attention."""
-    from apportion.credit._evidence import EVIDENCE
+    from apportion.credit import REWARD_ATTENTION
 
-    return any(registry.asked(need)[0] == EVIDENCE for need in case.notes.get("needs", case.method.needs))
+    return any(EvidenceKey.of(need).name == REWARD_ATTENTION for need in case.notes.get("needs", case.method.needs))

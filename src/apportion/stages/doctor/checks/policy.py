@@ -42,6 +42,7 @@ def weights(case: Case) -> Result:
         stop=sampling.stop,
         temperature=sampling.temperature,
         values=ValueStart(kind),
+        fast_kernels=config.fast_kernels,
     )
     trained = sum(p.numel() for p in case.policy.trainable())
     return ok(f"{size(case.policy.model)}; {trained / 1e6:.3g} M trainable")

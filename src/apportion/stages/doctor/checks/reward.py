@@ -32,6 +32,7 @@ def head(case: Case) -> Result:
         device=case.config.device,
         pad_token=case.config.pad_token,
         policy=PolicyText(case.tokenizer, case.notes.get("conversations", {})),
+        fast_kernels=case.config.fast_kernels,
     )
     model = case.reward.model
     message = size(model)

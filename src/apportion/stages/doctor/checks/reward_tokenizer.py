@@ -7,7 +7,7 @@ from pathlib import Path
 from apportion.models.loading import with_pad
 from apportion.models.policy import banned_ids
 from apportion.models.reward import STATISTICS
-from apportion.models.text.render import encode, read_as_text
+from apportion.models.text.render import encode, render
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.prompts import SAMPLE, rendered
@@ -61,7 +61,7 @@ def as_text(case: Case) -> Result:
     policy = PolicyText(case.tokenizer, case.notes.get("conversations", {}))
     answer = case.tokenizer("a", add_special_tokens=False)["input_ids"]
     rows = sorted(case.rows, key=len)[-SAMPLE:]
-    longest = max((len(encode(own, read_as_text(own, policy, row, answer), count).ids) for row in rows), default=0)
+    longest = max((len(encode(own, render(own, policy, row, answer), count).ids) for row in rows), default=0)
     positions = int(getattr(text, "max_position_embeddings", None) or UNLIMITED)
     limit, most = min(positions, own.model_max_length), longest - 1 + case.config.sampling.max_new_tokens
     message = f"{message}, up to about {most} tokens" + (f" of its {limit}" if limit < UNLIMITED else "")
