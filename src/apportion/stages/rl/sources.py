@@ -25,7 +25,7 @@ class Source(Protocol):
 
     `group` ids are unique over all processes, and tensors are on the policy's device. Scored rollouts also carry
     evidence "raw_scores" (B,) and everything in `learner.needs` and `learner.base_evidence`. Unscored rollouts are
-    taken as on-policy: the current policy computes their old log-probabilities. A source has no state in the checkpoint.
+    taken as on-policy: the current policy computes their old log-probabilities. The checkpoint holds no source's state.
     """
 
     def take(self, step: int) -> Rollouts:
