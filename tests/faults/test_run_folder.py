@@ -19,6 +19,7 @@ import yaml
 
 from apportion.errors import ApportionError, ConfigError, DiskError, ModelError
 from apportion.system import disk
+from apportion.system.lock import lock_folder
 from apportion.training import crash_dump, run_folder
 from apportion.training.run_folder import FollowerFolder, RunFolder
 from apportion.training.session import explain_out_of_memory
@@ -134,8 +135,8 @@ def test_a_disk_without_locks_is_warned_of(
     assert f"cannot be locked ({reason}): do not start the same run twice" in capsys.readouterr().err
 
 
-def test_a_folder_whose_parent_cannot_be_written_is_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_where_no_file_can_be_written_beside_it_the_folder_itself_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mount point, for instance: there is no room for a lock file beside it."""
     (tmp_path / "run").mkdir()
@@ -147,8 +148,10 @@ def test_a_folder_whose_parent_cannot_be_written_is_warned_of(
         return real(path, *rest, **more)
 
     monkeypatch.setattr(os, "open", refused)
-    opened(tmp_path / "run")
-    assert "cannot be locked (Permission denied): do not start the same run twice" in capsys.readouterr().err
+    held, warning = lock_folder(tmp_path / "run")
+    assert held is not None and warning is None and not list(tmp_path.glob(".*.lock"))
+    assert lock_folder(tmp_path / "run")[0] is held
+    assert in_a_fork(lambda: lock_folder(tmp_path / "run")) == 2
 
 
 # starting over

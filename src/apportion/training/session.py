@@ -144,13 +144,15 @@ class TrainingSession:
         rollouts = batch if local is None else local
         save: Any = nullcontext()
         if self.crash_dump is not None and rollouts is not None:
-            snapshot = BatchSnapshot(self.step, rollouts, local is not None, columns or {}, metrics or {})
+            # not `metrics or {}`: the block adds to the mapping that it was given
+            given = {} if columns is None else columns, {} if metrics is None else metrics
+            snapshot = BatchSnapshot(self.step, rollouts, local is not None, *given)
             save = self.crash_dump.on_error(snapshot)
-            if local is not None:
-                self.crash_dump.prepare(self.step, local)
         # each process saves its own part before the others learn of the error; the whole batch is saved after
         outer, inner = (save, barrier) if local is None else (barrier, save)
         with outer, inner:
+            if self.crash_dump is not None and local is not None:
+                self.crash_dump.prepare(self.step, local)
             yield
         self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - began
 

@@ -89,8 +89,9 @@ def train_batch(
     with session.phase("credit", batch=rollouts, columns={"reward": rewards}):
         estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
     columns = {"reward": rewards, "advantage": estimated.advantages, "return": estimated.returns}
-    with session.phase("update", batch=rollouts, columns=columns, has_collectives=True):
+    with session.phase("update", batch=rollouts, columns=columns):
         targets = make_targets(estimated, segments, rollouts, config.ppo)
+    with session.phase("update", batch=rollouts, columns=columns, has_collectives=True):
         metrics, rollouts = learner.update(rollouts, targets, step)
     with session.phase("log", batch=rollouts, columns=columns, metrics=metrics):
         records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
