@@ -139,7 +139,7 @@ def one_batch(bench: Bench, name: str, step: int = 1) -> Rollouts:
     """Sample, score and learn from one batch as `train` does, and return its scored rollouts."""
     select_credit(bench, name)
     learner, source = bench.learner, bench.learner.source
-    rollouts = score(learner.models, source.take(step), learner.needs, bench.config.scores, learner.always)
+    rollouts = score(learner.models, source.take(step), learner.needs, bench.config.scores, learner.base_evidence)
     learner.source = FixedSource(rollouts)
     train_batch(TrainingSession(), learner, bench.config, step)
     learner.source = source

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion import Credit, Rollouts
-from apportion.credit._redistribute import redistributor
+from apportion.credit import redistributor
 from apportion.types import State
 
 LETTERS = f"{__name__}:letters"  # evidence by import path: `letters` below produces it

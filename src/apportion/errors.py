@@ -7,7 +7,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_NOTHING: Any = object()  # no value: the error is a plain text
+
+class _Nothing:
+    """The value of an error that is a plain text; it stays itself when it is pickled or copied."""
+
+    def __reduce__(self) -> str:
+        return "_NOTHING"
+
+
+_NOTHING: Any = _Nothing()
 
 
 class ApportionError(Exception):
@@ -21,9 +29,19 @@ class ApportionError(Exception):
     An error made with `field` alone is a plain text.
     """
 
+    # of the class, for a subclass of the user's that does not call `__init__`
+    field: str = ""
+    got: Any = _NOTHING
+    expected: str = ""
+    fix: str = ""
+    row: int | None = None
+    token: int | None = None
+    process: int | None = None
+    saved: str = ""
+
     def __init__(
         self,
-        field: str,
+        field: str = "",
         got: object = _NOTHING,
         expected: str = "",
         fix: str = "",
@@ -33,8 +51,6 @@ class ApportionError(Exception):
     ) -> None:
         self.field, self.got, self.expected, self.fix = field, got, expected, fix
         self.row, self.token = row, token
-        self.process: int | None = None
-        self.saved = ""
         # not by super(): an OSError would take two arguments for its number and its text
         self.args = (field,) if got is _NOTHING else (field, got, expected, fix)
 
@@ -47,7 +63,7 @@ class ApportionError(Exception):
         if self.has_parts:
             text = format_problem(self.field, self.got, self.expected, self.fix, row=self.row, token=self.token)
         else:
-            text = self.field
+            text = self.field or Exception.__str__(self)
         where = "" if self.process is None else f"process {self.process}: "
         return f"{where}{text} {self.saved}".rstrip()
 
@@ -55,7 +71,7 @@ class ApportionError(Exception):
         """Return the error as plain values for another process; `got` as it is shown."""
         found: dict[str, Any] = {
             "kind": type(self).__name__,
-            "field": self.field,
+            "field": self.field or Exception.__str__(self),
             "expected": self.expected,
             "fix": self.fix,
         }

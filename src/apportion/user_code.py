@@ -93,7 +93,7 @@ def error_of(name: str, error: BaseException) -> UserCodeError:
     text = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return UserCodeError(name, f"{text}{where}", "what it promises to return", NEVER)
+    return UserCodeError(name, f"{text}{where}", "a result without an exception", NEVER)
 
 
 def user_defined(names: Iterable[str]) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import inspect
+import pickle
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ import torch
 
 import apportion
 from apportion import Credit, Rollouts, advantages, credit, segments
-from apportion.errors import ConfigError, DataError
+from apportion.errors import ConfigError, DataError, DiskError, from_data
 
 # as the design writes them; "*" starts keyword-only parameters. Those that do not exist yet are checked once they do
 SIGNATURES = {
@@ -272,3 +274,26 @@ def test_evidence_of_the_three_shapes_is_taken_and_travels_with_its_rows():
         assert len(one) == 1 and one.evidence["a"].tolist() == [2] and one.evidence["b"].tolist() == [[3, 4, 5]]
         assert torch.equal(one.prompt_ids, rollouts.prompt_ids[1:]) and torch.equal(one.mask, rollouts.mask[1:])
         assert torch.equal(one.scores, rollouts.scores[1:]) and one.ended is None
+
+
+class OwnError(ConfigError):
+    """A user's error that makes itself in its own way."""
+
+    def __init__(self, code: int) -> None:
+        Exception.__init__(self, f"code {code}")
+
+
+def test_errors_keep_their_parts_through_pickle_and_from_other_processes():
+    plain, parts = ConfigError("just text"), DataError("score", 3.5, "a number", "Fix it.", row=2)
+    for error in (plain, parts, DiskError("output", "full", "space", "Free some."), DiskError("text")):
+        for copied in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+            assert type(copied) is type(error) and str(copied) == str(error)
+    relayed = from_data(parts.to_data(), 1)
+    assert str(relayed) == f"process 1: {parts}" and (relayed.field, relayed.row, relayed.fix) == (
+        "score",
+        2,
+        "Fix it.",
+    )
+    own = OwnError(7)
+    assert str(own) == "code 7" and own.saved == "" and own.row is None
+    assert str(from_data(own.to_data(), 2)) == "process 2: code 7" and str(ConfigError()) == ""

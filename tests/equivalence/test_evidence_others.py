@@ -123,17 +123,19 @@ class TestProcess:
         torch.testing.assert_close(rewards, expected)
         with pytest.raises(ConfigError, match="process.unit: got 'step'; expected a run with segments"):
             score(models, batch, method.needs, ScoreConfig())
-        with pytest.raises(ScoreError, match=r"rollout 0 from own_rewards:steps: got '2 numbers'; expected 3 numbers"):
+        with pytest.raises(
+            ScoreError, match=r"from own_rewards:steps of rollout 0: got '2 numbers'; expected 3 numbers"
+        ):
             score(Models(models.policy, models.reward, segments.tokens()), batch, method.needs, ScoreConfig())
 
     def test_a_number_that_is_none_is_named_by_the_batchs_rollout(self, world: Path, mine: str) -> None:
         models = tiny_runs.models(world)
         batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(3))
-        with pytest.raises(ScoreError, match="rollout 2 from own_rewards:broken, number 0: got nan"):
+        with pytest.raises(ScoreError, match="from own_rewards:broken, number 0 of rollout 2: got nan"):
             score(models, batch.select(torch.tensor([0, 1, 2])), {key(f"{mine}:broken")}, ScoreConfig(micro_batch=3))
         longest = int(batch.prompt_mask.sum(dim=1).argmax())  # the longest comes first
         assert longest > 0
-        with pytest.raises(ScoreError, match=f"rollout {longest} from own_rewards:broken"):
+        with pytest.raises(ScoreError, match=f"from own_rewards:broken.* of rollout {longest}:"):
             score(models, batch, {key(f"{mine}:broken")}, ScoreConfig(micro_batch=1))
 
     def test_without_a_function_the_setting_is_named(self) -> None:
@@ -154,17 +156,21 @@ class TestProcess:
         [
             (None, DataError, "what f returned: got 'NoneType'; expected a list of 3 rows"),
             ([[1, 2, 3], [1, 2, 3]], DataError, "what f returned: got '2 rows'"),
-            ([[1, 2], [1, 2, 3], []], ScoreError, "rollout 0 from f: got '2 numbers'; expected 3 numbers, one a token"),
-            ([[1, 2, 3], 7.0, []], ScoreError, "rollout 1 from f: got 7.0; expected a list"),
-            ([[1, 2, 3], [1, 2, float("inf")], []], ScoreError, "rollout 1 from f, number 2: got inf"),
-            ([[1, 2, 3], [1, "2", 3], []], ScoreError, "rollout 1 from f, number 1: got '2'"),
-            ([[1, 2, 3], [1, None, 3], []], ScoreError, "rollout 1 from f, number 1: got None"),
-            ([[1, 2, 3], [1, 2, 3], [1]], ScoreError, "rollout 2 from f: got '1 numbers'; expected 0 numbers"),
-            ([[(0, 1), (0, 2)], [1, 2, 3], []], ScoreError, r"rollout 0 from f, pair 1: got \(0, 2\)"),
-            ([[(3, 1)], [1, 2, 3], []], ScoreError, r"rollout 0 from f, pair 0: got \(3, 1\)"),
-            ([[(1, 2, 3)], [1, 2, 3], []], ScoreError, r"rollout 0 from f, pair 0: got \(1, 2, 3\)"),
-            ([[(1, float("nan"))], [1, 2, 3], []], ScoreError, "rollout 0 from f, number 0: got nan"),
-            ([[1, (1, 2), 3], [1, 2, 3], []], ScoreError, r"rollout 0 from f, number 1: got \(1, 2\)"),
+            (
+                [[1, 2], [1, 2, 3], []],
+                ScoreError,
+                "from f of rollout 0: got '2 numbers'; expected 3 numbers, one a token",
+            ),
+            ([[1, 2, 3], 7.0, []], ScoreError, "from f of rollout 1: got 7.0; expected a list"),
+            ([[1, 2, 3], [1, 2, float("inf")], []], ScoreError, "from f, number 2 of rollout 1: got inf"),
+            ([[1, 2, 3], [1, "2", 3], []], ScoreError, "from f, number 1 of rollout 1: got '2'"),
+            ([[1, 2, 3], [1, None, 3], []], ScoreError, "from f, number 1 of rollout 1: got None"),
+            ([[1, 2, 3], [1, 2, 3], [1]], ScoreError, "from f of rollout 2: got '1 numbers'; expected 0 numbers"),
+            ([[(0, 1), (0, 2)], [1, 2, 3], []], ScoreError, r"from f, pair 1 of rollout 0: got \(0, 2\)"),
+            ([[(3, 1)], [1, 2, 3], []], ScoreError, r"from f, pair 0 of rollout 0: got \(3, 1\)"),
+            ([[(1, 2, 3)], [1, 2, 3], []], ScoreError, r"from f, pair 0 of rollout 0: got \(1, 2, 3\)"),
+            ([[(1, float("nan"))], [1, 2, 3], []], ScoreError, "from f, number 0 of rollout 0: got nan"),
+            ([[1, (1, 2), 3], [1, 2, 3], []], ScoreError, r"from f, number 1 of rollout 0: got \(1, 2\)"),
         ],
     )
     def test_what_is_wrong_is_named(self, made: object, error: type[Exception], text: str) -> None:

@@ -18,7 +18,7 @@ from apportion.errors import MonitorError, ScoreError
 from apportion.evidence import Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
-from apportion.stages.rl.update import FirstPass, Targets, update
+from apportion.stages.rl.update import OldOutputs, Targets, update
 from apportion.training.monitoring import drop_nonfinite
 from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.optimizer import make_optimizer
@@ -152,7 +152,7 @@ def test_statistics_of_a_skipped_batch_stay_out_of_the_weights(world: Path) -> N
     policy, batch, targets = scene(world)
     optimizer = make_optimizer(policy.trainable(), policy.remainders, OPTIM)
     before, skips = everything(policy, optimizer), SkippedUpdates()
-    first = FirstPass(*torch.zeros((2, *batch.mask.shape)))
+    first = OldOutputs(*torch.zeros((2, *batch.mask.shape)))
     once = ppo(epochs=1, mini_batch=ROWS, micro_batch=ROWS)
     wrong = faulty([0], FAULTS["loss nan"])
     update(policy, optimizer, wrong, batch, targets, once, OPTIM, torch.Generator(), first, skips)

@@ -313,8 +313,8 @@ def test_learning_once_needs_no_forward_before_it(world: Path, tmp_path: Path, g
     for once in (True, False):
         config = tiny_runs.config(world, tmp_path / f"{once}", **changes, log_rollouts=0)
         learner = make_learner(config, build_method(config))
-        assert learner.once
-        learner.once = once
+        assert learner.single_step
+        learner.single_step = once
         seen: list[int] = []
         handle = learner.models.policy.model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         metrics = [tiny_runs.one_batch(learner, step)[0] for step in range(1, config.steps + 1)]

@@ -265,7 +265,7 @@ def test_a_reward_function_that_raises(rl: Command, tmp_path: Path) -> None:
     assert_stopped(
         done,
         r"rewards:raises: got 'ConnectionError: the reward service\nis down (rewards.py, line 21)'; "
-        "expected what it promises to return.",
+        "expected a result without an exception.",
         "run/stopped/step-2",
     )
     assert_saved(tmp_path / "run", 2)

@@ -316,7 +316,7 @@ def test_a_disk_that_is_full_when_the_logs_are_synced_is_waited_for(
         sync(path)
 
     monkeypatch.setattr(disk, "sync", full)
-    monkeypatch.setattr(disk, "LOOK", 0.01)
+    monkeypatch.setattr(disk, "POLL", 0.01)
     save_checkpoint(run, Two(), 1, keep=1)
     assert not failures and "paused" in capsys.readouterr().err
     assert load_latest(run, Two()) == 1

@@ -19,6 +19,7 @@ import yaml
 
 from apportion.errors import ApportionError, ConfigError, DiskError, ModelError
 from apportion.system import disk
+from apportion.system.lock import lock_folder
 from apportion.training import crash_dump, run_folder
 from apportion.training.run_folder import FollowerFolder, RunFolder
 from apportion.training.session import explain_out_of_memory
@@ -80,7 +81,7 @@ def test_another_process_may_not_write_the_same_run(tmp_path: Path, writer: int)
                 RunFolder.open(str(tmp_path / name), "rl", SETTINGS, fresh=fresh)
             assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
     assert not RunFolder(tmp_path / "run", "rl").finished, "reading needs no lock"
-    FollowerFolder(tmp_path / "run", "rl").status("running")
+    FollowerFolder(tmp_path / "run", "rl").write_status("running")
     os.kill(writer, signal.SIGKILL)
     os.waitid(os.P_PID, writer, os.WEXITED | os.WNOWAIT)
     RunFolder.open(str(tmp_path / "run"), "rl", SETTINGS, fresh=True)
@@ -92,15 +93,15 @@ def test_one_process_opens_a_run_as_often_as_it_likes_and_lets_go_at_its_end(tmp
 
     first, second = opened(tmp_path / "run"), opened(tmp_path / "run")
     assert in_a_fork(other) == 2
-    first.status("failed")
+    first.write_status("failed")
     assert in_a_fork(other) == 2, "the second holds it still"
     del second
     assert in_a_fork(other) == 0
     third = opened(tmp_path / "run")
-    with pytest.raises(ConfigError), third.failing():
+    with pytest.raises(ConfigError), third.record_failure():
         raise ConfigError("x")
     assert in_a_fork(other) == 0
-    opened(tmp_path / "run").status("finished")
+    opened(tmp_path / "run").write_status("finished")
     fourth = opened(tmp_path / "run")
     assert fourth.finished and in_a_fork(other) == 0, "a finished run is not written"
 
@@ -134,8 +135,8 @@ def test_a_disk_without_locks_is_warned_of(
     assert f"cannot be locked ({reason}): do not start the same run twice" in capsys.readouterr().err
 
 
-def test_a_folder_whose_parent_cannot_be_written_is_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_where_no_file_can_be_written_beside_it_the_folder_itself_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mount point, for instance: there is no room for a lock file beside it."""
     (tmp_path / "run").mkdir()
@@ -147,8 +148,10 @@ def test_a_folder_whose_parent_cannot_be_written_is_warned_of(
         return real(path, *rest, **more)
 
     monkeypatch.setattr(os, "open", refused)
-    opened(tmp_path / "run")
-    assert "cannot be locked (Permission denied): do not start the same run twice" in capsys.readouterr().err
+    held, warning = lock_folder(tmp_path / "run")
+    assert held is not None and warning is None and not list(tmp_path.glob(".*.lock"))
+    assert lock_folder(tmp_path / "run")[0] is held
+    assert in_a_fork(lambda: lock_folder(tmp_path / "run")) == 2
 
 
 # starting over
@@ -189,7 +192,7 @@ def test_a_run_is_started_over_wherever_it_lies(tmp_path: Path, monkeypatch: pyt
 def test_a_kill_while_a_folder_is_emptied_leaves_a_run_that_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun(tmp_path / "run").status("finished")
+    begun(tmp_path / "run").write_status("finished")
     (tmp_path / "run" / "final").mkdir()
     monkeypatch.chdir(tmp_path / "run")
 
@@ -266,7 +269,7 @@ def test_rows_are_logged_once_whichever_call_finds_the_disk_full(
 ) -> None:
     run = begun(tmp_path / "run")
     run.disk_wait = 5.0
-    monkeypatch.setattr(disk, "LOOK", 0.01)
+    monkeypatch.setattr(disk, "POLL", 0.01)
     real, log = getattr(os, call), (run.path / "metrics.jsonl").stat().st_ino
     failures = [errno.ENOSPC, errno.EDQUOT]
 

@@ -45,7 +45,7 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     start = world / ("ending" if settings.get("sampling.stop") == "eos" else "policy")
     config = tiny_runs.config(world, output, **{"policy": start, "log_rollouts": 8} | settings)
     learner = make_learner(config, build_method(config))
-    learner.share_weights(failed)
+    learner.set_up_sharding(failed)
     policy = learner.models.policy
     parameters, whole = policy.learning(), set(policy.weights.replicated(policy.trainable()))
     gradients: list[torch.Tensor] = []

@@ -76,7 +76,7 @@ def failing_loss(world: Path, output: Path) -> str:
     """Return this process's error where a loss fails in process 1 alone, in its first micro-batch."""
     config = tiny_runs.config(world, output)
     learner = make_learner(config, build_method(config))
-    learner.share_weights(parallel_worker.failed)
+    learner.set_up_sharding(parallel_worker.failed)
     plain = ppo()
 
     def terms(*given: Any) -> tuple[Tensor, dict[str, Tensor]]:

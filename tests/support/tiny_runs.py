@@ -120,7 +120,7 @@ def scored(learner: Learner, step: int = 1) -> Rollouts:
     """Return the scored rollouts that a learner's policy generates for batch `step`."""
     with learner.policy.weights.unsharded():
         rollouts = learner.source.take(step)
-        return score(learner.models, rollouts, learner.needs, learner.config.scores, learner.always)
+        return score(learner.models, rollouts, learner.needs, learner.config.scores, learner.base_evidence)
 
 
 def one_batch(

@@ -70,7 +70,7 @@ class _Gae:
         returns = segment_sum(rewards.float() * weights if self.mean_rewards else rewards.float(), segments)
         count = segments.amax(dim=1) + 1 if segments.shape[1] else segments.new_zeros(len(segments))  # actions a row
         after = _values_after(rollouts, count)
-        advantages = _backward(returns, values, count, after, self.gamma, self.lam)
+        advantages = _gae_recursion(returns, values, count, after, self.gamma, self.lam)
         return Advantages(spread(advantages, segments), spread(advantages + values, segments))
 
 
@@ -82,7 +82,7 @@ def _values_after(rollouts: Rollouts, count: Tensor) -> Tensor:
     return torch.where(rollouts.ended, 0.0, bootstrap.float())
 
 
-def _backward(rewards: Tensor, values: Tensor, count: Tensor, after: Tensor, gamma: float, lam: float) -> Tensor:
+def _gae_recursion(rewards: Tensor, values: Tensor, count: Tensor, after: Tensor, gamma: float, lam: float) -> Tensor:
     """Return advantages (B,S) by the recursion from each row's last action; 0 beyond it."""
     out = torch.zeros_like(values)
     following, running = after, torch.zeros_like(after)

@@ -29,7 +29,7 @@ from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, S
 
 
 class PPOConfig(Section):
-    """The update."""
+    """The policy and value update, whichever loss it minimises (`loss` chooses it)."""
 
     epochs: Count | None = None
     """passes over each batch; null picks 4 with a critic and 1 without."""
@@ -69,7 +69,7 @@ class RLConfig(Section):
     reward_model: RewardModelName = ""
     """any sequence classifier with 1 or 2 labels: a folder or a hub id."""
     prompts: Name = "imdb"
-    """`imdb`, a file or folder with a column prompt or text, or a hub id."""
+    """`imdb`, a file or folder with a column prompt, messages or text, or a hub id."""
     skip_bad_rows: Switch = False
     """skip unusable rows, count them and write them to bad_rows.jsonl; off, the first of them is an error."""
     output: Name = "runs/rl"
@@ -85,7 +85,7 @@ class RLConfig(Section):
     loss: Spec = None
     """replaces its policy loss."""
     steps: Count = 40
-    """batches to learn from."""
+    """training steps, one batch of rollouts each."""
     checkpoint_every: CountOrZero = 20
     """steps between checkpoints; 0 for none."""
     keep_checkpoints: Count = 2

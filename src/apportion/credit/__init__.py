@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.credit._attention_spec import REWARD_ATTENTION, AttentionSpec, attention_spec, requested_attention
+from apportion.credit._redistribute import redistributor
 from apportion.credit.attention import attention
 from apportion.credit.attribution import attribution
 from apportion.credit.implicit import implicit
@@ -56,6 +57,7 @@ __all__ = [
     "policy_attention",
     "prefix_difference",
     "process",
+    "redistributor",
     "requested_attention",
     "shapley",
     "sparse",

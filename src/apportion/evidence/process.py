@@ -72,14 +72,16 @@ def to_tokens(rows: Any, mask: Tensor, segments: Tensor | None, source: str) -> 
         if segments is not None:
             places = _last_of_each(segments[row], places)
         marked = len(given) > 0 and all(_is_list(item) for item in given)
-        spots, numbers = _pairs(given, mask[row].nonzero()[:, 0], field) if marked else (places, list(given))
+        spots, numbers = _pairs(given, mask[row].nonzero()[:, 0], field, row) if marked else (places, list(given))
         if len(numbers) != len(spots):
             unit = "token" if segments is None else "step"
             expected = f"{len(spots)} numbers, one a {unit}"
             raise ScoreError(
                 field, f"{len(numbers)} numbers", expected, "Count the sampled tokens, EOS included.", row=row
             )
-        out[row, spots] = torch.tensor([_number(field, i, value) for i, value in enumerate(numbers)], device=out.device)
+        out[row, spots] = torch.tensor(
+            [_number(field, row, i, value) for i, value in enumerate(numbers)], device=out.device
+        )
     return out
 
 
@@ -87,11 +89,11 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _number(field: str, place: int, value: object) -> float:
+def _number(field: str, row: int, place: int, value: object) -> float:
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if not isinstance(value, Real) or not math.isfinite(value):
         fix = "A failure never becomes a reward: return a number for it, or raise an error."
-        raise ScoreError(f"{field}, number {place}", value, "a finite number", fix)
+        raise ScoreError(f"{field}, number {place}", value, "a finite number", fix, row=row)
     return float(value)
 
 
@@ -103,13 +105,13 @@ def _last_of_each(ids: Tensor, places: Tensor) -> Tensor:
     return places[ends]
 
 
-def _pairs(given: Sequence[Any], places: Tensor, field: str) -> tuple[Tensor, list[Any]]:
+def _pairs(given: Sequence[Any], places: Tensor, field: str, row: int) -> tuple[Tensor, list[Any]]:
     """Return (positions, numbers) of pairs (token, number), the tokens rising. Raises ScoreError for other ones."""
     tokens = [item[0] if len(item) == 2 else None for item in given]
     least = -1
     for place, token in enumerate(tokens):
         if not isinstance(token, int) or isinstance(token, bool) or not least < token < len(places):
             expected = f"pairs (token, number), tokens rising and below {len(places)}"
-            raise ScoreError(f"{field}, pair {place}", given[place], expected, "Count from 0 in each row.")
+            raise ScoreError(f"{field}, pair {place}", given[place], expected, "Count from 0 in each row.", row=row)
         least = token
     return places[torch.tensor(tokens, device=places.device)], [item[1] for item in given]

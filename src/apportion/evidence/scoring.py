@@ -18,11 +18,15 @@ from apportion.models.reward import RewardModel, adjust
 from apportion.registry import EvidenceKey
 from apportion.types import Rollouts
 
-ALWAYS = frozenset({"scores", "old_logprobs", "entropy"})
+BASE_EVIDENCE = frozenset({"scores", "old_logprobs", "entropy"})
 
 
 def score(
-    models: Models, rollouts: Rollouts, needs: Iterable[str], config: ScoreConfig, always: frozenset[str] = ALWAYS
+    models: Models,
+    rollouts: Rollouts,
+    needs: Iterable[str],
+    config: ScoreConfig,
+    always: frozenset[str] = BASE_EVIDENCE,
 ) -> Rollouts:
     """Return the rollouts with scores and all evidence in `needs` and `always`.
 

@@ -1,5 +1,5 @@
-"""Sampling of responses: the Sampler protocol and the sampler for transformers models."""
+"""Sampling of responses from transformers models."""
 
-from apportion.generation.sampler import Sampler, sample
+from apportion.generation.sampler import sample
 
-__all__ = ["Sampler", "sample"]
+__all__ = ["sample"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,6 @@ from apportion.generation.step_model import StepModel
 from apportion.models.fast import has_fast_kernels
 from apportion.models.policy import Policy
 from apportion.types import Rollouts
-
-
-class Sampler(Protocol):
-    """Prompts to rollouts: any function that returns unscored `Rollouts` for prompts of token ids."""
-
-    def __call__(
-        self, policy: Policy, prompts: Sequence[Sequence[int]], config: SamplingConfig, generator: torch.Generator
-    ) -> Rollouts: ...
 
 
 @torch.no_grad()

@@ -86,7 +86,10 @@ def time_limit(
             try:
                 yield
             finally:
-                _active.clear()
+                try:
+                    _active.clear()
+                except TimedOut:  # the signal came between the end of the block and this
+                    _active.clear()
         finally:
             watcher.kill()  # closing its input is not enough: a child of the block may hold it open
             with suppress(BrokenPipeError):

@@ -47,7 +47,7 @@ class CrashDump:
     Args:
         run: the run folder; None (a loop without one) writes nothing.
         tokenizer: decodes ids. user_code: calls user-supplied functions. modules: {module: "module:function"} of them.
-        nonfinite: knows the rollouts of skipped updates.
+        nonfinite: its `rows`, the rollouts of skipped updates, are marked `skipped`.
         lazy_columns: columns (B,T) of the whole batch, computed only when a step fails.
     """
 

@@ -20,7 +20,7 @@ from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted
 from apportion.system import disk, safe_yaml, stderr
 from apportion.system.disk import explain_disk_errors as explain_disk_errors
 from apportion.system.disk import require_space as require_space
-from apportion.system.lock import lock_folder
+from apportion.system.lock import ReadOnlyLock, lock_folder
 from apportion.system.paths import link_outside
 from apportion.training.logs import JsonlLogs
 
@@ -67,7 +67,7 @@ class RunFolder:
         self.status_fields: dict[str, Any] = {}
         self.disk_wait = 0.0
         self.stop_waiting: Callable[[], bool] = lambda: False
-        self.lock: FileLock | None = None
+        self.lock: FileLock | ReadOnlyLock | None = None
 
     @property
     def logs(self) -> JsonlLogs:

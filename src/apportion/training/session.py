@@ -33,10 +33,10 @@ from apportion.training.crash_dump import BatchSnapshot, CrashDump
 from apportion.training.reproducibility import configure_threads, deterministic_kernels
 from apportion.training.run_folder import FollowerFolder, RunFolder
 from apportion.training.signals import Signals
-from apportion.training.state import Learner
+from apportion.training.state import TrainableLearner
 from apportion.types import Rollouts
 
-L = TypeVar("L", bound=Learner)
+L = TypeVar("L", bound=TrainableLearner)
 ProgressCallback = Callable[[int, int, dict[str, float]], None]  # (step, steps, metrics)
 
 
@@ -75,9 +75,11 @@ class TrainingSession:
         on_step: ProgressCallback = lambda step, total, metrics: None,
     ) -> None:
         self.run, self.finished = run, finished
-        self._signals = Signals(lambda line: None) if signals is None else signals  # one that caught nothing is false
+        self._signals = (
+            Signals(lambda line: None) if signals is None else signals
+        )  # not `or`: one that caught nothing is falsy
         self._every, self._keep, self._on_step = every, keep, on_step
-        self._learner: Learner | None = None
+        self._learner: TrainableLearner | None = None
         self.crash_dump: CrashDump | None = None
         self.start = self.step = self.total = 0
         self.clock: dict[str, float] = {}
@@ -91,13 +93,13 @@ class TrainingSession:
         with collectives.error_barrier():
             learner = make()
         self._learner, self.crash_dump = learner, learner.crash_dump
-        learner.share_weights(self.abort)
+        learner.set_up_sharding(self.abort)
         if self.run is not None:
             self._resume(self.run, learner)
-        learner.synchronize()
+        learner.broadcast_weights()
         return learner
 
-    def _resume(self, run: RunFolder, learner: Learner) -> None:
+    def _resume(self, run: RunFolder, learner: TrainableLearner) -> None:
         with collectives.error_barrier():
             self.start = load_latest(run, learner)
         check_start(self.start)
@@ -125,7 +127,7 @@ class TrainingSession:
         *,
         local: Rollouts | None = None,
         batch: Rollouts | None = None,
-        exchanges: bool = False,
+        has_collectives: bool = False,
         columns: Mapping[str, Tensor] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> Iterator[None]:
@@ -135,20 +137,22 @@ class TrainingSession:
             name: the time is logged as time/NAME; phases of one name add up.
             local: this process's rollouts, which each process saves where the phase fails.
             batch: the whole batch, which the main process saves; with `columns` (B,T) and `metrics`.
-            exchanges: the phase runs collectives, so that errors are not exchanged at its end.
+            has_collectives: the block runs collectives itself, so no error barrier follows it.
         """
         began = time.perf_counter()
-        barrier = nullcontext() if exchanges else collectives.error_barrier()
+        barrier = nullcontext() if has_collectives else collectives.error_barrier()
         rollouts = batch if local is None else local
         save: Any = nullcontext()
         if self.crash_dump is not None and rollouts is not None:
-            snapshot = BatchSnapshot(self.step, rollouts, local is not None, columns or {}, metrics or {})
+            # not `metrics or {}`: the block adds to the mapping that it was given
+            given = {} if columns is None else columns, {} if metrics is None else metrics
+            snapshot = BatchSnapshot(self.step, rollouts, local is not None, *given)
             save = self.crash_dump.on_error(snapshot)
-            if local is not None:
-                self.crash_dump.prepare(self.step, local)
         # each process saves its own part before the others learn of the error; the whole batch is saved after
         outer, inner = (save, barrier) if local is None else (barrier, save)
         with outer, inner:
+            if self.crash_dump is not None and local is not None:
+                self.crash_dump.prepare(self.step, local)
             yield
         self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - began
 
@@ -200,12 +204,12 @@ class TrainingSession:
     def save_final(
         self,
         save: Callable[[Path], None],
-        learner: Learner,
+        learner: TrainableLearner,
         *,
         size: int,
         evaluate: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """Have the main process write final/, which has that name only when it is complete.
+        """Write final/ atomically (final.tmp, then a rename), in the main process.
 
         Args:
             save: writes the model to a folder. evaluate: scores the model there, and may add files.

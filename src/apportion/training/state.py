@@ -35,21 +35,21 @@ class Checkpointable(Protocol):
         """Return the models by name: their devices, dtypes and kernels affect bitwise reproducibility."""
 
 
-class Learner(Checkpointable, Protocol):
+class TrainableLearner(Checkpointable, Protocol):
     """A learner that a `TrainingSession` loads, resumes, checkpoints and saves."""
 
     @property
     def crash_dump(self) -> CrashDump | None:
         """What writes the current batch when a step fails, None for a stage without rollouts."""
 
-    def share_weights(self, abort: Callable[[str], None]) -> None:
+    def set_up_sharding(self, abort: Callable[[str], None]) -> None:
         """Agree on the initial weights, and shard them where the launcher asks for it.
 
         Args:
             abort: ends this process with the error of another one that left it waiting.
         """
 
-    def synchronize(self) -> None:
+    def broadcast_weights(self) -> None:
         """Broadcast the weights of the main process, after resuming."""
 
     def gather_weights(self) -> None:

@@ -40,7 +40,7 @@ class RewardLearner:
         """Whether each process holds a part of the weights."""
         return self.weights.sharded
 
-    def share_weights(self, abort: Callable[[str], None]) -> None:
+    def set_up_sharding(self, abort: Callable[[str], None]) -> None:
         """Broadcast the main process's weights, convert them to 16 bit, and shard them, each where it is asked for."""
         collectives.broadcast(self.trainable)
         if self._sixteen_bit:
@@ -53,7 +53,7 @@ class RewardLearner:
             self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.weights.local_parameters(self.trainable), self.remainders, self.optim)
 
-    def synchronize(self) -> None:
+    def broadcast_weights(self) -> None:
         """Do nothing: every process resumes from the same files, and the start was broadcast."""
 
     def gather_weights(self) -> None:

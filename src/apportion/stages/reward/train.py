@@ -72,7 +72,7 @@ def _train(session: TrainingSession, run: RunFolder, config: RewardConfig) -> No
     batches = shuffled_batches(given.excerpts, config.batch_size, config.seed)
     with nullcontext() if learner.is_sharded else use_packed_weights(learner.model):
         for step in session.steps(len(batches)):
-            with session.phase("update", exchanges=True):
+            with session.phase("update", has_collectives=True):
                 metrics = train_batch(
                     learner, batches[step - 1], config, given.tokenizer.pad_token_id, step, len(batches)
                 )

@@ -17,7 +17,7 @@ from apportion.data.bad_rows import leaving_out
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
-from apportion.evidence.scoring import ALWAYS
+from apportion.evidence.scoring import BASE_EVIDENCE
 from apportion.generation.prompts import PromptStream, load_prompts
 from apportion.losses._ratios import LIMIT
 from apportion.models.loading import context_of, load_tokenizer, locate
@@ -29,7 +29,7 @@ from apportion.stages.doctor.rl import preflight
 from apportion.stages.method import comparisons
 from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.sources import PolicySource, Source
-from apportion.stages.rl.update import FirstPass, Targets, update
+from apportion.stages.rl.update import OldOutputs, Targets, update
 from apportion.system.disk import require_space
 from apportion.training import rng
 from apportion.training.crash_dump import CrashDump
@@ -46,9 +46,9 @@ class Learner:
 
     Attributes:
         models: policy and reward model. policy: the first of them. method: credit, segmenter, estimator and loss.
-        source: where rollouts come from. needs: all evidence to produce; `always`: and what every run produces.
+        source: where rollouts come from. needs: all evidence to produce; `base_evidence`: and what every run produces.
         generator: the run's only randomness after loading. compare: credits whose rewards are logged as well.
-        once: each rollout is used once, in one step: the update's forward gives the old log-probabilities.
+        single_step: one optimizer step a batch, so the update's forward supplies the old log-probabilities.
         monitoring: monitors and skipped updates. crash_dump: saves the batch of a failed step.
     """
 
@@ -67,7 +67,7 @@ class Learner:
         self.source: Source = PolicySource(models.policy, prompts, config, generator, models.generator)
         self.needs = method.needs.union({"reference_logprobs"}, *(c.needs for c in compare.values()))
         self.needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
-        self.once = single_step_on_policy(config, self.needs)
+        self.single_step = single_step_on_policy(config, self.needs)
         self.optimizer = make_optimizer(self.policy.trainable(), self.policy.remainders, config.optim)
         self.credit_state: State = method.credit.init()
         self.monitoring = Monitoring(config.monitors, run)
@@ -78,23 +78,23 @@ class Learner:
         self.crash_dump: CrashDump | None = CrashDump(run, tokenizer, models.user_code, modules, nonfinite, columns)
 
     @property
-    def always(self) -> frozenset[str]:
+    def base_evidence(self) -> frozenset[str]:
         """The evidence that every run produces."""
-        return ALWAYS - POLICY if self.once else ALWAYS
+        return BASE_EVIDENCE - POLICY if self.single_step else BASE_EVIDENCE
 
     @property
     def pad_token_id(self) -> int:
         """The id of the pad token."""
         return int(self.policy.tokenizer.pad_token_id)
 
-    def share_weights(self, abort: Callable[[str], None]) -> None:
+    def set_up_sharding(self, abort: Callable[[str], None]) -> None:
         """Shard the weights where the launcher asks for it (`training.state.Learner`)."""
         if sharding.is_requested():
             collectives.broadcast(self.policy.trainable())
             self.policy.shard(sharding.reshard_after_forward(), abort)
             self.optimizer = make_optimizer(self.policy.learning(), self.policy.remainders, self.config.optim)
 
-    def synchronize(self) -> None:
+    def broadcast_weights(self) -> None:
         """Broadcast the main process's weights that every process holds whole."""
         collectives.broadcast(self.policy.weights.replicated(self.policy.trainable()))
 
@@ -147,7 +147,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optim, step - 1, config.steps)
         empty = torch.zeros((2, *rollouts.mask.shape), device=self.policy.device)
-        first = FirstPass(*empty) if self.once else None
+        old = OldOutputs(*empty) if self.single_step else None
         nonfinite.begin()
         metrics = update(
             self.policy,
@@ -158,11 +158,11 @@ class Learner:
             config.ppo,
             config.optim,
             self.generator,
-            first,
+            old,
             nonfinite,
         )
-        if first is not None:
-            rollouts = replace(rollouts, old_logprobs=first.old_logprobs).with_evidence(entropy=first.entropy)
+        if old is not None:
+            rollouts = replace(rollouts, old_logprobs=old.old_logprobs).with_evidence(entropy=old.entropy)
         return metrics, rollouts
 
     def update_controllers(self, rollouts: Rollouts, rewards: Tensor) -> dict[str, float]:
@@ -250,14 +250,14 @@ def make_learner(
     compared = comparisons(config.compare) if config.log_rollouts else {}
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
     generator = torch.Generator(device=policy.device).manual_seed(config.seed)
-    # while they score, processes draw unlike amounts: with several, each has a generator of its own for that
+    # vine draws a different number of random values in each process: with several, each has its own generator for it
     own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores, user_code=user_code)
-    report(findings, run, warn)  # an error of a model comes first
+    record_warnings(findings, run, warn)  # after loading, so that a model error is reported first
     return Learner(config, models, method, prompts, generator, compare, run)
 
 
-def report(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) -> None:
+def record_warnings(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) -> None:
     """Write the warnings of the preflight checks into status.json and pass them to `warn`."""
     if findings and run is not None:
         run.update_status(doctor=[{"name": one.name, "message": one.message, "fix": one.fix} for one in findings])
@@ -268,7 +268,7 @@ def report(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) ->
 def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:
     """Whether one optimizer step uses the whole batch and nothing else needs the policy's outputs before it.
 
-    The update's own forward then gives the old log-probabilities: one forward of the policy a batch is saved.
+    The update's own forward then gives the old log-probabilities: one policy forward a batch is avoided.
     """
     one_step = (config.ppo.epochs or 1) == 1 and config.ppo.mini_batch >= config.sampling.batch_size
     return one_step and collectives.world_size() == 1 and not {EvidenceKey.of(need).name for need in needs} & POLICY

@@ -21,7 +21,12 @@ from apportion.types import Rollouts
 
 
 class Source(Protocol):
-    """Where rollouts come from: this process's policy, or a queue that other workers fill."""
+    """Where each process's rollouts come from: its policy, or a queue that other workers fill.
+
+    `group` ids are unique over all processes, and tensors are on the policy's device. Scored rollouts also carry
+    evidence "raw_scores" (B,) and everything in `learner.needs` and `learner.base_evidence`. Unscored rollouts are
+    taken as on-policy: the current policy computes their old log-probabilities. The checkpoint holds no source's state.
+    """
 
     def take(self, step: int) -> Rollouts:
         """Return this process's rollouts of batch `step` (from 1), with or without scores."""

@@ -41,10 +41,11 @@ def train(
 
     Args:
         on_step: called after each step with (step, steps, metrics).
-        warn: called with a line for each setting that may not be meant (`stages.doctor.rl.preflight`).
+        warn: called with one line for each warning of the preflight checks (`stages.doctor.rl.preflight`).
 
     Raises:
-        ConfigError, ModelError, DataError, ScoreError, DiskError: each names the fix.
+        ConfigError, ModelError, DataError, ScoreError, UserCodeError, MonitorError, DiskError: each names the fix.
+        Interrupted: a signal ended it after a batch, with a checkpoint.
     """
     method = build_method(config)
     check_shares(config)
@@ -71,13 +72,13 @@ def train_batch(
 
     prompts -> rollouts -> scores -> rewards -> segments -> advantages -> update
     """
-    method = learner.method
+    method, models = learner.method, learner.models
     with learner.policy.weights.unsharded():  # sharded weights are gathered once, to generate and to score
         with session.phase("generate"):
             rollouts = learner.source.take(step)  # ids, mask, logprobs (B,T)
         with session.phase("score", local=rollouts):
             if rollouts.scores is None:  # a source may deliver scored rollouts
-                rollouts = score(learner.models, rollouts, learner.needs, config.scores, learner.always)  # scores (B,)
+                rollouts = score(models, rollouts, learner.needs, config.scores, learner.base_evidence)  # scores (B,)
     with session.phase("credit", local=rollouts):
         rollouts = apply_truncation(rollouts, config.ppo)
         rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
@@ -88,8 +89,9 @@ def train_batch(
     with session.phase("credit", batch=rollouts, columns={"reward": rewards}):
         estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
     columns = {"reward": rewards, "advantage": estimated.advantages, "return": estimated.returns}
-    with session.phase("update", batch=rollouts, columns=columns, exchanges=True):
+    with session.phase("update", batch=rollouts, columns=columns):
         targets = make_targets(estimated, segments, rollouts, config.ppo)
+    with session.phase("update", batch=rollouts, columns=columns, has_collectives=True):
         metrics, rollouts = learner.update(rollouts, targets, step)
     with session.phase("log", batch=rollouts, columns=columns, metrics=metrics):
         records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)

@@ -1,4 +1,4 @@
-"""The PPO update: targets, epochs of mini-batches, policy and value losses, one optimizer step a mini-batch."""
+"""The policy and value update under any loss: targets, epochs of mini-batches, one optimizer step a mini-batch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def first_of_action(segments: Tensor) -> Tensor:
     return segments > seen
 
 
-class FirstPass(NamedTuple):
+class OldOutputs(NamedTuple):
     """Old log-probabilities and entropies (B,T) of the update's own forward, filled before its one optimizer step.
 
     Where each rollout is used once, before the policy changes, a separate forward would compute the same again.
@@ -65,11 +65,11 @@ class FirstPass(NamedTuple):
 
     def record(self, rows: Tensor, batch: Rollouts, out: Outputs) -> Rollouts:
         """Fill in a micro-batch's values and return it with its old log-probabilities."""
-        length, old = batch.mask.shape[1], out.logprobs.detach()
-        self.old_logprobs[rows, :length] = old
+        length, logprobs = batch.mask.shape[1], out.logprobs.detach()
+        self.old_logprobs[rows, :length] = logprobs
         if out.entropy is not None:
             self.entropy[rows, :length] = out.entropy
-        return replace(batch, old_logprobs=old)
+        return replace(batch, old_logprobs=logprobs)
 
 
 def update(
@@ -81,7 +81,7 @@ def update(
     config: PPOConfig,
     optim: OptimConfig,
     generator: torch.Generator,
-    first: FirstPass | None = None,
+    old: OldOutputs | None = None,
     skips: SkippedUpdates | None = None,
 ) -> dict[str, float]:
     """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
@@ -91,7 +91,7 @@ def update(
     its share of every mini-batch; gradients and metrics are summed over them.
 
     Args:
-        first: filled with old log-probabilities and entropies, which the rollouts then lack; for one optimizer step.
+        old: filled in place with old log-probabilities and entropies, which the rollouts lack; for one optimizer step.
         skips: counts optimizer steps that were not taken, because their loss or gradient is not finite: weights,
             masters, moments and step counters stay as they were, and the metrics are means over the steps taken
             (where there is none, they are left out).
@@ -106,7 +106,7 @@ def update(
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
             with collectives.error_barrier(), weights.relay_errors():
-                sums = _mini_batch(policy, loss, rollouts, targets, config, rows, first)
+                sums = _backward_mini_batch(policy, loss, rollouts, targets, config, rows, old)
             learning = weights.reduce_gradients(policy.trainable())
             norm = weights.gradient_norm(learning)
             if skips.allow(sum_of_losses(sums, norm), norm, rows):
@@ -127,14 +127,14 @@ def sum_of_losses(sums: dict[str, Tensor], like: Tensor) -> Tensor:
     return torch.stack(parts).sum() if parts else torch.zeros_like(like)
 
 
-def _mini_batch(
+def _backward_mini_batch(
     policy: Policy,
     loss: PolicyLoss,
     rollouts: Rollouts,
     targets: Targets,
     config: PPOConfig,
     rows: Tensor,
-    first: FirstPass | None,
+    old: OldOutputs | None,
 ) -> dict[str, Tensor]:
     """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
     weights, critic = policy.weights, "values" in rollouts.evidence
@@ -148,8 +148,8 @@ def _mini_batch(
     for part, counts in weights.pad_micro_batches(parts, rows[:1]):
         batch = trim(rollouts.select(part))
         advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
-        out = policy.forward(batch, values=critic and policy.value_trunk is None, entropy=first is not None)
-        batch = batch if first is None else first.record(part, batch, out)
+        out = policy.forward(batch, values=critic and policy.value_trunk is None, entropy=old is not None)
+        batch = batch if old is None else old.record(part, batch, out)
         with weights.error_barrier():
             terms = loss.terms(out.logprobs, batch, advantages, policy_mask, segments) if counts else None
         if terms is None:
