@@ -154,8 +154,8 @@ class TestProcess:
     @pytest.mark.parametrize(
         ("made", "error", "text"),
         [
-            (None, DataError, "what f returned: got 'NoneType'; expected a list of 3 rows"),
-            ([[1, 2, 3], [1, 2, 3]], DataError, "what f returned: got '2 rows'"),
+            (None, DataError, "the result of f: got 'NoneType'; expected a list of 3 rows"),
+            ([[1, 2, 3], [1, 2, 3]], DataError, "the result of f: got '2 rows'"),
             (
                 [[1, 2], [1, 2, 3], []],
                 ScoreError,

@@ -113,7 +113,8 @@ def test_blocks_invert_the_whole_cumulative_distribution(size: int) -> None:
     assert (u >= lower - 1e-6).all() and (u <= upper + 1e-6).all()
     exact = torch.searchsorted(cumulative, u[:, None], right=True)[:, 0]
     assert (ids == exact).float().mean() > 0.99
-    expected = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+    # in float64: log_softmax in float32 is itself off by 2e-6 where the vocabulary is large
+    expected = logits.double().log_softmax(dim=-1).gather(1, ids[:, None])[:, 0].float()
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=2e-6)
 
 

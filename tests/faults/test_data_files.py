@@ -89,7 +89,7 @@ def test_a_folder_without_tables_or_with_a_strange_file_is_refused(tmp_path: Pat
     assert_refused(tmp_path, "with nothing", "a folder with .csv")
     (tmp_path / "data").mkdir()
     (tmp_path / "README.md").write_text("a card")
-    assert_refused(tmp_path, "with README.md, data", "in which the files themselves lie")
+    assert_refused(tmp_path, "with README.md, data", "Give the folder that contains the files")
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "b.jsonl.gz").write_bytes(b"")
     assert_refused(tmp_path, "b.jsonl.gz", "ends in .csv")

@@ -270,7 +270,7 @@ def test_the_command_leaves_them_out_with_a_warning(
     assert not (tmp_path / "run" / "bad_rows.jsonl").exists()
     done = model_command("rl", "--skip-bad-rows", *flags)
     done.assert_done()
-    assert "warning: 2 bad rows left out; run/bad_rows.jsonl says which and why." in done.err
+    assert "warning: 2 bad rows left out; run/bad_rows.jsonl lists them with the reasons." in done.err
     written = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
     assert [row["where"] for row in written] == ["p.jsonl, line 2", "p.jsonl, line 3"]
     assert "skip_bad_rows: true" in (tmp_path / "run" / "config.yaml").read_text()

@@ -102,7 +102,8 @@ def builtin_table(name: str) -> Path:
 
 def _named(field: str, name: str, known: dict[str, _Asset], error: type[ApportionError]) -> _Asset:
     if name not in known:
-        raise unknown_name(field, name, known)
+        unknown = unknown_name(field, name, known)
+        raise error(unknown.field, unknown.got, unknown.expected, unknown.fix)
     return known[name]
 
 
