@@ -51,7 +51,11 @@ def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
             "slow-tokenizer",
             ["reward_model's tokenizer: got 'ByT5Tokenizer'", "a fast one", "tokenizer.json"],
         ),
-        ("reward_model", "short-encoder", ["text of rollout", "at most 6, the reward model's context", "cut off"]),
+        (
+            "reward_model",
+            "short-encoder",
+            ["text of rollout", "at most 6, the reward model's context", "never truncated"],
+        ),
         ("reward_model", "damaged-statistics", ["reward.json: got", '{"mean": number', "Delete the file"]),
         ("policy", "nan-policy", ["policy's log-probabilities in rollout 0: got nan", "Check its weights"]),
     ],
