@@ -66,13 +66,13 @@ def test_each_text_is_scored_once_and_whole(world: Path, monkeypatch: pytest.Mon
     models = models_of(world, stop="eos")
     batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(3), max_new_tokens=6, stop="eos")
     read: list[list[int]] = []
-    inner = models.reward.read
+    inner = models.reward.forward
 
     def spy(ids: torch.Tensor, mask: torch.Tensor, readings: object) -> object:
         read.extend(row[on].tolist() for row, on in zip(ids, mask, strict=True))
         return inner(ids, mask, readings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(models.reward, "read", spy)
+    monkeypatch.setattr(models.reward, "forward", spy)
     vine_evidence(models, batch, frozenset({EvidenceKey("vine_values", samples=2)}))
     ids = segments.ngrams(n=2)(batch)
     expected = []
