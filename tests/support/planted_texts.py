@@ -100,7 +100,7 @@ PLANTED: dict[str, Planted] = {
         ("data: got 'nobody/none'", "Nothing else is read"),
     ),
     "reward model's settings that cannot be": Planted(
-        lambda w, f: {"reward_model": reward_run_with(w, f, lora=3)}, "reward data", "warn", ("cannot be read: ", "mapping")
+        lambda w, f: {"reward_model": reward_run_with(w, f, lora=3)}, "reward data", "warn", ("be read: ", "a mapping")
     ),
     "reward model's settings that are no YAML": Planted(
         lambda w, f: {"reward_model": reward_run_with(w, f, data="[")}, "reward data", "warn", ("cannot be read: ",)
