@@ -67,7 +67,7 @@ class TestImplicit:
     def test_a_model_that_cannot_be_read_is_named(self, world: Path) -> None:
         models = tiny_runs.models(world)
         batch = tiny_runs.sampled(models.policy, tiny_runs.prompts(2))
-        for path, why in ((world / "foreign", "another"), (world / "nothing", "no such folder")):
+        for path, why in ((world / "foreign", "a different vocabulary"), (world / "nothing", "no such folder")):
             method = credit.implicit(model=str(path))
             with pytest.raises(ModelError, match=rf"implicit.model: got.*{why}"):
                 score(models, batch, method.needs, ScoreConfig())
