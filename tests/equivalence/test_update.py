@@ -330,4 +330,4 @@ def test_learning_once_needs_no_forward_before_it(world: Path, tmp_path: Path, g
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
     for more in ({"ppo.epochs": 2}, {"ppo.mini_batch": 3}, {"segments": "entropy"}):
         config = tiny_runs.config(world, tmp_path / "more", **changes | more, log_rollouts=0)
-        assert not make_learner(config, build_method(config)).once
+        assert not make_learner(config, build_method(config)).single_step

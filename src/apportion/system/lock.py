@@ -69,18 +69,20 @@ def _lock_read_only(folder: Path, path: Path, real: Path) -> ReadOnlyLock | None
     if str(real) in _read_only:
         return _read_only[str(real)]
     for place in (path, real) if fcntl is not None else ():
-        with suppress(FileNotFoundError, PermissionError):
+        try:
             handle = os.open(place, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                raise _held(folder) from None
-            except OSError:
-                os.close(handle)
-                return None
-            _read_only[str(real)] = lock = ReadOnlyLock(handle)
-            return lock
+        except OSError:  # it is not there, or may not be read
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise _held(folder) from None
+        except OSError:
+            os.close(handle)
+            return None
+        _read_only[str(real)] = lock = ReadOnlyLock(handle)
+        return lock
     return None
 
 
