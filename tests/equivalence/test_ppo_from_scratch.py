@@ -137,6 +137,8 @@ def test_the_file_equals_the_stage_with_one_label_and_every_other_setting(
     chosen = settings | {"reward_model": judge, "temperature": 0.7, "value_clip": 0.1}
     got = written_out(chosen, *flags, "--prompt_tokens", "2", "5")
     compare(got, of_the_stage(chosen, tmp_path / "run", *stage))
+    assert len(got) == 4 and len({row["kl/coef"] for row in got}) == 4 and got[0]["kl/coef"] < 0.4
+    assert all(row["credit/kept_mass"] > 0 for row in got) and any(row["loss/value_clipfrac"] > 0 for row in got)
 
 
 @pytest.mark.parametrize(

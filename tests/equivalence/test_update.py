@@ -16,12 +16,13 @@ from apportion import credit, losses
 from apportion.config import OptimConfig, PPOConfig, RLConfig, ScoreConfig
 from apportion.evidence import Models
 from apportion.evidence.scoring import score
+from apportion.masking import is_segment_start
 from apportion.models.policy import Policy
 from apportion.segments import build as build_segments
 from apportion.stages.method import build_method
 from apportion.stages.rl.learner import Learner, make_learner
 from apportion.stages.rl.train import apply_truncation, train
-from apportion.stages.rl.update import Targets, first_of_action, make_targets, update
+from apportion.stages.rl.update import Targets, make_targets, update
 from apportion.training.optimizer import learning_rate
 from apportion.types import Advantages, Rollouts
 
@@ -266,7 +267,7 @@ def test_the_value_loss_counts_one_token_an_action(world: Path) -> None:
     targets = make_targets(estimated, segments, batch, ppo_config())
     lengths = batch.mask.sum(dim=1)
     assert targets.value_mask.sum(dim=1).tolist() == [-(-int(n) // 3) for n in lengths]
-    assert torch.equal(targets.policy_mask, batch.mask) and torch.equal(first_of_action(segments), targets.value_mask)
+    assert torch.equal(targets.policy_mask, batch.mask) and torch.equal(is_segment_start(segments), targets.value_mask)
     white = targets.advantages[batch.mask]
     assert white.mean().abs() < 1e-5 and white.std() == pytest.approx(1.0, abs=1e-4)
     tokens = build_segments([("tokens", {})])(batch)

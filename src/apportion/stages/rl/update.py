@@ -12,7 +12,7 @@ from apportion.batching import micro_batches, trim
 from apportion.config import OptimConfig, PPOConfig
 from apportion.distributed import collectives
 from apportion.losses import clipped_value
-from apportion.masking import whiten
+from apportion.masking import is_segment_start, whiten
 from apportion.models.policy import Outputs, Policy
 from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.optimizer import zero_with_grad
@@ -44,14 +44,8 @@ def make_targets(estimated: Advantages, segments: Tensor, rollouts: Rollouts, co
     if config.truncated == "mask" and rollouts.ended is not None:
         learn = learn & rollouts.ended[:, None]
     advantages = whiten(estimated.advantages, learn) if config.whiten_advantages else estimated.advantages
-    valued = learn if config.value_tokens == "all" else learn & first_of_action(segments)
+    valued = learn if config.value_tokens == "all" else learn & is_segment_start(segments)
     return Targets(advantages, estimated.returns, learn, valued, segments)
-
-
-def first_of_action(segments: Tensor) -> Tensor:
-    """Return (B,T) bool, True on the first token of each action of `segments` (B,T)."""
-    seen = torch.cat([segments.new_full((len(segments), 1), -1), segments.cummax(dim=1).values[:, :-1]], dim=1)
-    return segments > seen
 
 
 class OldOutputs(NamedTuple):
