@@ -190,7 +190,9 @@ def test_an_error_while_others_wait_ends_all_with_one_message(world: Path, tmp_p
     assert done.returncode != 0
     assert done.stderr.count("RuntimeError: the gradient is lost") == 1, done.stderr
     if process == 1:  # else it is the main process's own, with its traceback
-        assert done.stderr.count("apportion: ") == 1 and "apportion: process 1 failed." in done.stderr, done.stderr
+        # the launcher may end the waiting process by SIGTERM, which that process reports as such
+        messages = [line for line in done.stderr.splitlines() if "apportion: " in line and "SIGTERM" not in line]
+        assert messages == ["apportion: process 1 failed."], done.stderr
     status = json.loads((tmp_path / "two" / "status.json").read_text())
     assert status["status"] == "failed" and "the gradient is lost" in status["error"]
 

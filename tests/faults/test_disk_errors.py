@@ -120,7 +120,8 @@ def test_a_run_waits_for_space_and_continues_by_itself(tmp_path: Path, disk: Pat
 def test_weights_that_cannot_be_written(tmp_path: Path, rl_flags: list[str], more: list[str]) -> None:
     # the weights are larger than a file may be here, the logs are not: at the end, or at the first checkpoint
     command = ["sh", "-c", f"ulimit -f 80; {RUN}", "sh", *rl_flags, *more]
-    environment = os.environ | ENVIRONMENT
+    # nor could coverage write its own file there
+    environment = {k: v for k, v in (os.environ | ENVIRONMENT).items() if not k.startswith("COVERAGE_")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "apportion: output: got 'run (" in done.stderr and "File too large" in done.stderr
@@ -136,7 +137,8 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path, rl_flags: list[str]
         if shutil.which("setpriv") is None or subprocess.run([*without, "true"], capture_output=True).returncode:
             pytest.skip("the superuser may write everywhere, and setpriv is not there to change that")
         command = [*without, *command]
-    environment = os.environ | ENVIRONMENT
+    # nor could coverage write its own file there
+    environment = {k: v for k, v in (os.environ | ENVIRONMENT).items() if not k.startswith("COVERAGE_")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "output: got 'locked/run (Permission denied)'" in done.stderr

@@ -34,7 +34,7 @@ def relay_errors(end: Callable[[str], None]) -> Iterator[None]:
         if getattr(error, "shared", False):
             raise
         if not _is_first():
-            os._exit(2)  # a consequence: the message is another rank's
+            os._exit(2)  # pragma: no cover (a consequence: the message is another rank's; which rank is chance)
         error.shared = True  # type: ignore[union-attr]
         if not collectives.is_main():
             end(str(collectives.error_of_process(collectives.rank(), collectives.describe_error(error))))

@@ -13,7 +13,7 @@ from apportion.errors import ConfigError
 
 try:
     import fcntl
-except ImportError:  # Windows, where filelock has locks of its own
+except ImportError:  # pragma: no cover (Windows, where filelock has locks of its own)
     fcntl = None  # type: ignore[assignment]
 
 

@@ -88,7 +88,7 @@ def time_limit(
             finally:
                 try:
                     _active.clear()
-                except TimedOut:  # the signal came between the end of the block and this
+                except TimedOut:  # pragma: no cover (the signal came between the end of the block and this)
                     _active.clear()
         finally:
             watcher.kill()  # closing its input is not enough: a child of the block may hold it open
@@ -109,7 +109,7 @@ def _expired(number: int, frame: Any) -> None:
 # the watching process
 
 
-def watch(traceback: int) -> None:
+def watch(traceback: int) -> None:  # pragma: no cover (not measured: the process is killed at its end)
     """Serve one block: read the request, wait, send the signal once a second for the grace, then end the parent."""
     line = sys.stdin.buffer.readline()
     if not line:  # the block ended at once
@@ -140,7 +140,7 @@ def watch(traceback: int) -> None:
     os.kill(parent, signal.SIGKILL)
 
 
-def _ends_within(seconds: float, parent: int) -> bool:
+def _ends_within(seconds: float, parent: int) -> bool:  # pragma: no cover (in the watching process)
     """Wait for `seconds` in which `parent` is not stopped; return at once with True where its block or it ended."""
     while seconds > 0:
         tick = min(TICK, seconds)
@@ -150,12 +150,12 @@ def _ends_within(seconds: float, parent: int) -> bool:
     return False
 
 
-def _is_stopped(process: int) -> bool:
+def _is_stopped(process: int) -> bool:  # pragma: no cover (in the watching process)
     """Whether the process is stopped or traced, where /proc says so."""
     with suppress(OSError), open(f"/proc/{process}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])  # after the name, which may hold any
     return False
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover (in the watching process)
     watch(int(sys.argv[1]))
