@@ -29,7 +29,6 @@ from apportion.testing import cases, violation
 from apportion.types import Credit
 from apportion.user_code import UserCode, validate_evidence
 
-
 SHARES, STATISTICS = "shares sum to 1", "statistics are finite and add up"
 
 

@@ -29,7 +29,7 @@ def failing(ranks: tuple[int, ...]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run every case and write what came."""
+    """Run every case and write the results."""
     collectives.start(torch.device("cpu"))
     found = {
         "main": failing((0,)),
