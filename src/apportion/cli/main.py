@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
+from apportion.cli.heartbeat import heartbeat
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, ConfigError, Interrupted, unknown_name
 from apportion.system import stderr
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     quiet_libraries()
     try:
-        return run(arguments[0], arguments[1:])
+        with heartbeat():
+            return run(arguments[0], arguments[1:])
     except ApportionError as error:
         write_error(f"apportion: {error}\n")
         return 2
