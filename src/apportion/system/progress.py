@@ -24,7 +24,12 @@ class Activity:
     """
 
     def __init__(
-        self, label: str, total: int | None = None, unit: str = "", start: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        label: str,
+        total: int | None = None,
+        unit: str = "",
+        start: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.start = self.done = start
