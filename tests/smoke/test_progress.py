@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from apportion.cli import heartbeat, main
-from apportion.system import progress
+from apportion.cli import main
+from apportion.system import heartbeat, progress
 from apportion.system.progress import Activity, activity, counted, describe, duration
 
 
@@ -34,7 +34,7 @@ def test_seconds_left_by_hand() -> None:
     assert Activity("loading", clock=clock).seconds_left is None
 
 
-def test_activities_are_told_from_the_outermost() -> None:
+def test_activities_are_named_from_the_outermost() -> None:
     assert progress.current() == () and describe(()) == ""
     with activity("2/3 PPO"):
         with activity("training", 4, unit="step") as steps:
@@ -77,9 +77,9 @@ def test_heartbeat_speaks_into_silence_only() -> None:
             assert lines == []  # something else was written all the time
             time.sleep(0.7)
     assert lines and all(re.fullmatch(r"loading, \d s so far\n", line) for line in lines)
-    told = len(lines)
+    written = len(lines)
     time.sleep(0.3)
-    assert len(lines) == told  # it ended with its block
+    assert len(lines) == written  # it ended with its block
 
 
 def test_a_command_without_a_terminal_is_never_silent(
@@ -93,5 +93,5 @@ def test_a_command_without_a_terminal_is_never_silent(
     monkeypatch.setattr("apportion.cli.algorithms.run", slow)
     monkeypatch.setattr(heartbeat.Heartbeat.__init__, "__defaults__", (0.1, heartbeat.stderr.write))
     assert main.main(["algorithms"]) == 0
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) >= 2 and all(line.startswith("loading, ") for line in told)
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) >= 2 and all(line.startswith("loading, ") for line in messages)

@@ -9,10 +9,10 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
-from apportion.cli.heartbeat import heartbeat
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, ConfigError, Interrupted, unknown_name
 from apportion.system import stderr
+from apportion.system.heartbeat import heartbeat
 
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     quiet_libraries()
     try:
-        with heartbeat():
+        with heartbeat(collectives.is_log_rank()):
             return run(arguments[0], arguments[1:])
     except ApportionError as error:
         write_error(f"apportion: {error}\n")

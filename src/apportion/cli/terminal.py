@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from apportion.cli import heartbeat
-from apportion.system import progress, stderr
+from apportion.system import heartbeat, progress, stderr
 from apportion.system.progress import Activity, duration
 
 

@@ -1,7 +1,7 @@
 """Progress of long work: what is being done, how far it is, and the seconds left.
 
 The code that works says what it does (`activity`); a command that is watched shows it (`current`, `describe`). Nested
-activities are told from the outermost, "2/3 PPO: training, step 12 of 40".
+activities are named from the outermost, "2/3 PPO: training, step 12 of 40".
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from apportion.errors import ApportionError, ConfigError, Interrupted, ModelErro
 from apportion.models.loading import pick_device
 from apportion.models.saving import unfinished
 from apportion.system import disk, stderr
-from apportion.system.progress import Activity, activity
 from apportion.system.memory import memory_mb
+from apportion.system.progress import Activity, activity
 from apportion.training.checkpoint import discard_after, load_latest, save_checkpoint
 from apportion.training.crash_dump import BatchSnapshot, CrashDump
 from apportion.training.reproducibility import configure_threads, deterministic_kernels

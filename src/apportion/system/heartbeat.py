@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from apportion.distributed import collectives
 from apportion.system import progress, stderr
 
 SILENCE = 25.0  # seconds without a line; a line comes within 30, as a thread may have to wait for Python's lock
@@ -28,7 +27,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def touch(self) -> None:
-        """Begin the silence anew: something was written."""
+        """Restart the silence: something was written."""
         self._last = time.monotonic()
 
     def __enter__(self) -> Heartbeat:
@@ -53,9 +52,9 @@ _running: list[Heartbeat] = []
 
 
 @contextmanager
-def heartbeat() -> Iterator[None]:
-    """Run a heartbeat within the block where stderr is no terminal, in one of several processes."""
-    if _running or not collectives.is_log_rank() or _is_terminal():
+def heartbeat(wanted: bool = True) -> Iterator[None]:
+    """Run a heartbeat within the block, if `wanted`, where stderr is no terminal."""
+    if not wanted or _running or _is_terminal():
         yield
         return
     with Heartbeat() as beat:
