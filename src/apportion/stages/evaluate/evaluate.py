@@ -130,8 +130,8 @@ def _generate(
     generator = torch.Generator(device=policy.device).manual_seed(seed)
     one = sampling.model_copy(update={"samples_per_prompt": 1})
     rows: list[dict[str, Any]] = []
-    starts = range(0, len(prompts), BATCH)
-    for first in counted(starts, "generating from fresh prompts", len(starts), unit="batch"):
+    firsts = range(0, len(prompts), BATCH)
+    for first in counted(firsts, "generating from fresh prompts", len(firsts), unit="batch"):
         rollouts = sample(policy, prompts[first : first + BATCH], one, generator)
         scores = reward_evidence(reward, rollouts, frozenset({"scores"}))["scores"].tolist()
         own = policy.forward(rollouts, values=False).logprobs.sum(dim=1)
