@@ -47,8 +47,10 @@ def finished(world: Path, output: Path, **changes: Any) -> Path:
 def check_folder(path: Path, steps: int = 2) -> list[dict[str, Any]]:
     """Check everything that a finished run leaves, and return its logged rollouts."""
     assert yaml.safe_load((path / "status.json").read_text())["status"] == "finished"
-    names = {"README.md", "config.yaml", "status.json", "metrics.jsonl", "rollouts.jsonl", "final"}
+    names = {"README.md", "config.yaml", "status.json", "progress.json", "metrics.jsonl", "rollouts.jsonl", "final"}
     assert {p.name for p in path.iterdir()} - {"checkpoints"} == names
+    progress = json.loads((path / "progress.json").read_text())
+    assert (progress["step"], progress["steps"], progress["seconds_left"]) == (steps, steps, 0.0)
     metrics = tiny_runs.read_lines(path / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, steps + 1))
     assert {"objective/scores", "objective/kl", "policy/lr", "time/total", "memory/rss_mb"} <= set(metrics[0])

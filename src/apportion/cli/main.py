@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from apportion.distributed import collectives
 from apportion.errors import ApportionError, ConfigError, Interrupted, unknown_name
 from apportion.system import stderr
+from apportion.system.heartbeat import heartbeat
 
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     quiet_libraries()
     try:
-        return run(arguments[0], arguments[1:])
+        with heartbeat(collectives.is_log_rank()):
+            return run(arguments[0], arguments[1:])
     except ApportionError as error:
         write_error(f"apportion: {error}\n")
         return 2

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from apportion.system import stderr
+from apportion.system import heartbeat, progress, stderr
+from apportion.system.progress import Activity, duration
 
 
 def console() -> Console:
@@ -22,6 +23,7 @@ class Bar:
 
     def __init__(self, progress: Progress, label: str, total: int, shown: Mapping[str, str]) -> None:
         self._progress, self._label, self._total, self._shown = progress, label, total, shown
+        self._pace: Activity | None = None
         self._task = progress.add_task(label, total=total, numbers="")
 
     def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -30,8 +32,18 @@ class Bar:
         numbers = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in self._shown.items() if key in metrics)
         self._progress.update(self._task, completed=done, total=self._total, numbers=numbers)
         every = max(1, self._total // 10)
+        left = self._left(done)
         if not self._progress.console.is_terminal and (done % every == 0 or done == self._total):
-            stderr.write(f"{self._label} {done}/{self._total}  {numbers}\n")
+            stderr.write(f"{self._label} {done}/{self._total}  {numbers}{left}\n")
+            heartbeat.touch()
+
+    def _left(self, done: int) -> str:
+        """Return "  about 3 min 05 s left" after `done` steps, counted from the first that this run made."""
+        if self._pace is None:
+            self._pace = Activity(self._label, self._total, start=done)
+        self._pace.total, self._pace.done = self._total, done
+        left = self._pace.seconds_left
+        return "" if left is None or done == self._total else f"  about {duration(left)} left"
 
     def line(self, done: int, text: str) -> None:
         """Move the bar to `done` and show a line of text; without a terminal only the text is printed."""
@@ -40,6 +52,7 @@ class Bar:
         every = max(1, self._total // 50)
         if moved and not self._progress.console.is_terminal and done % every == 0:
             stderr.write(f"{self._label} {done}/{self._total}  {text}\n")
+            heartbeat.touch()
 
 
 @contextmanager
@@ -55,14 +68,15 @@ def bar(label: str, total: int, shown: Mapping[str, str]) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
-    with Progress(*columns, console=screen, disable=not screen.is_terminal) as progress:
-        yield Bar(progress, label, total, shown)
+    with progress.activity(label), Progress(*columns, console=screen, disable=not screen.is_terminal) as shown_bar:
+        yield Bar(shown_bar, label, total, shown)
 
 
 def note(line: str) -> None:
     """Print one line to stderr; it is lost where stderr was closed."""
     with suppress(OSError, ValueError, SystemExit):  # rich exits where the reader of a pipe is gone
         console().print(line)
+    heartbeat.touch()
 
 
 def interval(value: Mapping[str, float], digits: int = 2) -> str:

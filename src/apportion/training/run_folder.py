@@ -32,6 +32,7 @@ README = """# {name}: a run of `apportion {stage}`
 |---|---|
 | config.yaml | every setting, resolved; `apportion {stage} --config config.yaml` repeats the run |
 | status.json | running, interrupted, finished or failed; the step it was resumed from |
+| progress.json | the step, the number of steps, seconds so far and left |
 | metrics.jsonl | one line a step |
 | rollouts.jsonl | sampled texts with each token's credit, reward, advantage and KL |
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
@@ -278,6 +279,11 @@ class RunFolder:
         """Write a JSON object to file `name`, at once or not at all."""
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         self.retry_when_full(lambda: self._write(name, text), len(text))
+
+    def write_progress(self, **fields: float | int | None) -> None:
+        """Write progress.json, for whoever watches; a disk that cannot take it now is no reason to stop."""
+        with suppress(OSError):
+            self._write("progress.json", json.dumps(fields) + "\n")
 
     def retry_when_full(self, work: Callable[[], T], wanted: int) -> T:
         """Return what `work` does, which writes `wanted` bytes here; where the disk is full it waits (`disk_wait`)."""

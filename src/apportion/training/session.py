@@ -28,6 +28,7 @@ from apportion.models.loading import pick_device
 from apportion.models.saving import unfinished
 from apportion.system import disk, stderr
 from apportion.system.memory import memory_mb
+from apportion.system.progress import Activity, activity
 from apportion.training.checkpoint import discard_after, load_latest, save_checkpoint
 from apportion.training.crash_dump import BatchSnapshot, CrashDump
 from apportion.training.reproducibility import configure_threads, deterministic_kernels
@@ -37,6 +38,7 @@ from apportion.training.state import TrainableLearner
 from apportion.types import Rollouts
 
 L = TypeVar("L", bound=TrainableLearner)
+PROGRESS_EVERY = 10.0  # seconds between writes of progress.json
 ProgressCallback = Callable[[int, int, dict[str, float]], None]  # (step, steps, metrics)
 
 
@@ -83,6 +85,7 @@ class TrainingSession:
         self.crash_dump: CrashDump | None = None
         self.start = self.step = self.total = 0
         self.clock: dict[str, float] = {}
+        self._progress_due = 0.0
 
     def load(self, make: Callable[[], L]) -> L:
         """Return the learner that `make` makes, resumed from the newest good checkpoint.
@@ -90,7 +93,7 @@ class TrainingSession:
         Raises:
             DiskError: there are checkpoints and none is good. ConfigError: another process found another one.
         """
-        with collectives.error_barrier():
+        with activity("loading"), collectives.error_barrier():
             learner = make()
         self._learner, self.crash_dump = learner, learner.crash_dump
         learner.set_up_sharding(self.abort)
@@ -116,9 +119,20 @@ class TrainingSession:
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the steps from the one after the checkpoint to `total`."""
-        for step in range(self.start + 1, total + 1):
-            self.step, self.total, self.clock = step, total, {}
-            yield step
+        with activity("training", total, unit="step", start=self.start) as entry:
+            for step in range(self.start + 1, total + 1):
+                self.step, self.total, self.clock = step, total, {}
+                yield step
+                entry.advance()
+                self._write_progress(entry)
+
+    def _write_progress(self, entry: Activity) -> None:
+        """Write progress.json where the last is older than `PROGRESS_EVERY`, and after the last step."""
+        now = time.monotonic()
+        if self.run is not None and (entry.done == entry.total or now >= self._progress_due):
+            self._progress_due = now + PROGRESS_EVERY
+            times = {"seconds": entry.seconds, "seconds_left": entry.seconds_left or 0.0}
+            self.run.write_progress(step=entry.done, steps=entry.total, **{k: round(v, 1) for k, v in times.items()})
 
     @contextmanager
     def phase(
@@ -239,7 +253,8 @@ class TrainingSession:
 
         with collectives.error_barrier():
             if collectives.is_main():
-                run.retry_when_full(work, size)
+                with activity("saving the model"):
+                    run.retry_when_full(work, size)
                 evaluate(part)
                 run.retry_when_full(lambda: disk.replace_durably(part, run.path / "final"), 1 << 12)
 

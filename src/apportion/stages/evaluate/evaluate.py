@@ -23,6 +23,7 @@ from apportion.models.reward import RewardModel, load_reward
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.evaluate.judge import fit_judge
 from apportion.system import safe_yaml
+from apportion.system.progress import activity, counted
 from apportion.training.run_folder import RunFolder
 
 BATCH = 32
@@ -58,7 +59,8 @@ def evaluate(
     figures: dict[str, Any] = {}
     if config.judge:
         on_progress("scoring with the judge")
-        judge = fit_judge("imdb")
+        with activity("fitting the judge"):
+            judge = fit_judge("imdb")
         for sample_set in (before, after):
             probabilities = judge.probability([row["text"] for row in sample_set]).tolist()
             for row, p in zip(sample_set, probabilities, strict=True):
@@ -128,7 +130,8 @@ def _generate(
     generator = torch.Generator(device=policy.device).manual_seed(seed)
     one = sampling.model_copy(update={"samples_per_prompt": 1})
     rows: list[dict[str, Any]] = []
-    for first in range(0, len(prompts), BATCH):
+    firsts = range(0, len(prompts), BATCH)
+    for first in counted(firsts, "generating from fresh prompts", len(firsts), unit="batch"):
         rollouts = sample(policy, prompts[first : first + BATCH], one, generator)
         scores = reward_evidence(reward, rollouts, frozenset({"scores"}))["scores"].tolist()
         own = policy.forward(rollouts, values=False).logprobs.sum(dim=1)

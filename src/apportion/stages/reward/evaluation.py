@@ -13,6 +13,7 @@ from apportion.config import RewardConfig
 from apportion.intervals import calibration, mean_interval, proportion
 from apportion.models.reward import RewardModel, load_reward
 from apportion.stages.reward.excerpts import Excerpt, random_excerpts, right_pad, tokenized
+from apportion.system.progress import counted
 
 LENGTHS = (10, 20, 40, 80)  # tokens of the held-out excerpts that accuracy is also reported for
 BY_LENGTH = 500  # texts for each of them
@@ -51,7 +52,8 @@ def scored(reward: RewardModel, excerpts: Sequence[Excerpt], batch_size: int = 3
     out = torch.zeros(len(excerpts))
     order = sorted(range(len(excerpts)), key=lambda i: len(excerpts[i].ids))
     device = next(reward.model.parameters()).device
-    for first in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    for first in counted(starts, "evaluating on held-out texts", len(starts), unit="batch"):
         chosen = order[first : first + batch_size]
         ids, mask, _ = right_pad([excerpts[i] for i in chosen], reward.model.config.get_text_config().pad_token_id)
         out[chosen] = reward.score(ids.to(device), mask.to(device))[0].cpu()

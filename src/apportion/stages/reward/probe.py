@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apportion.stages.reward.excerpts import Excerpt, right_pad
+from apportion.system.progress import counted
 
 PENALTY = 1e-3  # scikit-learn's C on standardised features: strong, features outnumber what short excerpts can tell
 BATCH = 32
@@ -50,7 +51,8 @@ def pooled_features(model: Any, head: Any, excerpts: Sequence[Excerpt], pad: int
     order = sorted(range(len(excerpts)), key=lambda i: len(excerpts[i].ids))
     out = torch.zeros(len(excerpts), head.weight.shape[1])
     try:
-        for first in range(0, len(order), BATCH):
+        starts = range(0, len(order), BATCH)
+        for first in counted(starts, "probing the head", len(starts), unit="batch"):
             chosen = order[first : first + BATCH]
             ids, mask, _ = (t.to(head.weight.device) for t in right_pad([excerpts[i] for i in chosen], pad))
             model(input_ids=ids, attention_mask=mask.long())
