@@ -15,9 +15,19 @@ class RewardConfig(Section):
     model: Name = "smollm2"
     """start: `smollm2`, a folder, or a hub id."""
     data: Name = "imdb"
-    """`imdb`, a CSV/JSONL/Parquet file or folder with columns text and label, or a hub id."""
+    """`imdb`, a file (CSV, TSV, JSON, Parquet, Arrow) or folder of texts and labels, or a hub id."""
     test_data: Word | None = None
     """held-out data of the same form; null holds out a fixed part of `data` by hash."""
+    split: Name | None = None
+    """the split of `data` to read, of a folder or hub set with splits; null for train."""
+    test_split: Name | None = None
+    """the split of `test_data` to read; null for train."""
+    text_column: Name | None = None
+    """column with the text or the conversation to judge; null takes text, messages, or completion behind prompt."""
+    prompt_column: Name | None = None
+    """column with what that text responds to; null takes prompt where the text is in completion, else none."""
+    label_column: Name | None = None
+    """column with the label, 1 or 0, true or false, positive or negative; null takes label."""
     skip_bad_rows: Switch = False
     """skip unusable rows, count them and write them to bad_rows.jsonl; off, the first of them is an error."""
     output: Name = "runs/reward"

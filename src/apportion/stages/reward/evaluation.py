@@ -10,20 +10,22 @@ import torch
 from torch import Tensor
 
 from apportion.config import RewardConfig
+from apportion.data import Labelled
 from apportion.intervals import calibration, mean_interval, proportion
 from apportion.models.reward import RewardModel, load_reward
-from apportion.stages.reward.excerpts import Excerpt, random_excerpts, right_pad, tokenized
+from apportion.models.text.labelled import token_rows
+from apportion.stages.reward.excerpts import Excerpt, random_excerpts, right_pad
 
 LENGTHS = (10, 20, 40, 80)  # tokens of the held-out excerpts that accuracy is also reported for
 BY_LENGTH = 500  # texts for each of them
 
 
 def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:
-    """Return accuracy with its interval, by clip length too, calibration, and mean and sd of R, on held-out texts."""
+    """Return accuracy with its interval, by excerpt length too, calibration, and mean and sd of R, on held-out texts."""
     loading: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "fast_kernels": config.fast_kernels}
     reward = load_reward(str(folder), **loading, field="model")
-    ids, labels = token_ids(rows, reward.tokenizer, config)
-    excerpts = random_excerpts(ids, labels, len(rows), config.excerpt_tokens, config.seed + 1)
+    ids, labels, prompts = token_ids(rows, reward.tokenizer, config)
+    excerpts = random_excerpts(ids, labels, prompts, len(rows), config.excerpt_tokens, config.seed + 1)
     scores, truth = scored(reward, excerpts), [c.label for c in excerpts]
     probabilities = torch.sigmoid(scores).tolist()
     bins, error = calibration(probabilities, truth)
@@ -31,7 +33,8 @@ def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[st
     for length in LENGTHS:
         if length > config.excerpt_tokens[1]:
             continue
-        cut = [Excerpt(row[:length], label) for row, label in zip(ids[:BY_LENGTH], labels[:BY_LENGTH], strict=True)]
+        first = zip(ids[:BY_LENGTH], labels[:BY_LENGTH], prompts[:BY_LENGTH], strict=True)
+        cut = [Excerpt(row[: prompt + length], label) for row, label, prompt in first]
         by_length[str(length)] = accuracy(scored(reward, cut), [c.label for c in cut])
     return {
         "accuracy": accuracy(scores, truth),
@@ -64,7 +67,9 @@ def accuracy(scores: Tensor, labels: Sequence[int]) -> dict[str, float]:
     return proportion(hits, len(labels))
 
 
-def token_ids(rows: Sequence[Any], tokenizer: Any, config: RewardConfig) -> tuple[list[list[int]], list[int]]:
-    """Return (ids of each row's text as far as an excerpt needs them, labels)."""
-    texts = [row.text for row in rows]
-    return tokenized(texts, tokenizer, config.excerpt_tokens[1]), [row.label for row in rows]
+def token_ids(
+    rows: Sequence[Labelled], tokenizer: Any, config: RewardConfig
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Return (ids of each row's text as far as an excerpt needs them, labels, number of ids of its prompt)."""
+    ids, prompts = token_rows(rows, tokenizer, config.excerpt_tokens[1])
+    return ids, [row.label for row in rows], prompts

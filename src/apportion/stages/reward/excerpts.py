@@ -1,9 +1,9 @@
-"""Clips of labelled texts: random windows of tokens, so that a reward model learns to judge short text."""
+"""Excerpts of labelled texts: random windows of tokens, so that a reward model learns to judge short text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,20 @@ class Excerpt(NamedTuple):
     label: int
 
 
-def tokenized(texts: Sequence[str], tokenizer: Any, longest: int) -> list[list[int]]:
-    """Return the ids of `texts` without special tokens, each text cut to what a few windows of `longest` need."""
-    characters = 400 * longest
-    encoded = tokenizer([text[:characters] for text in texts], add_special_tokens=False)["input_ids"]
-    return [list(ids) for ids in encoded]
-
-
 def random_excerpts(
-    rows: Sequence[Sequence[int]], labels: Sequence[int], count: int, tokens: Sequence[int], seed: int
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[int],
+    prompts: Sequence[int],
+    count: int,
+    tokens: Sequence[int],
+    seed: int,
 ) -> list[Excerpt]:
     """Return `count` excerpts, going round the texts in a seeded order.
 
     An excerpt's length is drawn evenly from [low, high] tokens. Every second one starts where its text starts (as a
-    response to a prompt does), the others anywhere.
+    response to a prompt does), the others anywhere. Of a text whose first `prompts` tokens are its prompt, every
+    excerpt is the whole prompt and the start of what follows, which alone has the drawn length: a part from its middle
+    would be no response to the prompt.
     """
     generator = torch.Generator().manual_seed(seed)
     low, high = tokens
@@ -40,9 +40,9 @@ def random_excerpts(
     places = torch.rand(count, generator=generator).tolist()
     excerpts = []
     for number, (text, length, place) in enumerate(zip(order[:count], lengths, places, strict=True)):
-        ids = rows[text]
-        start = 0 if number % 2 == 0 else int(place * max(1, len(ids) - length + 1))
-        excerpts.append(Excerpt(list(ids[start : start + length]), labels[text]))
+        ids, prompt = rows[text], prompts[text]
+        start = 0 if number % 2 == 0 or prompt else int(place * max(1, len(ids) - length + 1))
+        excerpts.append(Excerpt(list(ids[start : start + prompt + length]), labels[text]))
     return excerpts
 
 

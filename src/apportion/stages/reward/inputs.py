@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from apportion.config import RewardConfig
-from apportion.data import labelled_splits
+from apportion.data import Labelled, Layout, labelled_splits
 from apportion.data.bad_rows import leaving_out
-from apportion.errors import ConfigError
+from apportion.errors import ConfigError, DataError
 from apportion.models.loading import (
     context_of,
     load_classifier,
@@ -21,11 +22,14 @@ from apportion.models.loading import (
 )
 from apportion.models.lora import add_adapter
 from apportion.models.saving import head_config
+from apportion.models.text.bos import added_bos
+from apportion.models.text.labelled import chat_renderer, token_rows
 from apportion.models.text.render import check_embeddings
 from apportion.stages.reward.evaluation import token_ids
 from apportion.stages.reward.excerpts import Excerpt, random_excerpts
 from apportion.stages.reward.probe import probe_head
 from apportion.training import rng
+from apportion.training.monitoring import warn
 from apportion.training.run_folder import RunFolder, require_space
 
 HEADS = ("score", "classifier")
@@ -47,7 +51,14 @@ class Inputs(NamedTuple):
 def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     """Return (model, inputs). Cheap checks come before the model."""
     with leaving_out(run.path, config.skip_bad_rows) as bad:
-        train_rows, test_rows = labelled_splits(config.data, config.test_data, config.test_texts, bad)
+        train_rows, test_rows = labelled_splits(
+            config.data,
+            config.test_data,
+            config.test_texts,
+            bad,
+            layout=Layout.of(config),
+            render=chat_renderer(lambda: load_tokenizer("model", locate("model", config.model), config.pad_token)),
+        )
     require_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
     tokenizer = load_tokenizer("model", folder, config.pad_token)
@@ -55,11 +66,36 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     if config.excerpt_tokens[1] > context:
         expected = f"at most the model's context of {context} tokens"
         raise ConfigError("excerpt_tokens", config.excerpt_tokens, expected, "Lower the second number.")
+    check_prompts([*train_rows, *test_rows], tokenizer, config.excerpt_tokens[1], context)
     excerpts = random_excerpts(
         *token_ids(train_rows, tokenizer, config), config.excerpts, config.excerpt_tokens, config.seed
     )
+    warn_special([*train_rows, *test_rows], excerpts, tokenizer)
     rng.seed(config.seed)
     return classifier(config, folder, tokenizer, device, excerpts), Inputs(excerpts, tokenizer, folder, test_rows)
+
+
+def check_prompts(rows: Sequence[Labelled], tokenizer: Any, longest: int, context: int) -> None:
+    """Raise DataError for a prompt that leaves no room for an excerpt of `longest` tokens in the model's context."""
+    prompted = [row for row in rows if row.prompt]
+    _, lengths = token_rows(prompted, tokenizer, longest)
+    for row, length in zip(prompted, lengths, strict=True):
+        if length + longest > context:
+            expected = f"at most {context - longest} tokens: the context of {context} holds an excerpt of {longest} too"
+            fix = "Shorten or drop it, or lower the second number of excerpt_tokens."
+            raise DataError("data", f"a prompt of {length} tokens: {row.text[:40]!r}…", expected, fix)
+
+
+def warn_special(rows: Sequence[Labelled], excerpts: Sequence[Excerpt], tokenizer: Any) -> None:
+    """Warn of texts that begin with the BOS which the tokenizer writes by itself, and of pad tokens in excerpts."""
+    bos = added_bos(tokenizer)
+    count = sum(row.text.startswith(bos) for row in rows) if bos else 0
+    if count:
+        warn(f"{count} of {len(rows)} texts begin with BOS {bos!r}; it is left as it is and no other is added.")
+    pads = sum(tokenizer.pad_token_id in excerpt.ids for excerpt in excerpts)
+    if pads:
+        pad = tokenizer.pad_token
+        warn(f"{pads} of {len(excerpts)} excerpts hold the pad token {pad!r}; where it comes last, it is not scored.")
 
 
 def classifier(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device, excerpts: list[Excerpt]) -> Any:
@@ -69,7 +105,7 @@ def classifier(config: RewardConfig, folder: str, tokenizer: Any, device: torch.
     model: Any = load_classifier("model", folder, dtype, device, new_head=2, fast_kernels=config.fast_kernels)
     check_embeddings("model", model, tokenizer, (excerpt.ids for excerpt in excerpts))
     model.config.update(head_config(tokenizer))
-    use_fastest_attention(model, device, config.excerpt_tokens[1])
+    use_fastest_attention(model, device, max(config.excerpt_tokens[1], *(len(one.ids) for one in excerpts)))
     head = next(name for name, _ in model.named_children() if name in HEADS)
     if config.probe_excerpts:
         probe_head(model, model.get_submodule(head), excerpts[: config.probe_excerpts], tokenizer.pad_token_id)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from apportion.models.loading import pick_device
+from apportion.models.text.bos import added_bos
+from apportion.models.text.labelled import token_rows
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.machine import GB, free_memory, weights_of
 from apportion.stages.doctor.checks.prompts import keys
@@ -54,19 +57,54 @@ def vocabulary(case: Case) -> Result:
 def rows_of(case: Case) -> Sequence[Sequence[int]]:
     """Return the ids of the first `MANY` training texts, cut beyond the longest excerpt."""
     if not case.rows:
-        texts = [row.text[: 400 * case.config.excerpt_tokens[1]] for row in (case.training or ())[:MANY]]
-        case.rows = case.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        longest = case.config.excerpt_tokens[1]
+        case.rows, case.notes["prompts"] = token_rows((case.training or ())[:MANY], case.tokenizer, longest)
     return case.rows
 
 
+def text_ids(case: Case) -> Result:
+    """Texts hold no pad token and hardly any unknown token."""
+    tokenizer, rows = case.tokenizer, rows_of(case)
+    counted = Counter(i for row in rows for i in row)
+    total = max(1, sum(counted.values()))
+    chosen = case.config.pad_token
+    pad = tokenizer.pad_token_id if chosen is None else tokenizer.convert_tokens_to_ids(chosen)
+    pads, unknown = counted[pad], counted[tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else 0
+    ends = counted[tokenizer.eos_token_id]
+    message = f"{pads} pad, {ends} EOS and {unknown} unknown of {total} tokens of the texts"
+    if pads:
+        fix = "An excerpt that ends with the pad token is scored before it: remove it, or pass another --pad_token."
+        return warn(message, fix)
+    if unknown > 0.01 * total:
+        return warn(message, "The model's tokenizer does not know this script: use other texts, or another model.")
+    return ok(message)
+
+
+def beginning(case: Case) -> Result:
+    """Texts begin with BOS all alike, and it is written once."""
+    bos = added_bos(case.tokenizer)
+    if not bos:
+        return ok("the tokenizer adds no BOS token")
+    rows = [*(case.training or ()), *(case.held_out or ())]
+    count = sum(row.text.startswith(bos) for row in rows)
+    message = f"BOS {bos!r} begins {count} of {len(rows)} texts; no second one is added"
+    return ok(message) if count in (0, len(rows)) else warn(message, "Begin every text with BOS, or none.")
+
+
 def excerpts(case: Case) -> Result:
-    """Excerpts fit into the model's context, and texts are long enough for them."""
+    """Excerpts fit into the model's context, behind their prompts, and texts are long enough for them."""
     low, high = case.config.excerpt_tokens
-    lengths = [len(ids) for ids in rows_of(case)]
+    rows = rows_of(case)
+    prompts = case.notes["prompts"]
+    longest, lengths = max(prompts, default=0), [len(ids) - n for ids, n in zip(rows, prompts, strict=True)]
     short = sum(length < low for length in lengths)
     message = f"excerpts of {low} to {high} tokens, context {case.context}; {short} of {len(lengths)} texts are shorter"
+    if longest:
+        message = f"{message}; prompts of up to {longest} tokens come before them"
     if high > case.context:
         return fail(message, "Lower the second number of excerpt_tokens.")
+    if longest + high > case.context:
+        return fail(message, "Shorten or drop the longest prompts, or lower the second number of excerpt_tokens.")
     if short > 0.1 * len(lengths):
         return warn(message, "Lower the first number of excerpt_tokens, or give longer texts.")
     return ok(message)

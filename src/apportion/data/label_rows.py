@@ -1,0 +1,161 @@
+"""Forms of a labelled row: a text, a conversation, or a prompt and its completion, each with a label."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from apportion.data.bad_rows import ColumnError
+from apportion.data.formats import Row
+from apportion.data.formats.rows import listed, similar
+from apportion.data.labels import label_of
+from apportion.data.tables import check_text, require
+from apportion.errors import DataError
+
+Messages = list[dict[str, Any]]
+# (messages, their row, field of an error) -> (everything before the last message's text, that text and what follows)
+Render = Callable[[Messages, Row, str], tuple[str, str]]
+
+FORMS = (("text",), ("messages",), ("prompt", "completion"))  # the first that a row has
+NAMED = "a column 'text', 'messages', or 'prompt' and 'completion'"
+OTHER_NAMES = {  # of such columns in public sets
+    "text": ("review", "sentence", "content", "comment", "body", "document", "response", "answer", "output", "tweet"),
+    "label": ("labels", "sentiment", "target", "class", "polarity", "is_positive", "y", "rating", "stars", "score"),
+}
+
+
+class Labelled(NamedTuple):
+    """A text and its label, 1 good or 0 bad; the first `prompt` characters of the text are what it responds to."""
+
+    text: str
+    label: int
+    prompt: int = 0
+
+
+class Layout(NamedTuple):
+    """The columns and splits of labelled data that settings name; None for the usual ones."""
+
+    text_column: str | None = None
+    prompt_column: str | None = None
+    label_column: str | None = None
+    split: str | None = None
+    test_split: str | None = None
+
+    @classmethod
+    def of(cls, settings: Any) -> Layout:
+        """Return the layout in the settings of a stage, which have these names."""
+        return cls(*(getattr(settings, name) for name in cls._fields))
+
+
+class RowReader:
+    """Makes a `Labelled` of each row of a table; the first row of a known form decides the form of all.
+
+    Args:
+        layout: the names of the columns.
+        field: the configuration key that gave the table, for error messages.
+        render: renders conversations; None where there is no chat template.
+    """
+
+    def __init__(self, layout: Layout, field: str, render: Render | None = None) -> None:
+        self.layout, self.field, self.render = layout, field, render
+        self.form: tuple[str, ...] | None = None
+
+    def __call__(self, row: Row) -> Labelled:
+        """Return the labelled text of `row`.
+
+        Raises:
+            ColumnError: a table of preference pairs, or labels in another scale.
+            DataError: an absent, empty or unsuitable value, or a conversation that cannot be rendered; with its row.
+        """
+        form = self.form = self.form or self._form(row)
+        label_column = self.layout.label_column or "label"
+        for column in form:
+            self._require(row, column, "text" if column == form[-1] else "prompt")
+        self._require(row, label_column, "label")
+        prompt, text = self._texts(row, form)
+        return Labelled(prompt + text, label_of(row, label_column, self.field), len(prompt))
+
+    def _form(self, row: Row) -> tuple[str, ...]:
+        text, prompt = self.layout.text_column, self.layout.prompt_column
+        if text is not None or prompt is not None:
+            last = text or "completion"
+            return (last,) if prompt is None else (prompt, last)
+        form = next((form for form in FORMS if all(column in row for column in form)), None)
+        if form is not None:
+            return form
+        got = listed(row, row.where)
+        if {"chosen", "rejected"} <= row.keys():
+            fix = (
+                "This stage learns from single texts with labels, and no other name of a column changes that: "
+                "train on pairs with another library, such as TRL's RewardTrainer, whose model --reward_model takes."
+            )
+            raise ColumnError(self.field, got, f"{NAMED}, and a label; not preference pairs", fix)
+        raise DataError(self.field, got, NAMED, _hint("text", row))
+
+    def _require(self, row: Row, column: str, kind: str) -> None:
+        """Raise DataError for a row without a value in `column`, with the flag that names another column."""
+        if column not in row:
+            expected = f"a column {column!r}"
+            raise DataError(self.field, listed(row, row.where), expected, _hint(kind, row, column))
+        if row[column] is None or isinstance(row[column], str):
+            require(row, column, field=self.field)
+
+    def _texts(self, row: Row, form: tuple[str, ...]) -> tuple[str, str]:
+        """Return (prompt or "", text) of a row whose columns `form` have values."""
+        values = [self._value(row, column) for column in form]
+        turns = [value for value in values if not isinstance(value, str)]
+        if not turns:
+            return "".join(map(str, values[:-1])), str(values[-1])
+        if len(turns) < len(values):
+            kinds = ", ".join(f"{c} = {type(v).__name__}" for c, v in zip(form, values, strict=True))
+            fix = "Write both as text, or both as lists of messages."
+            raise DataError(self.field, f"{row.where}: {kinds}", "a prompt and a completion of one kind", fix)
+        if self.render is None:
+            got = f"{row.where}: a conversation in {' and '.join(form)}"
+            fix = "Give the texts as the model scores them, in a column 'text'."
+            raise ColumnError(self.field, got, "texts, since no chat template is known here", fix)
+        return self.render([message for value in turns for message in value], row, self.field)
+
+    def _value(self, row: Row, column: str) -> str | Messages:
+        value = row[column]
+        if column != "text" and isinstance(value, str):
+            value = conversation(value) or value  # a cell of a CSV file
+        if is_conversation(value):
+            return [dict(message) for message in value]
+        if column == "messages":
+            got = f"{row.where}: {column} = {value!r:.60}"
+            fix = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+            raise DataError(self.field, got, "a list of messages, each with its role", fix)
+        return check_text(row, column, field=self.field)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether `value` is a list of messages, each with a role."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in value)
+    )
+
+
+def conversation(text: str) -> Messages | None:
+    """Return the messages that `text` holds as JSON, or None where it holds none."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if is_conversation(value) else None
+
+
+def _hint(kind: str, names: Iterable[str], column: str | None = None) -> str:
+    """Return the fix for a missing column of a kind: text, prompt or label."""
+    present = list(names)
+    near = similar(column or kind, present)
+    near = near or next((name for name in present if name.lower() in OTHER_NAMES.get(kind, ())), None)
+    flag = f"--{kind}_column"
+    if near is None:
+        return f"Name the column with {flag}, or rename it."
+    return f"Did you mean {near!r}? Pass {flag} {near}, or rename it."

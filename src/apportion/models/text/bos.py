@@ -1,0 +1,28 @@
+"""BOS of texts that were rendered beforehand: written once where the tokenizer writes it by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def added_bos(tokenizer: Any) -> str:
+    """Return the token that `tokenizer` puts in front of every text, BOS or CLS; "" where it puts none of them."""
+    ids = tokenizer("a")["input_ids"][:1]
+    names = (tokenizer.bos_token, tokenizer.cls_token)
+    return next((name for name in names if name and [tokenizer.convert_tokens_to_ids(name)] == list(ids)), "")
+
+
+def starts_with_bos(tokenizer: Any, text: str) -> bool:
+    """Whether `text` begins with the token that `tokenizer` would put in front of it as well."""
+    bos = added_bos(tokenizer)
+    return bool(bos) and text.startswith(bos)
+
+
+def without_bos(tokenizer: Any, text: str) -> str:
+    """Return `text` without the BOS at its start that `tokenizer` writes by itself; any other text as it is."""
+    return text.removeprefix(added_bos(tokenizer))
+
+
+def tokenize_once(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of `text` with the tokenizer's special tokens, BOS once where the text begins with it."""
+    return list(tokenizer(without_bos(tokenizer, text))["input_ids"])
