@@ -113,13 +113,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], layou
     assert all(piece in str(caught.value) for piece in ("data: got", "a.jsonl", *pieces)), caught.value
 
 
-PAIRS = [{"chosen": "good", "rejected": "bad"}, {"prompt": "p", "chosen": TALK, "rejected": TALK}]
+PAIRS = [{"chosen": "good", "rejected": "bad"}, {"prompt": TALK[:1], "chosen": TALK[1:], "rejected": TALK[1:]}]
 
 
 @pytest.mark.parametrize("row", PAIRS)
-def test_preference_pairs_are_refused_as_what_they_are(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_preference_pairs_are_refused_where_labels_are_needed(tmp_path: Path, row: dict[str, Any]) -> None:
     for bad in (None, BadRows(lambda rows: None)):
-        with pytest.raises(DataError, match="not preference pairs.*no other name of a column changes that.*TRL"):
+        with pytest.raises(DataError, match="no preference pairs.*pairs are read by `apportion reward`"):
             read(tmp_path, *[row] * 4, bad=bad)
 
 

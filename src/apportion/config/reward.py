@@ -10,12 +10,12 @@ from apportion.config.sections import LoraConfig, OptimConfig
 
 
 class RewardConfig(Section):
-    """`apportion reward`: train a 2-class reward model, R = logit(positive) − logit(negative)."""
+    """`apportion reward`: train a 2-class reward model, R = logit(positive) − logit(negative), on labels or pairs."""
 
     model: Name = "smollm2"
     """start: `smollm2`, a folder, or a hub id."""
     data: Name = "imdb"
-    """`imdb`, a file (CSV, TSV, JSON, Parquet, Arrow) or folder of texts and labels, or a hub id."""
+    """`imdb`, a file (CSV, TSV, JSON, Parquet, Arrow) or folder of labelled texts or preference pairs, or a hub id."""
     test_data: Word | None = None
     """held-out data of the same form; null holds out a fixed part of `data` by hash."""
     split: Name | None = None
@@ -33,13 +33,13 @@ class RewardConfig(Section):
     output: Name = "runs/reward"
     """run folder."""
     excerpts: Count = 10000
-    """training excerpts, each cut at random from a text."""
+    """training excerpts, each cut at random from a text; of preference pairs, pairs of them."""
     excerpt_tokens: Interval = Field(default_factory=lambda: [8, 64])
-    """shortest and longest excerpt, tokens."""
+    """shortest and longest excerpt, tokens; behind a prompt, or what the texts of a pair have in common."""
     probe_excerpts: CountOrZero = 2000
     """excerpts to fit the head on by logistic regression before training; 0 starts from a random head."""
     batch_size: Count = 16
-    """excerpts an optimizer step."""
+    """excerpts, or pairs of them, an optimizer step."""
     micro_batch: Count = 16
     """excerpts a forward and backward pass (memory only; it does not change the result)."""
     test_texts: Count = 1000

@@ -1,4 +1,4 @@
-"""Forms of a labelled row: a text, a conversation, or a prompt and its completion, each with a label."""
+"""Forms of a labelled row: a text, a conversation, a prompt and its completion, or the two texts of a pair."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Messages = list[dict[str, Any]]
 # (messages, their row, field of an error) -> (everything before the last message's text, that text and what follows)
 Render = Callable[[Messages, Row, str], tuple[str, str]]
 
-FORMS = (("text",), ("messages",), ("prompt", "completion"))  # the first that a row has
+FORMS = (("text",), ("messages",), ("prompt", "completion"))  # the first that a row with a label has
+PAIR = ("chosen", "rejected")  # of a row without a label, with or without a prompt
 NAMED = "a column 'text', 'messages', or 'prompt' and 'completion'"
 OTHER_NAMES = {  # of such columns in public sets
     "text": ("review", "sentence", "content", "comment", "body", "document", "response", "answer", "output", "tweet"),
@@ -26,11 +27,17 @@ OTHER_NAMES = {  # of such columns in public sets
 
 
 class Labelled(NamedTuple):
-    """A text and its label, 1 good or 0 bad; the first `prompt` characters of the text are what it responds to."""
+    """A text and its label, 1 good or 0 bad.
+
+    Attributes:
+        prompt: how many characters at its start are what it responds to.
+        paired: whether it is one of the two texts of a preference pair, which follow one another, the chosen one first.
+    """
 
     text: str
     label: int
     prompt: int = 0
+    paired: bool = False
 
 
 class Layout(NamedTuple):
@@ -49,49 +56,71 @@ class Layout(NamedTuple):
 
 
 class RowReader:
-    """Makes a `Labelled` of each row of a table; the first row of a known form decides the form of all.
+    """Makes a labelled text, or the two of a pair, of each row of a table; the first row of a known form decides all.
 
     Args:
         layout: the names of the columns.
         field: the configuration key that gave the table, for error messages.
         render: renders conversations; None where there is no chat template.
+        pairs: whether preference pairs are read as well.
     """
 
-    def __init__(self, layout: Layout, field: str, render: Render | None = None) -> None:
-        self.layout, self.field, self.render = layout, field, render
+    def __init__(self, layout: Layout, field: str, render: Render | None = None, pairs: bool = False) -> None:
+        self.layout, self.field, self.render, self.pairs = layout, field, render, pairs
         self.form: tuple[str, ...] | None = None
 
-    def __call__(self, row: Row) -> Labelled:
-        """Return the labelled text of `row`.
+    def __call__(self, row: Row) -> tuple[Labelled, ...]:
+        """Return the labelled text of `row`, or the chosen and the rejected text of a pair.
 
         Raises:
-            ColumnError: a table of preference pairs, or labels in another scale.
-            DataError: an absent, empty or unsuitable value, or a conversation that cannot be rendered; with its row.
+            ColumnError: preference pairs where none are read, or labels in another scale.
+            DataError: an absent, empty or unsuitable value, a conversation that cannot be rendered, two texts of a pair
+                that are the same; with its row.
         """
         form = self.form = self.form or self._form(row)
+        if form[-2:] == PAIR:
+            return self._pair(row, form)
         label_column = self.layout.label_column or "label"
         for column in form:
             self._require(row, column, "text" if column == form[-1] else "prompt")
         self._require(row, label_column, "label")
-        prompt, text = self._texts(row, form)
-        return Labelled(prompt + text, label_of(row, label_column, self.field), len(prompt))
+        prompt, text = self._texts(row, form, [self._value(row, column) for column in form])
+        return (Labelled(prompt + text, label_of(row, label_column, self.field), len(prompt)),)
 
     def _form(self, row: Row) -> tuple[str, ...]:
-        text, prompt = self.layout.text_column, self.layout.prompt_column
+        text, prompt, label = self.layout.text_column, self.layout.prompt_column, self.layout.label_column
+        if row.keys() >= set(PAIR) and text is None and (label or "label") not in row:
+            if not self.pairs:
+                fix = "Give single texts with their labels: pairs are read by `apportion reward`."
+                raise ColumnError(self.field, listed(row, row.where), f"{NAMED}, and a label; no preference pairs", fix)
+            named = prompt or ("prompt" if "prompt" in row else None)
+            return PAIR if named is None else (named, *PAIR)
         if text is not None or prompt is not None:
             last = text or "completion"
             return (last,) if prompt is None else (prompt, last)
         form = next((form for form in FORMS if all(column in row for column in form)), None)
-        if form is not None:
-            return form
-        got = listed(row, row.where)
-        if {"chosen", "rejected"} <= row.keys():
-            fix = (
-                "This stage learns from single texts with labels, and no other name of a column changes that: "
-                "train on pairs with another library, such as TRL's RewardTrainer, whose model --reward_model takes."
-            )
-            raise ColumnError(self.field, got, f"{NAMED}, and a label; not preference pairs", fix)
-        raise DataError(self.field, got, NAMED, _hint("text", row))
+        if form is None:
+            raise DataError(self.field, listed(row, row.where), NAMED, _hint("text", row))
+        return form
+
+    def _pair(self, row: Row, form: tuple[str, ...]) -> tuple[Labelled, ...]:
+        """Return the chosen and the rejected text of a row."""
+        for column in form:
+            self._require(row, column, "prompt")
+        *before, chosen, rejected = (self._value(row, column) for column in form)
+        if before and isinstance(before[0], str) and not isinstance(chosen, str) and _holds(chosen, before[0]):
+            before = []  # the conversations are whole: they begin with the prompt
+        columns = form[-2 - len(before) :]
+        made = []
+        for column, answer, label in zip(PAIR, (chosen, rejected), (1, 0), strict=True):
+            prompt, text = self._texts(row, (*columns[:-2], column), [*before, answer])
+            made.append(Labelled(prompt + text, label, len(prompt), True))
+        prompts = {one.text[: one.prompt] for one in made}
+        if isinstance(chosen, str) != isinstance(rejected, str) or len(prompts) > 1 or made[0].text == made[1].text:
+            got = f"{row.where}: chosen = {chosen!r:.60}, rejected = {rejected!r:.60}"
+            expected = "two different texts, or two different answers to one conversation"
+            raise DataError(self.field, got, expected, "Remove the row: the two cannot be compared.")
+        return tuple(made)
 
     def _require(self, row: Row, column: str, kind: str) -> None:
         """Raise DataError for a row without a value in `column`, with the flag that names another column."""
@@ -101,16 +130,15 @@ class RowReader:
         if row[column] is None or isinstance(row[column], str):
             require(row, column, field=self.field)
 
-    def _texts(self, row: Row, form: tuple[str, ...]) -> tuple[str, str]:
-        """Return (prompt or "", text) of a row whose columns `form` have values."""
-        values = [self._value(row, column) for column in form]
+    def _texts(self, row: Row, form: tuple[str, ...], values: list[str | Messages]) -> tuple[str, str]:
+        """Return (prompt or "", text) of a row with `values` in its columns `form`."""
         turns = [value for value in values if not isinstance(value, str)]
         if not turns:
             return "".join(map(str, values[:-1])), str(values[-1])
         if len(turns) < len(values):
             kinds = ", ".join(f"{c} = {type(v).__name__}" for c, v in zip(form, values, strict=True))
             fix = "Write both as text, or both as lists of messages."
-            raise DataError(self.field, f"{row.where}: {kinds}", "a prompt and a completion of one kind", fix)
+            raise DataError(self.field, f"{row.where}: {kinds}", "a prompt and an answer of one kind", fix)
         if self.render is None:
             got = f"{row.where}: a conversation in {' and '.join(form)}"
             fix = "Give the texts as the model scores them, in a column 'text'."
@@ -137,6 +165,12 @@ def is_conversation(value: Any) -> bool:
         and bool(value)
         and all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in value)
     )
+
+
+def _holds(messages: Messages, prompt: str) -> bool:
+    """Whether one of the messages before the last has the text of `prompt`."""
+    contents = (message.get("content") for message in messages[:-1])
+    return any(isinstance(content, str) and content.strip() == prompt.strip() for content in contents)
 
 
 def conversation(text: str) -> Messages | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 from apportion.data import splits
 from apportion.data.assets import BUILTIN_DATA, builtin_table
@@ -25,6 +26,7 @@ def labelled(
     bad: BadRows | None = None,
     layout: Layout = _USUAL,
     render: Render | None = None,
+    pairs: bool = False,
 ) -> list[Labelled]:
     """Read labelled texts, in the order of their file.
 
@@ -36,6 +38,7 @@ def labelled(
         bad: the log of invalid rows of a table; None makes the first of them an error.
         layout: the names of the columns and the split.
         render: renders conversations; None where there is no chat template.
+        pairs: whether preference pairs are read: the two texts follow one another, chosen (1) and rejected (0).
 
     Raises:
         DataError: the errors of `read_rows`, another label, or a part without rows.
@@ -48,7 +51,8 @@ def labelled(
             raise DataError(field, f"{source} with split {layout.split!r}", "data with splits", "Leave the split out.")
         rows = _imdb()
     else:
-        rows = list(usable(source, RowReader(layout, field, render), field=field, bad=bad, split=layout.split))
+        reader = RowReader(layout, field, render, pairs)
+        rows = [row for made in usable(source, reader, field=field, bad=bad, split=layout.split) for row in made]
     if part is None:
         return rows
     chosen = splits.part(rows, part, text=lambda row: row.text)
@@ -69,33 +73,49 @@ def labelled_splits(
 ) -> tuple[list[Labelled], list[Labelled]]:
     """Return (training rows, held-out rows), at most `test_texts` of the second; otherwise as `labelled`.
 
-    Without `test_data`, a fixed tenth of `data` is held out by hash of the text (its prompt included); "imdb" has
-    held-out parts of its own.
+    Without `test_data`, a fixed tenth of `data` is held out by hash of the text (its prompt included; of a pair, the
+    prompt alone where it has one); "imdb" has held-out parts of its own. Pairs are read, and count as one text each.
 
     Raises:
-        DataError: the errors of `labelled`, too few rows, or all with one label.
+        DataError: the errors of `labelled`, too few rows, all with one label, or pairs in one of two sources.
         ConfigError: a setting of `layout` that no source has a use for.
     """
     _check_layout(data, test_data, layout)
     if data == "imdb" and test_data is None:
-        training, held_out = (labelled("imdb", part, layout=layout) for part in ("reward_train", "reward_test"))
+        training, held_out = (units(labelled("imdb", part, layout=layout)) for part in ("reward_train", "reward_test"))
     elif test_data is not None:
-        training = labelled(data, bad=bad, layout=layout, render=render)
+        training = units(labelled(data, bad=bad, layout=layout, render=render, pairs=True))
         of_test = layout._replace(split=layout.test_split)
-        held_out = labelled(test_data, field="test_data", bad=bad, layout=of_test, render=render)
+        held_out = units(labelled(test_data, field="test_data", bad=bad, layout=of_test, render=render, pairs=True))
     else:
-        rows = labelled(data, bad=bad, layout=layout, render=render)
-        training = [row for row in rows if splits.bucket(row.text) >= 10]
-        held_out = [row for row in rows if splits.bucket(row.text) < 10]
+        rows = units(labelled(data, bad=bad, layout=layout, render=render, pairs=True))
+        training = [unit for unit in rows if splits.bucket(_key(unit)) >= 10]
+        held_out = [unit for unit in rows if splits.bucket(_key(unit)) < 10]
         if not training or not held_out:
             fix = "Give more rows, or held-out ones of their own with --test_data."
             raise DataError("data", f"{len(rows)} rows", "enough to hold a tenth of them out", fix)
-    if len({row.label for row in training}) < 2:
-        got = f"{len(training)} training rows, all with label {training[0].label}"
+    if len(training[0]) != len(held_out[0]):
+        kinds = ("labelled texts", "preference pairs")
+        got, expected = kinds[len(held_out[0]) - 1], f"{kinds[len(training[0]) - 1]}, as in data"
+        raise DataError("test_data", got, expected, "Give held-out rows of the same form.")
+    if len({row.label for unit in training for row in unit}) < 2:
+        got = f"{len(training)} training rows, all with label {training[0][0].label}"
         raise DataError("data", got, "rows of both labels", "Give texts of both kinds.")
     # files are often sorted by label: take the held-out texts in the order of a hash
-    held_out = sorted(held_out, key=lambda row: hashlib.sha256(row.text.encode()).digest())
-    return training, held_out[:test_texts]
+    held_out = sorted(held_out, key=lambda unit: hashlib.sha256(unit[0].text.encode()).digest())
+    return [row for unit in training for row in unit], [row for unit in held_out[:test_texts] for row in unit]
+
+
+def units(rows: Sequence[Labelled]) -> list[tuple[Labelled, ...]]:
+    """Return the texts of `rows` one by one, or two by two where they are pairs."""
+    size = 2 if rows and rows[0].paired else 1
+    return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def _key(unit: tuple[Labelled, ...]) -> str:
+    """Return the text whose hash says whether `unit` is held out: pairs of one prompt are on one side."""
+    first = unit[0]
+    return first.text[: first.prompt] if first.paired and first.prompt else first.text
 
 
 def _check_layout(data: str, test_data: str | None, layout: Layout) -> None:

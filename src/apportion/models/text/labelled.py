@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count, takewhile
+from itertools import count
+from os.path import commonprefix
 from typing import Any
 
 from apportion.data.formats import Row
@@ -97,14 +98,23 @@ def token_rows(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> tuple[
     """Return (ids, number of ids of the prompt) of each row, without special tokens.
 
     Texts behind a prompt, or whole ones, are cut to what a few windows of `longest` tokens need. Ids are those of the
-    whole text; where a token spans the end of the prompt, it belongs to the text behind it.
+    whole text; where a token spans the end of the prompt, it belongs to the text behind it. The prompt of a pair is all
+    that its two texts have in common at their start, so that what follows differs from its first token on.
     """
-    texts = [row.text[: row.prompt + CHARACTERS * longest] for row in rows]
+    paired = bool(rows) and rows[0].paired
+    shared = [row.prompt for row in rows]
+    if paired:
+        both = [len(commonprefix([a.text, b.text])) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        shared = [size for size in both for _ in range(2)]
+    texts = [row.text[: size + CHARACTERS * longest] for row, size in zip(rows, shared, strict=True)]
     ids = [list(one) for one in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    if paired:
+        common = [len(commonprefix([a, b])) for a, b in zip(ids[::2], ids[1::2], strict=True)]
+        return ids, [size for size in common for _ in range(2)]
     starts = [0] * len(rows)
     prompted = [i for i, row in enumerate(rows) if row.prompt]
     if prompted:
         prompts = tokenizer([rows[i].text[: rows[i].prompt] for i in prompted], add_special_tokens=False)["input_ids"]
         for i, prompt in zip(prompted, prompts, strict=True):
-            starts[i] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids[i], strict=False)))
+            starts[i] = len(commonprefix([list(prompt), ids[i]]))
     return ids, starts

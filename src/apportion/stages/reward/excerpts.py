@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,28 @@ class Excerpt(NamedTuple):
 
     ids: list[int]
     label: int
+
+
+class ExcerptPair(NamedTuple):
+    """The starts of the two texts of a preference pair, equally long behind what they have in common."""
+
+    chosen: Excerpt
+    rejected: Excerpt
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the longer one."""
+        return max(self.chosen.ids, self.rejected.ids, key=len)
+
+
+E = TypeVar("E", bound=Excerpt | ExcerptPair)
+
+
+def flat(excerpts: Sequence[Excerpt | ExcerptPair]) -> list[Excerpt]:
+    """Return single excerpts as they are; of pairs, all chosen ones, then all rejected ones."""
+    pairs = [one for one in excerpts if isinstance(one, ExcerptPair)]
+    singles = [one for one in excerpts if isinstance(one, Excerpt)]
+    return [*singles, *(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
 
 
 def random_excerpts(
@@ -46,11 +68,34 @@ def random_excerpts(
     return excerpts
 
 
-def shuffled_batches(excerpts: Sequence[Excerpt], size: int, seed: int, pool: int = 16) -> list[list[Excerpt]]:
+def random_pairs(
+    rows: Sequence[Sequence[int]], prompts: Sequence[int], count: int, tokens: Sequence[int], seed: int
+) -> list[ExcerptPair]:
+    """Return `count` pairs of excerpts, going round the pairs in a seeded order.
+
+    Args:
+        rows: ids of the chosen and the rejected text in turn. prompts: how many ids the two have in common.
+        tokens: [low, high], from which the length behind these is drawn evenly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < count:
+        order += torch.randperm(len(rows) // 2, generator=generator).tolist()
+    lengths = torch.randint(tokens[0], tokens[1] + 1, (count,), generator=generator).tolist()
+    return [cut_pair(rows, prompts, 2 * i, length) for i, length in zip(order[:count], lengths, strict=True)]
+
+
+def cut_pair(rows: Sequence[Sequence[int]], prompts: Sequence[int], first: int, length: int) -> ExcerptPair:
+    """Return rows `first` and `first` + 1 cut `length` ids behind what they have in common."""
+    chosen, rejected = (list(rows[i][: prompts[i] + length]) for i in (first, first + 1))
+    return ExcerptPair(Excerpt(chosen, 1), Excerpt(rejected, 0))
+
+
+def shuffled_batches(excerpts: Sequence[E], size: int, seed: int, pool: int = 16) -> list[list[E]]:
     """Return the excerpts in shuffled batches of like lengths: sorted inside pools of `pool` batches, to pad little."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(excerpts), generator=generator).tolist()
-    grouped: list[list[Excerpt]] = []
+    grouped: list[list[E]] = []
     for first in range(0, len(order), size * pool):
         chosen = sorted((excerpts[i] for i in order[first : first + size * pool]), key=lambda c: len(c.ids))
         grouped += [chosen[i : i + size] for i in range(0, len(chosen), size)]

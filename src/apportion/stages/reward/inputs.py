@@ -25,8 +25,8 @@ from apportion.models.saving import head_config
 from apportion.models.text.bos import added_bos
 from apportion.models.text.labelled import chat_renderer, token_rows
 from apportion.models.text.render import check_embeddings
-from apportion.stages.reward.evaluation import token_ids
-from apportion.stages.reward.excerpts import Excerpt, random_excerpts
+from apportion.stages.reward.evaluation import random_cuts, token_ids
+from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, flat
 from apportion.stages.reward.probe import probe_head
 from apportion.training import rng
 from apportion.training.monitoring import warn
@@ -39,10 +39,11 @@ class Inputs(NamedTuple):
     """Excerpts to train on and rows to evaluate on.
 
     Attributes:
-        excerpts: to train on. tokenizer, folder: of the model it starts from. test_rows: held-out rows.
+        excerpts: to train on, single ones or pairs. test_rows: held-out rows.
+        tokenizer, folder: of the model it starts from.
     """
 
-    excerpts: list[Excerpt]
+    excerpts: list[Excerpt] | list[ExcerptPair]
     tokenizer: Any
     folder: str
     test_rows: list[Any]
@@ -66,18 +67,18 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     if config.excerpt_tokens[1] > context:
         expected = f"at most the model's context of {context} tokens"
         raise ConfigError("excerpt_tokens", config.excerpt_tokens, expected, "Lower the second number.")
-    check_prompts([*train_rows, *test_rows], tokenizer, config.excerpt_tokens[1], context)
-    excerpts = random_excerpts(
-        *token_ids(train_rows, tokenizer, config), config.excerpts, config.excerpt_tokens, config.seed
-    )
-    warn_special([*train_rows, *test_rows], excerpts, tokenizer)
+    for rows in (train_rows, test_rows):
+        check_prompts(rows, tokenizer, config.excerpt_tokens[1], context)
+    tokens = token_ids(train_rows, tokenizer, config)
+    excerpts = random_cuts(train_rows, tokens, config.excerpts, config.excerpt_tokens, config.seed)
+    warn_special([*train_rows, *test_rows], flat(excerpts), tokenizer)
     rng.seed(config.seed)
     return classifier(config, folder, tokenizer, device, excerpts), Inputs(excerpts, tokenizer, folder, test_rows)
 
 
 def check_prompts(rows: Sequence[Labelled], tokenizer: Any, longest: int, context: int) -> None:
     """Raise DataError for a prompt that leaves no room for an excerpt of `longest` tokens in the model's context."""
-    prompted = [row for row in rows if row.prompt]
+    prompted = [row for row in rows if row.prompt or row.paired]
     _, lengths = token_rows(prompted, tokenizer, longest)
     for row, length in zip(prompted, lengths, strict=True):
         if length + longest > context:
@@ -98,12 +99,18 @@ def warn_special(rows: Sequence[Labelled], excerpts: Sequence[Excerpt], tokenize
         warn(f"{pads} of {len(excerpts)} excerpts hold the pad token {pad!r}; where it comes last, it is not scored.")
 
 
-def classifier(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device, excerpts: list[Excerpt]) -> Any:
+def classifier(
+    config: RewardConfig,
+    folder: str,
+    tokenizer: Any,
+    device: torch.device,
+    excerpts: Sequence[Excerpt | ExcerptPair],
+) -> Any:
     """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32."""
     lora = config.lora.rank > 0
     dtype = pick_dtype(config.dtype, device) if lora else torch.float32
     model: Any = load_classifier("model", folder, dtype, device, new_head=2, fast_kernels=config.fast_kernels)
-    check_embeddings("model", model, tokenizer, (excerpt.ids for excerpt in excerpts))
+    check_embeddings("model", model, tokenizer, (excerpt.ids for excerpt in flat(excerpts)))
     model.config.update(head_config(tokenizer))
     use_fastest_attention(model, device, max(config.excerpt_tokens[1], *(len(one.ids) for one in excerpts)))
     head = next(name for name, _ in model.named_children() if name in HEADS)

@@ -18,7 +18,9 @@ MANY = 2000  # texts whose lengths are measured
 
 
 def balance(case: Case) -> Result:
-    """Both labels are common in the training and in the held-out texts."""
+    """Both labels are common in the training and in the held-out texts; preference pairs have both."""
+    if case.training and case.training[0].paired:
+        return ok(f"{len(case.training) // 2} training pairs, {len(case.held_out or ()) // 2} held-out pairs")
     messages, shares = [], []
     for name, rows in (("training", case.training or ()), ("held-out", case.held_out or ())):
         positive = sum(row.label for row in rows)
@@ -34,8 +36,10 @@ def balance(case: Case) -> Result:
 
 
 def repeated(case: Case) -> Result:
-    """Training texts are distinct."""
+    """Training texts, or preference pairs, are distinct."""
     rows = case.training or ()
+    if rows and rows[0].paired:
+        return repeated_pairs(list(keys(row.text for row in rows)))
     count = len(rows) - len(set(keys(row.text for row in rows)))
     labels: dict[str, set[int]] = {}
     for key, row in zip(keys(row.text for row in rows), rows, strict=True):
@@ -47,6 +51,18 @@ def repeated(case: Case) -> Result:
     if contradictory:
         return warn(message, "Drop those texts, or one of their labels: nothing can be learned from both.")
     return warn(message, "Drop the repeated rows.") if count > 0.01 * len(rows) else ok(message)
+
+
+def repeated_pairs(texts: Sequence[str]) -> Result:
+    """Check that pairs, chosen and rejected text in turn, are distinct; one text may be in several pairs."""
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    count, known = len(pairs) - len(set(pairs)), set(pairs)
+    swapped = sum((rejected, chosen) in known for chosen, rejected in pairs)
+    message = f"{count} of {len(pairs)} pairs repeat another, {swapped} are also there the other way round"
+    if swapped:
+        fix = "Drop one of the two: nothing can be learned from both."
+        return (fail if swapped > 0.01 * len(pairs) else warn)(message, fix)
+    return warn(message, "Drop the repeated rows.") if count > 0.01 * len(pairs) else ok(message)
 
 
 def vocabulary(case: Case) -> Result:
