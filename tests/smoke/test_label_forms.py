@@ -22,8 +22,9 @@ from apportion.data.label_rows import Render
 from apportion.errors import ConfigError, DataError, ModelError
 from apportion.models.text.bos import added_bos, starts_with_bos, tokenize_once, without_bos
 from apportion.models.text.labelled import chat_renderer, token_rows
-from apportion.stages.reward.excerpts import random_excerpts
-from apportion.stages.reward.inputs import check_prompts
+from apportion.stages.reward.evaluation import token_ids
+from apportion.stages.reward.excerpts import TokenRows, random_excerpts
+from apportion.stages.reward.inputs import check_room
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
@@ -67,7 +68,8 @@ def read(path: Path, *rows: dict[str, Any], layout: Layout = Layout(), **more: A
 )
 def test_every_form_is_read(tmp_path: Path, row: dict[str, Any], layout: Layout, prompt: str, text: str) -> None:
     for label in (True, False):
-        expected = Labelled(prompt + text, int(label), len(prompt))
+        rendered = prompt.startswith("<user>")
+        expected = Labelled(prompt + text, int(label), len(prompt), rendered=rendered)
         assert read(tmp_path, row | {"label": label}, layout=layout) == [expected]
 
 
@@ -181,8 +183,8 @@ def test_ids_are_those_of_the_whole_text_and_the_prompt_is_its_start(name: str) 
 
 
 def test_an_excerpt_is_the_whole_prompt_and_the_start_of_its_answer() -> None:
-    rows, prompts = [list(range(20)), list(range(100, 130))], [5, 0]
-    excerpts = random_excerpts(rows, [1, 0], prompts, 200, [2, 6], 0)
+    rows = TokenRows([list(range(20)), list(range(100, 130))], [1, 0], [5, 0], [([], [])] * 2, False)
+    excerpts = random_excerpts(rows, 200, [2, 6], 0)
     behind = [excerpt.ids for excerpt in excerpts if excerpt.label == 1]
     assert len(behind) == 100 and all(ids == list(range(len(ids))) for ids in behind)
     assert {len(ids) - 5 for ids in behind} == {2, 3, 4, 5, 6}
@@ -194,9 +196,13 @@ def test_a_prompt_without_room_behind_it_is_named_before_the_run() -> None:
     tokens = tiny.tokenizer()
     long = "film" + " film" * 30
     count = len(tokens(long)["input_ids"])
-    check_prompts([Labelled(long + "!", 1, len(long)), Labelled(long, 0)], tokens, 8, count + 8)
-    with pytest.raises(DataError, match=f"a prompt of {count} tokens: 'film film.*at most {count - 1} tokens"):
-        check_prompts([Labelled(long + "!", 1, len(long))], tokens, 8, count + 7)
+    config = RewardConfig(excerpt_tokens=[2, 8])
+    rows = [Labelled(long + "!", 1, len(long)), Labelled(long, 0)]
+    check_room(rows, token_ids(rows, tokens, config), 8, count + 8)
+    with pytest.raises(DataError, match=f"{count} tokens before the answer, and 0 special ones: 'film film.*at most"):
+        check_room(rows, token_ids(rows, tokens, config), 8, count + 7)
+    with pytest.raises(DataError, match=r"0 tokens before the answer, and 2 special ones.*at most -1"):
+        check_room(rows[1:], token_ids(rows[1:], tiny_tokenizers.wordpiece(), config), 8, 9)
 
 
 def test_columns_and_splits_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
@@ -225,6 +231,26 @@ def test_bos_is_written_once() -> None:
     assert tokenize_once(tokens, "<unk>a film") == tokenize_once(tokens, "a film") == plain
     assert tokenize_once(tokens, "a <unk> film").count(2) == 2 and starts_with_bos(tokens, "<unk>a")
     assert added_bos(tiny_tokenizers.wordpiece()) == "[CLS]"
+
+
+def test_excerpts_have_the_special_tokens_of_a_text_once() -> None:
+    """Also from the middle of a text, and where the text was written with BOS; not where a template made it."""
+    tokens = tiny.tokenizer()
+    tokens.bos_token = "<unk>"
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=SPECIAL[:1])
+    text = tiny.TEXTS[0]
+    forms = {"plain": Labelled(text, 1), "own": Labelled("<unk>" + text, 1), "made": Labelled(text, 1, rendered=True)}
+    found = {}
+    for name, row in forms.items():
+        rows = token_ids([row], tokens, RewardConfig(excerpt_tokens=[2, 6]))
+        found[name] = [one.ids for one in random_excerpts(rows, 100, [2, 6], 0)]
+    assert all(ids[0] == 2 and ids.count(2) == 1 for name in ("plain", "own") for ids in found[name])
+    assert found["plain"][0][1:] == found["made"][0] and not any(2 in ids for ids in found["made"])
+    assert len({ids[1] for ids in found["plain"]}) > 5
+    bert = tiny_tokenizers.wordpiece()
+    rows = token_ids([forms["plain"]], bert, RewardConfig(excerpt_tokens=[2, 6]))
+    ends = {(one.ids[0], one.ids[-1]) for one in random_excerpts(rows, 20, [2, 6], 0)}
+    assert ends == {(bert.cls_token_id, bert.sep_token_id)}
 
 
 SPECIAL = [("<unk>", 2), ("<eos>", 1)]
@@ -260,7 +286,7 @@ def test_a_reward_model_learns_from_each_form_and_the_doctor_reads_it(
     findings = {one["name"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
     assert findings["labels"]["level"] == "ok" and "of 1" in findings["labels"]["message"]
     begins = 0 if name == "kto" else 160
-    message = f"BOS '<unk>' begins {begins} of 160 texts; no second one is added"
+    message = f"BOS '<unk>' begins {begins} of 160 texts, and is written once in all"
     assert findings["beginning of text"]["message"] == message
     assert ("prompts of up to" in findings["excerpts"]["message"]) == (name != "flags")
     training = ["--excerpts", "320", "--probe_excerpts", "64", "--batch_size", "16", "--lora.rank", "2", "--optim.lr"]

@@ -23,8 +23,17 @@ from apportion.models.text.labelled import chat_renderer, token_rows
 from apportion.stages.doctor import Case
 from apportion.stages.doctor.checks import labels
 from apportion.stages.reward import inputs
-from apportion.stages.reward.evaluation import accuracy, random_cuts, token_ids
-from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, flat, random_pairs, right_pad, shuffled_batches
+from apportion.stages.reward.evaluation import accuracy, token_ids
+from apportion.stages.reward.excerpts import (
+    Excerpt,
+    ExcerptPair,
+    TokenRows,
+    flat,
+    random_cuts,
+    random_pairs,
+    right_pad,
+    shuffled_batches,
+)
 from apportion.stages.reward.learner import RewardLearner
 from apportion.stages.reward.losses import both_orders, decisions, summed_loss
 from apportion.stages.reward.probe import PENALTY, pooled_features, probe_head
@@ -60,7 +69,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 )
 def test_every_form_of_a_pair_is_read(tmp_path: Path, row: dict[str, Any], texts: tuple[str, str], prompt: int) -> None:
     found = labelled(write(tmp_path / "a.jsonl", [row]), render=renderer(), pairs=True)
-    assert found == [Labelled(texts[0], 1, prompt, True), Labelled(texts[1], 0, prompt, True)]
+    rendered = texts == CHATS
+    assert found == [Labelled(texts[i], 1 - i, prompt, True, rendered) for i in (0, 1)]
     # a label makes it a labelled row: its text is the one that the usual columns name
     labelled_row = write(tmp_path / "b.jsonl", [row | {"label": 1, "text": "A text."}])
     assert labelled(labelled_row, pairs=True) == [Labelled("A text.", 1)]
@@ -107,7 +117,7 @@ def test_both_excerpts_are_cut_equally_far_behind_what_they_share() -> None:
     ids, starts = token_rows(rows, tokens, 4)
     assert starts[0] == starts[1] > 40 and starts[2] == starts[3]
     assert ids[0][: starts[0]] == ids[1][: starts[0]] and ids[0][starts[0]] != ids[1][starts[0]]
-    found = random_pairs(ids, starts, 60, [1, 4], 3)
+    found = random_pairs(TokenRows(ids, [1, 0, 1, 0], starts, [([], [])] * 4, True), 60, [1, 4], 3)
     assert {len(one.chosen.ids) - starts[0] for one in found if len(one.ids) > 40} == {1, 2, 3, 4}
     assert sum(len(one.ids) > 40 for one in found) == 30
     for one in found:
@@ -249,7 +259,7 @@ def test_the_first_loss_is_that_of_the_pairs_by_hand(world: Path, tmp_path: Path
     config = RewardConfig(excerpts=8, excerpt_tokens=[2, 6], dtype="float32", device="cpu", probe_excerpts=0)
     tokens = tiny.tokenizer()
     rows = labelled(str(world / "train.jsonl.gz"), pairs=True)
-    excerpts = random_cuts(rows, token_ids(rows, tokens, config), 8, config.excerpt_tokens, 0)
+    excerpts = random_cuts(token_ids(rows, tokens, config), 8, config.excerpt_tokens, 0)
     torch.manual_seed(0)
     model = inputs.classifier(config, str(world / "base"), tokens, torch.device("cpu"), excerpts)
     learner = RewardLearner(model, config.optim)

@@ -32,12 +32,14 @@ class Labelled(NamedTuple):
     Attributes:
         prompt: how many characters at its start are what it responds to.
         paired: whether it is one of the two texts of a preference pair, which follow one another, the chosen one first.
+        rendered: whether a chat template made it, so that it has its special tokens already.
     """
 
     text: str
     label: int
     prompt: int = 0
     paired: bool = False
+    rendered: bool = False
 
 
 class Layout(NamedTuple):
@@ -84,8 +86,10 @@ class RowReader:
         for column in form:
             self._require(row, column, "text" if column == form[-1] else "prompt")
         self._require(row, label_column, "label")
-        prompt, text = self._texts(row, form, [self._value(row, column) for column in form])
-        return (Labelled(prompt + text, label_of(row, label_column, self.field), len(prompt)),)
+        values = [self._value(row, column) for column in form]
+        prompt, text = self._texts(row, form, values)
+        label, rendered = label_of(row, label_column, self.field), not isinstance(values[-1], str)
+        return (Labelled(prompt + text, label, len(prompt), rendered=rendered),)
 
     def _form(self, row: Row) -> tuple[str, ...]:
         text, prompt, label = self.layout.text_column, self.layout.prompt_column, self.layout.label_column
@@ -106,6 +110,8 @@ class RowReader:
     def _pair(self, row: Row, form: tuple[str, ...]) -> tuple[Labelled, ...]:
         """Return the chosen and the rejected text of a row."""
         for column in form:
+            if column in PAIR and column not in row:
+                require(row, column, field=self.field)
             self._require(row, column, "prompt")
         *before, chosen, rejected = (self._value(row, column) for column in form)
         if before and isinstance(before[0], str) and not isinstance(chosen, str) and _holds(chosen, before[0]):
@@ -114,7 +120,7 @@ class RowReader:
         made = []
         for column, answer, label in zip(PAIR, (chosen, rejected), (1, 0), strict=True):
             prompt, text = self._texts(row, (*columns[:-2], column), [*before, answer])
-            made.append(Labelled(prompt + text, label, len(prompt), True))
+            made.append(Labelled(prompt + text, label, len(prompt), True, not isinstance(answer, str)))
         prompts = {one.text[: one.prompt] for one in made}
         if isinstance(chosen, str) != isinstance(rejected, str) or len(prompts) > 1 or made[0].text == made[1].text:
             got = f"{row.where}: chosen = {chosen!r:.60}, rejected = {rejected!r:.60}"

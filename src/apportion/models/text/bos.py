@@ -26,3 +26,12 @@ def without_bos(tokenizer: Any, text: str) -> str:
 def tokenize_once(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of `text` with the tokenizer's special tokens, BOS once where the text begins with it."""
     return list(tokenizer(without_bos(tokenizer, text))["input_ids"])
+
+
+def special_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that `tokenizer` puts before and behind a text, such as BOS, or CLS and SEP."""
+    marked = list(tokenizer("a")["input_ids"])
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    places = range(len(marked) - len(plain) + 1)
+    at = next((i for i in places if marked[i : i + len(plain)] == plain), None)
+    return ([], []) if at is None else (marked[:at], marked[at + len(plain) :])

@@ -13,20 +13,13 @@ from apportion.config import RewardConfig
 from apportion.data import Labelled
 from apportion.intervals import calibration, mean_interval, proportion
 from apportion.models.reward import RewardModel, load_reward
+from apportion.models.text.bos import special_around
 from apportion.models.text.labelled import token_rows
-from apportion.stages.reward.excerpts import (
-    Excerpt,
-    ExcerptPair,
-    cut_pair,
-    flat,
-    random_excerpts,
-    random_pairs,
-    right_pad,
-)
+from apportion.stages.reward.excerpts import Excerpt, TokenRows, first_tokens, flat, random_cuts, right_pad
 from apportion.stages.reward.losses import both_orders, decisions
 
 LENGTHS = (10, 20, 40, 80)  # tokens of the held-out excerpts that accuracy is also reported for
-BY_LENGTH = 500  # texts for each of them
+BY_LENGTH = 500  # texts or pairs for each of them
 
 
 def evaluate(folder: Path, rows: Sequence[Labelled], config: RewardConfig) -> dict[str, Any]:
@@ -38,16 +31,16 @@ def evaluate(folder: Path, rows: Sequence[Labelled], config: RewardConfig) -> di
     loading: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "fast_kernels": config.fast_kernels}
     reward = load_reward(str(folder), **loading, field="model")
     tokens = token_ids(rows, reward.tokenizer, config)
-    count = len(rows) // 2 if rows[0].paired else len(rows)
-    excerpts = random_cuts(rows, tokens, count, config.excerpt_tokens, config.seed + 1)
+    count = len(rows) // 2 if tokens.paired else len(rows)
+    excerpts = random_cuts(tokens, count, config.excerpt_tokens, config.seed + 1)
     scores = scored(reward, flat(excerpts))
     margins, truth = decisions(scores, excerpts)
-    doubled, classes = both_orders(margins, truth, rows[0].paired)
+    doubled, classes = both_orders(margins, truth, tokens.paired)
     bins, error = calibration(torch.sigmoid(doubled).tolist(), classes)
     by_length = {}
     for length in LENGTHS:
         if length <= config.excerpt_tokens[1]:
-            cut = first_tokens(rows[:BY_LENGTH], tokens, length)
+            cut = first_tokens(tokens, BY_LENGTH, length)
             by_length[str(length)] = accuracy(*decisions(scored(reward, flat(cut)), cut))
     return {
         "accuracy": accuracy(margins, truth),
@@ -59,7 +52,7 @@ def evaluate(folder: Path, rows: Sequence[Labelled], config: RewardConfig) -> di
         "score_interval": mean_interval(scores.tolist()),
         "texts": len(rows),
         "excerpt_tokens": list(config.excerpt_tokens),
-    } | ({"pairs": count} if rows[0].paired else {})
+    } | ({"pairs": count} if tokens.paired else {})
 
 
 def scored(reward: RewardModel, excerpts: Sequence[Excerpt], batch_size: int = 32) -> Tensor:
@@ -80,28 +73,9 @@ def accuracy(scores: Tensor, labels: Sequence[int]) -> dict[str, float]:
     return proportion(hits, len(labels))
 
 
-Tokens = tuple[list[list[int]], list[int], list[int]]
-
-
-def token_ids(rows: Sequence[Labelled], tokenizer: Any, config: RewardConfig) -> Tokens:
-    """Return (ids of each row's text as far as an excerpt needs them, labels, number of ids of its prompt)."""
+def token_ids(rows: Sequence[Labelled], tokenizer: Any, config: RewardConfig) -> TokenRows:
+    """Return the ids of each row's text as far as an excerpt needs them."""
     ids, prompts = token_rows(rows, tokenizer, config.excerpt_tokens[1])
-    return ids, [row.label for row in rows], prompts
-
-
-def random_cuts(
-    rows: Sequence[Labelled], tokens: Tokens, count: int, lengths: Sequence[int], seed: int
-) -> list[Excerpt] | list[ExcerptPair]:
-    """Return `count` random excerpts of `rows`, or pairs of them where the rows are pairs."""
-    ids, labels, prompts = tokens
-    if rows[0].paired:
-        return random_pairs(ids, prompts, count, lengths, seed)
-    return random_excerpts(ids, labels, prompts, count, lengths, seed)
-
-
-def first_tokens(rows: Sequence[Labelled], tokens: Tokens, length: int) -> list[Excerpt] | list[ExcerptPair]:
-    """Return the first `length` tokens of each of `rows` behind its prompt, or of each pair."""
-    ids, labels, prompts = (part[: len(rows)] for part in tokens)
-    if rows[0].paired:
-        return [cut_pair(ids, prompts, i, length) for i in range(0, len(rows), 2)]
-    return [Excerpt(row[: prompt + length], label) for row, label, prompt in zip(ids, labels, prompts, strict=True)]
+    around = special_around(tokenizer)
+    special = [([], []) if row.rendered else around for row in rows]
+    return TokenRows(ids, [row.label for row in rows], prompts, special, bool(rows) and rows[0].paired)

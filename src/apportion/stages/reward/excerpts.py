@@ -38,57 +38,87 @@ def flat(excerpts: Sequence[Excerpt | ExcerptPair]) -> list[Excerpt]:
     return [*singles, *(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
 
 
-def random_excerpts(
-    rows: Sequence[Sequence[int]],
-    labels: Sequence[int],
-    prompts: Sequence[int],
-    count: int,
-    tokens: Sequence[int],
-    seed: int,
-) -> list[Excerpt]:
+class TokenRows(NamedTuple):
+    """Labelled texts, or the texts of pairs in turn, as ids.
+
+    Attributes:
+        ids: of each text, without special tokens that the tokenizer adds.
+        labels: of each text.
+        prompts: how many ids at the start of each text are its prompt; of a pair, all that its texts have in common.
+        around: the special tokens that the tokenizer puts before and behind each text, none where it was rendered.
+        paired: whether the texts are pairs, chosen and rejected.
+    """
+
+    ids: list[list[int]]
+    labels: list[int]
+    prompts: list[int]
+    around: list[tuple[list[int], list[int]]]
+    paired: bool
+
+    def cut(self, row: int, length: int, start: int = 0) -> Excerpt:
+        """Return the prompt of a row and `length` ids behind it, from `start` on, between the special tokens.
+
+        Special tokens that the text itself has there (a BOS that was written beforehand) are not added again.
+        """
+        ids = self.ids[row][start : start + self.prompts[row] + length]
+        before, behind = self.around[row]
+        before = [] if ids[: len(before)] == before else before
+        behind = [] if ids[len(ids) - len(behind) :] == behind else behind
+        return Excerpt([*before, *ids, *behind], self.labels[row])
+
+    def cut_pair(self, pair: int, length: int) -> ExcerptPair:
+        """Return both texts of a pair, cut `length` ids behind what they have in common."""
+        return ExcerptPair(self.cut(2 * pair, length), self.cut(2 * pair + 1, length))
+
+
+def random_cuts(
+    rows: TokenRows, count: int, tokens: Sequence[int], seed: int
+) -> list[Excerpt] | list[ExcerptPair]:
+    """Return `count` random excerpts of `rows`, or pairs of them where the rows are pairs."""
+    return random_pairs(rows, count, tokens, seed) if rows.paired else random_excerpts(rows, count, tokens, seed)
+
+
+def random_excerpts(rows: TokenRows, count: int, tokens: Sequence[int], seed: int) -> list[Excerpt]:
     """Return `count` excerpts, going round the texts in a seeded order.
 
     An excerpt's length is drawn evenly from [low, high] tokens. Every second one starts where its text starts (as a
-    response to a prompt does), the others anywhere. Of a text whose first `prompts` tokens are its prompt, every
-    excerpt is the whole prompt and the start of what follows, which alone has the drawn length: a part from its middle
-    would be no response to the prompt.
+    response to a prompt does), the others anywhere. Of a text with a prompt, every excerpt is the whole prompt and the
+    start of what follows, which alone has the drawn length: a part from its middle would be no response to the prompt.
     """
     generator = torch.Generator().manual_seed(seed)
     low, high = tokens
     order: list[int] = []
     while len(order) < count:
-        order += torch.randperm(len(rows), generator=generator).tolist()
+        order += torch.randperm(len(rows.ids), generator=generator).tolist()
     lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
     places = torch.rand(count, generator=generator).tolist()
     excerpts = []
     for number, (text, length, place) in enumerate(zip(order[:count], lengths, places, strict=True)):
-        ids, prompt = rows[text], prompts[text]
-        start = 0 if number % 2 == 0 or prompt else int(place * max(1, len(ids) - length + 1))
-        excerpts.append(Excerpt(list(ids[start : start + prompt + length]), labels[text]))
+        whole = number % 2 == 0 or rows.prompts[text] > 0
+        start = 0 if whole else int(place * max(1, len(rows.ids[text]) - length + 1))
+        excerpts.append(rows.cut(text, length, start))
     return excerpts
 
 
-def random_pairs(
-    rows: Sequence[Sequence[int]], prompts: Sequence[int], count: int, tokens: Sequence[int], seed: int
-) -> list[ExcerptPair]:
+def random_pairs(rows: TokenRows, count: int, tokens: Sequence[int], seed: int) -> list[ExcerptPair]:
     """Return `count` pairs of excerpts, going round the pairs in a seeded order.
 
-    Args:
-        rows: ids of the chosen and the rejected text in turn. prompts: how many ids the two have in common.
-        tokens: [low, high], from which the length behind these is drawn evenly.
+    The two of a pair are equally long behind what they have in common, a length drawn evenly from [low, high] tokens.
     """
     generator = torch.Generator().manual_seed(seed)
+    low, high = tokens
     order: list[int] = []
     while len(order) < count:
-        order += torch.randperm(len(rows) // 2, generator=generator).tolist()
-    lengths = torch.randint(tokens[0], tokens[1] + 1, (count,), generator=generator).tolist()
-    return [cut_pair(rows, prompts, 2 * i, length) for i, length in zip(order[:count], lengths, strict=True)]
+        order += torch.randperm(len(rows.ids) // 2, generator=generator).tolist()
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return [rows.cut_pair(pair, length) for pair, length in zip(order[:count], lengths, strict=True)]
 
 
-def cut_pair(rows: Sequence[Sequence[int]], prompts: Sequence[int], first: int, length: int) -> ExcerptPair:
-    """Return rows `first` and `first` + 1 cut `length` ids behind what they have in common."""
-    chosen, rejected = (list(rows[i][: prompts[i] + length]) for i in (first, first + 1))
-    return ExcerptPair(Excerpt(chosen, 1), Excerpt(rejected, 0))
+def first_tokens(rows: TokenRows, count: int, length: int) -> list[Excerpt] | list[ExcerptPair]:
+    """Return the start of each of the first `count` texts, `length` tokens behind its prompt, or of so many pairs."""
+    if rows.paired:
+        return [rows.cut_pair(pair, length) for pair in range(min(count, len(rows.ids) // 2))]
+    return [rows.cut(row, length) for row in range(min(count, len(rows.ids)))]
 
 
 def shuffled_batches(excerpts: Sequence[E], size: int, seed: int, pool: int = 16) -> list[list[E]]:

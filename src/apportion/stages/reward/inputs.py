@@ -25,8 +25,8 @@ from apportion.models.saving import head_config
 from apportion.models.text.bos import added_bos
 from apportion.models.text.labelled import chat_renderer, token_rows
 from apportion.models.text.render import check_embeddings
-from apportion.stages.reward.evaluation import random_cuts, token_ids
-from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, flat
+from apportion.stages.reward.evaluation import token_ids
+from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, TokenRows, flat, random_cuts
 from apportion.stages.reward.probe import probe_head
 from apportion.training import rng
 from apportion.training.monitoring import warn
@@ -67,24 +67,24 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     if config.excerpt_tokens[1] > context:
         expected = f"at most the model's context of {context} tokens"
         raise ConfigError("excerpt_tokens", config.excerpt_tokens, expected, "Lower the second number.")
-    for rows in (train_rows, test_rows):
-        check_prompts(rows, tokenizer, config.excerpt_tokens[1], context)
     tokens = token_ids(train_rows, tokenizer, config)
-    excerpts = random_cuts(train_rows, tokens, config.excerpts, config.excerpt_tokens, config.seed)
+    check_room(train_rows, tokens, config.excerpt_tokens[1], context)
+    if any(row.prompt or row.paired for row in test_rows):
+        check_room(test_rows, token_ids(test_rows, tokenizer, config), config.excerpt_tokens[1], context)
+    excerpts = random_cuts(tokens, config.excerpts, config.excerpt_tokens, config.seed)
     warn_special([*train_rows, *test_rows], flat(excerpts), tokenizer)
     rng.seed(config.seed)
     return classifier(config, folder, tokenizer, device, excerpts), Inputs(excerpts, tokenizer, folder, test_rows)
 
 
-def check_prompts(rows: Sequence[Labelled], tokenizer: Any, longest: int, context: int) -> None:
-    """Raise DataError for a prompt that leaves no room for an excerpt of `longest` tokens in the model's context."""
-    prompted = [row for row in rows if row.prompt or row.paired]
-    _, lengths = token_rows(prompted, tokenizer, longest)
-    for row, length in zip(prompted, lengths, strict=True):
-        if length + longest > context:
-            expected = f"at most {context - longest} tokens: the context of {context} holds an excerpt of {longest} too"
-            fix = "Shorten or drop it, or lower the second number of excerpt_tokens."
-            raise DataError("data", f"a prompt of {length} tokens: {row.text[:40]!r}…", expected, fix)
+def check_room(rows: Sequence[Labelled], tokens: TokenRows, longest: int, context: int) -> None:
+    """Raise DataError for a text whose prompt and special tokens leave no room for `longest` tokens in the context."""
+    for row, prompt, around in zip(rows, tokens.prompts, tokens.around, strict=True):
+        most = context - longest - sum(map(len, around))
+        if prompt > most:
+            got = f"{prompt} tokens before the answer, and {sum(map(len, around))} special ones: {row.text[:40]!r}…"
+            expected = f"at most {most}: the context of {context} holds an excerpt of {longest} as well"
+            raise DataError("data", got, expected, "Shorten or drop it, or lower the second number of excerpt_tokens.")
 
 
 def warn_special(rows: Sequence[Labelled], excerpts: Sequence[Excerpt], tokenizer: Any) -> None:
@@ -92,7 +92,7 @@ def warn_special(rows: Sequence[Labelled], excerpts: Sequence[Excerpt], tokenize
     bos = added_bos(tokenizer)
     count = sum(row.text.startswith(bos) for row in rows) if bos else 0
     if count:
-        warn(f"{count} of {len(rows)} texts begin with BOS {bos!r}; it is left as it is and no other is added.")
+        warn(f"{count} of {len(rows)} texts begin with BOS {bos!r}, which the tokenizer adds: it is written once.")
     pads = sum(tokenizer.pad_token_id in excerpt.ids for excerpt in excerpts)
     if pads:
         pad = tokenizer.pad_token

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from apportion.models.loading import pick_device
-from apportion.models.text.bos import added_bos
+from apportion.models.text.bos import added_bos, special_around
 from apportion.models.text.labelled import token_rows
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.machine import GB, free_memory, weights_of
@@ -97,14 +97,18 @@ def text_ids(case: Case) -> Result:
 
 
 def beginning(case: Case) -> Result:
-    """Texts begin with BOS all alike, and it is written once."""
+    """Texts begin with one BOS where the tokenizer adds it, and rendered conversations too."""
     bos = added_bos(case.tokenizer)
     if not bos:
         return ok("the tokenizer adds no BOS token")
     rows = [*(case.training or ()), *(case.held_out or ())]
     count = sum(row.text.startswith(bos) for row in rows)
-    message = f"BOS {bos!r} begins {count} of {len(rows)} texts; no second one is added"
-    return ok(message) if count in (0, len(rows)) else warn(message, "Begin every text with BOS, or none.")
+    lacking = sum(row.rendered and not row.text.startswith(bos) for row in rows)
+    message = f"BOS {bos!r} begins {count} of {len(rows)} texts, and is written once in all"
+    if not lacking:
+        return ok(message)
+    message = f"BOS {bos!r} begins {count} of {len(rows)} texts; {lacking} rendered ones have none"
+    return warn(message, "Let the chat template begin with {{ bos_token }}, as the tokenizer does for plain text.")
 
 
 def excerpts(case: Case) -> Result:
@@ -117,10 +121,12 @@ def excerpts(case: Case) -> Result:
     message = f"excerpts of {low} to {high} tokens, context {case.context}; {short} of {len(lengths)} texts are shorter"
     if longest:
         message = f"{message}; prompts of up to {longest} tokens come before them"
+    special = sum(map(len, special_around(case.tokenizer)))
     if high > case.context:
         return fail(message, "Lower the second number of excerpt_tokens.")
-    if longest + high > case.context:
-        return fail(message, "Shorten or drop the longest prompts, or lower the second number of excerpt_tokens.")
+    if longest + high + special > case.context:
+        fix = "Lower the second number of excerpt_tokens, or shorten or drop the longest prompts."
+        return fail(f"{message}; {special} special tokens", fix)
     if short > 0.1 * len(lengths):
         return warn(message, "Lower the first number of excerpt_tokens, or give longer texts.")
     return ok(message)
