@@ -281,7 +281,8 @@ COLUMNS = ("--text_column", "review", "--label_column", "stars")
 def test_a_reward_model_learns_from_each_form_and_the_doctor_reads_it(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, more: tuple[str, ...]
 ) -> None:
-    words = ["--model", str(world / "base"), "--data", str(world / f"{name}.jsonl"), *more, "--excerpt_tokens", "[3, 8]"]
+    data = str(world / f"{name}.jsonl")
+    words = ["--model", str(world / "base"), "--data", data, *more, "--excerpt_tokens", "[3, 8]"]
     assert main(["doctor", "--stage", "reward", *words, "--json"]) == 0
     findings = {one["name"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
     assert findings["labels"]["level"] == "ok" and "of 1" in findings["labels"]["message"]

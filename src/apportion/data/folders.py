@@ -38,8 +38,8 @@ def files_of(folder: Path, field: str, split: str | None = None) -> list[Path]:
         DataError: no tables, files of another kind, no such split, or files of no split beside some.
     """
     if os.path.isfile(folder / "dataset_dict.json"):  # unlike Path.is_file, it is False without permission
-        names = _plain_names(_json(folder / "dataset_dict.json", field).get("splits"), folder, field)
-        return _saved(_chosen({name: [folder / name] for name in names}, split, folder, field)[0], field)
+        splits = _plain_names(_json(folder / "dataset_dict.json", field).get("splits"), folder, field)
+        return _saved(_chosen({name: [folder / name] for name in splits}, split, folder, field)[0], field)
     if os.path.isfile(folder / "state.json") and os.path.isfile(folder / "dataset_info.json"):
         return _saved(folder, field, split)
     files, folders = _inside(folder, field)

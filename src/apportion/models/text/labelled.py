@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from os.path import commonprefix
 from typing import Any
 
 from apportion.data.formats import Row
@@ -104,17 +103,23 @@ def token_rows(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> tuple[
     paired = bool(rows) and rows[0].paired
     shared = [row.prompt for row in rows]
     if paired:
-        both = [len(commonprefix([a.text, b.text])) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        both = [shared_length(a.text, b.text) for a, b in zip(rows[::2], rows[1::2], strict=True)]
         shared = [size for size in both for _ in range(2)]
     texts = [row.text[: size + CHARACTERS * longest] for row, size in zip(rows, shared, strict=True)]
     ids = [list(one) for one in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     if paired:
-        common = [len(commonprefix([a, b])) for a, b in zip(ids[::2], ids[1::2], strict=True)]
+        common = [shared_length(a, b) for a, b in zip(ids[::2], ids[1::2], strict=True)]
         return ids, [size for size in common for _ in range(2)]
     starts = [0] * len(rows)
     prompted = [i for i, row in enumerate(rows) if row.prompt]
     if prompted:
         prompts = tokenizer([rows[i].text[: rows[i].prompt] for i in prompted], add_special_tokens=False)["input_ids"]
         for i, prompt in zip(prompted, prompts, strict=True):
-            starts[i] = len(commonprefix([list(prompt), ids[i]]))
+            starts[i] = shared_length(prompt, ids[i])
     return ids, starts
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many items the two sequences have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -71,9 +71,7 @@ class TokenRows(NamedTuple):
         return ExcerptPair(self.cut(2 * pair, length), self.cut(2 * pair + 1, length))
 
 
-def random_cuts(
-    rows: TokenRows, count: int, tokens: Sequence[int], seed: int
-) -> list[Excerpt] | list[ExcerptPair]:
+def random_cuts(rows: TokenRows, count: int, tokens: Sequence[int], seed: int) -> list[Excerpt] | list[ExcerptPair]:
     """Return `count` random excerpts of `rows`, or pairs of them where the rows are pairs."""
     return random_pairs(rows, count, tokens, seed) if rows.paired else random_excerpts(rows, count, tokens, seed)
 

@@ -23,7 +23,7 @@ from apportion.models.loading import (
 from apportion.models.lora import add_adapter
 from apportion.models.saving import head_config
 from apportion.models.text.bos import added_bos
-from apportion.models.text.labelled import chat_renderer, token_rows
+from apportion.models.text.labelled import chat_renderer
 from apportion.models.text.render import check_embeddings
 from apportion.stages.reward.evaluation import token_ids
 from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, TokenRows, flat, random_cuts

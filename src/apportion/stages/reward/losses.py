@@ -16,9 +16,7 @@ def reward_of(logits: Tensor) -> Tensor:
     return logits[:, 1] - logits[:, 0]
 
 
-def summed_loss(
-    logits: Tensor, labels: Tensor, excerpts: Sequence[Excerpt | ExcerptPair]
-) -> tuple[Tensor, Tensor]:
+def summed_loss(logits: Tensor, labels: Tensor, excerpts: Sequence[Excerpt | ExcerptPair]) -> tuple[Tensor, Tensor]:
     """Return (loss in nats, how many are judged right), both summed over `excerpts`.
 
     Of pairs the loss is −log σ(R(chosen) − R(rejected)) (Bradley and Terry 1952, as in Ouyang et al. 2022,
