@@ -79,8 +79,8 @@ def test_every_form_of_a_pair_is_read(tmp_path: Path, row: dict[str, Any], texts
 @pytest.mark.parametrize(
     ("row", "pieces"),
     [
-        ({"chosen": "Fine.", "rejected": "Fine."}, ["chosen = 'Fine.'", "two different texts"]),
-        ({"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, ["two different texts"]),
+        ({"chosen": "Fine.", "rejected": "Fine."}, ["chosen and rejected are the same", "pass --skip_bad_rows"]),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, ["chosen and rejected are the same"]),
         ({"chosen": ASK + GOOD, "rejected": [{**ASK[0], "content": "Why?"}, *BAD]}, ["answers to one conversation"]),
         ({"chosen": "Fine.", "rejected": GOOD}, ["two different texts, or two different answers"]),
         ({"prompt": "Why?", "chosen": ASK + GOOD, "rejected": ASK + BAD}, ["prompt = str, chosen = list"]),
@@ -103,8 +103,12 @@ def test_pairs_of_one_prompt_are_on_one_side_and_stay_together(tmp_path: Path) -
     for side in (training, held_out):
         assert all(a.label == 1 and b.label == 0 for a, b in zip(side[::2], side[1::2], strict=True))
         assert all(a.text.replace("yes", "no") == b.text for a, b in zip(side[::2], side[1::2], strict=True))
-    asked = [{row.text[: row.prompt] for row in side} for side in (training, held_out)]
-    assert not asked[0] & asked[1] and len(held_out) == 14 and 300 < len(training) < 480
+    prompts = [{row.text[: row.prompt] for row in side} for side in (training, held_out)]
+    assert not prompts[0] & prompts[1] and len(held_out) == 14 and 300 < len(training) < 480
+    few = [row | {"prompt": "Question?"} for row in rows]  # no prompt to spare: other answers to it are held out
+    training, held_out = labelled_splits(write(tmp_path / "few.jsonl", few), None, 1000)
+    assert len(training) + len(held_out) == 480 and 20 < len(held_out) < 100
+    assert not {row.text for row in training} & {row.text for row in held_out}
     single = write(tmp_path / "b.jsonl", [{"text": "a", "label": 1}])
     with pytest.raises(DataError, match="test_data: got 'labelled texts'; expected preference pairs"):
         labelled_splits(str(tmp_path / "a.jsonl"), single, 7)
@@ -220,6 +224,15 @@ def flags(world: Path, output: Path, **changes: Any) -> list[str]:
     return [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
 
 
+@torch.no_grad()
+def by_hand(folder: Path, texts: list[str]) -> list[float]:
+    """Return R of whole texts, by transformers alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = AutoTokenizer.from_pretrained(folder)
+    found = [model(torch.tensor([tokens(text)["input_ids"]])).logits[0] for text in texts]
+    return [float(logits[1] - logits[0]) for logits in found]
+
+
 def test_a_reward_model_learns_from_pairs(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reward", *flags(world, tmp_path / "run")]) == 0
     losses = [row["loss/reward"] for row in tiny_runs.read_lines(tmp_path / "run" / "metrics.jsonl")]
@@ -227,14 +240,8 @@ def test_a_reward_model_learns_from_pairs(world: Path, tmp_path: Path, capsys: p
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert found["pairs"] == 40 and found["texts"] == 80 and found["accuracy"]["low"] > 0.8
     assert sum(one["count"] for one in found["calibration"]) == 80
-    # whole texts in the saved model, by transformers alone
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32).eval()
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
     rows = labelled(str(world / "test.jsonl.gz"), pairs=True)
-    scores = []
-    for row in rows:
-        logits = model(torch.tensor([tokens(row.text, add_special_tokens=False)["input_ids"]])).logits[0]
-        scores.append(float(logits[1] - logits[0]))
+    scores = by_hand(tmp_path / "run" / "final", [row.text for row in rows])
     above = [a > b for a, b in zip(scores[::2], scores[1::2], strict=True)]
     assert sum(above) > 0.9 * len(above)
     stored = json.loads((tmp_path / "run" / "final" / "reward.json").read_text())

@@ -121,11 +121,13 @@ class RowReader:
         for column, answer, label in zip(PAIR, (chosen, rejected), (1, 0), strict=True):
             prompt, text = self._texts(row, (*columns[:-2], column), [*before, answer])
             made.append(Labelled(prompt + text, label, len(prompt), True, not isinstance(answer, str)))
-        prompts = {one.text[: one.prompt] for one in made}
-        if isinstance(chosen, str) != isinstance(rejected, str) or len(prompts) > 1 or made[0].text == made[1].text:
-            got = f"{row.where}: chosen = {chosen!r:.60}, rejected = {rejected!r:.60}"
+        same, before_answers = made[0].text == made[1].text, {one.text[: one.prompt] for one in made}
+        if same or len(before_answers) > 1 or isinstance(chosen, str) != isinstance(rejected, str):
+            got = f"chosen = {chosen!r:.60}, rejected = {rejected!r:.60}"
+            got = f"{row.where}: {'chosen and rejected are the same' if same else got}"
             expected = "two different texts, or two different answers to one conversation"
-            raise DataError(self.field, got, expected, "Remove the row: the two cannot be compared.")
+            fix = "Remove the row, or pass --skip_bad_rows: the two cannot be compared."
+            raise DataError(self.field, got, expected, fix)
         return tuple(made)
 
     def _require(self, row: Row, column: str, kind: str) -> None:

@@ -16,6 +16,7 @@ from apportion.errors import ConfigError, DataError
 
 _LINE_BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+", re.IGNORECASE)
 _USUAL = Layout()
+Unit = tuple[Labelled, ...]  # a text, or the two of a pair
 
 
 def labelled(
@@ -73,8 +74,8 @@ def labelled_splits(
 ) -> tuple[list[Labelled], list[Labelled]]:
     """Return (training rows, held-out rows), at most `test_texts` of the second; otherwise as `labelled`.
 
-    Without `test_data`, a fixed tenth of `data` is held out by hash of the text (its prompt included; of a pair, the
-    prompt alone where it has one); "imdb" has held-out parts of its own. Pairs are read, and count as one text each.
+    Without `test_data`, a fixed tenth of `data` is held out by hash of the text, its prompt included; of pairs by hash
+    of the prompt, where there are enough prompts. "imdb" has held-out parts of its own. A pair counts as one text.
 
     Raises:
         DataError: the errors of `labelled`, too few rows, all with one label, or pairs in one of two sources.
@@ -89,8 +90,9 @@ def labelled_splits(
         held_out = units(labelled(test_data, field="test_data", bad=bad, layout=of_test, render=render, pairs=True))
     else:
         rows = units(labelled(data, bad=bad, layout=layout, render=render, pairs=True))
-        training = [unit for unit in rows if splits.bucket(_key(unit)) >= 10]
-        held_out = [unit for unit in rows if splits.bucket(_key(unit)) < 10]
+        training, held_out = _tenth_held_out(rows, by_prompt=rows[0][0].paired)
+        if not training or not held_out:  # pairs of a few prompts
+            training, held_out = _tenth_held_out(rows, by_prompt=False)
         if not training or not held_out:
             fix = "Give more rows, or held-out ones of their own with --test_data."
             raise DataError("data", f"{len(rows)} rows", "enough to hold a tenth of them out", fix)
@@ -106,16 +108,17 @@ def labelled_splits(
     return [row for unit in training for row in unit], [row for unit in held_out[:test_texts] for row in unit]
 
 
-def units(rows: Sequence[Labelled]) -> list[tuple[Labelled, ...]]:
+def units(rows: Sequence[Labelled]) -> list[Unit]:
     """Return the texts of `rows` one by one, or two by two where they are pairs."""
     size = 2 if rows and rows[0].paired else 1
     return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def _key(unit: tuple[Labelled, ...]) -> str:
-    """Return the text whose hash says whether `unit` is held out: pairs of one prompt are on one side."""
-    first = unit[0]
-    return first.text[: first.prompt] if first.paired and first.prompt else first.text
+def _tenth_held_out(rows: Sequence[Unit], by_prompt: bool) -> tuple[list[Unit], list[Unit]]:
+    """Return (training, held-out) texts or pairs by hash of the first text, or only of its prompt where it has one."""
+    firsts = [(unit, unit[0].text[: unit[0].prompt or None] if by_prompt else unit[0].text) for unit in rows]
+    buckets = [(unit, splits.bucket(text)) for unit, text in firsts]
+    return [unit for unit, bucket in buckets if bucket >= 10], [unit for unit, bucket in buckets if bucket < 10]
 
 
 def _check_layout(data: str, test_data: str | None, layout: Layout) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from apportion.data.formats import Row
 from apportion.data.label_rows import Labelled, Messages, Render
 from apportion.errors import DataError, ModelError
-from apportion.models.text.render import MARK
 
+# a placeholder for the answer; no suffix of it is also a prefix of it, so that it is found where it begins only
+MARK = "ANSWER{}"
 CHARACTERS = 400  # of a text for each token that an excerpt may have: what a few windows need
 
 
@@ -46,7 +47,6 @@ def _split(tokenizer: Any, messages: Messages, row: Row, field: str) -> tuple[st
         got = f"{row.where}: the last message is {last!r:.80}"
         fix = "End each conversation with the answer that the label judges."
         raise DataError(field, got, "a text of role 'assistant'", fix)
-    # a placeholder without a suffix that is also its prefix, which is in no message
     mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(one) for one in messages))
     text = _rendered(tokenizer, messages, row, field)
     marked = _rendered(tokenizer, [*before, {**last, "content": mark}], row, field)

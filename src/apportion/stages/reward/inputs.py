@@ -58,11 +58,11 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
             config.test_texts,
             bad,
             layout=Layout.of(config),
-            render=chat_renderer(lambda: load_tokenizer("model", locate("model", config.model), config.pad_token)),
+            render=chat_renderer(lambda: tokenizer_of(config)),
         )
     require_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
-    tokenizer = load_tokenizer("model", folder, config.pad_token)
+    tokenizer = tokenizer_of(config)
     context = context_of(folder, "model")
     if config.excerpt_tokens[1] > context:
         expected = f"at most the model's context of {context} tokens"
@@ -75,6 +75,11 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     warn_special([*train_rows, *test_rows], flat(excerpts), tokenizer)
     rng.seed(config.seed)
     return classifier(config, folder, tokenizer, device, excerpts), Inputs(excerpts, tokenizer, folder, test_rows)
+
+
+def tokenizer_of(config: RewardConfig) -> Any:
+    """Return the tokenizer of the model to train, with its pad token. Raises ModelError."""
+    return load_tokenizer("model", locate("model", config.model), config.pad_token)
 
 
 def check_room(rows: Sequence[Labelled], tokens: TokenRows, longest: int, context: int) -> None:
