@@ -230,7 +230,7 @@ def test_bos_is_written_once() -> None:
     assert tokens("<unk>a film")["input_ids"][:2] == [2, 2]  # transformers' own reading
     assert tokenize_once(tokens, "<unk>a film") == tokenize_once(tokens, "a film") == plain
     assert tokenize_once(tokens, "a <unk> film").count(2) == 2 and starts_with_bos(tokens, "<unk>a")
-    assert added_bos(tiny_tokenizers.wordpiece()) == "[CLS]"
+    assert added_bos(tiny_tokenizers.wordpiece()) == ""  # a [CLS] inside a text stays a second one
 
 
 def test_excerpts_have_the_special_tokens_of_a_text_once() -> None:
@@ -244,7 +244,11 @@ def test_excerpts_have_the_special_tokens_of_a_text_once() -> None:
     for name, row in forms.items():
         rows = token_ids([row], tokens, RewardConfig(excerpt_tokens=[2, 6]))
         found[name] = [one.ids for one in random_excerpts(rows, 100, [2, 6], 0)]
-    assert all(ids[0] == 2 and ids.count(2) == 1 for name in ("plain", "own") for ids in found[name])
+    assert all(ids[0] == 2 and ids.count(2) == 1 for ids in found["plain"]) and found["own"] == found["plain"]
+    behind = Labelled("<unk>" + text, 1, len("<unk>I rented this film"))
+    rows = token_ids([behind], tokens, RewardConfig(excerpt_tokens=[2, 6]))
+    for one in random_excerpts(rows, 20, [2, 6], 0):
+        assert one.ids[0] == 2 and tokens.decode(one.ids[1:]).startswith("I rented this film") and one.ids.count(2) == 1
     assert found["plain"][0][1:] == found["made"][0] and not any(2 in ids for ids in found["made"])
     assert len({ids[1] for ids in found["plain"]}) > 5
     bert = tiny_tokenizers.wordpiece()

@@ -160,7 +160,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 @st.composite
 def arrow_bytes(draw: st.DrawFn) -> bytes:
     """The table of a Parquet file as an Arrow stream, or as a file with an index."""
-    table = pyarrow.parquet.read_table(io.BytesIO(draw(parquet_bytes())))
+    table = pyarrow.parquet.ParquetFile(io.BytesIO(draw(parquet_bytes()))).read()
     file = io.BytesIO()
     make = pyarrow.ipc.new_stream if draw(st.booleans()) else pyarrow.ipc.new_file
     with make(file, table.schema) as writer:

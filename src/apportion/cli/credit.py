@@ -71,7 +71,7 @@ def once_bos(tokenizer: Any, prompt: str, text: str) -> tuple[str, str]:
     from apportion.models.text.bos import starts_with_bos, without_bos
 
     if starts_with_bos(tokenizer, prompt or text):
-        note(f"the text begins with {tokenizer.bos_token or tokenizer.cls_token}, which is written once.")
+        note(f"the text begins with {tokenizer.bos_token}, which is written once.")
     return (without_bos(tokenizer, prompt), text) if prompt else ("", without_bos(tokenizer, text))
 
 

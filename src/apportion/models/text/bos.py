@@ -6,10 +6,9 @@ from typing import Any
 
 
 def added_bos(tokenizer: Any) -> str:
-    """Return the token that `tokenizer` puts in front of every text, BOS or CLS; "" where it puts none of them."""
-    ids = tokenizer("a")["input_ids"][:1]
-    names = (tokenizer.bos_token, tokenizer.cls_token)
-    return next((name for name in names if name and [tokenizer.convert_tokens_to_ids(name)] == list(ids)), "")
+    """Return the BOS token that `tokenizer` puts in front of every text; "" where it has none or adds none."""
+    bos = tokenizer.bos_token
+    return str(bos) if bos and list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id] else ""
 
 
 def starts_with_bos(tokenizer: Any, text: str) -> bool:

@@ -13,7 +13,7 @@ from apportion.config import RewardConfig
 from apportion.data import Labelled
 from apportion.intervals import calibration, mean_interval, proportion
 from apportion.models.reward import RewardModel, load_reward
-from apportion.models.text.bos import special_around
+from apportion.models.text.bos import added_bos, special_around
 from apportion.models.text.labelled import token_rows
 from apportion.stages.reward.excerpts import Excerpt, TokenRows, first_tokens, flat, random_cuts, right_pad
 from apportion.stages.reward.losses import both_orders, decisions
@@ -74,8 +74,11 @@ def accuracy(scores: Tensor, labels: Sequence[int]) -> dict[str, float]:
 
 
 def token_ids(rows: Sequence[Labelled], tokenizer: Any, config: RewardConfig) -> TokenRows:
-    """Return the ids of each row's text as far as an excerpt needs them."""
+    """Return the ids of each row's text as far as an excerpt needs them, without a BOS that every excerpt gets."""
     ids, prompts = token_rows(rows, tokenizer, config.excerpt_tokens[1])
-    around = special_around(tokenizer)
+    around, bos = special_around(tokenizer), added_bos(tokenizer)
     special = [([], []) if row.rendered else around for row in rows]
+    for i, row in enumerate(rows):
+        if bos and not row.rendered and ids[i][:1] == [tokenizer.bos_token_id]:
+            ids[i], prompts[i] = ids[i][1:], max(0, prompts[i] - 1)
     return TokenRows(ids, [row.label for row in rows], prompts, special, bool(rows) and rows[0].paired)

@@ -56,14 +56,9 @@ class TokenRows(NamedTuple):
     paired: bool
 
     def cut(self, row: int, length: int, start: int = 0) -> Excerpt:
-        """Return the prompt of a row and `length` ids behind it, from `start` on, between the special tokens.
-
-        Special tokens that the text itself has there (a BOS that was written beforehand) are not added again.
-        """
-        ids = self.ids[row][start : start + self.prompts[row] + length]
+        """Return the prompt of a row and `length` ids behind it, from `start` on, between the special tokens."""
         before, behind = self.around[row]
-        before = [] if ids[: len(before)] == before else before
-        behind = [] if ids[len(ids) - len(behind) :] == behind else behind
+        ids = self.ids[row][start : start + self.prompts[row] + length]
         return Excerpt([*before, *ids, *behind], self.labels[row])
 
     def cut_pair(self, pair: int, length: int) -> ExcerptPair:
