@@ -53,7 +53,11 @@ def assert_refused(source: Path | str, *expected: str, columns: tuple[str, ...] 
         ("a.parquet", b"PAR1 but not really PAR1", ["a.parquet", "a complete Parquet file"]),
         ("a.parquet", b"", ["a.parquet", "a complete Parquet file"]),
         ("a.txt", b"text\nx\n", ["a.txt", "ends in .csv, .jsonl, .json, .parquet"]),
-        ("a.csv.gz", b"\x1f\x8b", ["a.csv.gz", "ends in .csv"]),
+        ("a.txt.gz", b"\x1f\x8b", ["a.txt.gz", "ends in .csv", "one of them and .gz"]),
+        ("a.csv.gz", b"\x1f\x8b", ["a.csv.gz: after line 0 of its contents", "a complete gzip file"]),
+        ("a.tsv", b"text\tlabel\na,b\n", ["a.tsv, line 2: 1 cells", "2 cells", "Quote cells that contain tabs"]),
+        ("a.arrow", b"ARROW1 but not really", ["a.arrow", "a complete Arrow file"]),
+        ("a.arrow", b"", ["a.arrow", "a complete Arrow file"]),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
@@ -92,8 +96,10 @@ def test_a_folder_without_tables_or_with_a_strange_file_is_refused(tmp_path: Pat
     assert_refused(tmp_path, "with README.md, data", "Give the folder that contains the files")
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "b.jsonl.gz").write_bytes(b"")
-    assert_refused(tmp_path, "b.jsonl.gz", "ends in .csv")
-    (tmp_path / "b.jsonl.gz").unlink()
+    assert_refused(tmp_path, "b.jsonl.gz: no rows")
+    (tmp_path / "b.jsonl.gz").rename(tmp_path / "b.zip")
+    assert_refused(tmp_path, "b.zip", "ends in .csv")
+    (tmp_path / "b.zip").unlink()
     (tmp_path / "c.csv").write_text("text\n")
     assert_refused(tmp_path, "c.csv: no rows")
 
@@ -134,7 +140,7 @@ def test_tables_in_folders_inside_a_folder_are_not_passed_over(tmp_path: Path) -
     assert_refused(tmp_path, "reviews", "ends in .csv")
 
 
-@pytest.mark.parametrize("label", ["2", "good", "true", "-1", "1.0"])
+@pytest.mark.parametrize("label", ["2", "good", "-1", "0.5", "yes", "nan"])
 def test_a_strange_label_is_named_with_its_line(tmp_path: Path, label: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f'text,label\n"a\nb",1\nc,{label}\n')
@@ -142,10 +148,10 @@ def test_a_strange_label_is_named_with_its_line(tmp_path: Path, label: str) -> N
         labelled(str(path), field="reward.data")
 
 
-@pytest.mark.parametrize("label", [True, 2, 0.5, [1]])
+@pytest.mark.parametrize("label", [2, 0.5, -1, 10**400, [1]])
 def test_a_label_of_another_type_is_refused(tmp_path: Path, label: object) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "label": label}) + "\n")
-    with pytest.raises(DataError, match=r"line 1: label = .*one of 0, neg, negative, 1, pos, positive"):
+    with pytest.raises(DataError, match=r"line 1: label = .*0, false, neg, negative or rejected; or 1, true, pos"):
         labelled(str(tmp_path / "a.jsonl"))
 
 

@@ -125,7 +125,12 @@ def test_csv_reads_back_what_was_written_with_the_right_lines(
         ("a.csv", b'text,label\n"one\xff\ntwo",1\n', ["line 2: byte 0xff at offset 15"]),
         ("a.csv", b'text,label\n"one\ntwo\xff",1\n', ["line 3: byte 0xff at offset 19"]),
         ("a.csv", b'text,label\n"a" b,1\n', ["a.csv, line 2:", "expected after", "double the quotation marks"]),
-        ("a.csv", gzip.compress(b"text\na\n", mtime=0), ["compressed with gzip", "gunzip"]),
+        ("a.csv", gzip.compress(b"text\na\n", mtime=0)[:-9], ["after line 2 of its contents", "a complete gzip file"]),
+        ("a.csv", gzip.compress(b"text\nok\nna\xefve\n", mtime=0), ["line 3: byte 0xef at offset 10", "UTF-8"]),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0) + b"more", ["after line 1", "a complete gzip file"]),
+        ("a.parquet", gzip.compress(b"PAR1", mtime=0), ["compressed with gzip", "gunzip"]),
+        ("a.arrow", gzip.compress(b"ARROW1", mtime=0), ["compressed with gzip", "gunzip"]),
+        ("a.tsv", b'text\tlabel\n"a" b\t1\n', ["a.tsv, line 2:", "tab-separated values"]),
         ("a.jsonl", b"PK\x03\x04....", ["compressed with zip", "Decompress"]),
         ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", ["a complete Parquet file"]),
     ],
@@ -197,7 +202,7 @@ MIXED = {
         [3, 4, 7, 8, 9],
     ),
     "a.jsonl": (
-        b'{"text": "good", "label": 1}\noops\n["list"]\n{"text": "\xff"}\n{"text": "x", "label": 2}\n'
+        b'{"text": "good", "label": 1}\noops\n["list"]\n{"text": "\xff"}\n{"text": "x", "label": "?"}\n'
         + b'{"text": "fine", "label": 0}\n' * 5,
         [],
         [2, 3, 4, 5],

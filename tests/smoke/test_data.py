@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -50,6 +51,33 @@ def write_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
 
 
+def write_tsv(path: Path) -> None:
+    quoted = ['"' + row["text"].replace('"', '""') + '"\t' + row["label"] for row in ROWS]
+    path.write_text("text\tlabel\n" + "\n".join(quoted) + "\n", encoding="utf-8", newline="")
+
+
+def write_arrow_stream(path: Path) -> None:
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_arrow_file(path: Path) -> None:
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def zipped(write: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Return a function that writes a file as `write` does, in gzip."""
+
+    def write_zipped(path: Path) -> None:
+        write(path)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+    return write_zipped
+
+
 @pytest.mark.parametrize(
     ("name", "write", "places"),
     [
@@ -58,6 +86,15 @@ def write_parquet(path: Path) -> None:
         ("a.json", write_json_lines, ["line 1", "line 2"]),
         ("A.JSON", write_json_list, ["item 1", "item 2"]),
         ("a.parquet", write_parquet, ["row 1", "row 2"]),
+        ("a.tsv", write_tsv, ["lines 2-3", "line 4"]),
+        ("a.arrow", write_arrow_stream, ["row 1", "row 2"]),
+        ("a.arrow", write_arrow_file, ["row 1", "row 2"]),
+        ("a.csv.gz", zipped(write_csv), ["lines 2-3", "line 4"]),
+        ("a.tsv.gz", zipped(write_tsv), ["lines 2-3", "line 4"]),
+        ("a.jsonl.GZ", zipped(write_json_lines), ["line 1", "line 2"]),
+        ("a.json.gz", zipped(write_json_list), ["item 1", "item 2"]),
+        ("a.jsonl", zipped(write_json_lines), ["line 1", "line 2"]),
+        ("b.csv.gz", write_csv, ["lines 2-3", "line 4"]),
     ],
 )
 def test_every_format_gives_the_same_rows(
@@ -155,10 +192,12 @@ def test_imdb_prompts_are_long_shuffled_and_from_their_part(imdb: list[Labelled]
 
 def test_labels_are_read_in_every_accepted_spelling(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    spellings = [0, 1, "0", "1", "neg", "POS", "Negative", " positive "]
+    bad = [0, "0", "neg", "Negative", False, 0.0, "0.0", "False", "FALSE", "rejected", "-0"]
+    good = [1, "1", "POS", " positive ", True, 1.0, "1.0", "True", "TRUE", "Chosen", "1e0"]
+    spellings = [x for pair in zip(bad, good, strict=True) for x in pair]
     path.write_text("".join(json.dumps({"text": f"t{i}", "label": x}) + "\n" for i, x in enumerate(spellings)))
-    assert [row.label for row in labelled(str(path))] == [0, 1, 0, 1, 0, 1, 0, 1]
-    assert [row.text for row in labelled(str(path))] == [f"t{i}" for i in range(8)]
+    assert [row.label for row in labelled(str(path))] == [0, 1] * len(bad)
+    assert [row.text for row in labelled(str(path))] == [f"t{i}" for i in range(2 * len(bad))]
 
 
 def test_prompts_come_from_the_first_known_column(tmp_path: Path) -> None:

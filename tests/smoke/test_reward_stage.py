@@ -151,7 +151,7 @@ def test_merged_adapters_judge_as_the_adapters_did(world: Path, tmp_path: Path, 
     """The head is trained in float32 over the base, also where the base is in 16 bit, and saved with the rest."""
     config = parse(RewardConfig, "reward", flags(world, tmp_path / "run", dtype=dtype)).config
     tokens = tiny.tokenizer()
-    excerpts = random_excerpts(*token_ids(splits(config)[0], tokens, config), 64, [6, 24], 0)
+    excerpts = random_excerpts(token_ids(splits(config)[0], tokens, config), 64, [6, 24], 0)
     torch.manual_seed(0)
     model = inputs.classifier(config, str(world / "base"), tokens, torch.device("cpu"), excerpts)
     kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}

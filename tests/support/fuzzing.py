@@ -6,6 +6,7 @@ few examples of each, `benchmarks.fuzz` as many as some minutes allow.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -156,7 +157,27 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
     return bytes(data)
 
 
-MADE = {".csv": csv_bytes(), ".jsonl": json_bytes(), ".json": json_bytes(), ".parquet": parquet_bytes()}
+@st.composite
+def arrow_bytes(draw: st.DrawFn) -> bytes:
+    """The table of a Parquet file as an Arrow stream, or as a file with an index."""
+    table = pyarrow.parquet.ParquetFile(io.BytesIO(draw(parquet_bytes()))).read()
+    file = io.BytesIO()
+    make = pyarrow.ipc.new_stream if draw(st.booleans()) else pyarrow.ipc.new_file
+    with make(file, table.schema) as writer:
+        writer.write_table(table)
+    return file.getvalue()
+
+
+MADE = {
+    ".csv": csv_bytes(),
+    ".jsonl": json_bytes(),
+    ".json": json_bytes(),
+    ".parquet": parquet_bytes(),
+    ".tsv": csv_bytes().map(lambda content: content.replace(b",", b"\t")),
+    ".arrow": arrow_bytes(),
+    ".csv.gz": csv_bytes().map(gzip.compress),
+    ".json.gz": json_bytes().map(gzip.compress),
+}
 
 
 @st.composite

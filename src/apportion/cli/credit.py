@@ -55,7 +55,8 @@ def run(arguments: list[str]) -> int:
     locate("--model", options["model"])
     settings: dict[str, Any] = {k: options[k] for k in ("device", "dtype", "pad_token") if k in options}
     reward = load_reward(options["model"], field="--model", **settings)
-    result = apportion_text(reward, options.get("prompt", ""), text, methods)
+    prompt, text = once_bos(reward.tokenizer, options.get("prompt", ""), text)
+    result = apportion_text(reward, prompt, text, methods)
     if "html" in options:
         note(f"wrote {write_html(result, options['model'], Path(options['html']).expanduser())}")
     if as_json:
@@ -63,6 +64,15 @@ def run(arguments: list[str]) -> int:
     else:
         show(result)
     return 0
+
+
+def once_bos(tokenizer: Any, prompt: str, text: str) -> tuple[str, str]:
+    """Return prompt and text without a BOS at their start that the tokenizer writes by itself, with a note about it."""
+    from apportion.models.text.bos import starts_with_bos, without_bos
+
+    if starts_with_bos(tokenizer, prompt or text):
+        note(f"the text begins with {tokenizer.bos_token}, which is written once.")
+    return (without_bos(tokenizer, prompt), text) if prompt else ("", without_bos(tokenizer, text))
 
 
 def _check(options: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:

@@ -38,7 +38,7 @@ breaks it. Without arguments: print the processor cores that a run would use on 
   --fast          skip the checks that load model weights: seconds instead of a minute (rl)
   --json          print one object {passed, counts, findings: [{name, level, message, fix}]} instead of a table
   --eval_prompts  prompts of the later evaluation: they may not be among the training prompts
-  --labels        labelled texts (columns text and label) to check the order of the reward model's scores; default: its
+  --labels        labelled texts (as for `reward --data`) to check the order of the reward model's scores; default: its
                   held-out texts, where `apportion reward` trained it
   --stage         whose settings: rl, or reward for those of `apportion reward`
   --credit        your package.module:function, or a built-in name; `--credit.key value` are its settings

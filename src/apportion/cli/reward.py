@@ -1,4 +1,4 @@
-"""`apportion reward`: train a reward model on labelled texts."""
+"""`apportion reward`: train a reward model on labelled texts or preference pairs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from apportion.distributed import collectives
 EXAMPLES = """examples:
   apportion reward                                  # IMDb on SmolLM2-135M
   apportion reward --data reviews.csv --model my/base --output runs/my-reward
+  apportion reward --data pairs.jsonl.gz --model my/base --excerpt_tokens '[16, 128]'
   apportion reward --lora.rank 0 --optim.lr 2e-5    # all weights
 """
 SHOWN = {"loss/reward": "loss", "accuracy": "accuracy", "time/total": "s"}

@@ -10,26 +10,36 @@ from apportion.config.sections import LoraConfig, OptimConfig
 
 
 class RewardConfig(Section):
-    """`apportion reward`: train a 2-class reward model, R = logit(positive) − logit(negative)."""
+    """`apportion reward`: train a 2-class reward model, R = logit(positive) − logit(negative), on labels or pairs."""
 
     model: Name = "smollm2"
     """start: `smollm2`, a folder, or a hub id."""
     data: Name = "imdb"
-    """`imdb`, a CSV/JSONL/Parquet file or folder with columns text and label, or a hub id."""
+    """`imdb`, a file (CSV, TSV, JSON, Parquet, Arrow) or folder of labelled texts or preference pairs, or a hub id."""
     test_data: Word | None = None
     """held-out data of the same form; null holds out a fixed part of `data` by hash."""
+    split: Name | None = None
+    """the split of `data` to read, of a folder or hub set with splits; null for train."""
+    test_split: Name | None = None
+    """the split of `test_data` to read; null for train."""
+    text_column: Name | None = None
+    """column with the text or the conversation to judge; null takes text, messages, or completion behind prompt."""
+    prompt_column: Name | None = None
+    """column with what that text responds to; null takes prompt where the text is in completion, else none."""
+    label_column: Name | None = None
+    """column with the label, 1 or 0, true or false, positive or negative; null takes label."""
     skip_bad_rows: Switch = False
     """skip unusable rows, count them and write them to bad_rows.jsonl; off, the first of them is an error."""
     output: Name = "runs/reward"
     """run folder."""
     excerpts: Count = 10000
-    """training excerpts, each cut at random from a text."""
+    """training excerpts, each cut at random from a text; of preference pairs, pairs of them."""
     excerpt_tokens: Interval = Field(default_factory=lambda: [8, 64])
-    """shortest and longest excerpt, tokens."""
+    """shortest and longest excerpt, tokens; behind a prompt, or what the texts of a pair have in common."""
     probe_excerpts: CountOrZero = 2000
     """excerpts to fit the head on by logistic regression before training; 0 starts from a random head."""
     batch_size: Count = 16
-    """excerpts an optimizer step."""
+    """excerpts, or pairs of them, an optimizer step."""
     micro_batch: Count = 16
     """excerpts a forward and backward pass (memory only; it does not change the result)."""
     test_texts: Count = 1000

@@ -3,8 +3,9 @@
 from apportion.data.assets import BUILTIN_DATA, BUILTIN_MODELS, builtin_model, builtin_table, cache_dir
 from apportion.data.bad_rows import BadRows
 from apportion.data.formats import Row
+from apportion.data.label_rows import Labelled, Layout
 from apportion.data.prompts import Messages, prompts
-from apportion.data.reviews import Labelled, labelled, labelled_splits
+from apportion.data.reviews import labelled, labelled_splits
 from apportion.data.splits import PARTS, bucket, part
 from apportion.data.tables import check_text, iter_rows, read_rows, require, usable
 
@@ -14,6 +15,7 @@ __all__ = [
     "PARTS",
     "BadRows",
     "Labelled",
+    "Layout",
     "Messages",
     "Row",
     "bucket",

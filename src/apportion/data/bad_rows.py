@@ -18,6 +18,11 @@ LONGEST = 2000  # characters of a row that are logged
 NAME = "bad_rows.jsonl"
 ROWS_AT_ONCE = 256  # rows that are written at a time
 
+
+class ColumnError(DataError):
+    """An error that concerns every row of a table, although it was found in one: no row of it can be left out."""
+
+
 Write = Callable[[Sequence[Mapping[str, Any]]], None]
 
 

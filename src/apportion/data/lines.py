@@ -1,20 +1,24 @@
-"""Lines of a table's file: streamed, each with its number and its error, if any."""
+"""Lines of a table's file: streamed, decompressed where it is gzip, each with its number and its error, if any."""
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from apportion.errors import DataError
 
 MAX_ROW_BYTES = 2**24  # longer means a file without line breaks or an open quotation
 _MARK = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
 _COMPRESSED = {
-    b"\x1f\x8b": "gzip",
+    _GZIP: "gzip",
     b"PK\x03\x04": "zip",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
@@ -33,11 +37,20 @@ class Line(NamedTuple):
     wrong: str | None = None  # too long: `raw` is its start
 
 
-def opened(path: Path, field: str) -> BinaryIO:
-    """Open a table.
+def kind_of(path: Path) -> str:
+    """Return the extension of a table's name in lower case, without the .gz behind it."""
+    suffix = path.suffix.lower()
+    return path.with_suffix("").suffix.lower() if suffix == ".gz" else suffix
+
+
+def opened(path: Path, field: str, *, unzip: bool = True) -> BinaryIO:
+    """Open a table; a gzip file, whatever its name, is decompressed as it is read.
+
+    Args:
+        unzip: whether the format is read from its start to its end; otherwise gzip is refused.
 
     Raises:
-        DataError: it cannot be read, is not a regular file (a pipe or a device has no end), or is compressed.
+        DataError: it cannot be read, is not a regular file (a pipe or a device has no end), or is compressed otherwise.
     """
     try:
         # non-blocking: opening a pipe without a writer would hang
@@ -53,29 +66,67 @@ def opened(path: Path, field: str) -> BinaryIO:
     head = stream.read(6)
     stream.seek(0)
     kind = next((name for start, name in _COMPRESSED.items() if head.startswith(start)), None)
+    if kind == "gzip" and unzip:
+        return cast(BinaryIO, _Unzipped(stream, path, field))
     if kind is not None:
         stream.close()
         fix = "Decompress it first, for example with `gunzip`."
-        raise DataError(field, f"{path}, compressed with {kind}", "an uncompressed table", fix)
+        expected = "an uncompressed table" + ", or one in gzip" * unzip
+        raise DataError(field, f"{path}, compressed with {kind}", expected, fix)
     return stream
+
+
+class _Unzipped(gzip.GzipFile):
+    """The contents of a gzip file, of which a little is in memory at a time; damage is a DataError."""
+
+    def __init__(self, stream: BinaryIO, path: Path, field: str) -> None:
+        self._stream, self._path, self._field, self._lines = stream, path, field, 0
+        super().__init__(fileobj=stream, mode="rb")
+
+    def readline(self, size: int | None = -1) -> bytes:
+        with self._damage():
+            line = super().readline(size)
+        self._lines += line.endswith(b"\n")
+        return line
+
+    def read(self, size: int | None = -1) -> bytes:
+        with self._damage():
+            return super().read(size)
+
+    def peek(self, n: int) -> bytes:
+        with self._damage():
+            return super().peek(n)
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError, zlib.error) as error:  # cut off, another file behind it, changed bytes
+            got = f"{self._path}: after line {self._lines} of its contents: {error}"
+            fix = "Compress it again, or fetch it again where it came from."
+            raise DataError(self._field, got, "a complete gzip file", fix) from error
 
 
 def lines(stream: BinaryIO) -> Iterator[Line]:
     """Yield the lines of `stream`, one in memory at a time, without a byte-order mark at the start."""
-    number = offset = 0
+    number = end = 0
     while raw := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
-        first, size = offset, len(raw)
+        first, end = end, end + len(raw)
         if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
             while (more := stream.readline(MAX_ROW_BYTES)) and not more.endswith(b"\n"):
-                size += len(more)
-            yield Line(number, raw[:200], first, f"a line of {size + len(more)} bytes")
+                end += len(more)
+            end += len(more)
+            yield Line(number, raw[:200], first, f"a line of {end - first} bytes")
         elif number == 1 and raw.startswith(_MARK):
             if raw != _MARK:
                 yield Line(number, raw.removeprefix(_MARK), first + len(_MARK))
         else:
             yield Line(number, raw, first)
-        offset = stream.tell()
 
 
 def too_long(where: str, got: str, field: str) -> DataError:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from apportion.config import RewardConfig
-from apportion.data import labelled_splits
+from apportion.data import Layout, labelled_splits
 from apportion.errors import ConfigError, DataError
 from apportion.models.loading import context_of, load_settings, locate, read_tokenizer
+from apportion.models.text.labelled import chat_renderer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import labels, machine, prompts, tokens
 from apportion.stages.doctor.findings import Result, ok
@@ -29,7 +30,10 @@ def open_data(case: Case) -> Result:
     """The labelled texts can be read, and both labels are common in training and held-out texts."""
     bad = bad_row_counter(case.config)
     config = case.config
-    case.training, case.held_out = labelled_splits(config.data, config.test_data, config.test_texts, bad)
+    render = None if case.tokenizer is None else chat_renderer(lambda: case.tokenizer)
+    case.training, case.held_out = labelled_splits(
+        config.data, config.test_data, config.test_texts, bad, layout=Layout.of(config), render=render
+    )
     return with_bad_rows(labels.balance(case), bad)
 
 
@@ -38,6 +42,8 @@ CHECKS: tuple[Check, ...] = (
     check("model", open_model, opens=True),
     check("pad token", tokens.pad_token, "model"),
     check("labels", open_data, error=DataError, opens=True),
+    check("text tokens", labels.text_ids, "model", "labels", error=DataError),
+    check("beginning of text", labels.beginning, "model", "labels", error=DataError),
     check("vocabulary", labels.vocabulary, "model", "labels"),
     check("repeated texts", labels.repeated, "labels", error=DataError),
     check("held-out texts", prompts.reward_data, "labels", error=DataError),

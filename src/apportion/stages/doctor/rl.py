@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from apportion.config import RewardConfig, RLConfig
-from apportion.data import BUILTIN_DATA, labelled, labelled_splits
+from apportion.data import BUILTIN_DATA, Layout, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
 from apportion.generation.prompts import conversations, encoded, load_prompts
 from apportion.models.loading import NO_CODE, context_of, load_settings, locate, read_tokenizer
+from apportion.models.text.labelled import chat_renderer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
 from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, fail, ok, warn
@@ -91,7 +92,13 @@ def load_reward_data(case: Case) -> None:
         if not isinstance(stored, dict) or "excerpts" not in stored:  # another stage, or no run folder
             return
         config = stored_reward_config(stored)
-        case.training, case.held_out = labelled_splits(config.data, config.test_data, config.test_texts)
+        case.training, case.held_out = labelled_splits(
+            config.data,
+            config.test_data,
+            config.test_texts,
+            layout=Layout.of(config),
+            render=chat_renderer(lambda: case.reward_tokenizer),
+        )
     except (ApportionError, yaml.YAMLError, OSError, ValueError, TypeError) as error:  # the data may have moved
         case.notes["reward_data"] = (str(error).splitlines() or [type(error).__name__])[0]
     case.labelled = case.labelled or case.held_out
@@ -201,12 +208,15 @@ def check_rl(
 
     Raises:
         DataError: `eval_prompts` or `labels` cannot be read.
+        ModelError: `labels` are conversations, and the reward model's tokenizer cannot be read.
     """
     case = Case(config, threads=threads)
     if eval_prompts is not None:
         case.evaluation = load_prompts(eval_prompts, "evaluate_test")
     if labels is not None:
-        case.labelled = labelled(labels, field="--labels")
+        name = config.reward_model
+        render = chat_renderer(lambda: read_tokenizer("reward_model", locate("reward_model", name)))
+        case.labelled = labelled(labels, field="--labels", render=render)
     return run_checks(case, [one for one in CHECKS if not (fast and one.loads)], on_check)
 
 

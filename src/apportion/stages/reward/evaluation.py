@@ -10,32 +10,41 @@ import torch
 from torch import Tensor
 
 from apportion.config import RewardConfig
+from apportion.data import Labelled
 from apportion.intervals import calibration, mean_interval, proportion
 from apportion.models.reward import RewardModel, load_reward
-from apportion.stages.reward.excerpts import Excerpt, random_excerpts, right_pad, tokenized
+from apportion.models.text.bos import added_bos, special_around
+from apportion.models.text.labelled import token_rows
+from apportion.stages.reward.excerpts import Excerpt, TokenRows, first_tokens, flat, random_cuts, right_pad
+from apportion.stages.reward.losses import both_orders, decisions
 from apportion.system.progress import counted
 
 LENGTHS = (10, 20, 40, 80)  # tokens of the held-out excerpts that accuracy is also reported for
-BY_LENGTH = 500  # texts for each of them
+BY_LENGTH = 500  # texts or pairs for each of them
 
 
-def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[str, Any]:
-    """Return accuracy with its interval, by clip length too, calibration, and mean and sd of R, on held-out texts."""
+def evaluate(folder: Path, rows: Sequence[Labelled], config: RewardConfig) -> dict[str, Any]:
+    """Return accuracy with its interval, by excerpt length too, calibration, and mean and sd of R, on held-out texts.
+
+    Of preference pairs, accuracy is how often the chosen excerpt has the higher R, and calibration that of the
+    probability of it; mean and sd are those of R on the texts of both kinds.
+    """
     loading: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "fast_kernels": config.fast_kernels}
     reward = load_reward(str(folder), **loading, field="model")
-    ids, labels = token_ids(rows, reward.tokenizer, config)
-    excerpts = random_excerpts(ids, labels, len(rows), config.excerpt_tokens, config.seed + 1)
-    scores, truth = scored(reward, excerpts), [c.label for c in excerpts]
-    probabilities = torch.sigmoid(scores).tolist()
-    bins, error = calibration(probabilities, truth)
+    tokens = token_ids(rows, reward.tokenizer, config)
+    count = len(rows) // 2 if tokens.paired else len(rows)
+    excerpts = random_cuts(tokens, count, config.excerpt_tokens, config.seed + 1)
+    scores = scored(reward, flat(excerpts))
+    margins, truth = decisions(scores, excerpts)
+    doubled, classes = both_orders(margins, truth, tokens.paired)
+    bins, error = calibration(torch.sigmoid(doubled).tolist(), classes)
     by_length = {}
     for length in LENGTHS:
-        if length > config.excerpt_tokens[1]:
-            continue
-        cut = [Excerpt(row[:length], label) for row, label in zip(ids[:BY_LENGTH], labels[:BY_LENGTH], strict=True)]
-        by_length[str(length)] = accuracy(scored(reward, cut), [c.label for c in cut])
+        if length <= config.excerpt_tokens[1]:
+            cut = first_tokens(tokens, BY_LENGTH, length)
+            by_length[str(length)] = accuracy(*decisions(scored(reward, flat(cut)), cut))
     return {
-        "accuracy": accuracy(scores, truth),
+        "accuracy": accuracy(margins, truth),
         "by_length": by_length,
         "calibration": bins,
         "ece": error,
@@ -44,7 +53,7 @@ def evaluate(folder: Path, rows: Sequence[Any], config: RewardConfig) -> dict[st
         "score_interval": mean_interval(scores.tolist()),
         "texts": len(rows),
         "excerpt_tokens": list(config.excerpt_tokens),
-    }
+    } | ({"pairs": count} if tokens.paired else {})
 
 
 def scored(reward: RewardModel, excerpts: Sequence[Excerpt], batch_size: int = 32) -> Tensor:
@@ -66,7 +75,12 @@ def accuracy(scores: Tensor, labels: Sequence[int]) -> dict[str, float]:
     return proportion(hits, len(labels))
 
 
-def token_ids(rows: Sequence[Any], tokenizer: Any, config: RewardConfig) -> tuple[list[list[int]], list[int]]:
-    """Return (ids of each row's text as far as an excerpt needs them, labels)."""
-    texts = [row.text for row in rows]
-    return tokenized(texts, tokenizer, config.excerpt_tokens[1]), [row.label for row in rows]
+def token_ids(rows: Sequence[Labelled], tokenizer: Any, config: RewardConfig) -> TokenRows:
+    """Return the ids of each row's text as far as an excerpt needs them, without a BOS that every excerpt gets."""
+    ids, prompts = token_rows(rows, tokenizer, config.excerpt_tokens[1])
+    around, bos = special_around(tokenizer), added_bos(tokenizer)
+    special = [([], []) if row.rendered else around for row in rows]
+    for i, row in enumerate(rows):
+        if bos and not row.rendered and ids[i][:1] == [tokenizer.bos_token_id]:
+            ids[i], prompts[i] = ids[i][1:], max(0, prompts[i] - 1)
+    return TokenRows(ids, [row.label for row in rows], prompts, special, bool(rows) and rows[0].paired)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from apportion.config import RewardConfig
-from apportion.data import labelled_splits
+from apportion.data import Labelled, Layout, labelled_splits
 from apportion.data.bad_rows import leaving_out
-from apportion.errors import ConfigError
+from apportion.errors import ConfigError, DataError
 from apportion.models.loading import (
     context_of,
     load_classifier,
@@ -21,11 +22,14 @@ from apportion.models.loading import (
 )
 from apportion.models.lora import add_adapter
 from apportion.models.saving import head_config
+from apportion.models.text.bos import added_bos
+from apportion.models.text.labelled import chat_renderer
 from apportion.models.text.render import check_embeddings
 from apportion.stages.reward.evaluation import token_ids
-from apportion.stages.reward.excerpts import Excerpt, random_excerpts
+from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, TokenRows, flat, random_cuts
 from apportion.stages.reward.probe import probe_head
 from apportion.training import rng
+from apportion.training.monitoring import warn
 from apportion.training.run_folder import RunFolder, require_space
 
 HEADS = ("score", "classifier")
@@ -35,10 +39,11 @@ class Inputs(NamedTuple):
     """Excerpts to train on and rows to evaluate on.
 
     Attributes:
-        excerpts: to train on. tokenizer, folder: of the model it starts from. test_rows: held-out rows.
+        excerpts: to train on, single ones or pairs. test_rows: held-out rows.
+        tokenizer, folder: of the model it starts from.
     """
 
-    excerpts: list[Excerpt]
+    excerpts: list[Excerpt] | list[ExcerptPair]
     tokenizer: Any
     folder: str
     test_rows: list[Any]
@@ -47,29 +52,72 @@ class Inputs(NamedTuple):
 def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     """Return (model, inputs). Cheap checks come before the model."""
     with leaving_out(run.path, config.skip_bad_rows) as bad:
-        train_rows, test_rows = labelled_splits(config.data, config.test_data, config.test_texts, bad)
+        train_rows, test_rows = labelled_splits(
+            config.data,
+            config.test_data,
+            config.test_texts,
+            bad,
+            layout=Layout.of(config),
+            render=chat_renderer(lambda: tokenizer_of(config)),
+        )
     require_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
-    tokenizer = load_tokenizer("model", folder, config.pad_token)
+    tokenizer = tokenizer_of(config)
     context = context_of(folder, "model")
     if config.excerpt_tokens[1] > context:
         expected = f"at most the model's context of {context} tokens"
         raise ConfigError("excerpt_tokens", config.excerpt_tokens, expected, "Lower the second number.")
-    excerpts = random_excerpts(
-        *token_ids(train_rows, tokenizer, config), config.excerpts, config.excerpt_tokens, config.seed
-    )
+    tokens = token_ids(train_rows, tokenizer, config)
+    check_room(train_rows, tokens, config.excerpt_tokens[1], context)
+    if any(row.prompt or row.paired for row in test_rows):
+        check_room(test_rows, token_ids(test_rows, tokenizer, config), config.excerpt_tokens[1], context)
+    excerpts = random_cuts(tokens, config.excerpts, config.excerpt_tokens, config.seed)
+    warn_special([*train_rows, *test_rows], flat(excerpts), tokenizer)
     rng.seed(config.seed)
     return classifier(config, folder, tokenizer, device, excerpts), Inputs(excerpts, tokenizer, folder, test_rows)
 
 
-def classifier(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device, excerpts: list[Excerpt]) -> Any:
+def tokenizer_of(config: RewardConfig) -> Any:
+    """Return the tokenizer of the model to train, with its pad token. Raises ModelError."""
+    return load_tokenizer("model", locate("model", config.model), config.pad_token)
+
+
+def check_room(rows: Sequence[Labelled], tokens: TokenRows, longest: int, context: int) -> None:
+    """Raise DataError for a text whose prompt and special tokens leave no room for `longest` tokens in the context."""
+    for row, prompt, around in zip(rows, tokens.prompts, tokens.around, strict=True):
+        most = context - longest - sum(map(len, around))
+        if prompt > most:
+            got = f"{prompt} tokens before the answer, and {sum(map(len, around))} special ones: {row.text[:40]!r}…"
+            expected = f"at most {most}: the context of {context} holds an excerpt of {longest} as well"
+            raise DataError("data", got, expected, "Shorten or drop it, or lower the second number of excerpt_tokens.")
+
+
+def warn_special(rows: Sequence[Labelled], excerpts: Sequence[Excerpt], tokenizer: Any) -> None:
+    """Warn of texts that begin with the BOS which the tokenizer writes by itself, and of pad tokens in excerpts."""
+    bos = added_bos(tokenizer)
+    count = sum(row.text.startswith(bos) for row in rows) if bos else 0
+    if count:
+        warn(f"{count} of {len(rows)} texts begin with BOS {bos!r}, which the tokenizer adds: it is written once.")
+    pads = sum(tokenizer.pad_token_id in excerpt.ids for excerpt in excerpts)
+    if pads:
+        pad = tokenizer.pad_token
+        warn(f"{pads} of {len(excerpts)} excerpts hold the pad token {pad!r}; where it comes last, it is not scored.")
+
+
+def classifier(
+    config: RewardConfig,
+    folder: str,
+    tokenizer: Any,
+    device: torch.device,
+    excerpts: Sequence[Excerpt | ExcerptPair],
+) -> Any:
     """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32."""
     lora = config.lora.rank > 0
     dtype = pick_dtype(config.dtype, device) if lora else torch.float32
     model: Any = load_classifier("model", folder, dtype, device, new_head=2, fast_kernels=config.fast_kernels)
-    check_embeddings("model", model, tokenizer, (excerpt.ids for excerpt in excerpts))
+    check_embeddings("model", model, tokenizer, (excerpt.ids for excerpt in flat(excerpts)))
     model.config.update(head_config(tokenizer))
-    use_fastest_attention(model, device, config.excerpt_tokens[1])
+    use_fastest_attention(model, device, max(config.excerpt_tokens[1], *(len(one.ids) for one in excerpts)))
     head = next(name for name, _ in model.named_children() if name in HEADS)
     if config.probe_excerpts:
         probe_head(model, model.get_submodule(head), excerpts[: config.probe_excerpts], tokenizer.pad_token_id)

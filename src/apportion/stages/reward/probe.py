@@ -13,23 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apportion.stages.reward.excerpts import Excerpt, right_pad
+from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, flat, right_pad
 from apportion.system.progress import counted
 
 PENALTY = 1e-3  # scikit-learn's C on standardised features: strong, features outnumber what short excerpts can tell
 BATCH = 32
 
 
-def probe_head(model: Any, head: Any, excerpts: Sequence[Excerpt], pad: int) -> float:
+def probe_head(model: Any, head: Any, excerpts: Sequence[Excerpt | ExcerptPair], pad: int) -> float:
     """Set the 2-row `head` of classifier `model` to ±w/2 of a logistic regression on the features of `excerpts`.
+
+    Of pairs, the features are the differences chosen − rejected (label 1) and their negatives (label 0): the
+    regression is then the Bradley–Terry model of the frozen base.
 
     Returns:
         The share of `excerpts` that the probe itself judges right.
     """
     from sklearn.linear_model import LogisticRegression
 
-    features = pooled_features(model, head, excerpts, pad).numpy()
-    labels = np.array([excerpt.label for excerpt in excerpts])
+    singles = flat(excerpts)
+    features = pooled_features(model, head, singles, pad).numpy()
+    labels = np.array([excerpt.label for excerpt in singles])
+    if excerpts and isinstance(excerpts[0], ExcerptPair):
+        half = features[: len(excerpts)] - features[len(excerpts) :]
+        features = np.concatenate([half, -half])
     if len(set(labels.tolist())) < 2:
         return 0.0
     scale = features.std(axis=0) + 1e-6

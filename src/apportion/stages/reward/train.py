@@ -1,12 +1,13 @@
 """The reward model: a 2-class classifier on excerpts of labelled texts, R = logit(positive) − logit(negative).
 
 As in Chan et al. 2024 (arXiv 2402.00782) for IMDb; unlike them it trains on excerpts of random length, so that it
-can score the short responses that a policy generates.
+can score the short responses that a policy generates. From preference pairs it learns R by the Bradley–Terry loss.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from apportion.models.loading import pick_device, pick_dtype
 from apportion.models.reward import STATISTICS
 from apportion.models.saving import model_card, save_classifier
 from apportion.stages.reward.evaluation import evaluate
-from apportion.stages.reward.excerpts import Excerpt, right_pad, shuffled_batches
+from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, flat, right_pad, shuffled_batches
 from apportion.stages.reward.inputs import Inputs, prepare
 from apportion.stages.reward.learner import RewardLearner
+from apportion.stages.reward.losses import summed_loss
 from apportion.training.monitoring import warn
 from apportion.training.optimizer import learning_rate, zero_with_grad
 from apportion.training.run_folder import RunFolder
 from apportion.training.session import ProgressCallback, TrainingSession, saved_bytes, training_session
+
+Batch = Sequence[Excerpt | ExcerptPair]
 
 
 def train(
@@ -100,7 +104,10 @@ def check_shares(config: RewardConfig) -> None:
 
 def _save(learner: RewardLearner, config: RewardConfig, given: Inputs, folder: Path) -> None:
     """Write the model to `folder`."""
-    card = model_card("Reward model", "reward-model", "R = logit(positive) − logit(negative).", to_dict(config))
+    text = "R = logit(positive) − logit(negative)."
+    if isinstance(given.excerpts[0], ExcerptPair):
+        text += " Trained on preference pairs by the Bradley–Terry loss, which only differences of R have a part in."
+    card = model_card("Reward model", "reward-model", text, to_dict(config))
     save_classifier(learner.model, given.tokenizer, given.folder, folder, card, lora=config.lora.rank > 0)
 
 
@@ -116,7 +123,7 @@ def _evaluate(
 
 
 def train_batch(
-    learner: RewardLearner, batch: list[Excerpt], config: RewardConfig, pad: int, step: int, steps: int
+    learner: RewardLearner, batch: Batch, config: RewardConfig, pad: int, step: int, steps: int
 ) -> dict[str, float]:
     """Take one optimizer step on a batch and return its metrics; a step that is not finite is skipped and counted."""
     optimizer, weights, nonfinite = learner.optimizer, learner.weights, learner.nonfinite
@@ -140,21 +147,22 @@ def train_batch(
     return metrics | {"lr": optimizer.param_groups[0]["lr"], "monitors/skipped_updates": float(skipped)}
 
 
-def _accumulate(learner: RewardLearner, batch: list[Excerpt], micro: int, pad: int) -> dict[str, Tensor]:
-    """Add the gradient of this process's share of one batch, a few excerpts at a time, and return its part of the mean
-    loss in nats and of the share of excerpts judged right."""
+def _accumulate(learner: RewardLearner, batch: Batch, micro: int, pad: int) -> dict[str, Tensor]:
+    """Add the gradient of this process's share of one batch, a few excerpts or pairs at a time, and return its part of
+    the mean loss in nats and of the share of them judged right."""
     model, everyone = learner.model, torch.arange(len(batch))
     device = next(model.parameters()).device
     total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
     mine = collectives.shard(everyone)
     for part, counts in learner.weights.pad_micro_batches([*mine.split(micro)] if len(mine) else [], everyone[:1]):
-        ids, mask, labels = (t.to(device) for t in right_pad([batch[i] for i in part.tolist()], pad))
+        chosen = [batch[i] for i in part.tolist()]
+        ids, mask, labels = (t.to(device) for t in right_pad(flat(chosen), pad))
         logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
         if not counts:
             zero_with_grad(logits).backward()
             continue
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(batch)
+        loss, right = (one / len(batch) for one in summed_loss(logits, labels, chosen))
         loss.backward()
         total += loss.detach()
-        hits += (logits.argmax(dim=1) == labels).sum() / len(batch)
+        hits += right
     return {"loss/reward": total, "accuracy": hits}
