@@ -83,6 +83,10 @@ def test_the_running_mean_and_the_start_by_hand() -> None:
         ("length", {"objective__length": [20.0] * 5 + [100.0] * 3}, [7, 8]),
         ("length", {"objective__length": [20.0] * 5 + [59.0] * 30}, []),
         ("length", {"objective__length": [30.0] * 5 + [1.0] * 4}, [8, 9]),
+        # beyond ±0.5 in the running mean once the start is over: 0.6 0.6 0.6 0.6 0.6, then 0.6, 0.33, 0.15
+        ("length_bias", {"advantage__end_token_length_corr": [0.6] * 6 + [-0.2] * 2}, [6]),
+        ("length_bias", {"advantage__end_token_length_corr": [0.0] * 5 + [-0.7] * 5}, [9, 10]),
+        ("length_bias", {"advantage__end_token_length_corr": [0.49, -0.9, 0.8, -0.4, 0.9, 0.49, 0.5, 0.5]}, []),
         # a tenth of the start's spread; nine tenths of the scores at the clip
         ("reward", {"objective__scores_std": [1.0] * 5 + [0.0] * 6}, [11]),
         ("reward", {"objective__scores_std": [0.0] * 6}, [6]),
