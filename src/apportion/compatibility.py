@@ -218,7 +218,7 @@ class Run:
 
     @property
     def cannot_bootstrap(self) -> str | None:
-        """The credit whose pay for a cut response no value after the cut completes, with the reason; None without one."""
+        """The credit whose pay for a cut response no value after the cut completes, and why; None without one."""
         reason = credit.bootstrap_conflict(self.method.credit)
         if reason is None:
             return None
@@ -280,18 +280,18 @@ SETTINGS: tuple[Refusal[Run], ...] = (
         "Choose one of them: the critic's value after a cut would count that score again.",
     ),
     Refusal(
-        lambda r: r.config.ppo.truncated == "bootstrap" and r.cannot_bootstrap is not None,
-        "ppo.truncated",
-        lambda r: "bootstrap",
-        lambda r: f"terminal, mask or penalty with {r.cannot_bootstrap}",
-        "Choose one of them, or --credit sparse: what this credit would have paid before the cut is in no critic's value.",
-    ),
-    Refusal(
         lambda r: r.config.ppo.truncated != "terminal" and r.config.sampling.stop == "length",
         "ppo.truncated",
         lambda r: r.config.ppo.truncated,
         "terminal: with sampling.stop length no response ever ends by itself",
         "Use sampling.stop: eos, where it tells responses apart.",
+    ),
+    Refusal(
+        lambda r: r.config.ppo.truncated == "bootstrap" and r.cannot_bootstrap is not None,
+        "ppo.truncated",
+        lambda r: "bootstrap",
+        lambda r: f"terminal, mask or penalty with {r.cannot_bootstrap}",
+        "Choose one of them, or --credit sparse: what this credit would have paid before a cut is in no critic's value.",
     ),
     Refusal(
         lambda r: bool(r.raising) and not r.has_penalty,

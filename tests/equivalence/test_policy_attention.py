@@ -4,7 +4,6 @@ and responses with holes."""
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny_runs

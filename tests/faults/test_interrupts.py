@@ -1,4 +1,4 @@
-"""What a command says after Ctrl-C: what running it again will do, with checkpoints and without."""
+"""The message after Ctrl-C: whether the same command resumes, by command."""
 
 from __future__ import annotations
 

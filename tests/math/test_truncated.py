@@ -1,4 +1,4 @@
-"""What a response that was cut off is worth: exact on enumerable problems, and every credit × truncated × estimator."""
+"""The worth of responses that were cut off: exact on enumerable problems, and every credit × truncated × estimator."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def world() -> World:
 
 
 def cut_off(made: World, rewards: Tensor) -> tuple[Rollouts, Tensor]:
-    """Return (a row for each prefix of CUT tokens that goes on, with its exact value, what it is worth in expectation).
+    """Return (a row for each prefix of CUT tokens that continues, with its exact value, what it is worth in expectation).
 
     `rewards` (N,T) are those of the whole responses. The values before the cut are 0, so that returns are totals.
     """
@@ -99,7 +99,9 @@ def test_a_credit_that_pays_tokens_by_what_follows_is_refused(name: str) -> None
         made = made._replace(rollouts=made.rollouts.with_evidence(process_rewards=made.rollouts.evidence["later"]))
     rewards, _ = credit.apply(method, made.rollouts)
     cut, expected = cut_off(made, rewards)
-    with pytest.raises(ConfigError, match=r"credit: got 'one that pays tokens before a cut by .* 4 responses that were"):
+    with pytest.raises(
+        ConfigError, match=r"credit: got 'one that pays tokens before a cut by .* 4 responses that were"
+    ):
         credit.apply(method, cut)
     placed = torch.zeros(cut.mask.shape)
     off = (total(method.assign(cut, placed, method.init())[0], cut) - expected).abs().max()
@@ -155,10 +157,14 @@ MODES = ("terminal", "penalty", "mask", "bootstrap")
 SPREADS = {name for name in CREDITS if name.split("(")[0] in REFUSED} | {"process(step)"}
 
 
-def run_of(chain: list[Any], mode: str, estimator: Any) -> tuple[RLConfig, Method]:
+def run_of(chain: list[Any], mode: str, estimator: Any) -> tuple[RLConfig, Method] | ConfigError:
+    """Return the settings of a run and its method, or the error that refuses them."""
     config = RLConfig(reward_model="unused", algorithm="ppo", credit=chain, advantages=estimator, compare=[])
     config.sampling.stop, config.ppo.truncated, config.ppo.truncation_penalty = "eos", mode, -3.0
-    return config, build_method(config)
+    try:
+        return config, build_method(config)
+    except ConfigError as error:
+        return error
 
 
 def batch_of(method: Method, seed: int) -> Rollouts:
@@ -176,20 +182,18 @@ def batch_of(method: Method, seed: int) -> Rollouts:
 @pytest.mark.parametrize(("name", "mode"), list(itertools.product(CREDITS, MODES)))
 def test_every_credit_and_estimator_pays_a_cut_row_as_documented_or_is_refused(name: str, mode: str) -> None:
     for number, estimator in enumerate(ESTIMATORS):
-        has_critic = number == 0
-        try:
-            config, method = run_of(CREDITS[name], mode, estimator)
-        except ConfigError as error:
+        has_critic, built = number == 0, run_of(CREDITS[name], mode, estimator)
+        if isinstance(built, ConfigError):
             if mode != "bootstrap":
-                assert error.field in ("credit", "advantages"), error  # an estimator that loses where rewards land
+                assert built.field in ("credit", "advantages"), built  # an estimator that loses where rewards land
             elif has_critic:
-                assert name in SPREADS and error.field == "ppo.truncated", error
                 first = CREDITS[name][0]
-                assert f"with {first if isinstance(first, str) else next(iter(first))}, which pays" in str(error)
+                refused = f"with {first if isinstance(first, str) else next(iter(first))}, which pays"
+                assert name in SPREADS and built.field == "ppo.truncated" and refused in str(built), built
             continue
         assert mode != "bootstrap" or (has_critic and name not in SPREADS), (name, estimator)
         for seed in range(3):
-            check_cut_rows(config, method, batch_of(method, seed), mode)
+            check_cut_rows(*built, batch_of(built[1], seed), mode)
 
 
 def check_cut_rows(config: RLConfig, method: Method, plain: Rollouts, mode: str) -> None:
@@ -213,5 +217,5 @@ def check_cut_rows(config: RLConfig, method: Method, plain: Rollouts, mode: str)
         follows = torch.where(cut, plain.evidence["bootstrap_values"], 0.0) if mode == "bootstrap" else 0.0
         returns = estimated.returns.gather(1, plain.mask.int().argmax(dim=1)[:, None])[:, 0]
         torch.testing.assert_close(returns, sums + follows, rtol=1e-5, atol=1e-5)
-    learned = make_targets(estimated, parts, resolved, config.ppo).policy_mask.any(dim=1)
-    assert torch.equal(learned, plain.ended if mode == "mask" else plain.mask.any(dim=1))
+    counted = make_targets(estimated, parts, resolved, config.ppo).policy_mask.any(dim=1)
+    assert torch.equal(counted, plain.ended if mode == "mask" else plain.mask.any(dim=1))

@@ -136,8 +136,8 @@ def apply(credit: Credit, rollouts: Rollouts, state: State | None = None) -> tup
     """Return (rewards (B,T) float32, state): `credit` of the scores (B,), placed on each row's last token.
 
     Raises:
-        ConfigError: rows were cut off, evidence "bootstrap_values" stands for what would have followed, and `credit` pays
-            their tokens by it too (every credit that spreads or moves the score; see `bootstrap_conflict`).
+        ConfigError: rows were cut off, evidence "bootstrap_values" stands for what would have followed, and `credit`
+            pays their tokens by that too (every credit that spreads or moves the score; see `bootstrap_conflict`).
         DataError: the rollouts have no scores.
         ScoreError: a score is not finite; it names the rollout and is never replaced by a number.
     """
@@ -169,9 +169,9 @@ def _check_bootstrap(credit: Credit, rollouts: Rollouts) -> None:
     reason = bootstrap_conflict(credit)
     count = 0 if reason is None else int(rollouts.bootstrapped.sum())
     if count:
-        got = f"one that {reason}, with evidence 'bootstrap_values' and {count} responses that were cut off"
+        got = f"one that {reason}, with evidence bootstrap_values and {count} responses that were cut off"
         fix = "Use sparse, or treat a cut response as terminal, mask or penalty (ppo.truncated)."
-        raise ConfigError("credit", got, "a credit that pays a token the same however the response goes on", fix)
+        raise ConfigError("credit", got, "a credit that pays a token the same however the response continues", fix)
 
 
 def make(name: str, kwargs: dict[str, Any]) -> Credit:

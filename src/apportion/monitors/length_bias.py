@@ -11,9 +11,9 @@ def length_bias(*, most: float = 0.5) -> Monitor:
     """Return a monitor on advantage/end_token_length_corr, the correlation over a batch's ended responses of the end
     token's advantage with the response's length: its running mean beyond ±`most`, after the run's start.
 
-    Of n responses whose advantage does not depend on the length it is 1/√(n−1) off by chance: 0.30 for the least n = 12,
-    and 0.13 in the running mean, of which `most` is almost four times. Inactive where no response ends by itself
-    (`sampling.stop: length`) and in batches with fewer ended ones.
+    Of n responses whose advantage does not depend on the length it is 1/√(n−1) off by chance: 0.30 for the least
+    n = 12, and 0.13 in the running mean, of which `most` is almost four times. Inactive where no response ends by
+    itself (`sampling.stop: length`) and in batches with fewer ended ones.
     """
     key, end = "advantage/end_token_length_corr", "advantage/end_token"
 
@@ -31,8 +31,8 @@ def length_bias(*, most: float = 0.5) -> Monitor:
         check,
         f"within ±{most:g} in the running mean: where to end should not be paid by how long the response is",
         "a credit that is not causal (uniform, attention, policy_attention, attribution, shapley), which pays earlier "
-        "tokens by later ones and leaves the end token the rest; a score that depends on length; a critic that does not "
-        "know it yet",
-        "Compare the credits with `apportion diagnose`, use a causal one (sparse, prefix_difference) or a smaller mix, or "
-        "take the choice away with sampling.stop: length",
+        "tokens by later ones and leaves the end token the rest; a score that depends on length; a critic that does "
+        "not know it yet",
+        "Compare the credits with `apportion diagnose`, use a causal one (sparse, prefix_difference) or a smaller mix, "
+        "or take the choice away with sampling.stop: length",
     )

@@ -180,11 +180,10 @@ def _heat_maps(runs: Sequence[RunData]) -> tuple[str, list[dict[str, Any]]]:
 
 
 END_TOKEN = (
-    "End token and length: near 0 where the choice to end is judged by the score alone. Beyond \u00b10.5 for long, ending is "
-    "paid or punished by the length of the response, as a credit that is not causal does (uniform, attention); the means "
-    "by position, advantage/quarter_1 to quarter_4, show the slope that goes with it."
+    "End token and length: near 0 where the choice to end is judged by the score alone. Beyond \u00b10.5 for long, "
+    "ending is paid or punished by the length of the response, as a credit that is not causal does (uniform, attention); the "
+    "means by position, advantage/quarter_1 to quarter_4, show the slope that goes with it."
 )
-
 METHOD = {
     "Reward and judge": "Means over the evaluation prompts, continued by the policy before training and by the policy "
     "after it. The policy was trained on the reward, so the reward can rise without better text; the judge, which was "
@@ -195,9 +194,9 @@ METHOD = {
     "under the policy before training. A falling distinct-2 with a rising reward is a sign of repetition.",
     "Intervals": "95% intervals of the evaluation. They cover the choice of evaluation prompts in one run, not "
     "the difference between training seeds.",
-    "Advantages by position": "Means over the tokens of a batch that the update counts, of the advantages that it uses: the "
-    "first token, each quarter of a response, and the end token of responses that ended by themselves, whose correlation "
-    "with the length is given for batches with at least 12 of them.",
+    "Advantages by position": "Means over the tokens of a batch that the update counts, of the advantages it uses: "
+    "the first token, each quarter of a response, and the end token of responses that ended by themselves, whose "
+    "correlation with the length is given for batches with at least 12 of them.",
     "Learning curves": "All numbers of metrics.jsonl. The running mean is centred, over fewer points towards both "
     "ends. Of more than 2,000 steps, evenly spaced ones are plotted.",
     "Heat maps": "Credit is the reward on each token after redistribution and before the KL penalty; reward is "
@@ -207,13 +206,7 @@ METHOD = {
     "and symmetric around zero; the ends of each scale are printed. For credit they are at least four times an even "
     "share, so that an even spread is pale. " + CAUTION,
 }
-REWARD_END_TOKEN = (
-    "End token and length: near 0 where the choice to end is judged by the score alone. Beyond \u00b10.5 for long, ending is "
-    "paid or punished by the length of the response, as a credit that is not causal does (uniform, attention); the means "
-    "by position, advantage/quarter_1 to quarter_4, show the slope that goes with it."
-)
-
-METHOD = {
+REWARD_METHOD = {
     "Reward model": "Accuracy is the share of held-out excerpts whose label is the sign of the score. Confidence is "
     "the sigmoid of the score, the probability of a positive label; the calibration error is the mean difference "
     "between it and the share of positive labels over bins, weighted by their counts, which the marker areas show.",
