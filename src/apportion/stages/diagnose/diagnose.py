@@ -26,7 +26,8 @@ from apportion.generation.prompts import conversations, load_prompts, tokenize
 from apportion.masking import last_index
 from apportion.models.loading import context_of, load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids, response_logits
-from apportion.models.reward import load_reward
+from apportion.models.reward import check_width, load_reward
+from apportion.models.text.render import embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.diagnose import gradients
 from apportion.stages.diagnose.candidates import Candidate, candidates
@@ -104,9 +105,11 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tup
     model: Any = load_causal("policy", folder, pick_dtype(config.dtype, device), device)
     banned = banned_ids(tokenizer, config.sampling.stop)
     policy = Policy(model, tokenizer, banned, reference=model, temperature=config.sampling.temperature)
-    policy_text = PolicyText(tokenizer, conversations(texts, prompts, config.sampling))
+    turns = conversations(texts, prompts, config.sampling)
+    policy_text = PolicyText(tokenizer, turns, cuts=config.sampling.stop == "eos")
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
-    reward = load_reward(judge, **settings, policy=policy_text)
+    reward = load_reward(judge, **settings, policy=policy_text, positive=config.positive_label)
+    check_width("reward_model", reward, tokenizer, embedding_count(model))
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
     return Models(policy, reward, segment, config.sampling, generator), prompts
