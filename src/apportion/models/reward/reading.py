@@ -60,7 +60,8 @@ def read_model(model: Any, field: str = "reward_model") -> Reading:
         ModelError: it cannot score a few tokens at all.
     """
     try:
-        return _read(model)
+        with torch.enable_grad():
+            return _read(model)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -118,7 +119,7 @@ def _watched(model: Any, ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     if head is not None:
         handles.append(head.register_forward_hook(keep_scores))
     try:
-        with torch.enable_grad(), _learning(model), pad_set_to(model, _unused(model, ids)):
+        with _learning(model), pad_set_to(model, _unused(model, ids)):
             logits = model(**inputs_of(model, ids, torch.ones_like(ids, dtype=torch.bool))).logits
     finally:
         for handle in handles:

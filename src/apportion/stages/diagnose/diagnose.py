@@ -57,9 +57,15 @@ class Block(NamedTuple):
 
 
 def diagnose(
-    config: DiagnoseConfig, *, fresh: bool = False, on_progress: ProgressCallback = lambda done, count: None
+    config: DiagnoseConfig,
+    *,
+    fresh: bool = False,
+    on_progress: ProgressCallback = lambda done, count: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compare the methods, write diagnosis.json into the run folder, and return its content.
+
+    `warn` is called with what the user should know of the reward model, a line each.
 
     Raises:
         ConfigError, ModelError, DataError, ScoreError: each names the fix.
@@ -71,6 +77,8 @@ def diagnose(
         return run.read("diagnosis.json")
     with run.record_failure():
         models, prompts = open_models(config, methods)
+        for line in models.reward.notes:
+            warn(f"warning: reward model: {line}.")
         needs = frozenset[str]().union(*(m.needs for m in methods.values()))
         blocks: list[Block] = []
         sums: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in methods}

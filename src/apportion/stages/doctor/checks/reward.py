@@ -119,16 +119,16 @@ def attention(case: Case) -> Result:
     if not reads_attention(case):
         return skip("no credit of this run uses it")
     reward = case.reward
-    try:
-        check_attention(reward)
-    except ModelError as error:
-        if needs_attention(case):
-            raise
-        return skip(f"it is only logged, and left out: {error.got}")
     ids, mask = inputs(case)
     if not reward.reading.batched:
         ids, mask = ids[:1][mask[:1]][None], mask[:1][mask[:1]][None]
-    _, row, positions = reward.score(ids, mask, attention=True)
+    try:
+        check_attention(reward)
+        _, row, positions = reward.score(ids, mask, attention=True)
+    except ModelError as error:
+        if needs_attention(case):
+            raise
+        return skip(f"it is only logged, and left out: {error.field}: {error.got}")
     assert row is not None
     with eager(reward.model) as supported:
         full = full_attention(reward, ids, mask) if supported else None
