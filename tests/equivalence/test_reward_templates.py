@@ -93,8 +93,8 @@ def test_what_a_template_trims_gets_nothing(world: Path, template: str, response
     ("{% for m in messages %}{{ m.role }}{% endfor %}", "one that renders a response 0 times"),
     ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "renders a response 2 times"),
     ("{{ raise_exception('no such role') }}", "no such role"),
-    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "renders a response 0 times"),
-    ("{% for m in messages %}{{ m.content | replace('short', 'SHORT') }}{% endfor %}", "one that changes a plain answer"),
+    ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", "renders a response 0 times"),
+    ("{% for m in messages %}{{ m.content | replace('short', 'S') }}{% endfor %}", "one that changes a plain answer"),
     ("{% if '<think>' in messages[-1].content %}{{ messages[-1].content.split('</think>')[0] }}{% endif %}"
      "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", "moves an answer's <think> part out"),
 ])  # fmt: skip
@@ -197,7 +197,9 @@ def test_a_template_of_its_own_is_read_although_the_words_are_the_policys(world:
         read = [*ids, *response, tiny_runs.EOS]
         if own:
             answered = [*turns, {"role": "assistant", "content": " I rented it"}]
-            read = tokenizer(tokenizer.apply_chat_template(answered, tokenize=False), add_special_tokens=False)["input_ids"]
+            read = tokenizer(tokenizer.apply_chat_template(answered, tokenize=False), add_special_tokens=False)[
+                "input_ids"
+            ]
         with torch.no_grad():
             logits = reward.model(torch.tensor([read])).logits[0]
         found = reward_evidence(reward, batch, frozenset({"scores"}))["scores"]

@@ -15,7 +15,13 @@ import pytest
 import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, ModernBertConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+)
 
 from apportion.cli.main import main
 
@@ -191,7 +197,9 @@ def test_a_pooled_score_is_given_without_attention(
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     got = found(capsys, "--model", tmp_path, "--text", TEXT, "--method", "[sparse, prefix_difference]")
-    assert got["kept_mass"] is None and sum(got["methods"]["prefix_difference"]) == pytest.approx(got["score"], abs=1e-5)
+    assert got["kept_mass"] is None and sum(got["methods"]["prefix_difference"]) == pytest.approx(
+        got["score"], abs=1e-5
+    )
     for flags in ([], ["--method", "sparse"]):
         assert main(["credit", "--model", str(tmp_path), "--text", TEXT, *flags]) == (0 if flags else 2)
         message = capsys.readouterr().err

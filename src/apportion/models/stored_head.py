@@ -19,10 +19,10 @@ HEADS = (
     "logits_proj.weight",
 )
 WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-GOOD = frozenset(
-    "positive pos good great chosen preferred accepted acceptable helpful correct right true yes better like liked "
-    "harmless pass passed approved".split()
-)
+GOOD = frozenset({
+    "accepted", "acceptable", "approved", "better", "chosen", "correct", "good", "great", "harmless", "helpful", "like",
+    "liked", "pass", "passed", "pos", "positive", "preferred", "right", "true", "yes",
+})  # fmt: skip
 GENERIC = re.compile(r"(?:label|class)?[ _-]?([01])")  # LABEL_0 and LABEL_1, the names of a model that has none
 CONVENTION = (
     "its labels have no names ({names}): the score is the logit of {positive} minus the other's, as binary classifiers "
@@ -66,7 +66,7 @@ def stored_rows(folder: str) -> int | None:
     try:
         for file in weight_files(folder):
             with safe_open(file, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118: no mapping
+                for key in weights.keys():  # noqa: SIM118
                     if head_name(key) in HEADS:
                         return int(weights.get_slice(key).get_shape()[0])
     except (SafetensorError, OSError, ValueError, LookupError, TypeError):

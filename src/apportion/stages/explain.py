@@ -93,7 +93,7 @@ def apportion_text(
 def _scored(
     reward: RewardModel, rollouts: Rollouts, needs: frozenset[str], text: str, warn: Callable[[str], None]
 ) -> Rollouts:
-    """Return the rollout with its score and the evidence of `needs`, and of the attention on it where it can be read."""
+    """Return the rollout with its score and the evidence of `needs`, and the attention on it where it can be read."""
     policy = Policy(None, reward.tokenizer, [])  # only its tokenizer is used
     produce = partial(score, Models(policy, reward), rollouts, config=ScoreConfig(), always=frozenset({"scores"}))
     try:

@@ -64,7 +64,9 @@ def load_reward(
     own = templated and not foreign and not renders_alike(policy, tokenizer)  # type: ignore[arg-type]
     if foreign or own:
         check_tokenizer(field, tokenizer)
-    changes = check_template(field, tokenizer, policy) if policy is not None and templated and (foreign or own) else None
+    changes = None
+    if policy is not None and templated and (foreign or own):
+        changes = check_template(field, tokenizer, policy)
     settings = load_settings(field, folder)
     count = stored_labels(field, folder)
     names = settings.id2label if settings.num_labels == count else None

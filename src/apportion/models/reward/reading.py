@@ -1,4 +1,4 @@
-"""How a classifier reads a text, found out by running it on a few tokens: causality, the position of its score, padding.
+"""How a classifier reads a text, found out by running it on a few tokens: causality, where its score is read, padding.
 
 No attribute of a model says reliably whether it is a decoder, which position its score is read at, or whether a padded
 row scores as the row alone. Two forwards of a few tokens do.
@@ -103,7 +103,7 @@ def _tried_rows(model: Any, tokens: list[int], pad: int | None) -> Tensor:
 
 
 def _watched(model: Any, ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (logits, last hidden states (n,K,d) or None, the head's own output or None) of one forward, with a graph."""
+    """Return (logits, last states (n,K,d) or None, the head's own output or None) of one forward, with a graph."""
     seen: dict[str, Any] = {}
 
     def keep_states(module: nn.Module, args: Any, output: Any) -> None:
@@ -154,7 +154,7 @@ def _place(places: list[list[int]] | None, length: int, causal: bool) -> str:
 
 @torch.no_grad()
 def _reads_padded(model: Any, rows: Tensor, alone: Tensor, causal: bool, position_ids: bool) -> bool:
-    """Whether the text rows[0] scores as `alone` (labels,) when it is padded: on the right, and a decoder on the left."""
+    """Whether the text rows[0] scores as `alone` (labels,) when padded: on the right, and a decoder on the left too."""
     text, length = rows[0].tolist(), rows.shape[1]
     fill = fill_id(model, rows, torch.ones_like(rows, dtype=torch.bool)) or 0
     padded, real = [text + [fill] * PADS], [[True] * length + [False] * PADS]

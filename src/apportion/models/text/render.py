@@ -11,6 +11,7 @@ from apportion.errors import ModelError
 from apportion.models.text.template import answer
 from apportion.models.text.token_spans import PolicyText, Span
 
+
 class RenderedText(NamedTuple):
     """A rollout as text: prompt and response, and the spans of the policy's response tokens in it."""
 

@@ -17,7 +17,10 @@ Turns = Sequence[Mapping[str, Any]]
 # it cannot be found at a shifted offset together with adjacent characters
 MARK = "RESPONSE{}"
 PLAIN = "It is short, and that is all."
-THINKING = "<think>\nHow long is it?\n</think>\n\nIt is short, and that is all."
+THINKING = (  # the second where the prompt ends with the opening tag
+    "<think>\nHow long is it?\n</think>\n\nIt is short, and that is all.",
+    "How long is it?</think> It is short, and that is all.",
+)
 CHANGES = (
     "its chat template changes answers with <think>: they are scored in its own rendering, and credit follows the text "
     "that both have"
@@ -64,7 +67,9 @@ def answer(tokenizer: Any, turns: Turns, response: str, row: int = 0) -> Answer:
     before, after = marked.split(mark)
     text = _rendered(tokenizer, turns, response)
     if not text.startswith(before):  # such as an empty <think> part, where the response has its own
-        before = next((one for one in _openings(tokenizer, turns) if before.startswith(one) and text.startswith(one)), before)
+        before = next(
+            (one for one in _openings(tokenizer, turns) if before.startswith(one) and text.startswith(one)), before
+        )
     length = len(text) - len(before) - len(after)
     if length < 0 or not (text.startswith(before) and text.endswith(after)):
         expected = "a response that the reward model's chat template renders in its place"
@@ -128,20 +133,21 @@ def _rendered(tokenizer: Any, turns: Turns, response: str) -> str:
 
 
 def check_template(field: str, tokenizer: Any, policy: PolicyText) -> str | None:
-    """Return a note where the tokenizer's chat template changes answers with thoughts; tried before anything is sampled.
+    """Return a note where the tokenizer's chat template changes answers with thoughts; tried before sampling.
 
     One conversation of each order of roles is rendered, with a plain answer and with one that thinks first.
 
     Raises:
         ModelError: it renders no such conversation, changes a plain answer, or moves thoughts out of the answer.
     """
-    note = None
+    note: str | None = None
     for turns in one_of_each(policy.conversations.values()):
         if answer(tokenizer, turns, PLAIN).shown != PLAIN:
             fix = "Give prompts as text, or fix the template: credit could not be traced to the policy's tokens."
             raise ModelError(f"{field}'s chat template", "one that changes a plain answer", "one that keeps it", fix)
         try:
-            note = note or (CHANGES if answer(tokenizer, turns, THINKING).shown != THINKING else None)
+            if any(answer(tokenizer, turns, thinking).shown != thinking for thinking in THINKING):
+                note = CHANGES
         except ScoreError as error:
             got = "one that moves an answer's <think> part out of the answer"
             fix = "Give prompts as text, or use a template that keeps thoughts in their answer."

@@ -18,7 +18,7 @@ from apportion.models.loading import NO_CODE, context_of, load_settings, locate,
 from apportion.models.stored_head import positive_label
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
-from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, fail, ok, warn
+from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, ok, warn
 from apportion.stages.method import build_method, comparisons
 from apportion.system import safe_yaml
 
@@ -77,7 +77,9 @@ def open_reward(case: Case) -> Result:
     load_reward_data(case)
     message = f"{case.config.reward_model}: {case.reward_settings.model_type}, {count} labels"
     if convention is not None and not case.labelled:  # else the order of its scores decides
-        return warn(f"{message}; {convention}", "Or pass labelled texts with --labels to check the order of its scores.")
+        return warn(
+            f"{message}; {convention}", "Or pass labelled texts with --labels to check the order of its scores."
+        )
     return ok(message)
 
 

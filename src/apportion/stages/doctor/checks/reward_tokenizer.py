@@ -29,7 +29,9 @@ def tokenizer(case: Case) -> Result:
     if result.level == FAIL:
         return result
     changes = check_template("reward_model", own, policy) if by_text and templated else None
-    told = ok("") if changes is None else warn(changes, "Look at the first scores of a run, or use a template without it.")
+    told = (
+        ok("") if changes is None else warn(changes, "Look at the first scores of a run, or use a template without it.")
+    )
     return combine(result, template(case), told)
 
 
