@@ -128,7 +128,7 @@ EMPTY = (
 def test_thoughts_that_a_template_moves_are_scored_as_it_renders_them(
     world: Path, tmp_path: Path, template: str, shown: str
 ) -> None:
-    """As Qwen 3's does; credit goes to the characters that both have, and the user is told at load."""
+    """As Qwen 3's does; credit goes to the characters that both have, and a note at load names it."""
     shutil.copytree(world / "chat", tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
     tokenizer.chat_template = template
@@ -147,8 +147,8 @@ def test_thoughts_that_a_template_moves_are_scored_as_it_renders_them(
     response = tiny_runs.alone(batch, 0)[1]
     spans = policy_text().decode_response(prompt, response).spans
     for (a, b), (first, end) in zip(spans, theirs.target[0].tolist(), strict=False):
-        said = "so it is</think> good. "[a:b]
-        assert text[first:end].strip() in (said.strip(), "") and (said.strip() == "" or end > first)
+        own = "so it is</think> good. "[a:b]
+        assert text[first:end].strip() in (own.strip(), "") and (own.strip() == "" or end > first)
 
 
 @pytest.mark.parametrize(("response", "shown", "places"), [

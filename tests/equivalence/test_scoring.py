@@ -192,11 +192,12 @@ def counted() -> Iterator[dict[str, Counter[str]]]:
     begun: list[bool] = []
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("use_cache") and not begun:  # loading tries both models out on a few tokens
-            begun.append(True)
-            seen.clear()
         if type(module).__name__ in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
             use = what(module, kwargs)
+            if use == "generation" and not begun:  # loading tries both models out on a few tokens
+                begun.append(True)
+                seen.clear()
+                seen["rows"]["trunk"] += len(kwargs["input_ids"])  # of this forward, counted just before
             seen["rows"][use] += len(kwargs["input_ids"])
             seen["forwards"][use] += 1
             seen["tokens"][use] += int(kwargs["attention_mask"].sum()) if use != "generation" else 0

@@ -1,4 +1,4 @@
-"""What a reward model cannot give: refused before anything is sampled where the method needs it, else left out."""
+"""Evidence that a reward model cannot give: refused before anything is sampled if it is needed, else left out."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def prefix_evidence(
     """Return the needed ones of prefix_scores (B,T), after token t, 0 off the mask, and prompt_score (B,).
 
     Args:
-        captured: the head's outputs of the forward that scored the rollouts; empty for a model that reads text, or
+        captured: the head's outputs of the forward that scored the rollouts; empty for a model that scores text, or
             that does not score every prefix on the way (`Reading.token_scores`): every prefix is then a row of its
             own, as `prefix_rows` counts.
 
@@ -76,7 +76,7 @@ def prefix_evidence(
 
 
 def scores_tokens(reward: RewardModel, ids: Tensor, mask: Tensor) -> bool:
-    """Whether one forward of ids and mask, both (B,K), scores every prefix of a model that reads ids."""
+    """Whether one forward of ids and mask, both (B,K), scores every prefix of a model that scores ids."""
     return reward.reading.token_scores and not reward.suffix and not reward.reads_alone(ids, mask)
 
 

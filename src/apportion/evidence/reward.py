@@ -72,7 +72,7 @@ def check_attention(reward: RewardModel) -> None:
     if reward.reading.place == "pooled":
         got = f"{type(reward.model).__name__}, whose score is pooled over positions"
         fix = "Use a credit that needs no attention, such as uniform, sparse or prefix_difference, with this model."
-        raise ModelError("reward_attention", got, "a reward model that reads its score at one position", fix)
+        raise ModelError("reward_attention", got, "a score that is read at one position", fix)
 
 
 def sharing(reward: RewardModel, rollouts: Rollouts, specs: list[AttentionSpec]) -> Shared | None:

@@ -55,7 +55,7 @@ def translate(reward: RewardModel, rollouts: Rollouts) -> Translation:
 
 
 def with_suffix(reward: RewardModel, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """Return (ids, mask), both (B,P+T+S): prompt, response and the `suffix` of a model that reads ids."""
+    """Return (ids, mask), both (B,P+T+S): prompt, response and the `suffix` of a model that scores ids."""
     ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
     if not reward.suffix:

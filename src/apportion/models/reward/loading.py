@@ -104,7 +104,7 @@ def same_vocabulary(policy: Any, own: Any) -> bool:
 
 
 def check_width(field: str, reward: RewardModel, policy: Any, count: int) -> None:
-    """Raise ModelError for a model that reads the policy's ids and has no embedding for one that may occur.
+    """Raise ModelError for a model that scores the policy's ids and has no embedding for one that may occur.
 
     Args:
         policy: the policy's tokenizer; count: the number of ids that the policy itself has an embedding for.

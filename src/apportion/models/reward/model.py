@@ -29,7 +29,7 @@ class RewardModel:
         model: the classifier; tokenizer: its own.
         positive: index of the positive label when there are two.
         mean, sd: of R on the held-out set it was evaluated on; None when they are not stored beside the weights.
-        text: decodes the policy's ids for a model that reads text; None where the model uses the policy's ids.
+        text: decodes the policy's ids for a model that scores text; None where the model uses the policy's ids.
         suffix: ids that follow every text that is read as ids (special tokens of its tokenizer), for `credit`.
         notes: what its user should know, one sentence each.
     """
@@ -46,7 +46,7 @@ class RewardModel:
 
     @property
     def reading(self) -> Reading:
-        """How the model reads a batch, tried out once. Raises ModelError for one that scores no text."""
+        """How a batch is read, tried out once. Raises ModelError for one that scores no text."""
         if self._reading is None:
             self._reading = read_model(self.model)
         return self._reading

@@ -56,7 +56,7 @@ def answer(tokenizer: Any, turns: Turns, response: str, row: int = 0) -> Answer:
 
     Raises:
         ModelError: the template cannot render the conversation, or does not render a response exactly once.
-        ScoreError: a response changes the text around its place, so that it cannot be told from the prompt.
+        ScoreError: a response changes the text around its place, so that it cannot be separated from the prompt.
     """
     mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(turn) for turn in turns))
     marked = _rendered(tokenizer, turns, mark)

@@ -1,4 +1,4 @@
-"""What the loaded models can give: attention is tried on one short text before anything is sampled."""
+"""Attention that the loaded models can give, tried on one short text before anything is sampled."""
 
 from __future__ import annotations
 

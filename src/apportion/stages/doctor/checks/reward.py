@@ -61,7 +61,7 @@ def head(case: Case) -> Result:
 
 
 def described(reading: Reading) -> str:
-    """Return in words how a model reads a text."""
+    """Return in words how a text is read."""
     kind = "decoder" if reading.causal else "encoder"
     places = {"first": "read at the first token", "last": "read at the last token", "pooled": "pooled over positions"}
     alone = "" if reading.batched else ", one row at a time: its score depends on padding"

@@ -29,10 +29,10 @@ def tokenizer(case: Case) -> Result:
     if result.level == FAIL:
         return result
     changes = check_template("reward_model", own, policy) if by_text and templated else None
-    told = (
+    changed = (
         ok("") if changes is None else warn(changes, "Look at the first scores of a run, or use a template without it.")
     )
-    return combine(result, template(case), told)
+    return combine(result, template(case), changed)
 
 
 def policy_text(case: Case) -> PolicyText:
