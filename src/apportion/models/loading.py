@@ -358,13 +358,14 @@ def load_classifier(
     return prepared(model.to(device).eval(), fast_kernels)
 
 
-def stored_labels(field: str, folder: str) -> int:
-    """Return the number of labels, 1 or 2, that the head stored in `folder` gives.
+def stored_labels(field: str, folder: str, *, download: bool = True) -> int:
+    """Return the number of labels, 1 or 2, that the head stored in `folder` (or hub id) gives.
 
     Raises:
         ModelError: another number, or a classifier of another kind (`models.stored_head`).
     """
-    return label_count(field, folder, base_of(folder), load_settings(field, folder))
+    settings = load_settings(field, folder)  # first: it refuses an adapter that names no base model
+    return label_count(field, folder, base_of(folder), settings, download=download)
 
 
 def context_of(folder: str, field: str = "policy") -> int:

@@ -30,11 +30,12 @@ CONVENTION = (
 )
 
 
-def label_count(field: str, folder: str, base: str, settings: Any) -> int:
+def label_count(field: str, folder: str, base: str, settings: Any, *, download: bool = True) -> int:
     """Return the number of rows of the stored head of the classifier in `folder`, 1 or 2.
 
     Args:
-        base: the model under an adapter, or `folder` itself; a hub id counts by its settings where no file is here.
+        base: the model under an adapter, or `folder` itself.
+        download: whether to fetch the weights of a hub id; one that is not here counts by its settings otherwise.
         settings: the configuration of `base`, whose own number of labels need not be that of the head.
 
     Raises:
@@ -44,8 +45,8 @@ def label_count(field: str, folder: str, base: str, settings: Any) -> int:
     if stored_task(folder) == "TOKEN_CLS" or (base == folder and any("ForTokenClassification" in k for k in kinds)):
         fix = "Use a sequence classifier: one score for a whole text."
         raise ModelError(field, f"{folder}, a classifier of tokens", "a sequence classifier", fix)
-    stored = stored_rows(folder)
-    stored = stored_rows(base) if stored is None and base != folder else stored
+    stored = stored_rows(folder, download)
+    stored = stored_rows(base, download) if stored is None and base != folder else stored
     count = int(settings.num_labels) if stored is None else stored
     if count not in (1, 2):
         fix = "Use a reward model (1 label) or a binary classifier (2 labels)."
@@ -56,15 +57,15 @@ def label_count(field: str, folder: str, base: str, settings: Any) -> int:
     return count
 
 
-def stored_rows(folder: str) -> int | None:
+def stored_rows(folder: str, download: bool = True) -> int | None:
     """Return the number of rows of the head in the weights of `folder`, from the files' headers; None without one.
 
-    `folder` may be a hub id whose files are here. A file that cannot be read is an error where it is loaded.
+    `folder` may be a hub id. A file that cannot be read is an error where it is loaded.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        for file in weight_files(folder):
+        for file in weight_files(folder, download):
             with safe_open(file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118
                     if head_name(key) in HEADS:
@@ -79,7 +80,7 @@ def head_name(key: str) -> str:
     return key.removeprefix("base_model.model.").replace(".modules_to_save.default", "").replace(".modules_to_save", "")
 
 
-def weight_files(folder: str) -> list[Path]:
+def weight_files(folder: str, download: bool = True) -> list[Path]:
     """Return the safetensors files in `folder` that may hold a head: an adapter's own where it holds no whole model."""
     path = Path(folder)
     if path.is_dir():
@@ -89,7 +90,8 @@ def weight_files(folder: str) -> list[Path]:
         return whole or _sharded(path / INDEX) or sorted(path.glob("*.safetensors"))
     from transformers.utils import cached_file
 
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    quiet: dict[str, Any] = {"local_files_only": not download}
+    quiet |= {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     for name in (WHOLE, INDEX):
         found = cached_file(folder, name, **quiet)
         if found is not None and name == WHOLE:

@@ -71,7 +71,7 @@ def open_reward(case: Case) -> Result:
     case.reward_folder = locate("reward_model", case.config.reward_model)
     case.reward_settings = load_settings("reward_model", case.reward_folder)
     case.reward_tokenizer = read_tokenizer("reward_model", case.reward_folder)
-    count = stored_labels("reward_model", case.reward_folder)
+    count = stored_labels("reward_model", case.reward_folder, download=False)
     names = case.reward_settings.id2label if case.reward_settings.num_labels == count else None
     _, convention = positive_label("reward_model", names, count, case.config.positive_label)
     load_reward_data(case)
