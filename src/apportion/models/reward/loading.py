@@ -112,7 +112,8 @@ def check_width(field: str, reward: RewardModel, policy: Any, count: int) -> Non
     if reward.text is not None:
         return
     width = embedding_count(reward.model)
-    used = [i for i in policy.get_vocab().values() if i < count and i != policy.pad_token_id]
+    spare = {policy.pad_token_id} - {policy.eos_token_id}  # never generated
+    used = [i for i in policy.get_vocab().values() if i < count and i not in spare]
     if max(used, default=0) >= width:
         got = f"a model of {width} embeddings, which reads the policy's ids up to {max(used)}"
         fix = "Use a reward model as wide as the policy's tokenizer, or call `resize_token_embeddings` and train it."
