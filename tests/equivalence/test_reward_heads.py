@@ -96,7 +96,9 @@ def test_names_say_which_label_is_good(labels: tuple[str, str], good: int) -> No
                                     ("not good", "not helpful"), ("LABEL_1", "LABEL_2")])  # fmt: skip
 def test_names_that_do_not_say_it_are_asked_about(labels: tuple[str, str]) -> None:
     names = dict(enumerate(labels))
-    with pytest.raises(ModelError, match=rf"labels: got .'{labels[0]}' and '{labels[1]}'.*--positive_label {labels[1]}"):
+    with pytest.raises(
+        ModelError, match=rf"labels: got .'{labels[0]}' and '{labels[1]}'.*--positive_label {labels[1]}"
+    ):
         positive_label("reward_model", names, 2)
     for i, label in enumerate(labels):
         assert positive_label("reward_model", names, 2, label.upper()) == (i, None)
