@@ -42,8 +42,10 @@ def test_attribution_is_the_slope_from_the_pad_embedding(name: str, extra: int) 
     prompts = [[5, 6, 7]] * 3 if name == "bert" else PROMPTS  # encoders take no padding on the left
     batch = tiny_runs.rollouts_of(prompts, RESPONSES, extra=extra)
     seen: list[int] = []
+    reward = RewardModel(model, None)
+    assert reward.reading.batched  # tried out before forwards are counted
     handle = model.register_forward_hook(lambda *_: seen.append(1))
-    found = attribution_evidence(RewardModel(model, None), batch)["reward_attribution"]
+    found = attribution_evidence(reward, batch)["reward_attribution"]
     handle.remove()
     assert len(seen) == PRODUCERS["attribution"].forwards == PRODUCERS["attribution"].backwards == 1
     assert all(p.grad is None for p in model.parameters()), "weights got a gradient"

@@ -26,10 +26,13 @@ from transformers import (
 )
 
 from apportion.config import SamplingConfig
-from apportion.errors import ModelError, ScoreError
+from apportion.errors import ModelError
 from apportion.evidence.reward import reward_evidence
 from apportion.evidence.text_reward import translate
 from apportion.generation.prompts import conversations
+from apportion.models.reward import load_reward
+from apportion.models.text.template import _aligned
+from apportion.models.text.token_spans import PolicyText
 from apportion.models.text.transfer import transfer
 
 
@@ -86,23 +89,121 @@ def test_what_a_template_trims_gets_nothing(world: Path, template: str, response
         assert (value > 0) == (b > skipped and a < skipped + len(shown) and b > a)
 
 
-@pytest.mark.parametrize(("template", "error", "decoded"), [
-    ("{% for m in messages %}{{ m.role }}{% endfor %}", ModelError, "one that renders a response 0 times"),
-    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", ModelError, "renders a response 2 times"),
-    ("{{ raise_exception('no such role') }}", ModelError, "no such role"),
-    ("{% for m in messages %}{{ m.content | replace('film', 'FILM') }}{% endfor %}", ScoreError,
-     "response of rollout 1: got 'a film'; expected a response that the reward model's chat template renders"),
-    ("{% for m in messages %}{{ m.content.split('-')[0] }}{% endfor %}", ScoreError, "rollout 0: got 'a-a-a'"),
+@pytest.mark.parametrize(("template", "decoded"), [
+    ("{% for m in messages %}{{ m.role }}{% endfor %}", "one that renders a response 0 times"),
+    ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "renders a response 2 times"),
+    ("{{ raise_exception('no such role') }}", "no such role"),
+    ("{% for m in messages %}{{ m.content | lower }}{% endfor %}", "renders a response 0 times"),
+    ("{% for m in messages %}{{ m.content | replace('short', 'S') }}{% endfor %}", "one that changes a plain answer"),
+    ("{% if '<think>' in messages[-1].content %}{{ messages[-1].content.split('</think>')[0] }}{% endif %}"
+     "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", "moves an answer's <think> part out"),
 ])  # fmt: skip
-def test_a_response_whose_place_is_not_certain_is_refused(
-    world: Path, template: str, error: type[Exception], decoded: str
+def test_a_template_that_loses_answers_is_refused_before_anything_is_sampled(
+    world: Path, tmp_path: Path, template: str, decoded: str
 ) -> None:
-    reward = judge(world, "chat")
-    reward.tokenizer.chat_template = template
-    batch = batch_of([("hello", "a-a-a" if "split" in template else "a b"), ("hello", "a film")], eos=False)
+    shutil.copytree(world / "chat", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "chat")
+    with pytest.raises(ModelError, match=decoded):
+        judge(tmp_path, "chat", conversations={(5, 6): CHAT})
+
+
+MOVES = (
+    "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' and '</think>' in m.content %}"
+    "<think>{{ m.content.split('</think>')[0].split('<think>')[-1] }}</think>\n\n"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %} #{% endfor %}"
+)
+EMPTY = (
+    "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' %}<think>\n"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1] | trim if '</think>' in m.content }}\n</think>\n\n"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %} #{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "shown"), [
+    (MOVES, "<think>so it is</think>\n\ngood."), (EMPTY, "<think>\nso it is\n</think>\n\ngood."),
+])  # fmt: skip
+def test_thoughts_that_a_template_moves_are_scored_as_it_renders_them(
+    world: Path, tmp_path: Path, template: str, shown: str
+) -> None:
+    """As Qwen 3's does; credit goes to the characters that both have, and a note at load names it."""
+    shutil.copytree(world / "chat", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "chat")
+    batch = batch_of([("hello", "so it is</think> good. ")], eos=False)
     prompt = tuple(tiny_runs.alone(batch, 0)[0])
-    with pytest.raises(error, match=decoded):
-        translate(replace(reward, text=replace(policy_text(), conversations={prompt: CHAT})), batch)
+    turns = [{"role": "user", "content": "Well?"}]
+    reward = judge(tmp_path, "chat", conversations={prompt: turns})
+    assert any("changes answers with <think>" in note for note in reward.notes)
+    found = reward_evidence(reward, batch, BOTH)
+    text = f"[user] Well? #[assistant] {shown} #"
+    ids = reward.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert float(found["scores"]) == pytest.approx(float(reward.model(ids).logits), abs=1e-5)
+    theirs = translate(reward, batch)
+    response = tiny_runs.alone(batch, 0)[1]
+    spans = policy_text().decode_response(prompt, response).spans
+    for (a, b), (first, end) in zip(spans, theirs.target[0].tolist(), strict=False):
+        own = "so it is</think> good. "[a:b]
+        assert text[first:end].strip() in (own.strip(), "") and (own.strip() == "" or end > first)
+
+
+@pytest.mark.parametrize(("response", "shown", "places"), [
+    ("abcdef", "abXXef", [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]),  # in the place of others
+    ("a-a-a", "a", [(0, 1), (1, 1), (1, 1), (1, 1), (1, 1)]),  # the leftmost of several
+    ("xab", "ab!", [(0, 0), (0, 1), (1, 2)]),
+    ("abcd", "abXcd", [(0, 1), (1, 2), (3, 4), (4, 5)]),
+])  # fmt: skip
+def test_characters_keep_their_order_and_stay_inside(response: str, shown: str, places: list[tuple[int, int]]) -> None:
+    starts, ends = _aligned(response, shown)
+    assert list(zip(starts, ends, strict=True)) == places
+
+
+def test_a_response_that_was_cut_off_gets_no_end_of_turn(world: Path) -> None:
+    """Where the policy ends its texts itself; with a fixed length every response is a whole turn."""
+    batch = batch_of([("hello", "a film"), ("hello", "a story")], eos=False)
+    batch = replace(batch, ended=torch.tensor([True, False]))
+    prompt = tuple(tiny_runs.alone(batch, 0)[0])
+    texts = ["[INST] Say: RESPONSE0RESPONSE [/INST] a film #", "[INST] Say: RESPONSE0RESPONSE [/INST] a story"]
+    for cuts in (True, False):
+        reward = judge(world, "chat", conversations={prompt: CHAT}, cuts=cuts)
+        theirs = translate(reward, batch).rollouts
+        for row, text in enumerate(texts):
+            whole = text if row == 0 or cuts else f"{text} #"
+            ids = reward.tokenizer(whole, add_special_tokens=False)["input_ids"]
+            assert theirs.response_ids[row][theirs.mask[row]].tolist() == ids
+
+
+def test_a_template_of_its_own_is_read_although_the_words_are_the_policys(world: Path, tmp_path: Path) -> None:
+    """Its own rendering is what it scores, and it says so; a template that renders the same leaves the ids alone."""
+    turns = [{"role": "user", "content": "A film?"}]
+    policy = tiny.tokenizer()
+    policy.chat_template = "<eos>Today.\n" + CHATML
+    ids = policy.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    response = policy(" I rented it", add_special_tokens=False)["input_ids"]
+    batch = tiny_runs.rollouts_of([ids], [[*response, tiny_runs.EOS]])
+    for template, own in ((CHATML, True), ("<eos>Today.\n" + CHATML + "{# the same #}", False), (None, False)):
+        shutil.copytree(world / "reward", tmp_path / "same", dirs_exist_ok=True)
+        tokenizer = tiny.tokenizer()
+        tokenizer.chat_template = template
+        (tmp_path / "same" / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(tmp_path / "same")
+        text = PolicyText(policy, {tuple(ids): turns})
+        reward = load_reward(str(tmp_path / "same"), device="cpu", policy=text)
+        assert (reward.text is not None) == own == any("chat template of its own" in note for note in reward.notes)
+        read = [*ids, *response, tiny_runs.EOS]
+        if own:
+            answered = [*turns, {"role": "assistant", "content": " I rented it"}]
+            read = tokenizer(tokenizer.apply_chat_template(answered, tokenize=False), add_special_tokens=False)[
+                "input_ids"
+            ]
+        with torch.no_grad():
+            logits = reward.model(torch.tensor([read])).logits[0]
+        found = reward_evidence(reward, batch, frozenset({"scores"}))["scores"]
+        assert float(found) == pytest.approx(float(logits[1] - logits[0]), abs=1e-5)
 
 
 def test_a_conversation_that_is_cut_is_a_text() -> None:

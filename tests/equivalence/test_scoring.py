@@ -189,12 +189,17 @@ def what(module: Any, kwargs: dict[str, Any]) -> str:
 def counted() -> Iterator[dict[str, Counter[str]]]:
     """Count rows fed to each model, by its use, of every forward in this process (a global hook of PyTorch)."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
+    begun: list[bool] = []
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if kwargs.get("input_ids") is not None and kwargs["input_ids"].shape == (1, 2):
             return  # loading tries the output layer out on two tokens
         if type(module).__name__ in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
             use = what(module, kwargs)
+            if use == "generation" and not begun:  # loading tries both models out on a few tokens
+                begun.append(True)
+                seen.clear()
+                seen["rows"]["trunk"] += len(kwargs["input_ids"])  # of this forward, counted just before
             seen["rows"][use] += len(kwargs["input_ids"])
             seen["forwards"][use] += 1
             seen["tokens"][use] += int(kwargs["attention_mask"].sum()) if use != "generation" else 0

@@ -41,7 +41,6 @@ def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
         ("policy", "no-tokenizer", ["policy: got", "with a tokenizer", "save it again"]),
         ("policy", "no-pad", ["policy's tokenizer: got \"pad None, eos '<eos>'\"", "distinct from EOS", "--pad_token"]),
         ("policy", "pad-is-eos", ["policy's tokenizer: got \"pad '<eos>'", "distinct from EOS", "--pad_token"]),
-        ("reward_model", "reward-pad-is-eos", ["reward_model's tokenizer: got \"pad '<eos>'", "--pad_token"]),
         ("policy", "missing-layer", ["missing-layer without ['model.layers.1.mlp.up_proj", "would be random"]),
         ("reward_model", "truncated", ["reward_model: got", "file not fully covered", "save it again"]),
         ("reward_model", "three-labels", ["three-labels with 3 labels", "1 or 2 labels", "binary classifier"]),
@@ -86,6 +85,10 @@ def test_generation_settings_that_cannot_be_are_named(
 def test_an_encoder_is_a_reward_model(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
     """With the policy's vocabulary too: its score is not read at the last token, so it reads the text."""
     model_command("rl", *rl_flags, "--reward_model", broken / "encoder").assert_done()
+
+
+def test_a_reward_model_may_pad_with_eos(model_command: Command, broken: Path, rl_flags: list[str]) -> None:
+    model_command("rl", *rl_flags, "--reward_model", broken / "reward-pad-is-eos").assert_done()
 
 
 def test_a_causal_model_is_no_reward_model(model_command: Command, world: Path, rl_flags: list[str]) -> None:

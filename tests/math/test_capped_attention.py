@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion import credit
+from apportion.registry import EvidenceKey
 
 
 def water_fill(weights: list[float], cap: float) -> list[float]:
@@ -96,13 +97,12 @@ def test_floor_one_is_uniform_and_zero_mass_stays_uniform():
     torch.testing.assert_close(shares([0.0] * 4, floor=0.5, cap=0.5), torch.full((4,), 0.25))
 
 
-def test_exclude_self_keeps_the_only_token_and_handles_mass_on_the_last_alone():
-    one = helpers.rollouts(helpers.bools([[0, 1, 0]]), ["reward_attention"])
+def test_exclude_self_is_a_reading_of_its_own():
+    """The producer leaves the reader's column out; where that leaves nothing the row is uniform, and counted."""
+    name = EvidenceKey("reward_attention", exclude_self=True)
     method = credit.attention(exclude_self=True)
-    assert method.share(one).tolist() == [[0, 1, 0]]
-    assert method.stats(one, one.logprobs, one.logprobs)["credit/fallback_rate"][0] == 0, "it keeps its own mass"
-    # only the excluded token has mass: uniform, counted
-    mass = {"reward_attention": torch.tensor([[0.0, 0, 7]])}
-    last = helpers.rollouts(helpers.bools([[1, 1, 1]]), mass, **mass)
+    assert method.needs == {name}
+    mask = helpers.bools([[1, 1, 1]])
+    last = helpers.rollouts(mask, [name], **{name: torch.tensor([[0.0, 0, 0]])})
     torch.testing.assert_close(method.share(last), torch.full((1, 3), 1 / 3))
     assert method.stats(last, last.logprobs, last.logprobs)["credit/fallback_rate"][0] == 1

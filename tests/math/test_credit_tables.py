@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apportion import credit
 from apportion.errors import ApportionError, ConfigError, DataError, ScoreError
+from apportion.registry import EvidenceKey
 
 MASK = helpers.bools([[1, 1, 1, 1], [1, 0, 1, 1]])
 SCORES = torch.tensor([2.0, -1.0])
@@ -19,11 +20,13 @@ SCORES = torch.tensor([2.0, -1.0])
 ATTENTION = torch.tensor([[1.0, 2, 3, 4], [1, 9, 1, 2]])
 LOGPROBS = torch.tensor([[-1.0, -2, -3, -4], [-1, -9, -1, -1]])
 REFERENCE = torch.tensor([[-1.0, -3, -2, -4], [-2, 0, -1, -0.5]])  # log-ratios 0 1 −1 0 and 1 · 0 −.5
-NAMES = ("reward_attention", "policy_attention_mean", "policy_attention_last", "reference_logprobs")
+WITHOUT_SELF = EvidenceKey("reward_attention", exclude_self=True)
+NAMES = ("reward_attention", WITHOUT_SELF, "policy_attention_mean", "policy_attention_last", "reference_logprobs")
 
 
 def example(**changed: Tensor):
     given = dict.fromkeys(NAMES, ATTENTION) | {"reference_logprobs": REFERENCE, "logprobs": LOGPROBS, "scores": SCORES}
+    given[WITHOUT_SELF] = ATTENTION * torch.tensor([1.0, 1, 1, 0])  # as the producer leaves the last column out
     return helpers.rollouts(MASK, NAMES, **(given | changed))
 
 
@@ -57,7 +60,7 @@ TABLE = [
     ),
     # row 0: .4 and .3 at .3, the other .4 as 1:2. Row 1: three tokens cannot stay under .3, so a third each
     ("cap .3", credit.attention(mix=1.0, cap=0.3), [[0.8 / 3, 1.6 / 3, 0.6, 0.6], [-1 / 3, 0, -1 / 3, -1 / 3]]),
-    # the last token's 4 (row 1: its 2) is left out: 1 2 3 of 6; 1 · 1 of 2
+    # the reader's own 4 (row 1: its 2) is left out of the evidence: 1 2 3 of 6; 1 · 1 of 2
     ("exclude self", credit.attention(mix=1.0, exclude_self=True), [[1 / 3, 2 / 3, 1, 0], [-0.5, 0, -0.5, 0]]),
     ("policy mean", credit.policy_attention(), [[0.16, 0.32, 0.48, 1.04], [-0.2, 0, -0.2, -0.6]]),
     ("policy last", credit.policy_attention(view="last", mix=1.0), [[0.2, 0.4, 0.6, 0.8], [-0.25, 0, -0.25, -0.5]]),

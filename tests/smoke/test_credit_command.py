@@ -15,7 +15,13 @@ import pytest
 import tiny
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+)
 
 from apportion.cli.main import main
 
@@ -34,7 +40,8 @@ def bert_tokenizer() -> PreTrainedTokenizerFast:
 def save_bert(folder: Path) -> Path:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(3)
-    config = BertConfig(vocab_size=420, pad_token_id=0, initializer_range=0.3, num_labels=2, **sizes)
+    names = {"id2label": {0: "negative", 1: "positive"}}
+    config = BertConfig(vocab_size=420, pad_token_id=0, initializer_range=0.3, **names, **sizes)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     bert_tokenizer().save_pretrained(folder)
     return folder
@@ -46,6 +53,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_reward(folder / "decoder")
     tiny.save_reward(folder / "one-label", labels=1)
     save_bert(folder / "encoder")
+    appending = tiny.tokenizer()
+    appending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    appending.save_pretrained(tiny.save_reward(folder / "appending", seed=4, labels=1))
     return folder
 
 
@@ -65,7 +75,8 @@ def by_hand(folder: Path, text: str, prompt: str) -> tuple[float, list[float]]:
     tokens = AutoTokenizer.from_pretrained(folder)
     before, after = (tokens(t, add_special_tokens=False)["input_ids"] if t else [] for t in (prompt, text))
     encoder = tokens.cls_token_id is not None
-    ids = [tokens.cls_token_id, *before, *after, tokens.sep_token_id] if encoder else [*before, *after]
+    ends = [1] if "appending" in str(folder) else []
+    ids = [tokens.cls_token_id, *before, *after, tokens.sep_token_id] if encoder else [*before, *after, *ends]
     first = len(before) + (1 if encoder else 0)
     out = model(torch.tensor([ids]), output_attentions=True)
     rows = [out.attentions[-1][0, h, 0 if encoder else -1] for h in range(4)]
@@ -143,11 +154,71 @@ def test_methods_that_read_more_than_attention(world: Path, capsys: pytest.Captu
     assert got["methods"]["prefix_difference"] == pytest.approx(moves, abs=1e-4)
 
 
-def test_an_encoder_gives_attention_alone(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["credit", "--model", str(world / "encoder"), "--text", TEXT, "--method", "attribution"]
-    assert main(flags) == 2
-    message = capsys.readouterr().err
-    assert "--method: got 'reward_attribution'" in message and "Use a decoder, or attention" in message
+LISTS = ("[sparse]", "[sparse, attention]", "[sparse, attention, prefix_difference]", "[sparse, attribution]",
+         "[prefix_difference, {shapley: {spans: 3}}]")  # fmt: skip
+
+
+@pytest.mark.parametrize("methods", LISTS)
+@pytest.mark.parametrize("name", ["encoder", "appending"])
+def test_special_tokens_are_read_by_every_method(
+    world: Path, capsys: pytest.CaptureFixture[str], name: str, methods: str
+) -> None:
+    """[CLS] and [SEP], or an EOS that the tokenizer appends: every list of methods shares out the printed score."""
+    folder = world / name
+    got = found(capsys, "--model", folder, "--text", TEXT, "--prompt", PROMPT, "--method", methods)
+    score, _ = by_hand(folder, TEXT, PROMPT)
+    assert got["score"] == pytest.approx(score, abs=1e-5)
+    for values in got["methods"].values():
+        assert sum(values) == pytest.approx(score, abs=1e-4 * max(1, abs(score)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["encoder", "appending"])
+def test_a_prefix_has_the_special_tokens_of_a_text(world: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    got = found(capsys, "--model", world / name, "--text", TEXT, "--method", "prefix_difference")
+    model = AutoModelForSequenceClassification.from_pretrained(world / name).eval()
+    tokens = AutoTokenizer.from_pretrained(world / name)
+    ids = tokens("a")["input_ids"]
+    start = ids.index(tokens("a", add_special_tokens=False)["input_ids"][0])
+    texts = [[*ids[:start], *got["ids"][:n], *ids[start + 1 :]] for n in range(1, len(got["ids"]) + 1)]
+    logits = [model(torch.tensor([one])).logits[0].tolist() for one in texts]
+    scores = [row[-1] - (row[0] if len(row) == 2 else 0.0) for row in logits]
+    moves = [scores[0], *(b - a for a, b in itertools.pairwise(scores))]
+    assert got["methods"]["prefix_difference"] == pytest.approx(moves, abs=1e-4)
+
+
+def test_a_pooled_score_is_given_without_attention(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Attention is refused by name where a method needs it, and left out with one line where it is only shown."""
+    edges = {"cls_token_id": 2, "sep_token_id": 1, "bos_token_id": 2, "eos_token_id": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModernBertConfig(vocab_size=400, pad_token_id=0, num_labels=1, classifier_pooling="mean", **sizes, **edges)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    got = found(capsys, "--model", tmp_path, "--text", TEXT, "--method", "[sparse, prefix_difference]")
+    assert got["kept_mass"] is None and sum(got["methods"]["prefix_difference"]) == pytest.approx(
+        got["score"], abs=1e-5
+    )
+    for flags in ([], ["--method", "sparse"]):
+        assert main(["credit", "--model", str(tmp_path), "--text", TEXT, *flags]) == (0 if flags else 2)
+        message = capsys.readouterr().err
+        assert "reward_attention" in message and "pooled over positions" in message and "Traceback" not in message
+
+
+def test_labels_without_a_meaning_are_asked_about(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tiny.save_reward(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    for names in (["LABEL_0", "LABEL_1"], ["clean", "toxic"]):
+        settings |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        (folder / "config.json").write_text(json.dumps(settings))
+        code = main(["credit", "--model", str(folder), "--text", TEXT, "--method", "sparse"])
+        message = " ".join(capsys.readouterr().err.split())
+        assert code == (0 if "LABEL_0" in names else 2) and "--positive_label" in message
+    scores = [found(capsys, "--model", folder, "--text", TEXT, "--positive_label", name)["score"] for name in names]
+    assert scores[0] == pytest.approx(-scores[1])
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,9 @@ def save_policy(folder: Path, seed: int = 0) -> Path:
 
 
 def save_reward(folder: Path, seed: int = 1, labels: int = 2) -> Path:
-    """Write a random reward model with 1 or 2 labels to `folder`."""
-    AutoModelForSequenceClassification.from_config(config(seed, num_labels=labels)).save_pretrained(folder)
+    """Write a random reward model with 1 or 2 labels to `folder`; two are named as `apportion reward` names them."""
+    names = {"id2label": {0: "negative", 1: "positive"}} if labels == 2 else {"num_labels": labels}
+    AutoModelForSequenceClassification.from_config(config(seed, **names)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -27,11 +27,12 @@ Score a text with any reward model and show how its score is apportioned over th
   --json     print one JSON object
   --html     also write a page with a method switch, such as --html credit.html
   --device   auto, cpu, cuda    --dtype  auto, float32, bfloat16    --pad_token  a token to pad with
+  --positive_label  the label whose logit raises the score (its name or number), where names do not say which is good
 
 example:
   apportion credit --model runs/demo/reward/final --text "The plot is thin, but the acting is superb."
 """
-OPTIONS = ("model", "text", "prompt", "method", "html", "device", "dtype", "pad_token")
+OPTIONS = ("model", "text", "prompt", "method", "html", "device", "dtype", "pad_token", "positive_label")
 
 
 def run(arguments: list[str]) -> int:
@@ -54,9 +55,11 @@ def run(arguments: list[str]) -> int:
         raise DataError("--text", text, "a text that is not empty", "Write the response to apportion.")
     locate("--model", options["model"])
     settings: dict[str, Any] = {k: options[k] for k in ("device", "dtype", "pad_token") if k in options}
-    reward = load_reward(options["model"], field="--model", **settings)
+    reward = load_reward(options["model"], field="--model", positive=options.get("positive_label"), **settings)
+    for line in reward.notes:
+        note(f"note: {line}.")
     prompt, text = once_bos(reward.tokenizer, options.get("prompt", ""), text)
-    result = apportion_text(reward, prompt, text, methods)
+    result = apportion_text(reward, prompt, text, methods, warn=lambda line: note(f"note: {line}."))
     if "html" in options:
         note(f"wrote {write_html(result, options['model'], Path(options['html']).expanduser())}")
     if as_json:
@@ -92,8 +95,8 @@ def show(result: Any) -> None:
     from apportion.report.style import credit_limit
 
     console = Console(highlight=False, markup=False)
-    mass = f"{result.kept_mass:.0%} of the attention on the text"
-    console.print(f"score {result.score:+.3f}   {len(result.tokens)} tokens   {mass}")
+    mass = "" if result.kept_mass is None else f"   {result.kept_mass:.0%} of the attention on the text"
+    console.print(f"score {result.score:+.3f}   {len(result.tokens)} tokens{mass}")
     for name, values in result.methods.items():
         console.print(f"\n{name}", style="bold")
         console.print(tokens_rich(result.tokens, values, limit=credit_limit(values)))
@@ -106,6 +109,8 @@ def write_html(result: Any, model: str, path: Path) -> Path:
     from apportion.report.document import write_page
     from apportion.report.heatmap import credit_page
 
-    notes = [f"reward model: {model}", f"{result.kept_mass:.0%} of the attention falls on the response"]
+    notes = [f"reward model: {model}"]
+    if result.kept_mass is not None:
+        notes.append(f"{result.kept_mass:.0%} of the attention falls on the response")
     page = credit_page("Where the score falls", result.prompt, result.tokens, result.methods, result.score, notes)
     return write_page(page, path)

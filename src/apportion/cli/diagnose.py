@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apportion.cli.arguments import parse, show
-from apportion.cli.terminal import bar
+from apportion.cli.terminal import bar, note
 from apportion.cli.threads import configure_threads
 from apportion.compatibility import check_diagnosis
 from apportion.config import DiagnoseConfig
@@ -53,7 +53,10 @@ def run(arguments: list[str]) -> int:
 
     with bar("diagnose", parsed.config.count, {}) as progress:
         result = diagnose(
-            parsed.config, fresh=parsed.fresh, on_progress=lambda done, count: progress.on_step(done, count, {})
+            parsed.config,
+            fresh=parsed.fresh,
+            on_progress=lambda done, count: progress.on_step(done, count, {}),
+            warn=note,
         )
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")

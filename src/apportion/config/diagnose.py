@@ -12,6 +12,7 @@ from apportion.config.rules import (
     Device,
     Dtype,
     Fraction,
+    Label,
     Methods,
     Name,
     RewardModelName,
@@ -55,6 +56,8 @@ class DiagnoseConfig(Section):
     """gradients are taken by the last states; wider ones are projected to this many dimensions."""
     pad_token: Word | None = None
     """a token of the tokenizer to pad with, when it has none of its own."""
+    positive_label: Label | None = None
+    """name or number of the reward model's label whose logit raises the score, where names do not say which is good."""
     seed: Seed = 0
     """random seed."""
     device: Device = "auto"

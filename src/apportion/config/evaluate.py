@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apportion.config.rules import Count, Device, Dtype, Name, Seed, Switch
+from apportion.config.rules import Count, Device, Dtype, Label, Name, Seed, Switch
 from apportion.config.section import Section
 
 
@@ -19,6 +19,8 @@ class EvaluateConfig(Section):
     """prompts to sample on, the first ones."""
     judge: Switch = True
     """also ask a judge that never saw the reward model's data (TF-IDF and logistic regression on IMDb)."""
+    positive_label: Label | None = None
+    """name or number of the reward model's label whose logit raises the score, null takes the run's."""
     seed: Seed = 1
     """random seed; the start and the policy are sampled with the same one."""
     device: Device = "auto"

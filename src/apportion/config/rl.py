@@ -14,6 +14,7 @@ from apportion.config.rules import (
     Device,
     Dtype,
     Finite,
+    Label,
     Name,
     Names,
     NotNegative,
@@ -98,6 +99,8 @@ class RLConfig(Section):
     """credit methods whose rewards are logged for comparison, for the report."""
     pad_token: Word | None = None
     """a token of the tokenizer to pad with, when it has none of its own."""
+    positive_label: Label | None = None
+    """name or number of the reward model's label whose logit raises the score, where names do not say which is good."""
     seed: Seed = 0
     """random seed."""
     device: Device = "auto"

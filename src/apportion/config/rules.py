@@ -26,6 +26,10 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads `off` as false
 
 
+def _number(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 # numbers; bool is no number, and a whole number written as 2.0 is none either
 Count = Annotated[int, Field(ge=1, strict=True), Rule("a whole number >= 1")]
 CountOrZero = Annotated[int, Field(ge=0, strict=True), Rule("a whole number >= 0")]
@@ -54,6 +58,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Action = Annotated[Literal["off", "warn", "stop"], BeforeValidator(_off)]
 KLAction = Annotated[Literal["off", "warn", "stop", "raise_kl_coef"], BeforeValidator(_off)]
+
+Label = Annotated[str, BeforeValidator(_number), Field(strict=True, pattern=r"\S"), Rule("a label's name or number")]
 
 # lists and methods
 Interval = Annotated[

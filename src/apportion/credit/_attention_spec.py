@@ -17,21 +17,23 @@ class AttentionSpec(NamedTuple):
     """Layers and heads that are reduced to one attention row, or the rollout over all layers.
 
     Made by `attention_spec`, which validates and normalises: layers are "last", "all" or a tuple of numbers, −1 the
-    last.
+    last. `exclude_self` leaves out the attention of the position that reads the score to itself.
     """
 
     layers: str | tuple[int, ...] = "last"
     heads: str = "mean"
     rollout: bool = False
+    exclude_self: bool = False
 
     @property
     def evidence(self) -> str:
         """The name of this attention of the reward model as evidence; the default has no settings."""
+        settings: dict[str, Any] = {"exclude_self": True} if self.exclude_self else {}
         if self.rollout:
-            return EvidenceKey(REWARD_ATTENTION, rollout=True)
-        if self == AttentionSpec():
-            return REWARD_ATTENTION
-        return EvidenceKey(REWARD_ATTENTION, heads=self.heads, layers=self.layers)
+            settings |= {"rollout": True}
+        elif (self.layers, self.heads) != ("last", "mean"):
+            settings |= {"heads": self.heads, "layers": self.layers}
+        return EvidenceKey(REWARD_ATTENTION, **settings) if settings else REWARD_ATTENTION
 
 
 def check_layers(field: str, layers: Layers) -> str | tuple[int, ...]:
@@ -48,7 +50,11 @@ def check_layers(field: str, layers: Layers) -> str | tuple[int, ...]:
 
 
 def attention_spec(
-    layers: Layers = "last", heads: str = "mean", rollout: bool = False, field: str = "attention"
+    layers: Layers = "last",
+    heads: str = "mean",
+    rollout: bool = False,
+    exclude_self: bool = False,
+    field: str = "attention",
 ) -> AttentionSpec:
     """Return the `AttentionSpec` of these settings.
 
@@ -60,11 +66,12 @@ def attention_spec(
     if heads not in HEADS:
         raise unknown_name(f"{field}.heads", str(heads), HEADS)
     check_flag(f"{field}.rollout", rollout, "Leave it out for the last layer.")
+    check_flag(f"{field}.exclude_self", exclude_self, "Leave it out to keep the whole row.")
     if rollout and (chosen not in ("last", "all") or heads != "mean"):
         got = f"true with layers={layers!r} and heads={heads!r}"
         fix = "Leave layers and heads out, or set rollout to false."
         raise ConfigError(f"{field}.rollout", got, "all layers and the mean of the heads", fix)
-    return AttentionSpec(rollout=True) if rollout else AttentionSpec(chosen, heads)
+    return AttentionSpec(*(("last", "mean") if rollout else (chosen, heads)), rollout, exclude_self)
 
 
 def requested_attention(need: str) -> AttentionSpec:

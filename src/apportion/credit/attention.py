@@ -10,7 +10,7 @@ from torch import Tensor
 from apportion.credit._attention_spec import Layers, attention_spec
 from apportion.credit._redistribute import redistributor
 from apportion.errors import ConfigError, check_fraction
-from apportion.masking import last_index, normalise
+from apportion.masking import normalise
 from apportion.types import Credit, Rollouts
 
 
@@ -35,13 +35,15 @@ def attention(
         floor: part in [0, 1] of the share that is spread uniformly, against attention sinks.
         cap: largest share of one token in (0, 1]; the excess goes to the others in proportion. A row too short for
             the cap (cap·n < 1) becomes uniform.
-        exclude_self: exclude the last token's attention to itself (except in a one-token row).
+        exclude_self: exclude the attention of the position that reads the score to itself, where that is a response
+            token (a decoder's last token; except in a one-token row). An encoder reads it at its first token, [CLS],
+            and nothing is excluded.
         layers: "last" (the paper's), "all", a layer's number (−1 is the last) or several; these are averaged.
         heads: "mean" (the paper's) or "max", the maximum over the heads of each layer.
         rollout: use the attention rollout over all layers instead (Abnar & Zuidema 2020, arXiv 2005.00928). It costs
             about as much as the attention scores of a forward pass, O(T²); one row of a layer costs O(T).
 
-    With other layers or heads, or the rollout, the evidence is "reward_attention" with these settings.
+    With other layers or heads, the rollout or exclude_self, the evidence is "reward_attention" with these settings.
 
     Raises:
         ConfigError: a setting outside its range.
@@ -52,7 +54,7 @@ def attention(
     Assumes: tokens that the reward model attends to earned the score; nothing guarantees it.
     Use it when responses are long, the critic is weak, and `diagnose` shows that its gradient points the true way.
     """
-    name = attention_spec(layers, heads, rollout).evidence
+    name = attention_spec(layers, heads, rollout, exclude_self).evidence
     check_fraction("attention.mix", mix)
     check_fraction("attention.floor", floor, "0 leaves attention as it is, 1 is uniform.")
     if cap is not None and (check_fraction("attention.cap", cap, "Use 0.2 for at most a fifth a token.") == 0.0):
@@ -60,8 +62,6 @@ def attention(
 
     def weights(rollouts: Rollouts) -> Tensor:
         raw = rollouts.token_evidence(name, least=0.0)
-        if exclude_self:
-            raw = without_last(raw, rollouts.mask)
         if floor == 0.0 and cap is None:
             return raw
         share, _ = normalise(raw, rollouts.mask)
@@ -71,12 +71,6 @@ def attention(
         return share * raw.sum(dim=1, keepdim=True)  # so that the metrics still show the mass on the response
 
     return redistributor(weights, mix=mix, needs=frozenset({name}), causal=False)
-
-
-def without_last(weights: Tensor, mask: Tensor) -> Tensor:
-    """Return `weights` (B,T) with each row's last token at 0, except in rows of a single token."""
-    last = torch.nn.functional.one_hot(last_index(mask).clamp_min(0), mask.shape[1]).bool()
-    return torch.where(last & (mask.sum(dim=1, keepdim=True) > 1), 0.0, weights)
 
 
 def capped(share: Tensor, mask: Tensor, cap: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ScoreError
-from apportion.evidence.text_reward import translate
+from apportion.evidence.text_reward import translate, with_suffix
 from apportion.models.reward import RewardModel
 from apportion.types import Rollouts
 
@@ -54,5 +54,4 @@ def _model_inputs(reward: RewardModel, rollouts: Rollouts) -> tuple[Tensor, Tens
     if reward.text is not None:
         translated = translate(reward, rollouts).rollouts
         return translated.response_ids, translated.mask
-    ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
-    return compact(ids, torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1))
+    return compact(*with_suffix(reward, rollouts))

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from apportion.errors import ModelError, ScoreError
 from apportion.evidence.ablated import score_ablated
-from apportion.masking import check_finite
-from apportion.models.reward import RewardModel, is_decoder
+from apportion.evidence.text_reward import with_suffix
+from apportion.masking import check_finite, first_index
+from apportion.models.reward import RewardModel
+from apportion.models.reward.reading import HEADS, head_of, own_pad
 from apportion.types import Rollouts
 
 PREFIX = frozenset({"prefix_scores", "prompt_score"})
-HEADS = ("score", "classifier")
 
 
 @contextlib.contextmanager
@@ -29,10 +30,10 @@ def capture_head_outputs(model: Any, wanted: bool = True) -> Iterator[list[Tenso
         ModelError: the model has no head of a known name.
     """
     captured: list[Tensor] = []
-    if not wanted or not is_decoder(model):
+    if not wanted:
         yield captured
         return
-    head = next((module for name, module in model.named_children() if name in HEADS), None)
+    head = head_of(model)
     if head is None:
         got = [name for name, _ in model.named_children()]
         fix = "Use a reward model that transformers' AutoModelForSequenceClassification loads."
@@ -51,8 +52,9 @@ def prefix_evidence(
     """Return the needed ones of prefix_scores (B,T), after token t, 0 off the mask, and prompt_score (B,).
 
     Args:
-        captured: the head's outputs of the forward that scored the rollouts; empty for an encoder or a model with its
-            own tokenizer, which scores every prefix as a row of its own, as `prefix_rows` counts.
+        captured: the head's outputs of the forward that scored the rollouts; empty for a model that scores text, or
+            that does not score every prefix on the way (`Reading.token_scores`): every prefix is then a row of its
+            own, as `prefix_rows` counts.
 
     Raises:
         ScoreError: a prefix score is not finite, or a prompt is empty and its score is needed; it names the rollout.
@@ -63,7 +65,7 @@ def prefix_evidence(
     if "prompt_score" in needs:
         check_prompts(rollouts)
     if captured:
-        scores = scores_from_logits(reward, captured[-1])  # (B,P+T)
+        scores = _at_prefixes(reward, rollouts, scores_from_logits(reward, captured[-1]))  # (B,P+T)
         prompt = scores[:, before - 1] if before else scores.new_zeros(len(scores))
         scores = torch.where(rollouts.mask, scores[:, before:], 0.0)
     else:
@@ -71,6 +73,22 @@ def prefix_evidence(
     fix = "A failure never becomes a reward: check the reward model's weights and dtype."
     evidence = {"prefix_scores": scores, "prompt_score": prompt}
     return {name: check_finite(name, evidence[name], fix, error=ScoreError) for name in evidence if name in needs}
+
+
+def scores_tokens(reward: RewardModel, ids: Tensor, mask: Tensor) -> bool:
+    """Whether one forward of ids and mask, both (B,K), scores every prefix of a model that scores ids."""
+    return reward.reading.token_scores and not reward.suffix and not reward.reads_alone(ids, mask)
+
+
+def _at_prefixes(reward: RewardModel, rollouts: Rollouts, scores: Tensor) -> Tensor:
+    """Return `scores` (B,K) of every position at the position where each prefix is read: its last that is no pad id."""
+    pad = own_pad(reward.model)
+    ids, mask = with_suffix(reward, rollouts)
+    if pad is None or not reward.reading.skips_pads or not bool(((ids == pad) & mask).any()):
+        return scores
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    read = torch.where(mask & (ids != pad), columns, -1).cummax(dim=1).values
+    return scores.gather(1, torch.where(read < 0, first_index(mask)[:, None], read))
 
 
 def scores_from_logits(reward: RewardModel, logits: Tensor) -> Tensor:

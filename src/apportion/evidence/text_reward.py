@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apportion.errors import ConfigError, ScoreError
 from apportion.models.reward import RewardModel
-from apportion.models.text.render import Encoded, context_limit, encode, render
+from apportion.models.text.render import Encoded, context_limit, embedding_count, encode, render
 from apportion.models.text.transfer import transfer
 from apportion.registry import EvidenceKey
 from apportion.types import Rollouts
@@ -36,12 +36,13 @@ def translate(reward: RewardModel, rollouts: Rollouts) -> Translation:
     """
     assert reward.text is not None
     tokenizer, limit = reward.tokenizer, context_limit(reward.model, reward.tokenizer)
-    embeddings = reward.model.get_input_embeddings().num_embeddings
+    embeddings = embedding_count(reward.model)
+    ended = [True] * len(rollouts) if rollouts.ended is None else rollouts.ended.tolist()
     prompts = _rows(rollouts.prompt_ids, rollouts.prompt_mask)
     responses = _rows(rollouts.response_ids, rollouts.valid)
     rendered, encoded = [], []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        rendered.append(render(tokenizer, reward.text, prompt, response, row=row))
+        rendered.append(render(tokenizer, reward.text, prompt, response, row=row, ended=ended[row]))
         encoded.append(encode(tokenizer, rendered[-1], embeddings))
         _check_length(row, len(encoded[-1].ids), limit)
     device = rollouts.mask.device
@@ -51,6 +52,16 @@ def translate(reward: RewardModel, rollouts: Rollouts) -> Translation:
     spans = [span for one in rendered for span in one.spans]
     target[rollouts.valid.cpu()] = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
     return Translation(_as_rollouts(ids.to(device), mask.to(device)), source.to(device), target.to(device))
+
+
+def with_suffix(reward: RewardModel, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Return (ids, mask), both (B,P+T+S): prompt, response and the `suffix` of a model that scores ids."""
+    ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
+    mask = torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
+    if not reward.suffix:
+        return ids, mask
+    after = torch.tensor(reward.suffix, device=ids.device).expand(len(ids), -1)
+    return torch.cat([ids, after], dim=1), torch.cat([mask, torch.ones_like(after, dtype=torch.bool)], dim=1)
 
 
 def to_policy(evidence: Mapping[str, Tensor], translation: Translation) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from apportion.errors import ModelError
 from apportion.models.fast import use_fast_kernels
+from apportion.models.stored_head import label_count
 from apportion.system import cpu
 from apportion.system.paths import local_path
 
@@ -340,10 +341,9 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    kwargs = {} if new_head is None else {"num_labels": new_head}
-    if new_head is None and (labels := load_settings(field, folder).num_labels) not in (1, 2):
-        fix = "Use a reward model (1 label) or a binary classifier (2 labels)."
-        raise ModelError(field, f"{folder} with {labels} labels", "1 or 2 labels", fix)
+    labels = stored_labels(field, folder) if new_head is None else new_head
+    # left out where the configuration says the same, since it would take the labels' names away
+    kwargs = {} if new_head is None and load_settings(field, folder).num_labels == labels else {"num_labels": labels}
     if _is_adapter(folder):
         model, info = _adapted(field, folder, AutoModelForSequenceClassification, **kwargs)
         model = model.to(dtype)
@@ -356,6 +356,16 @@ def load_classifier(
         width = head.weight.shape[1]
         torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
     return prepared(model.to(device).eval(), fast_kernels)
+
+
+def stored_labels(field: str, folder: str, *, download: bool = True) -> int:
+    """Return the number of labels, 1 or 2, that the head stored in `folder` (or hub id) gives.
+
+    Raises:
+        ModelError: another number, or a classifier of another kind (`models.stored_head`).
+    """
+    settings = load_settings(field, folder)  # first: it refuses an adapter that names no base model
+    return label_count(field, folder, base_of(folder), settings, download=download)
 
 
 def context_of(folder: str, field: str = "policy") -> int:

@@ -101,6 +101,11 @@ def score_layer(reward: RewardModel) -> tuple[Tensor, Tensor]:
     if reward.text is not None:
         got = "reward, with a reward model that has its own tokenizer"
         raise ConfigError("ppo.value_model", got, "one that uses the policy's ids", fix)
+    if not (reward.reading.decoder and reward.reading.batched):
+        got = (
+            f"reward, with {type(reward.model).__name__}, whose score depends on more than its last state and the mask"
+        )
+        raise ConfigError("ppo.value_model", got, "a decoder that reads padded batches", fix)
     layer = next((m for name, m in reward.model.named_children() if name in HEADS), None)
     if not isinstance(layer, nn.Linear):
         got = f"reward, with the head {type(layer).__name__}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,30 +12,32 @@ from torch import Tensor
 
 from apportion import credit, registry
 from apportion.config import ScoreConfig
-from apportion.credit import REWARD_ATTENTION, requested_attention
-from apportion.errors import ConfigError, DataError
+from apportion.credit import REWARD_ATTENTION
+from apportion.errors import ConfigError, DataError, ModelError, ScoreError
 from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
-from apportion.models.reward import RewardModel, is_decoder
-from apportion.models.text.render import context_limit
+from apportion.models.reward import RewardModel
+from apportion.models.text.render import check_embeddings, context_limit
 from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts
 
-# evidence from only a reward model: attention comes with the scoring forward, the rest takes further passes
-FURTHER = PRODUCERS["attribution"].provides | PRODUCERS["shapley"].provides | {"prefix_scores", "prompt_score"}
-AVAILABLE = FURTHER | {REWARD_ATTENTION}
+# evidence that takes a reward model alone
+AVAILABLE = PRODUCERS["reward"].provides | PRODUCERS["attribution"].provides | PRODUCERS["shapley"].provides
 
 
 class TextCredit(NamedTuple):
-    """The credit of one text: its tokens, its score, each method's reward on each token, and the attention on it."""
+    """The credit of one text: its tokens, its score, each method's reward on each token, and the attention on it.
+
+    `kept_mass` is None where the model's attention cannot be read.
+    """
 
     prompt: str
     tokens: list[str]
     ids: list[int]
     score: float
     methods: dict[str, list[float]]
-    kept_mass: float
+    kept_mass: float | None
 
 
 def text_methods(specs: list[tuple[str, dict[str, Any]]]) -> dict[str, Credit]:
@@ -54,49 +59,60 @@ def _available(need: str) -> bool:
     return EvidenceKey.of(need).name in AVAILABLE
 
 
-def apportion_text(reward: RewardModel, prompt: str, text: str, methods: dict[str, Credit]) -> TextCredit:
-    """Return the credit of `text` as a response to `prompt` ("" for none), in one forward of the reward model.
+def apportion_text(
+    reward: RewardModel,
+    prompt: str,
+    text: str,
+    methods: dict[str, Credit],
+    warn: Callable[[str], None] = lambda line: None,
+) -> TextCredit:
+    """Return the credit of `text` as a response to `prompt` ("" for none).
 
-    The special tokens that the tokenizer adds are part of the input and get no credit. Methods that need more than
-    attention (prefix scores, attributions, Shapley values) take further passes and need a decoder.
+    The special tokens that the tokenizer adds are part of every text that is scored, prefixes and coalitions too, and
+    get no credit. Attention, prefix scores of most decoders and the score itself take one forward; attributions,
+    Shapley values and an encoder's prefixes further ones. Where the model's attention cannot be read, and no method
+    needs it, `kept_mass` is None and `warn` is called with one line.
 
     Raises:
         DataError: the text is empty, too long for the model, or ends with its pad token.
-        ConfigError: a method that needs a decoder, with an encoder.
+        ModelError: a method needs attention, and this model's cannot be read.
     """
-    ids, response = _encode(reward, prompt, text)
-    wanted = frozenset({REWARD_ATTENTION}).union(*(method.needs for method in methods.values()))
-    further = frozenset(name for name in wanted if EvidenceKey.of(name).name in FURTHER)
-    names = sorted(wanted - further)
-    specs = [requested_attention(name) for name in names]
-    scores, rows, at = reward.forward(ids, torch.ones_like(ids, dtype=torch.bool), specs)
-    rows_by_name = dict(zip(names, rows, strict=True))
-    if is_decoder(reward.model) and int(at) != ids.shape[1] - 1:
+    ids, first, last = _encode(reward, prompt, text)
+    reward = replace(reward, suffix=tuple(ids[0, last:].tolist()))
+    rollouts = _as_rollout(ids, first, last)
+    needs = frozenset[str]().union(*(method.needs for method in methods.values()))
+    result = _scored(reward, rollouts, needs, text, warn)
+    assert result.scores is not None
+    chosen = ids[0, first:last].tolist()
+    by_method = {name: credit.apply(method, result)[0][0].tolist() for name, method in methods.items()}
+    tokens = [reward.tokenizer.decode([i]) for i in chosen]
+    mass = float(result.evidence[REWARD_ATTENTION].sum()) if REWARD_ATTENTION in result.evidence else None
+    return TextCredit(prompt, tokens, chosen, float(result.scores[0]), by_method, mass)
+
+
+def _scored(
+    reward: RewardModel, rollouts: Rollouts, needs: frozenset[str], text: str, warn: Callable[[str], None]
+) -> Rollouts:
+    """Return the rollout with its score and the evidence of `needs`, and the attention on it where it can be read."""
+    policy = Policy(None, reward.tokenizer, [])  # only its tokenizer is used
+    produce = partial(score, Models(policy, reward), rollouts, config=ScoreConfig(), always=frozenset({"scores"}))
+    try:
+        try:
+            return produce(needs=needs | {REWARD_ATTENTION})
+        except ModelError as error:
+            result = produce(needs=needs)  # raises where a method needs what is missing
+            warn(f"the share of attention on the text is left out: {error.field}: {error.got}")
+            return result
+    except ScoreError as error:
+        if error.field != "pooled position":
+            raise
         got = f"{text[-20:]!r}, which ends with the model's pad token"
         fix = "Remove it, since the score is taken before it, or choose another --pad_token."
-        raise DataError("--text", got, "a text that is scored at its last token", fix)
-    rollouts = _as_rollout(ids, response, scores, rows_by_name)
-    if further:
-        rollouts = _with_further(reward, rollouts, further)
-    chosen = ids[0, response].tolist()
-    by_method = {name: credit.apply(method, rollouts)[0][0].tolist() for name, method in methods.items()}
-    tokens = [reward.tokenizer.decode([i]) for i in chosen]
-    return TextCredit(
-        prompt, tokens, chosen, float(scores[0]), by_method, float(rows_by_name[REWARD_ATTENTION][0, response].sum())
-    )
+        raise DataError("--text", got, "a text that is scored at its last token", fix) from error
 
 
-def _with_further(reward: RewardModel, rollouts: Rollouts, needs: frozenset[str]) -> Rollouts:
-    """Return the rollout with evidence of further passes added."""
-    if not is_decoder(reward.model):
-        fix = "Use a decoder, or attention, uniform or sparse."
-        raise ConfigError("--method", ", ".join(sorted(needs)), "evidence that an encoder can give", fix)
-    policy = Policy(None, reward.tokenizer, [])  # only its tokenizer is used
-    return score(Models(policy, reward), rollouts, needs, ScoreConfig(), frozenset({"scores"}))
-
-
-def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor]:
-    """Return (ids (1,K), positions (n,) of the text's own tokens); prompt and text are tokenised as in a rollout."""
+def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, int, int]:
+    """Return (ids (1,K), where the text's own tokens begin and end); prompt and text are tokenised as in a rollout."""
     if not text.strip():
         raise DataError("--text", text, "a text", "Write the response to apportion.")
     tokenizer, device = reward.tokenizer, next(reward.model.parameters()).device
@@ -109,9 +125,9 @@ def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, Tensor
     limit = context_limit(reward.model, tokenizer)
     if len(built) > limit:
         raise DataError("--text", f"{len(built)} tokens", f"at most {limit} tokens", "Shorten it.")
+    check_embeddings("--model", reward.model, tokenizer, [built])
     first = start + len(before)
-    positions = torch.arange(first, first + len(after), device=device)
-    return torch.tensor([built], device=device), positions
+    return torch.tensor([built], device=device), first, first + len(after)
 
 
 def _with_special(tokenizer: Any, ids: list[int]) -> tuple[list[int], int]:
@@ -122,16 +138,14 @@ def _with_special(tokenizer: Any, ids: list[int]) -> tuple[list[int], int]:
     return [*marked[:at], *ids, *marked[at + len(plain) :]], at
 
 
-def _as_rollout(ids: Tensor, response: Tensor, scores: Tensor, rows: dict[str, Tensor]) -> Rollouts:
-    mask = torch.ones(1, len(response), dtype=torch.bool, device=ids.device)
-    first = int(response[0])
+def _as_rollout(ids: Tensor, first: int, last: int) -> Rollouts:
+    """Return the tokens from `first` to `last` of ids (1,K) as the response to those before."""
+    mask = torch.ones(1, last - first, dtype=torch.bool, device=ids.device)
     return Rollouts(
         prompt_ids=ids[:, :first],
         prompt_mask=torch.ones(1, first, dtype=torch.bool, device=ids.device),
-        response_ids=ids[:, response],
+        response_ids=ids[:, first:last],
         mask=mask,
         logprobs=torch.zeros(mask.shape, device=ids.device),
-        scores=scores,
         group=torch.zeros(1, dtype=torch.int64, device=ids.device),
-        evidence={name: row[:, response] for name, row in rows.items()},
     )

@@ -30,11 +30,13 @@ class PolicyText:
     Attributes:
         tokenizer: the policy's, of any kind.
         conversations: the turns ({role, content}) of prompts by the prompt's ids; {} for plain text.
+        cuts: whether a response that has not ended was cut off (`sampling.stop: eos`), and is an unfinished turn.
         special: ids without text: end of text, padding, turn markers and all tokens marked as special.
     """
 
     tokenizer: Any
     conversations: Mapping[tuple[int, ...], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    cuts: bool = False
     special: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -26,7 +26,8 @@ from apportion.generation.prompts import conversations, load_prompts, tokenize
 from apportion.masking import Moments, last_index
 from apportion.models.loading import context_of, load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids, response_logits
-from apportion.models.reward import load_reward
+from apportion.models.reward import check_width, load_reward
+from apportion.models.text.render import embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.diagnose import gradients
 from apportion.stages.diagnose.candidates import Candidate, candidates
@@ -56,9 +57,15 @@ class Block(NamedTuple):
 
 
 def diagnose(
-    config: DiagnoseConfig, *, fresh: bool = False, on_progress: ProgressCallback = lambda done, count: None
+    config: DiagnoseConfig,
+    *,
+    fresh: bool = False,
+    on_progress: ProgressCallback = lambda done, count: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compare the methods, write diagnosis.json into the run folder, and return its content.
+
+    `warn` is called with what the user should know of the reward model, a line each.
 
     Raises:
         ConfigError, ModelError, DataError, ScoreError: each names the fix.
@@ -71,6 +78,8 @@ def diagnose(
     with run.record_failure():
         models, prompts = open_models(config, methods)
         steps = 2 * -(-len(prompts) // _prompts_a_block(config))  # every block is sampled, then measured
+        for line in models.reward.notes:
+            warn(f"warning: reward model: {line}.")
         needs = frozenset[str]().union(*(m.needs for m in methods.values()))
         scored: list[Rollouts] = []
         blocks: list[Block] = []
@@ -110,9 +119,11 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tup
     model: Any = load_causal("policy", folder, pick_dtype(config.dtype, device), device)
     banned = banned_ids(tokenizer, config.sampling.stop)
     policy = Policy(model, tokenizer, banned, reference=model, temperature=config.sampling.temperature)
-    policy_text = PolicyText(tokenizer, conversations(texts, prompts, config.sampling))
+    turns = conversations(texts, prompts, config.sampling)
+    policy_text = PolicyText(tokenizer, turns, cuts=config.sampling.stop == "eos")
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
-    reward = load_reward(judge, **settings, policy=policy_text)
+    reward = load_reward(judge, **settings, policy=policy_text, positive=config.positive_label)
+    check_width("reward_model", reward, tokenizer, embedding_count(model))
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
     return Models(policy, reward, segment, config.sampling, generator), prompts

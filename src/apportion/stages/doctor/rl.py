@@ -14,11 +14,12 @@ from apportion.data import BUILTIN_DATA, Layout, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
 from apportion.generation.prompts import conversations, encoded, load_prompts
-from apportion.models.loading import NO_CODE, context_of, load_settings, locate, read_tokenizer
+from apportion.models.loading import NO_CODE, context_of, load_settings, locate, read_tokenizer, stored_labels
+from apportion.models.stored_head import positive_label
 from apportion.models.text.labelled import chat_renderer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
-from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, fail, ok, warn
+from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, ok, warn
 from apportion.stages.method import build_method, comparisons
 from apportion.system import safe_yaml
 
@@ -67,16 +68,20 @@ def generation_stops(case: Case) -> frozenset[int]:
 
 
 def open_reward(case: Case) -> Result:
-    """The reward model's files exist, and it has 1 or 2 labels."""
+    """The reward model's files exist, and its stored head has 1 or 2 labels, of which one is the good one."""
     case.reward_folder = locate("reward_model", case.config.reward_model)
     case.reward_settings = load_settings("reward_model", case.reward_folder)
     case.reward_tokenizer = read_tokenizer("reward_model", case.reward_folder)
-    count = case.reward_settings.num_labels
-    if count not in (1, 2):
-        fix = "Use a reward model (1 label) or a binary classifier (2 labels)."
-        return fail(f"{case.config.reward_model} with {count} labels", fix)
+    count = stored_labels("reward_model", case.reward_folder, download=False)
+    names = case.reward_settings.id2label if case.reward_settings.num_labels == count else None
+    _, convention = positive_label("reward_model", names, count, case.config.positive_label)
     load_reward_data(case)
-    return ok(f"{case.config.reward_model}: {case.reward_settings.model_type}, {count} labels")
+    message = f"{case.config.reward_model}: {case.reward_settings.model_type}, {count} labels"
+    if convention is not None and not case.labelled:  # else the order of its scores decides
+        return warn(
+            f"{message}; {convention}", "Or pass labelled texts with --labels to check the order of its scores."
+        )
+    return ok(message)
 
 
 def load_reward_data(case: Case) -> None:

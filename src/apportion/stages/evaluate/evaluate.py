@@ -48,10 +48,14 @@ def evaluate(
     context = context_of(locate("policy", settings["policy"]))
     tokenizer = load_tokenizer("run", str(run.path / "final"))
     prompts = tokenize(texts, tokenizer, sampling, config.seed, context)
-    policy_text = PolicyText(tokenizer, conversations(texts, prompts, sampling))
+    policy_text = PolicyText(tokenizer, conversations(texts, prompts, sampling), cuts=sampling.stop == "eos")
     loading = {"dtype": "float32", "device": config.device, "pad_token": settings["pad_token"]}
     loading["fast_kernels"] = settings.get("fast_kernels", True)
+    stored = settings.get("positive_label")
+    loading["positive"] = config.positive_label or (None if stored is None else str(stored))
     reward = load_reward(settings["reward_model"], **loading, policy=policy_text)
+    for line in reward.notes:
+        on_progress(f"note: {line}.")
     policy, start = _policies(config, run, settings, sampling)
     on_progress(f"generating from {len(prompts)} fresh prompts, before and after training")
     before = _generate(start, start, reward, prompts, sampling, config.seed)

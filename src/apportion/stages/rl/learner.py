@@ -21,12 +21,14 @@ from apportion.evidence.scoring import BASE_EVIDENCE
 from apportion.generation.prompts import PromptStream, load_prompts
 from apportion.losses._ratios import LIMIT
 from apportion.models.loading import context_of, load_tokenizer, locate
-from apportion.models.reward import adjust, load_reward
-from apportion.models.text.render import check_embeddings
+from apportion.models.reward import adjust, check_width, load_reward
+from apportion.models.text.render import check_embeddings, embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.registry import EvidenceKey
+from apportion.stages.doctor.findings import WARN, Finding
 from apportion.stages.doctor.rl import preflight
 from apportion.stages.method import comparisons
+from apportion.stages.rl.compared import available, check_attention
 from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import OldOutputs, Targets, update
@@ -238,13 +240,14 @@ def make_learner(
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
     prompts = PromptStream(texts, tokenizer, config.sampling, config.seed, context_of(folder))
     findings = preflight(config, folder, tokenizer, texts, prompts.rows)
-    text = PolicyText(tokenizer, prompts.conversations)
+    text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
-    loading["fast_kernels"] = config.fast_kernels
+    loading |= {"fast_kernels": config.fast_kernels, "positive": config.positive_label}
     reward = load_reward(reward_path, **loading, policy=text)  # by ids where it shares the tokenizer, else by text
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
+    check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)
     compared = comparisons(config.compare) if config.log_rollouts else {}
@@ -253,7 +256,10 @@ def make_learner(
     # vine draws a different number of random values in each process: with several, each has its own generator for it
     own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores, user_code=user_code)
+    check_attention(models, method.needs)
+    findings += [Finding("reward model", WARN, note) for note in reward.notes]
     record_warnings(findings, run, warn)  # after loading, so that a model error is reported first
+    compare = available(models, compare, warn)
     return Learner(config, models, method, prompts, generator, compare, run)
 
 
@@ -262,7 +268,7 @@ def record_warnings(findings: Any, run: RunFolder | None, warn: Callable[[str], 
     if findings and run is not None:
         run.update_status(doctor=[{"name": one.name, "message": one.message, "fix": one.fix} for one in findings])
     for one in findings:
-        warn(f"warning: {one.name}: {one.message}. {one.fix}")
+        warn(f"warning: {one.name}: {one.message}. {one.fix}".rstrip())
 
 
 def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:

@@ -39,3 +39,10 @@ def reads_attention(case: Case) -> bool:
     from apportion.credit import REWARD_ATTENTION
 
     return any(EvidenceKey.of(need).name == REWARD_ATTENTION for need in case.notes.get("needs", case.method.needs))
+
+
+def needs_attention(case: Case) -> bool:
+    """Whether the trained method needs it, which then cannot be left out."""
+    from apportion.credit import REWARD_ATTENTION
+
+    return any(EvidenceKey.of(need).name == REWARD_ATTENTION for need in case.method.needs)

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apportion.errors import ModelError
+from apportion.evidence.reward import check_attention
 from apportion.evidence.text_reward import translate
 from apportion.models.loading import load_settings
-from apportion.models.reward import adjust, is_decoder, load_reward
-from apportion.models.text.token_spans import PolicyText
+from apportion.models.reward import RewardModel, adjust, load_reward
+from apportion.models.reward.reading import HEADS, Reading, fill_id, own_pad, pad_set_to
 from apportion.stages.doctor.case import Case
-from apportion.stages.doctor.checks.method import reads_attention
+from apportion.stages.doctor.checks.method import needs_attention, reads_attention
 from apportion.stages.doctor.checks.policy import finite_weights, rollouts_of, size
 from apportion.stages.doctor.checks.probes import ATTENTION, SCORE, full_sequences
+from apportion.stages.doctor.checks.reward_tokenizer import policy_text
 from apportion.stages.doctor.findings import Result, fail, grade, ok, skip, warn
 
-HEADS = ("score", "classifier")
 SATURATED = 12.0  # |logit difference| where a sigmoid is 1 to five digits
 
 
@@ -31,14 +33,16 @@ def head(case: Case) -> Result:
         dtype=case.config.reward_dtype,
         device=case.config.device,
         pad_token=case.config.pad_token,
-        policy=PolicyText(case.tokenizer, case.notes.get("conversations", {})),
+        policy=policy_text(case),
         fast_kernels=case.config.fast_kernels,
+        positive=case.config.positive_label,
     )
     model = case.reward.model
     message = size(model)
     layer = head_of(model)
     labels = [str(v) for v in (model.config.id2label or {}).values()]
-    message = f"{message}; labels {', '.join(labels)}"
+    good = f", {labels[case.reward.positive]} is good" if len(labels) == 2 else ""
+    message = f"{message}; labels {', '.join(labels)}{good}; {described(case.reward.reading)}"
     if layer is None:
         return ok(f"{message}; head not checked")
     weight = layer.weight.detach().float()
@@ -54,6 +58,14 @@ def head(case: Case) -> Result:
             "Make sure that it was trained: pass labelled texts with --labels to check the order of its scores.",
         )
     return ok(message)
+
+
+def described(reading: Reading) -> str:
+    """Return in words how a text is read."""
+    kind = "decoder" if reading.causal else "encoder"
+    places = {"first": "read at the first token", "last": "read at the last token", "pooled": "pooled over positions"}
+    alone = "" if reading.batched else ", one row at a time: its score depends on padding"
+    return f"{kind}, its score {places[reading.place]}{alone}"
 
 
 def head_of(model: Any) -> nn.Linear | None:
@@ -86,11 +98,11 @@ def finite(case: Case) -> Result:
 def padding(case: Case) -> Result:
     """A score does not depend on its padding."""
     ids, mask = inputs(case)
-    reward, pad_id = case.reward, case.reward.model.config.get_text_config().pad_token_id
+    reward, pad_id = case.reward, own_pad(case.reward.model) or 0
     in_batch = reward.score(ids, mask)[0]
     spread = max(1.0, float(in_batch.std(unbiased=False)))
     padded = {"right": reward.score(*pad_both(ids, mask, 0, 3, pad_id))[0]}
-    if is_decoder(reward.model):
+    if reward.reading.causal:
         padded["left"] = reward.score(*pad_both(ids, mask, 5, 0, pad_id))[0]
     padded["alone"] = torch.cat(
         [reward.score(row[real][None], real[real][None])[0] for row, real in zip(ids, mask, strict=True)]
@@ -108,10 +120,18 @@ def attention(case: Case) -> Result:
         return skip("no credit of this run uses it")
     reward = case.reward
     ids, mask = inputs(case)
-    _, row, positions = reward.score(ids, mask, attention=True)
+    if not reward.reading.batched:
+        ids, mask = ids[:1][mask[:1]][None], mask[:1][mask[:1]][None]
+    try:
+        check_attention(reward)
+        _, row, positions = reward.score(ids, mask, attention=True)
+    except ModelError as error:
+        if needs_attention(case):
+            raise
+        return skip(f"it is only logged, and left out: {error.field}: {error.got}")
     assert row is not None
     with eager(reward.model) as supported:
-        full = full_attention(reward.model, ids, mask) if supported else None
+        full = full_attention(reward, ids, mask) if supported else None
     if full is None:
         return ok(f"computed for {len(ids)} texts; the model has no eager attention to compare it with")
     expected = full[torch.arange(len(ids)), :, positions].float().mean(dim=1)
@@ -122,12 +142,11 @@ def attention(case: Case) -> Result:
 
 
 @torch.no_grad()
-def full_attention(model: Any, ids: Tensor, mask: Tensor) -> Tensor | None:
+def full_attention(reward: RewardModel, ids: Tensor, mask: Tensor) -> Tensor | None:
     """Return the last layer's attention (B,H,K,K) as the model returns it, or None where it returns none."""
-    inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    if is_decoder(model):
-        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    layers = model(**inputs, output_attentions=True).attentions
+    ids, inputs = reward.inputs(ids, mask)
+    with pad_set_to(reward.model, fill_id(reward.model, ids, mask)):
+        layers = reward.model(**inputs, output_attentions=True).attentions
     return layers[-1] if layers else None
 
 
@@ -160,7 +179,7 @@ def score_spread(case: Case) -> Result:
     clip = case.config.scores.clip
     if clip is not None and float((scores.abs() >= clip).float().mean()) >= 0.5:
         return warn(f"{message}; half or more are clipped at ±{clip:g}", "Raise scores.clip, or set scores.scale.")
-    if case.reward_settings.num_labels == 2 and float(raw.abs().min()) > SATURATED:
+    if case.reward.model.config.num_labels == 2 and float(raw.abs().min()) > SATURATED:
         return warn(
             f"{message}: it is saturated on all of them", "Train it on such texts as well, or set scores.scale."
         )
@@ -185,7 +204,7 @@ def order(case: Case) -> Result:
     above = float(((good[:, None] > bad).float() + 0.5 * (good[:, None] == bad).float()).mean())
     message = f"a positive text scores above a negative one in {above:.0%} of {good.numel() * bad.numel()} pairs"
     if above < 0.4:
-        fix = "Its labels are swapped: name the positive one in id2label of its config.json."
+        fix = "Its labels are swapped: name the good one with --positive_label."
         return fail(message, fix)
     if above < 0.6:
         return warn(message, "It hardly separates them: train it longer, or use another.")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apportion.models.loading import with_pad
 from apportion.models.policy import banned_ids
 from apportion.models.reward import STATISTICS
+from apportion.models.reward.loading import same_vocabulary
 from apportion.models.text.render import encode, render
+from apportion.models.text.template import check_template, renders_alike
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.doctor.case import Case
-from apportion.stages.doctor.checks.prompts import SAMPLE, rendered
+from apportion.stages.doctor.checks.prompts import SAMPLE
 from apportion.stages.doctor.checks.tokens import embedded
 from apportion.stages.doctor.findings import FAIL, Result, combine, fail, ok, warn
 
@@ -18,20 +19,35 @@ UNLIMITED = 1 << 30  # tokens, where a model or tokenizer has no limit
 
 
 def tokenizer(case: Case) -> Result:
-    """The reward model can encode the policy's rollouts, and its pad token is never generated."""
-    own, config = case.reward_tokenizer, case.config
-    pad_token = config.pad_token if config.pad_token in own.get_vocab() else None
-    with_pad("reward_model", own, pad_token)
-    foreign = own.get_vocab() != case.tokenizer.get_vocab()
-    result = as_text(case) if foreign else as_ids(case, pad_token)
-    return result if result.level == FAIL else combine(result, template(case, foreign))
+    """The reward model can encode the policy's rollouts, and no id that it takes for padding is generated."""
+    own = case.reward_tokenizer
+    foreign = not same_vocabulary(case.tokenizer, own)
+    policy = policy_text(case)
+    templated = bool(policy.conversations) and bool(own.chat_template)
+    by_text = foreign or (templated and not renders_alike(policy, own))
+    result = as_text(case, foreign) if by_text else as_ids(case)
+    if result.level == FAIL:
+        return result
+    changes = check_template("reward_model", own, policy) if by_text and templated else None
+    changed = (
+        ok("") if changes is None else warn(changes, "Look at the first scores of a run, or use a template without it.")
+    )
+    return combine(result, template(case), changed)
 
 
-def as_ids(case: Case, pad_token: str | None) -> Result:
+def policy_text(case: Case) -> PolicyText:
+    """Return the decoding of the policy's ids, with the run's conversations."""
+    conversations = case.notes.get("conversations", {})
+    return PolicyText(case.tokenizer, conversations, cuts=case.config.sampling.stop == "eos")
+
+
+def as_ids(case: Case) -> Result:
     """Check a reward model with the policy's vocabulary, which scores ids."""
     own, text = case.reward_tokenizer, case.reward_settings.get_text_config()
-    pad = own.pad_token_id if pad_token is not None or text.pad_token_id is None else text.pad_token_id
-    if pad not in banned_ids(case.tokenizer, case.config.sampling.stop):
+    given = own.get_vocab().get(case.config.pad_token)
+    pad = text.pad_token_id if given in (None, own.eos_token_id) else given
+    # an EOS that also pads is skipped where the score is read, as the classifier itself does
+    if pad is not None and pad not in (own.eos_token_id, *banned_ids(case.tokenizer, case.config.sampling.stop)):
         message = f"it pads with {own.convert_ids_to_tokens(pad)!r} ({pad}), which the policy can generate"
         fix = "Set its pad_token_id to the policy's: the score is taken at the last token that is not padding."
         return fail(message, fix)
@@ -47,18 +63,19 @@ def as_ids(case: Case, pad_token: str | None) -> Result:
     return ok(message)
 
 
-def as_text(case: Case) -> Result:
-    """Check a reward model with its own tokenizer, which scores text: whether the longest prompts fit."""
+def as_text(case: Case, foreign: bool = True) -> Result:
+    """Check a reward model with its own tokenizer or template, which scores text: whether the longest prompts fit."""
     own, text = case.reward_tokenizer, case.reward_settings.get_text_config()
     same = len(set(own.get_vocab().items()) & set(case.tokenizer.get_vocab().items()))
     message = f"its own tokenizer ({same} of {len(own.get_vocab())} tokens shared with the policy): it scores text"
+    message = message if foreign else "the policy's vocabulary and a chat template of its own: it scores text in that"
     if not own.is_fast:
         return fail(message, "Save it as a fast tokenizer, with a tokenizer.json.")
     count = int(text.vocab_size)
     embeddings = embedded(own, count, (), "reward model")
     if embeddings.level == FAIL:
         return embeddings
-    policy = PolicyText(case.tokenizer, case.notes.get("conversations", {}))
+    policy = policy_text(case)
     answer = case.tokenizer("a", add_special_tokens=False)["input_ids"]
     rows = sorted(case.rows, key=len)[-SAMPLE:]
     longest = max((len(encode(own, render(own, policy, row, answer), count).ids) for row in rows), default=0)
@@ -72,31 +89,11 @@ def as_text(case: Case) -> Result:
     return combine(ok(message), room, embeddings if embeddings.fix else ok(""))
 
 
-def template(case: Case, foreign: bool) -> Result:
+def template(case: Case) -> Result:
     """Check that a reward model with a chat template gets text in that template."""
-    own = case.reward_tokenizer
-    if not own.chat_template:
+    if not case.reward_tokenizer.chat_template or not all(isinstance(text, str) for text in case.texts):
         return ok("")
-    if all(isinstance(text, str) for text in case.texts):
-        if (
-            Path(case.reward_folder) / STATISTICS
-        ).is_file():  # written by `apportion reward`, which trains on plain text
-            return ok("")
-        fix = "Give prompts as conversations (lists of role and content) if it was trained on them."
-        return warn("it has a chat template, and prompts are plain text", fix)
-    if not foreign and case.conversations and differs(case):
-        fix = "It gets the policy's rendering: use the template that it was trained with for both."
-        return warn("it gets the policy's chat template, and its own renders differently", fix)
-    return ok("")
-
-
-def differs(case: Case) -> bool:
-    """Whether the reward model's template renders conversations differently from the policy's, or not at all."""
-    from jinja2 import TemplateError
-
-    turns = case.conversations[:SAMPLE]
-    try:
-        own = rendered(case.reward_tokenizer, turns, True)
-    except (ValueError, TypeError, TemplateError):
-        return True
-    return own != rendered(case.tokenizer, turns, True)
+    if (Path(case.reward_folder) / STATISTICS).is_file():  # written by `apportion reward`: trained on plain text
+        return ok("")
+    fix = "Give prompts as conversations (lists of role and content) if it was trained on them."
+    return warn("it has a chat template, and prompts are plain text", fix)
