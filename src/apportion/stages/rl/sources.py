@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Protocol
 
@@ -54,12 +53,14 @@ class PolicySource:
     def take(self, step: int) -> Rollouts:
         """Return this process's rollouts of batch `step` (from 1), without scores."""
         sampling = self.config.sampling
-        prompts: Sequence[Sequence[int]] = self.prompts.take(step, sampling.batch_size // self._copies)
-        mine = collectives.shard_slice(len(prompts))
+        places = self.prompts.places(step, sampling.batch_size // self._copies)
+        mine = collectives.shard_slice(len(places))
         uniforms = self._uniforms()
         reseed(self.scoring_generator, self.config.seed, step)
-        rollouts = sample(self.policy, prompts[mine], sampling, self.generator, uniforms=uniforms)
-        return replace(rollouts, group=rollouts.group + mine.start)
+        prompts = [self.prompts.rows[place] for place in places[mine]]
+        rollouts = sample(self.policy, prompts, sampling, self.generator, uniforms=uniforms)
+        rows = torch.tensor(places[mine], device=rollouts.mask.device)[rollouts.group]
+        return replace(rollouts, group=rollouts.group + mine.start, source_row=rows)
 
     @property
     def _copies(self) -> int:
