@@ -13,11 +13,9 @@ from apportion.data import BadRows, Prompt, Row, read_prompts
 from apportion.data.bad_rows import check_count
 from apportion.data.conversations import Conversation
 from apportion.errors import ConfigError, DataError
-from apportion.models.text.beginning import REMOVE_BOS, has_doubled_bos
 from apportion.models.text.chat import Rendered, as_text, check_variables, render_conversation
 
 SHOWN = 5  # prompts that one error names
-Turns = Mapping[tuple[int, ...], Sequence[Mapping[str, Any]]]  # of conversations, by the prompt's ids
 
 
 def load_prompts(
@@ -206,7 +204,8 @@ class _Checks:
 
     def accepts(self, row: Sequence[int]) -> bool:
         """Whether a prompt of these ids can be used."""
-        return 1 <= len(row) <= self.limit and not has_doubled_bos(self.tokenizer, row)
+        bos = self.tokenizer.bos_token_id
+        return 1 <= len(row) <= self.limit and (bos is None or list(row[:2]) != [bos, bos])
 
     def error(self, unusable: Sequence[tuple[int, Prompt, Sequence[int]]], total: int) -> DataError:
         """Return the error for the prompts (number, prompt, ids), of `total`: those that do not fit, else the others'."""
@@ -225,7 +224,8 @@ class _Checks:
         bos = f"BOS {self.tokenizer.bos_token!r} ({self.tokenizer.bos_token_id})"
         names = ", ".join(_named(one) for one in unusable[:SHOWN])
         got = f"{bos} begins prompts twice in {len(unusable)} of {total}: {names}{', …' * (len(unusable) > SHOWN)}"
-        return DataError("beginning of text", got, "one BOS at the beginning of a prompt", REMOVE_BOS)
+        fix = "Remove it from the texts or from the chat template: the tokenizer adds one already."
+        return DataError("beginning of text", got, "one BOS at the beginning of a prompt", fix)
 
 
 def _named(one: tuple[int, Prompt, Sequence[int]]) -> str:

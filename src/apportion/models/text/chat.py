@@ -1,4 +1,4 @@
-"""Conversations rendered by a chat template, each turn's text looked for in the result."""
+"""Conversations rendered by a chat template, and a search for each turn's text in the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rendered(NamedTuple):
     """A conversation as its chat template renders it for generation.
 
     Attributes:
-        text: the prompt, with the template's own special tokens.
+        text: the rendered text, with the template's own special tokens.
         turns: the conversation in the form that was rendered: contents as given, or as text, or as parts of text.
         hidden: texts in arguments of tool calls that the template leaves out, in words.
     """
@@ -41,10 +41,12 @@ class Piece(NamedTuple):
     required: bool  # a template may leave the arguments of tool calls out
 
 
-def render_conversation(field: str, tokenizer: Any, conversation: Sequence[Turn], *, where: str = "") -> Rendered:
-    """Return the conversation as a prompt: rendered by the tokenizer's chat template, with the generation prompt.
+def render_conversation(
+    field: str, tokenizer: Any, conversation: Sequence[Turn], *, where: str = "", generation: bool = True
+) -> Rendered:
+    """Return the conversation as the tokenizer's chat template renders it: as a prompt, or (`generation` False) whole.
 
-    A last turn of the assistant is continued instead. The content of each turn is tried as given, then as text, then as
+    A prompt ends with the generation prompt, or within a last turn of the assistant, which is continued. The content of each turn is tried as given, then as text, then as
     parts of text: the first form of which the template shows every turn's text (white space and JSON escapes aside).
     Of tool calls the names are looked for; thoughts of assistant turns may be left out.
 
@@ -59,11 +61,11 @@ def render_conversation(field: str, tokenizer: Any, conversation: Sequence[Turn]
     first: DataError | None = None
     for turns in _forms(given):
         try:
-            text = apply_template(tokenizer, turns, generation=True)
+            text = apply_template(tokenizer, turns, generation=generation)
         except Exception as error:  # a template is a program that may raise anything
             first = first or _failed(field, error, where)
             continue
-        missing = missing_pieces(tokenizer, turns, text)
+        missing = missing_pieces(tokenizer, turns, text, generation)
         lost = next((piece for piece in missing if piece.required), None)
         if lost is None:
             return Rendered(text, turns, [f"{piece.what} {piece.text!r:.60}" for piece in missing])
@@ -132,7 +134,7 @@ def check_variables(field: str, tokenizer: Any, variables: Mapping[str, Any]) ->
             raise unknown_name(field, name, switches)
 
 
-def missing_pieces(tokenizer: Any, turns: Conversation, text: str) -> list[Piece]:
+def missing_pieces(tokenizer: Any, turns: Conversation, text: str, generation: bool) -> list[Piece]:
     """Return the texts of `turns` that `text`, as which the template rendered them, does not show.
 
     A text may be elsewhere by coincidence (another turn's, a word of the template). So the turns are also rendered with
@@ -140,7 +142,7 @@ def missing_pieces(tokenizer: Any, turns: Conversation, text: str) -> list[Piece
     """
     marked, pieces = _marked(turns)
     try:
-        other = apply_template(tokenizer, marked, generation=True)
+        other = apply_template(tokenizer, marked, generation=generation)
     except Exception:  # the template refuses the marks; what is left is to look for the texts themselves
         other = None
     shown = _squeezed(text)
