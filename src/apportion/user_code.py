@@ -126,7 +126,7 @@ def keyword_names(function: Callable[..., Any]) -> Keywords:
 
 
 def plain(value: Any) -> Any:
-    """Return arrays, tensors and their scalars in `value`, which may be a list of them, as Python's lists and numbers."""
+    """Return arrays, tensors and their scalars in `value`, or in a list that it is, as Python's lists and numbers."""
     if isinstance(value, (str, bytes, Mapping)):
         return value
     if callable(getattr(value, "tolist", None)):

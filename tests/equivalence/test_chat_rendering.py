@@ -12,30 +12,30 @@ from apportion.errors import ConfigError, DataError
 from apportion.models.text.chat import apply_template, as_text, check_variables, render_conversation, with_response
 
 ASKS = "{% if add_generation_prompt %}[assistant]{% endif %}"
-PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + ASKS
-TRIMS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}\n{% endfor %}" + ASKS
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}" + ASKS
+TRIMS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}" + ASKS
 STRICT = (
-    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}[{{ m.role }}]{{ m.content }}\n{% endif %}"
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}[{{ m.role }}]{{ m.content }};{% endif %}"
     "{% endfor %}" + ASKS
 )
 FIRST = (  # a system turn is shown where it is the first
-    "{% if messages[0].role == 'system' %}[system]{{ messages[0].content }}\n{% endif %}"
-    "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + ASKS
+    "{% if messages[0].role == 'system' %}[system]{{ messages[0].content }};{% endif %}"
+    "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }};{% endfor %}" + ASKS
 )
 PARTS = (
     "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
-    "{% endif %}{% endfor %}\n{% endfor %}" + ASKS
+    "{% endif %}{% endfor %};{% endfor %}" + ASKS
 )
 BOTH = (
     "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% elif m.content %}"
     "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% for c in m.tool_calls or [] %}"
-    "<{{ c.function.name }} {{ c.function.arguments | tojson }}>{% endfor %}\n{% endfor %}" + ASKS
+    "<{{ c.function.name }} {{ c.function.arguments | tojson }}>{% endfor %};{% endfor %}" + ASKS
 )
 NAMES = BOTH.replace(" {{ c.function.arguments | tojson }}", "")
 THINKING = (  # as Qwen 3: thoughts of earlier turns are left out, and a switch
-    "{% if tools %}[tools]{% for t in tools %}{{ t | tojson }}{% endfor %}\n{% endif %}{% for m in messages %}"
+    "{% if tools %}[tools]{% for t in tools %}{{ t | tojson }}{% endfor %};{% endif %}{% for m in messages %}"
     "[{{ m.role }}]{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
-    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}" + ASKS + "{% if add_generation_prompt and enable_thinking is "
+    "{% else %}{{ m.content }}{% endif %};{% endfor %}" + ASKS + "{% if add_generation_prompt and enable_thinking is "
     "defined and not enable_thinking %}<think></think>{% endif %}"
 )
 ASK = {"role": "user", "content": "is it cold"}
@@ -89,7 +89,7 @@ def test_tools_and_variables_reach_the_template() -> None:
 @pytest.mark.parametrize(
     ("template", "turns", "turn", "lost"),
     [
-        (STRICT, [{"role": "developer", "content": "in rhyme"}, ASK], "turn 1 (role 'developer')", "the text 'in rhyme'"),
+        (STRICT, [{"role": "developer", "content": "rhyme"}, ASK], "turn 1 (role 'developer')", "the text 'rhyme'"),
         (STRICT, [{"role": "human", "content": "is it cold"}], "turn 1 (role 'human')", "the text 'is it cold'"),
         (STRICT, [{"role": "User", "content": "is it cold"}], "turn 1 (role 'User')", "the text 'is it cold'"),
         (STRICT, [ASK, {"role": "tool", "content": "minus four"}], "turn 2 (role 'tool')", "the text 'minus four'"),
@@ -108,7 +108,10 @@ def test_tools_and_variables_reach_the_template() -> None:
             "turn 1 (role 'user')", "the part 'cold'",
         ),
         # a template that knows no tool calls, and one that shows either the call or the text
-        (PLAIN, [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]}, ASK], "turn 2", "the tool call 'weather'"),
+        (
+            PLAIN, [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]}, ASK],
+            "turn 2", "the tool call 'weather'",
+        ),
         (
             "{% for m in messages %}{% if m.tool_calls %}<{{ m.tool_calls[0].function.name }}>{% else %}{{ m.content }}"
             "{% endif %}{% endfor %}",
@@ -116,8 +119,11 @@ def test_tools_and_variables_reach_the_template() -> None:
             "turn 2 (role 'assistant')", "the text 'let me see'",
         ),
         # only thoughts may be left out
-        (THINKING.replace(".lstrip", "[5:].lstrip"), [ASK, {"role": "assistant", "content": "<think>a</think>answer"}, ASK],
-         "turn 2 (role 'assistant')", "the text 'answer'"),
+        (
+            THINKING.replace(".lstrip", "[5:].lstrip"),
+            [ASK, {"role": "assistant", "content": "<think>a</think>answer"}, ASK],
+            "turn 2 (role 'assistant')", "the text 'answer'",
+        ),
     ],
 )  # fmt: skip
 def test_a_text_that_is_lost_is_named(template: str, turns: list[dict[str, Any]], turn: str, lost: str) -> None:
@@ -131,15 +137,20 @@ def test_contents_take_the_form_that_the_template_knows() -> None:
     """Strings for a template of parts, joined parts for a template of strings: each as transformers renders it."""
     strings, parts = [ASK], [{"role": "user", "content": [part("is it"), part(" cold")]}]
     found = render_conversation("prompts", templated(PARTS), strings)
-    assert found.text == "[user]is it cold\n[assistant]"
+    assert found.text == "[user]is it cold;[assistant]"
     assert found.turns == [{"role": "user", "content": [part("is it cold")]}]
     assert as_text(found.turns) == strings
-    for template in (PLAIN, TRIMS, "{{ messages[0]['content'] + '\n' }}" + ASKS):
+    for template in (PLAIN, TRIMS, "{{ messages[0]['content'] + ';' }}" + ASKS):
         found = render_conversation("prompts", templated(template), parts)
-        assert "is it cold\n" in found.text and "{" not in found.text and found.turns == strings
+        assert "is it cold;" in found.text and "{" not in found.text and found.turns == strings
+    called = [ASK, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "ok"}]
+    strict = (
+        "{% for m in messages %}{{ m.content + '' }}{{ m.tool_calls[0].function.name if m.tool_calls }}{% endfor %}"
+    )
+    assert render_conversation("prompts", templated(strict), called).text == "is it coldweatherok"
     one_of_each = [{"role": "system", "content": "in rhyme"}, *parts]
     assert render_conversation("prompts", templated(PLAIN), one_of_each).text == (
-        "[system]in rhyme\n[user]is it cold\n[assistant]"
+        "[system]in rhyme;[user]is it cold;[assistant]"
     )
 
 
@@ -158,9 +169,10 @@ def test_a_last_turn_of_the_assistant_is_continued(template: str, begun: str) ->
     tokenizer = templated(template)
     found = render_conversation("prompts", tokenizer, [ASK, {"role": "assistant", "content": begun}])
     shown = begun.strip() if template == TRIMS else begun
-    assert found.text == f"[user]is it cold\n[assistant]{shown}"
+    assert found.text == f"[user]is it cold;[assistant]{shown}"
     answered = with_response(found.turns, " cold.")
-    assert apply_template(tokenizer, answered, generation=False).endswith(f"[assistant]{begun} cold.\n")
+    whole = f"{begun} cold.".strip() if template == TRIMS else f"{begun} cold."
+    assert apply_template(tokenizer, answered, generation=False).endswith(f"[assistant]{whole};")
     assert len(answered) == 2
     plain = with_response([ASK], "yes")
     assert plain == [ASK, {"role": "assistant", "content": "yes"}]
@@ -168,7 +180,9 @@ def test_a_last_turn_of_the_assistant_is_continued(template: str, begun: str) ->
 
 def test_a_template_that_fails_is_named_with_the_row() -> None:
     with pytest.raises(DataError, match=r"p\.jsonl, line 2: a conversation \(no such role\)"):
-        render_conversation("prompts", templated("{{ raise_exception('no such role') }}"), [ASK], where="p.jsonl, line 2")
+        render_conversation(
+            "prompts", templated("{{ raise_exception('no such role') }}"), [ASK], where="p.jsonl, line 2"
+        )
 
 
 def test_a_template_that_refuses_marks_is_still_checked() -> None:
@@ -193,6 +207,6 @@ def test_a_whole_conversation_is_rendered_with_its_answer() -> None:
     """Without a generation prompt, for whatever trains on it."""
     tokenizer, turns = templated(PLAIN), [ASK, {"role": "assistant", "content": "yes"}]
     found = render_conversation("data", tokenizer, turns, generation=False)
-    assert found.text == tokenizer.apply_chat_template(turns, tokenize=False) == "[user]is it cold\n[assistant]yes\n"
+    assert found.text == tokenizer.apply_chat_template(turns, tokenize=False) == "[user]is it cold;[assistant]yes;"
     with pytest.raises(DataError, match="turn 1 .role 'tool'.: the chat template drops the text 'ok'"):
         render_conversation("data", templated(STRICT), [{"role": "tool", "content": "ok"}, *turns], generation=False)

@@ -63,7 +63,9 @@ class TestLimits:
         bad, rows = collected()
         found = encode_prompts(given(self.TEXTS), tiny.tokenizer(), WHOLE, 0, CONTEXT, bad)
         bad.flush()
-        assert found.texts == ["a film", "a story"] and found.rows == [tiny.tokenizer()(t)["input_ids"] for t in found.texts]
+        assert found.texts == ["a film", "a story"] and found.rows == [
+            tiny.tokenizer()(t)["input_ids"] for t in found.texts
+        ]
         assert [(row["where"], row["setting"]) for row in rows] == [
             ("p.jsonl, line 2", "prompts"), ("p.jsonl, line 4", "prompts"),
         ]  # fmt: skip
@@ -73,11 +75,11 @@ class TestLimits:
         made = tiny.tokenizer()
         made.chat_template = "{{ '' }}{% if messages[0].role != 'user' %}{{ messages[0].content }}{% endif %}"
         empty = Conversation([{"role": "user", "content": "", "reasoning": "x"}])
-        with pytest.raises(DataError, match="prompt 1: got '0 tokens"):
+        with pytest.raises(DataError, match="prompt 1: got .0 tokens"):
             encode_prompts(given([empty]), made, WHOLE, 0, CONTEXT)
 
     def test_more_that_do_not_fit_than_fit_are_an_error(self) -> None:
-        with pytest.raises(DataError, match=r"p\.jsonl: 2 of 3 rows cannot be used.*The first of them: prompt 2"):
+        with pytest.raises(DataError, match=r"p\.jsonl: 2 of 3 rows cannot be used.*The first of them: prompt 1"):
             encode_prompts(given(self.TEXTS[1:]), tiny.tokenizer(), WHOLE, 0, CONTEXT, collected()[0])
 
     def test_without_room_for_a_response_nothing_fits(self) -> None:
@@ -137,7 +139,7 @@ class TestConversations:
         ids = tokenizer("[user]cold[assistant]")["input_ids"]
         assert found.rows == [ids, tokenizer("plain")["input_ids"]]
         assert found.conversations == {tuple(ids): [{"role": "user", "content": "cold"}]}
-        cut = encode_prompts(given([parts, "plain"]), tokenizer, SamplingConfig(prompt_tokens=[2, 2]), 0, CONTEXT)
+        cut = encode_prompts(given([parts, "plain"]), tokenizer, SamplingConfig(prompt_tokens=[2, 2]), 0, 128)
         assert cut.rows[0] == ids[:2] and cut.conversations == {}
 
     def test_a_rows_variables_win_over_the_settings(self) -> None:

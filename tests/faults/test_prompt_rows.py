@@ -81,10 +81,16 @@ def test_rows_that_do_not_fit_are_left_out_and_the_others_columns_reach_the_func
 def test_a_column_that_a_function_needs_is_known_before_the_models(
     model_command: Command, tmp_path: Path, flags: list[str]
 ) -> None:
-    (tmp_path / "mine.py").write_text("def give(texts, rollouts, prompts, solution):\n    return [0.0 for _ in texts]\n")
+    (tmp_path / "mine.py").write_text(
+        "def give(texts, rollouts, prompts, solution):\n    return [0.0 for _ in texts]\n"
+    )
     rows(tmp_path, [user("a film")])
-    done = model_command("rl", *flags, "--credit", "[{process: {function: 'mine:give'}}]", PYTHONPATH=str(tmp_path))
+    credit = ("--credit", "[{process: {function: 'mine:give'}}]")
+    done = model_command("rl", *flags, *credit, PYTHONPATH=str(tmp_path))
     done.assert_refused("prompts: got \"no column 'solution'\"", "the columns that mine:give takes", "a default")
+    doctor = model_command("doctor", *flags, *credit, "--fast", "--json", PYTHONPATH=str(tmp_path))
+    (found,) = [one for one in json.loads(doctor.out)["findings"] if one["name"] == "prompts"]
+    assert found["level"] == "fail" and "no column 'solution'" in found["message"]
 
 
 def test_diagnose_and_evaluate_check_prompts_alike(model_command: Command, tmp_path: Path, flags: list[str]) -> None:

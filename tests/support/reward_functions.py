@@ -19,9 +19,7 @@ def per_token(texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str]) 
     ]
 
 
-def of_its_row(
-    texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str], prompt: Sequence[str]
-) -> list[float]:
+def of_its_row(texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str], prompt: Sequence[str]) -> list[float]:
     """Return the length of the text that each rollout's row has in the column prompt, of which it has the beginning."""
     assert all(whole.startswith(begun) for whole, begun in zip(prompt, prompts, strict=True))
     return [float(len(whole)) for whole in prompt]

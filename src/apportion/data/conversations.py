@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from apportion.data.formats import Row
-from apportion.data.tables import check_text, require
+from apportion.data.tables import check_text
 from apportion.errors import DataError
 
 Turn = dict[str, Any]  # role, content (text, parts of text, or None beside a tool call), and keys for the template
@@ -61,7 +61,7 @@ def conversation(turns: Sequence[Any], row: Row, column: str, field: str) -> Con
     """
     arrow = _OF_ARROW.search(row.where) is not None
     made = [_turn(item, f"{row.where}: {column}[{i}]", field, arrow) for i, item in enumerate(turns)]
-    if not any(turn.get("content") or any(turn.get(key) for key in IN_PLACE_OF_CONTENT) for turn in made):
+    if not any(_says_something(turn) for turn in made):
         got = f"{row.where}: {column}[0]: content = {made[0].get('content')!r:.20}"
         raise DataError(field, got, "a turn with text", "Fill it in or remove the row.")
     if made[-1]["role"] == "assistant" and made[-1].get("content") is None:
@@ -112,6 +112,12 @@ def _turn(item: Any, where: str, field: str, arrow: bool) -> Turn:
     return {key: without_nulls(value) if arrow else value for key, value in turn.items()}
 
 
+def _says_something(turn: Turn) -> bool:
+    content = turn.get("content") or ""
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    return any(text.strip() for text in texts) or any(turn.get(key) for key in IN_PLACE_OF_CONTENT)
+
+
 def _part(item: Any, where: str, field: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         fix = 'Write {"type": "text", "text": "..."}.'
@@ -147,7 +153,7 @@ def _tools(row: Row, field: str, arrow: bool) -> list[dict[str, Any]] | None:
     if not value:
         return None
     listed = value if isinstance(value, list) else [None]
-    schemas = [_parsed(one) if isinstance(one, str) else one for one in listed]
+    schemas: list[Any] = [_parsed(one) if isinstance(one, str) else one for one in listed]
     if not all(isinstance(one, dict) for one in schemas):
         got = f"{row.where}: tools = {row['tools']!r:.60}"
         fix = "Write a list of JSON schemas, or rename the column."

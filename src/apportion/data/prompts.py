@@ -120,7 +120,7 @@ def _implicit(row: Row, field: str) -> str | Conversation:
         if turns:
             return conversation(turns, row, _PAIR[0], field)
     else:
-        text = common_beginning(*(check_text(row, name, field=field) for name in _PAIR))
+        text: str = common_beginning(*(check_text(row, name, field=field) for name in _PAIR))
         if text.strip():
             return text
     got = f"{row.where}: chosen = {chosen!r:.40}, rejected = {rejected!r:.40}"

@@ -141,9 +141,7 @@ def to_tokens(rows: Any, mask: Tensor, segments: Tensor | None, source: str) -> 
     return out
 
 
-def _placed(
-    given: list[Any], own: Tensor, segments: Tensor | None, field: str, row: int
-) -> tuple[Tensor, list[Any]]:
+def _placed(given: list[Any], own: Tensor, segments: Tensor | None, field: str, row: int) -> tuple[Tensor, list[Any]]:
     """Return (positions, numbers) of the list `given` of a row whose tokens are at `own` (N,)."""
     if given and all(_is_list(item) for item in given):
         return _pairs(given, own, field, row)
@@ -188,5 +186,7 @@ def _pairs(given: Sequence[Any], places: Tensor, field: str, row: int) -> tuple[
 
 def _whole(value: Any) -> int | None:
     """Return a whole number, which an array of pairs may hold as 3.0; None for another value."""
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value == int(value)
-    return int(value) if fits else None
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    number = float(value)
+    return int(number) if number.is_integer() else None

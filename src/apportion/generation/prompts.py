@@ -208,7 +208,7 @@ class _Checks:
         return 1 <= len(row) <= self.limit and (bos is None or list(row[:2]) != [bos, bos])
 
     def error(self, unusable: Sequence[tuple[int, Prompt, Sequence[int]]], total: int) -> DataError:
-        """Return the error for the prompts (number, prompt, ids), of `total`: those that do not fit, else the others'."""
+        """Return the error for prompts (number, prompt, ids), of `total`: those that do not fit, else the others'."""
         misfits = [one for one in unusable if not 1 <= len(one[2]) <= self.limit]
         if not misfits:
             return self._doubled(unusable, total)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -46,9 +45,10 @@ def render_conversation(
 ) -> Rendered:
     """Return the conversation as the tokenizer's chat template renders it: as a prompt, or (`generation` False) whole.
 
-    A prompt ends with the generation prompt, or within a last turn of the assistant, which is continued. The content of each turn is tried as given, then as text, then as
-    parts of text: the first form of which the template shows every turn's text (white space and JSON escapes aside).
-    Of tool calls the names are looked for; thoughts of assistant turns may be left out.
+    A prompt ends with the generation prompt, or within a last turn of the assistant, which is continued. The content of
+    each turn is tried as given, then as text, then as parts of text: the first form of which the template shows every
+    turn's text (white space and JSON escapes aside). Of tool calls the names are looked for; thoughts of assistant
+    turns may be left out.
 
     Args:
         field: the setting that the conversation is from. conversation: its turns, or a `Conversation`.
@@ -96,7 +96,7 @@ def apply_template(tokenizer: Any, turns: Sequence[Turn], *, generation: bool) -
 def with_response(turns: Sequence[Turn], response: str) -> Conversation:
     """Return the conversation with the response: as a turn of its own, or as the rest of a last turn of the assistant.
 
-    Its content is in parts where all others are, and else text.
+    Its content is a list of parts where all others are, and else text.
     """
     made = _as_conversation(turns)
     if made[-1].get("role") == ASSISTANT:
@@ -175,7 +175,7 @@ def _squeezed(text: str) -> str:
 
 def _marked(turns: Conversation) -> tuple[Conversation, list[Piece]]:
     """Return a copy of the turns with a mark in the middle of each text, and the texts."""
-    copy = deepcopy(list(turns))
+    copy: list[Turn] = _copied(list(turns))
     content = repr(copy)
     salt = next(word for word in (f"Qz{i}" for i in count()) if word not in content)
     pieces: list[Piece] = []
@@ -213,6 +213,13 @@ def _mark_strings(value: Any, turn: int, mark: Callable[[int, str, str, bool], s
     return [_mark_strings(one, turn, mark) for one in value] if isinstance(value, list) else value
 
 
+def _copied(value: Any) -> Any:
+    """Return a copy in which nothing is shared, also where an object is in `value` twice."""
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    return [_copied(one) for one in value] if isinstance(value, list) else value
+
+
 def _answer_start(text: str) -> int:
     """Return where the answer begins after thoughts, 0 without any."""
     return max((text.rfind(end) + len(end) for end in THOUGHTS_END if end in text), default=0)
@@ -233,13 +240,10 @@ def _calls(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _forms(given: Conversation) -> Iterator[Conversation]:
-    """Yield the conversation as given, then with every content as text, then as parts of text."""
+    """Yield the conversation as given, then with every content as text (an absent one is empty), then as parts."""
     yield given
-    if any(isinstance(turn.get("content"), list) for turn in given):
-        yield given.with_turns(
-            {**turn, "content": _joined(turn["content"])} if isinstance(turn.get("content"), list) else turn
-            for turn in given
-        )
+    if not all(isinstance(turn.get("content"), str) for turn in given):
+        yield as_text(given)
     if any(isinstance(turn.get("content"), str) for turn in given):
         yield given.with_turns(
             {**turn, "content": [{"type": "text", "text": turn["content"]}]}
@@ -265,6 +269,8 @@ def _failed(field: str, error: Exception, where: str) -> DataError:
 def _lost(field: str, piece: Piece, role: str, where: str) -> DataError:
     got = f"{where}{': ' * bool(where)}turn {piece.turn + 1} (role {role!r}): the chat template drops {piece.what}"
     got = f"{got} {piece.text!r:.80}"
-    fix = "It does not know this role, or not at this place: give the turn a role that it shows, or join it with another"
+    fix = (
+        "It does not know this role, or not at this place: give the turn a role that it shows, or join it with another"
+    )
     fix = f"{fix} turn (skip_bad_rows: true leaves such rows out)."
     return DataError(field, got, "every turn's text in what the template renders", fix)

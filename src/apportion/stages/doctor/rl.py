@@ -13,6 +13,7 @@ from apportion.config import RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
+from apportion.evidence.process import check_columns, user_functions, wanted_columns
 from apportion.generation.prompts import encode_prompts, encoded, load_prompts
 from apportion.models.loading import NO_CODE, context_of, load_settings, locate, read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
@@ -115,9 +116,11 @@ def stored_reward_config(stored: dict[str, Any]) -> RewardConfig:
 
 
 def open_prompts(case: Case) -> Result:
-    """Prompts can be read, and each leaves room for its response in the policy's context."""
+    """Prompts can be read, the chat template shows all of each, and each leaves room for its response."""
     bad, config = bad_row_counter(case.config), case.config
-    loaded = load_prompts(config.prompts, "rl", bad)
+    functions = user_functions(case.notes.get("needs", frozenset()))
+    loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
+    check_columns(functions, [prompt.columns for prompt in loaded])
     if bad is None:  # every prompt stays, for the checks to count what is wrong
         found = encoded(loaded, case.tokenizer, config.sampling, config.seed)
     else:

@@ -46,6 +46,8 @@ def evaluate(
         loaded = load_prompts(config.prompts, part, bad)
         context = context_of(locate("policy", settings["policy"]))
         tokenizer = load_tokenizer("run", str(run.path / "final"))
+        if all(isinstance(prompt.content, str) for prompt in loaded):  # a run on conversations may be tried on texts
+            sampling = sampling.model_copy(update={"chat_template_kwargs": None})
         encoded = encode_prompts(loaded, tokenizer, sampling, config.seed, context, bad, config.count)
     prompts, policy_text = encoded.rows, PolicyText(tokenizer, encoded.conversations)
     loading = {"dtype": "float32", "device": config.device, "pad_token": settings["pad_token"]}

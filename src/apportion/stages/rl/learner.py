@@ -257,7 +257,7 @@ def make_learner(
 
 
 def open_prompts(config: RLConfig, needs: frozenset[str], folder: str) -> tuple[Any, PromptStream]:
-    """Return (the tokenizer of the policy in `folder`, the prompts, with the columns that the functions in `needs` take).
+    """Return (the tokenizer of the policy in `folder`, the prompts with the columns that functions in `needs` take).
 
     Raises:
         DataError: as `load_prompts` and `encode_prompts`, or a column that a function needs is not there.
