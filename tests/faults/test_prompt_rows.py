@@ -12,8 +12,8 @@ import pytest
 
 Command = Callable[..., Any]
 STRICT = (
-    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<unk>{{ m.role }}\n{{ m.content }}<eos>\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<unk>assistant\n{% endif %}"
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<unk>{{ m.role }}\n{{ m.content }}<eos>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<unk>assistant\n{% endif %}"
 )
 COLUMNS = """
 def give(texts, rollouts, prompts, answer, **columns):
