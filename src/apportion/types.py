@@ -37,8 +37,6 @@ class Rollouts:
         turn: (B,T) int64 turn ids, or None.
         policy_version: (B,) int64, or None.
         old_logprobs: (B,T) float, the trainer's own log-probabilities, used in ratios; defaults to `logprobs`.
-        source_row: (B,) int64, the place of each prompt among the run's prompts, whose columns user-supplied functions
-            get; or None.
 
     Raises:
         DataError: a tensor whose shape does not fit the others, by name.
@@ -57,7 +55,6 @@ class Rollouts:
     turn: Tensor | None = None
     policy_version: Tensor | None = None
     old_logprobs: Tensor = None  # type: ignore[assignment]
-    source_row: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.valid is None:
@@ -78,7 +75,7 @@ class Rollouts:
             "prompt_ids": (rows, *self.prompt_ids.shape[1:2]),
             "prompt_mask": tuple(self.prompt_ids.shape),
             **dict.fromkeys(("response_ids", "logprobs", "valid", "old_logprobs", "turn"), (rows, length)),
-            **dict.fromkeys(("scores", "group", "ended", "policy_version", "source_row"), (rows,)),
+            **dict.fromkeys(("scores", "group", "ended", "policy_version"), (rows,)),
         }
         for name, shape in expected.items():
             value = getattr(self, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -260,7 +259,7 @@ class TestColumns:
         models = tiny_runs.models(world)
         models.columns = columns
         batch = tiny_runs.sampled(models.policy, [[5, 6], [5, 6], [7], [5, 6], [8, 9, 10]])
-        batch = replace(batch, source_row=torch.tensor([0, 1, 2, 1, 2]))
+        batch = batch.with_evidence(source_row=torch.tensor([0, 1, 2, 1, 2]))
         return score(models, batch, needs, ScoreConfig(micro_batch=2))
 
     @pytest.mark.parametrize("name", ["answers", "one"])

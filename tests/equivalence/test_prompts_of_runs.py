@@ -172,12 +172,13 @@ def test_rollouts_name_the_row_of_their_prompt(tmp_path: Path) -> None:
     seen = []
     for step in (1, 2, 3, 4):
         rollouts = source.take(step)
-        assert rollouts.source_row is not None
-        places = rollouts.source_row.tolist()
+        places = rollouts.evidence["source_row"].tolist()
         assert places == [place for place in stream.places(step, 3) for _ in range(2)]
         assert [tiny_runs.alone(rollouts, i)[0] for i in range(6)] == [stream.rows[place] for place in places]
         picked = rollouts.select(torch.tensor([5, 0]))
-        assert picked.source_row is not None and picked.source_row.tolist() == [places[5], places[0]]
+        assert picked.evidence["source_row"].tolist() == [places[5], places[0]]
         seen += places[::2]
     assert sorted(seen) == sorted([0, 1, 2, 3] * 3)
-    assert stream.encoded.columns == [{"answer": i} for i in range(4)]
+    assert stream.columns == [{"answer": i} for i in range(4)]
+    bare = PromptStream(given(["a film", "a story"]), policy.tokenizer, config.sampling, 0, 128)
+    assert PolicySource(policy, bare, config, torch.Generator().manual_seed(0), None).take(1).evidence == {}

@@ -25,7 +25,7 @@ class Models:
         scores: centring, scaling and clipping of scores, for producers that score further texts.
         others: further models by the path in a setting, loaded when a producer first needs one.
         user_code: calls user-supplied functions within their time limit.
-        columns: the columns of each of the run's prompts, the same in all; `Rollouts.source_row` says whose they are.
+        columns: the columns of each of the run's prompts, the same in all; evidence "source_row" says whose.
     """
 
     policy: Policy

@@ -20,6 +20,7 @@ from apportion.types import Rollouts
 from apportion.user_code import keyword_names, plain
 
 Function = Callable[..., Any]
+SOURCE_ROW = "source_row"  # evidence (B,) int64: the place of each prompt among the run's prompts, of `Models.columns`
 
 
 def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -92,8 +93,8 @@ def with_columns(name: str, function: Function, models: Models, rollouts: Rollou
         DataError: it has to be given a column, and the rollouts (of another source, say) have none of that name.
     """
     keywords, rows = keyword_names(function), list[Mapping[str, Any]]()
-    if rollouts.source_row is not None and models.columns:
-        rows = [models.columns[place] for place in rollouts.source_row.tolist()]
+    if SOURCE_ROW in rollouts.evidence and models.columns:
+        rows = [models.columns[place] for place in rollouts.evidence[SOURCE_ROW].tolist()]
     present = frozenset(models.columns[0]) if rows else frozenset[str]()
     _check_required(name, keywords.required - present)
     taken = sorted((present if keywords.accepted is None else present & keywords.accepted) - keywords.positional)

@@ -248,6 +248,7 @@ class PromptStream:
         self.seed = seed
         self.encoded = encode_prompts(prompts, tokenizer, sampling, seed, context, bad)
         self.rows, self.conversations = self.encoded.rows, self.encoded.conversations
+        self.columns = self.encoded.columns
 
     def places(self, step: int, count: int) -> list[int]:
         """Return the places in `rows` of the prompts of batch `step` (from 1); each pass over them has a new order."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.data.bad_rows import leaving_out
 from apportion.errors import ConfigError
 from apportion.evidence import Models, plan
-from apportion.evidence.process import check_columns, user_functions, wanted_columns
+from apportion.evidence.process import SOURCE_ROW, check_columns, user_functions, wanted_columns
 from apportion.evidence.scoring import score
 from apportion.generation import sample
 from apportion.generation.prompts import encode_prompts, load_prompts
@@ -134,7 +133,7 @@ def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) 
     step = _prompts_a_block(config)
     for first in range(0, len(prompts), step):
         rollouts = sample(models.policy, prompts[first : first + step], sampling, models.generator)
-        yield replace(rollouts, source_row=rollouts.group + first)
+        yield rollouts.with_evidence(**{SOURCE_ROW: rollouts.group + first}) if models.columns else rollouts
 
 
 @torch.no_grad()

@@ -251,7 +251,7 @@ def make_learner(
     # vine draws a different number of random values in each process: with several, each has its own generator for it
     own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores, user_code=user_code)
-    models.columns = prompts.encoded.columns
+    models.columns = prompts.columns
     record_warnings(findings, run, warn)  # after loading, so that a model error is reported first
     return Learner(config, models, method, prompts, generator, compare, run)
 

@@ -12,6 +12,7 @@ from apportion.compatibility import check_processes
 from apportion.config import PPOConfig, RLConfig
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
+from apportion.evidence.process import SOURCE_ROW
 from apportion.generation.prompts import PromptStream
 from apportion.generation.sampler import draw_uniforms, sample
 from apportion.masking import whiten
@@ -59,8 +60,10 @@ class PolicySource:
         reseed(self.scoring_generator, self.config.seed, step)
         prompts = [self.prompts.rows[place] for place in places[mine]]
         rollouts = sample(self.policy, prompts, sampling, self.generator, uniforms=uniforms)
-        rows = torch.tensor(places[mine], device=rollouts.mask.device)[rollouts.group]
-        return replace(rollouts, group=rollouts.group + mine.start, source_row=rows)
+        if self.prompts.columns:  # whose row it is: prompts of the same ids may have other columns
+            rows = torch.tensor(places[mine], device=rollouts.mask.device)[rollouts.group]
+            rollouts = rollouts.with_evidence(**{SOURCE_ROW: rows})
+        return replace(rollouts, group=rollouts.group + mine.start)
 
     @property
     def _copies(self) -> int:
