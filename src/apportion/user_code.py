@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +95,47 @@ def error_of(name: str, error: BaseException) -> UserCodeError:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return UserCodeError(name, f"{text}{where}", "a result without an exception", NEVER)
+
+
+class Keywords(NamedTuple):
+    """What a function takes beyond its first three arguments.
+
+    Attributes:
+        accepted: names of its keywords; None for any. required: those without a default.
+        positional: names of the first three, which no keyword may have.
+    """
+
+    accepted: frozenset[str] | None
+    required: frozenset[str]
+    positional: frozenset[str]
+
+
+def keyword_names(function: Callable[..., Any]) -> Keywords:
+    """Return the keywords that a user-supplied function takes beyond the three arguments that it is called with."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of a compiled function
+        return Keywords(frozenset(), frozenset(), frozenset())
+    first = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)][:3]
+    rest = [one for one in parameters if one not in first]
+    named = {one.name: one for one in rest if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    required = frozenset(name for name, one in named.items() if one.default is one.empty)
+    anything = any(one.kind is one.VAR_KEYWORD for one in rest)
+    positional = frozenset(one.name for one in first if one.kind is one.POSITIONAL_OR_KEYWORD)
+    return Keywords(None if anything else frozenset(named), required, positional)
+
+
+def plain(value: Any) -> Any:
+    """Return arrays, tensors and their scalars in `value`, or in a list that it is, as Python's lists and numbers."""
+    if isinstance(value, (str, bytes, Mapping)):
+        return value
+    if callable(getattr(value, "tolist", None)):
+        listed = value.tolist()
+        return plain(listed) if isinstance(listed, list) else listed  # an array of objects may hold further arrays
+    if isinstance(value, (list, tuple)):
+        made = [plain(one) for one in value]
+        return tuple(made) if isinstance(value, tuple) else made
+    return value
 
 
 def user_defined(names: Iterable[str]) -> str | None:
@@ -231,13 +273,14 @@ def validate_rewards(name: str, rewards: Any, mask: Tensor) -> Tensor:
 
 
 def validate_evidence(name: str, evidence: Any, mask: Tensor) -> Tensor:
-    """Return the evidence that a user-supplied function made for rollouts with `mask` (B,T).
+    """Return the evidence that a user-supplied function made for rollouts with `mask` (B,T): a tensor, or as `plain`.
 
     Raises:
         DataError: it is not a tensor whose first dimension is the batch.
         ScoreError: it is not finite where it counts; it names the rollout.
     """
     field = f"evidence[{name!r}]"
+    evidence = as_tensor(evidence, mask.device)
     if not isinstance(evidence, Tensor) or evidence.dim() == 0 or len(evidence) != len(mask):
         got = f"a tensor {tuple(evidence.shape)}" if isinstance(evidence, Tensor) else type(evidence).__name__
         fix = f"Return one tensor whose first dimension is the batch, {len(mask)} rows."
@@ -249,6 +292,19 @@ def validate_evidence(name: str, evidence: Any, mask: Tensor) -> Tensor:
         at = tuple(int(i) for i in bad.nonzero()[0])
         raise ScoreError(field, float(evidence[at]), "a finite number", NEVER, row=at[0])
     return evidence
+
+
+def as_tensor(value: Any, device: torch.device) -> Any:
+    """Return arrays and lists of numbers as a float32 tensor on `device`, and any other value as it is."""
+    if isinstance(value, Tensor):
+        return value
+    numbers = plain(value)
+    if not isinstance(numbers, (list, tuple)):
+        return value
+    try:
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError):  # None, text, or rows of different lengths
+        return value
 
 
 def validate_estimate(specs: Mapping[str, Any], estimate: Any, mask: Tensor) -> Advantages:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import tiny_runs
@@ -14,9 +16,10 @@ from apportion import Rollouts, credit, segments
 from apportion.config import ScoreConfig
 from apportion.errors import ConfigError, DataError, ModelError, ScoreError
 from apportion.evidence import Models, plan
-from apportion.evidence.process import to_tokens
+from apportion.evidence.process import check_columns, to_tokens, user_functions, wanted_columns
 from apportion.evidence.scoring import score
 from apportion.registry import EvidenceKey
+from apportion.user_code import validate_evidence
 
 MASK = torch.tensor([[True, True, True, False], [True, False, True, True], [False] * 4])
 
@@ -152,6 +155,34 @@ class TestProcess:
         assert found.tolist() == [[0, 0.5, 0, 0], [1, 0, 0, -1], [0] * 4]
 
     @pytest.mark.parametrize(
+        "rows",
+        [
+            [[1, 0, 1], [0, 1, 1], []],
+            ((1, 0, 1), [0.0, 1.0, 1.0], ()),
+            [[True, False, True], [np.bool_(False), np.bool_(True), True], []],
+            [np.array([1, 0, 1]), np.array([0, 1, 1], dtype=np.float16), np.array([])],
+            [torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1], dtype=torch.bfloat16), torch.tensor([])],
+            [[np.float32(1), torch.tensor(0.0), np.int64(1)], [Fraction(0), 1, torch.tensor([1])[0]], []],
+            np.array([[1, 0, 1, np.nan], [0, np.nan, 1, 1], [np.nan] * 4]),
+            torch.tensor([[1, 0, 1, 7], [0, 7, 1, 1], [7] * 4], dtype=torch.bfloat16),
+            torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [0] * 4]).bool(),
+            [np.array([[0, 1], [2, 1]]), torch.tensor([[1.0, 1.0], [2.0, 1.0]]), []],
+        ],
+    )
+    def test_rows_are_judged_by_content(self, rows: object) -> None:
+        expected = [[1, 0, 1, 0], [0, 0, 1, 1], [0] * 4]
+        assert to_tokens(rows, MASK, None, "f").tolist() == expected
+
+    @pytest.mark.parametrize(
+        "rows",
+        [[0.5, -1, 3], (0.5, np.float32(-1), True), np.array([0.5, -1, 3]), torch.tensor([0.5, -1, 3]).bfloat16(),
+         [torch.tensor(0.5), np.int8(-1), 0]],
+    )  # fmt: skip
+    @pytest.mark.parametrize("steps", [None, torch.tensor([[0, 1, 1, -1], [0, -1, 0, 0], [-1] * 4])])
+    def test_one_number_a_response_is_on_its_last_token(self, rows: object, steps: torch.Tensor | None) -> None:
+        assert to_tokens(rows, MASK, steps, "f").tolist() == [[0, 0, 0.5, 0], [0, 0, 0, -1], [0] * 4]
+
+    @pytest.mark.parametrize(
         ("made", "error", "text"),
         [
             (None, DataError, "the result of f: got 'NoneType'; expected a list of 3 rows"),
@@ -171,11 +202,101 @@ class TestProcess:
             ([[(1, 2, 3)], [1, 2, 3], []], ScoreError, r"from f, pair 0 of rollout 0: got \(1, 2, 3\)"),
             ([[(1, float("nan"))], [1, 2, 3], []], ScoreError, "from f, number 0 of rollout 0: got nan"),
             ([[1, (1, 2), 3], [1, 2, 3], []], ScoreError, r"from f, number 1 of rollout 0: got \(1, 2\)"),
+            (0.5, DataError, "the result of f: got 'float'; expected a list of 3 rows"),
+            (torch.tensor(0.5), DataError, "the result of f: got 'float'"),
+            ({0: [1]}, DataError, "the result of f: got 'dict'"),
+            ((row for row in ()), DataError, "the result of f: got 'generator'"),
+            (torch.ones(2, 4), DataError, "the result of f: got '2 rows'"),
+            (torch.ones(3, 5), ScoreError, "from f of rollout 0: got '5 numbers'; expected 3 numbers"),
+            ([None, [1, 2, 3], []], ScoreError, "from f of rollout 0: got None; expected a list of numbers"),
+            ([None] * 3, ScoreError, "from f of rollout 0: got None"),
+            ([1.0, None, 0.0], ScoreError, "from f of rollout 1: got None; expected a finite number"),
+            ([1.0, 2.0, float("nan")], ScoreError, "from f of rollout 2: got nan"),
+            (np.array([1.0, np.inf, 0.0]), ScoreError, "from f of rollout 1: got inf"),
+            (np.full((3, 4), np.nan), ScoreError, "from f, number 0 of rollout 0: got nan"),
+            (["1", "2", "3"], ScoreError, "from f of rollout 0: got '1'"),
+            ([[(1.5, 1)], [1, 2, 3], []], ScoreError, r"from f, pair 0 of rollout 0: got \(1.5, 1\)"),
         ],
     )
     def test_what_is_wrong_is_named(self, made: object, error: type[Exception], text: str) -> None:
         with pytest.raises(error, match=text):
             to_tokens(made, MASK, None, "f")
+
+
+COLUMNS = """
+import torch
+
+
+def answers(texts, rollouts, prompts, answer=None, **columns):
+    assert "prompts" not in columns and all(len(values) == len(texts) for values in columns.values())
+    return [float(value) for value in answer]
+
+
+def one(texts, rollouts, prompts, *, missing=None, answer):
+    assert missing is None
+    return [float(value) for value in answer]
+
+
+def required(texts, rollouts, prompts, solution):
+    return [0.0 for _ in texts]
+
+
+def evidence(models, rollouts, texts, answer):
+    return [float(value) for value in answer]
+"""
+
+
+class TestColumns:
+    @pytest.fixture
+    def own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        (tmp_path / "own_columns.py").write_text(COLUMNS)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "own_columns", raising=False)
+        return "own_columns"
+
+    def scored(self, world: Path, needs: set[str], columns: list[dict[str, object]]) -> Rollouts:
+        """Return five rollouts of three rows, two of them with the same ids, scored two at a time."""
+        models = tiny_runs.models(world)
+        models.columns = columns
+        batch = tiny_runs.sampled(models.policy, [[5, 6], [5, 6], [7], [5, 6], [8, 9, 10]])
+        batch = batch.with_evidence(source_row=torch.tensor([0, 1, 2, 1, 2]))
+        return score(models, batch, needs, ScoreConfig(micro_batch=2))
+
+    @pytest.mark.parametrize("name", ["answers", "one"])
+    def test_each_rollout_gets_those_of_its_own_row(self, world: Path, own: str, name: str) -> None:
+        need = key(f"{own}:{name}")
+        rows = [{"answer": "3", "prompts": "p"}, {"answer": "4", "prompts": "p"}, {"answer": "5", "prompts": "p"}]
+        found = self.scored(world, {need}, rows).evidence[need]
+        assert found.sum(dim=1).tolist() == [3, 4, 5, 4, 5]
+
+    def test_evidence_gets_them_too(self, world: Path, own: str) -> None:
+        need = f"{own}:evidence"
+        found = self.scored(world, {need}, [{"answer": i} for i in (3, 4, 5)]).evidence[need]
+        assert found.tolist() == [3, 4, 5, 4, 5]
+
+    def test_a_column_that_is_not_there_is_named(self, world: Path, own: str) -> None:
+        functions = user_functions({key(f"{own}:required"), "scores", f"{own}:evidence"})
+        assert set(functions) == {f"{own}:required", f"{own}:evidence"}
+        assert wanted_columns(functions) == {"solution", "answer"}
+        assert wanted_columns(user_functions({key(f"{own}:answers")})) is None
+        check_columns(functions, [{"answer": 1}, {"solution": 2}])
+        missing = "prompts: got \"no column 'solution'\"; expected the columns that own_columns:required takes"
+        with pytest.raises(DataError, match=missing):
+            check_columns(functions, [{"answer": 1}])
+        with pytest.raises(DataError, match=missing):
+            self.scored(world, {key(f"{own}:required")}, [{"answer": 1}] * 3)
+        with pytest.raises(DataError, match=missing):  # rollouts of another source
+            self.scored(world, {key(f"{own}:required")}, [])
+
+    def test_user_supplied_evidence_is_judged_by_content(self) -> None:
+        for given in ([1, 0, 2.0], np.array([1, 0, 2]), torch.tensor([1.0, 0, 2]), (np.float32(1), False, 2)):
+            assert validate_evidence("f", given, MASK).tolist() == [1, 0, 2]
+        assert validate_evidence("f", [np.zeros(4)] * 3, MASK).shape == (3, 4)
+        for given in ([1, None, 2], [[1], [1, 2], []], 3.0, ["a", "b", "c"], [1, 2], {"a": 1}, None):
+            with pytest.raises(DataError, match="a tensor"):
+                validate_evidence("f", given, MASK)
+        with pytest.raises(ScoreError, match="of rollout 1: got nan"):
+            validate_evidence("f", [1, float("nan"), 2], MASK)
 
 
 def key(function: str) -> str:

@@ -19,6 +19,12 @@ def per_token(texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str]) 
     ]
 
 
+def of_its_row(texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str], prompt: Sequence[str]) -> list[float]:
+    """Return the length of the text that each rollout's row has in the column prompt, of which it has the beginning."""
+    assert all(whole.startswith(begun) for whole, begun in zip(prompt, prompts, strict=True))
+    return [float(len(whole)) for whole in prompt]
+
+
 def failing(texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str]) -> list[list[float]]:
     """Fail in process 1, at its second batch, while the file named by the environment variable FAIL_WHILE exists."""
     CALLS.append(len(texts))

@@ -70,7 +70,7 @@ class RLConfig(Section):
     reward_model: RewardModelName = ""
     """any sequence classifier with 1 or 2 labels: a folder or a hub id."""
     prompts: Name = "imdb"
-    """`imdb`, a file or folder with a column prompt, messages or text, or a hub id."""
+    """`imdb`, a file or folder with a column prompt, messages or text (or chosen and rejected), or a hub id."""
     skip_bad_rows: Switch = False
     """skip unusable rows, count them and write them to bad_rows.jsonl; off, the first of them is an error."""
     output: Name = "runs/rl"

@@ -74,4 +74,8 @@ Layers = Annotated[
     AfterValidator(_layers),
     Rule('"attention", "all", or a list of layer names', "Example: [q_proj, v_proj]."),
 ]
+Variables = Annotated[
+    dict[str, Any],
+    Rule("a mapping of variables of the chat template", "Example: {enable_thinking: false}."),
+]
 Spec = Annotated[Any, Rule("a method: a name, {name: {key: value}}, or a list of these", "Example: [attention].")]

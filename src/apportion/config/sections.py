@@ -15,6 +15,7 @@ from apportion.config.rules import (
     NotNegative,
     Positive,
     Switch,
+    Variables,
 )
 from apportion.config.section import Section
 
@@ -65,7 +66,9 @@ class SamplingConfig(Section):
     prompt_tokens: Interval | None = Field(default_factory=lambda: [4, 8])
     """keep the first n tokens of each prompt, n drawn evenly from [low, high]; null keeps it all."""
     max_prompt_tokens: Count = 512
-    """longest prompt, tokens; a longer one is an error."""
+    """longest prompt, tokens; a longer one is an error, or left out with skip_bad_rows."""
+    chat_template_kwargs: Variables | None = None
+    """variables of the policy's chat template, such as {enable_thinking: false}; a row's own win over them."""
 
     @property
     def max_length(self) -> int:

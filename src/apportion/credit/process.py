@@ -17,12 +17,16 @@ def process(*, function: str | None = None, unit: str = "token", keep: bool = Fa
     """Return p_t, or r_t + p_t with `keep`, where p are the rewards that `function` returns.
 
         def rewards(texts, rollouts, prompts):      # lists of B texts; a micro-batch at a time
-            return [[0.0, 0.5, -1.0], [1.0], …]     # B rows
+            return [[0.0, 0.5, -1.0], [1.0], …]     # B rows, or B numbers
 
     A row holds one number a sampled token (unit "token"), or one a step (unit "step"): an action of the run's
     `segments`, whose last token gets it. In either unit a row may instead hold pairs (token, number), the token
-    counted from 0 among the row's sampled tokens. Numbers are in units of the score and are neither centred nor
-    scaled.
+    counted from 0 among the row's sampled tokens; and B numbers without rows are on the responses' last tokens. An
+    array (B,T) holds a number at each position, those off the mask ignored. Lists, arrays and tensors count alike.
+    Numbers are in units of the score and are neither centred nor scaled.
+
+    Further parameters of `function`, such as `answer`, are given the columns of that name in the prompts' rows, lists
+    of B values; `**columns` is given all.
 
     Args:
         function: "package.module:function" as above; None is for a caller who supplies the evidence.

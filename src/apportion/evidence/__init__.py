@@ -13,7 +13,7 @@ from apportion.evidence.attribution import attribution_evidence
 from apportion.evidence.implicit import implicit_evidence
 from apportion.evidence.models import Models
 from apportion.evidence.policy import POLICY, policy_evidence, reference_evidence
-from apportion.evidence.process import process_evidence
+from apportion.evidence.process import process_evidence, with_columns
 from apportion.evidence.reward import REWARD, reward_evidence
 from apportion.evidence.shapley import SHAPLEY, shapley_evidence
 from apportion.evidence.text.boundaries import BOUNDARIES, check_packages, text_boundaries
@@ -89,8 +89,9 @@ PRODUCERS: Mapping[str, Producer] = {
 def plan(needs: Iterable[str]) -> list[tuple[Producer, frozenset[str]]]:
     """Return the passes to run, each once, with the needs that it is to produce.
 
-    A need "package.module:function" is a user-supplied producer: it is called with (models, rollouts, texts) and
-    returns the tensor of that evidence, (B,), (B,T) or (B,T,k); its attributes `forwards` and `backwards` declare its
+    A need "package.module:function" is a user-supplied producer: it is called with (models, rollouts, texts), and with
+    the columns of the prompts' rows that its signature names, and returns that evidence, (B,), (B,T) or (B,T,k); its
+    attributes `forwards` and `backwards` declare its
     cost.
 
     Raises:
@@ -125,7 +126,8 @@ def _user_supplied(need: str) -> Producer:
     def produce(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
         decode = models.policy.tokenizer.decode
         texts = [decode(ids[mask]) for ids, mask in zip(rollouts.response_ids, rollouts.mask, strict=True)]
-        result = models.user_code.call(need, function, models, rollouts, texts)
+        called = with_columns(need, function, models, rollouts)
+        result = models.user_code.call(need, called, models, rollouts, texts)
         return {need: validate_evidence(need, result, rollouts.mask)}
 
     return Producer(frozenset({need}), getattr(function, "forwards", 0), getattr(function, "backwards", 0), produce)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class Models:
         scores: centring, scaling and clipping of scores, for producers that score further texts.
         others: further models by the path in a setting, loaded when a producer first needs one.
         user_code: calls user-supplied functions within their time limit.
+        columns: the columns of each of the run's prompts, the same in all; evidence "source_row" says whose.
     """
 
     policy: Policy
@@ -34,3 +36,4 @@ class Models:
     scores: ScoreConfig = field(default_factory=ScoreConfig)
     others: dict[str, Any] = field(default_factory=dict)
     user_code: UserCode = field(default_factory=UserCode)
+    columns: Sequence[Mapping[str, Any]] = ()

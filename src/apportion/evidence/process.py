@@ -1,9 +1,10 @@
-"""User-supplied process rewards: lists of numbers, one a token or a step, validated and padded to (B,T)."""
+"""User-supplied process rewards, one number a token, a step or a response, validated by content and placed on (B,T)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -16,17 +17,22 @@ from apportion.evidence.models import Models
 from apportion.registry import EvidenceKey
 from apportion.segments import check
 from apportion.types import Rollouts
+from apportion.user_code import keyword_names, plain
+
+Function = Callable[..., Any]
+SOURCE_ROW = "source_row"  # evidence (B,) int64: the place of each prompt among the run's prompts, of `Models.columns`
 
 
 def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
     """Return the process rewards (B,T) of the function that each need names.
 
-    A function is called with (texts, rollouts, prompts), lists of the B rollouts' decoded responses and prompts.
+    A function is called with (texts, rollouts, prompts), lists of the B rollouts' decoded responses and prompts, and
+    with those columns of the prompts' rows that its signature names, each a list of B values.
 
     Raises:
         ConfigError: rewards of steps where `models` has no segmenter.
-        DataError: another number of rows than rollouts. ScoreError: a row of the wrong length, or with something that
-            is not a finite number; it names the rollout.
+        DataError: another number of rows than rollouts, or a column that the function needs is not there.
+        ScoreError: a row of the wrong length, or with something that is not a finite number; it names the rollout.
         UserCodeError: the function raised, or took longer than `monitors.timeout`.
     """
     decode = models.policy.tokenizer.decode
@@ -36,64 +42,126 @@ def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) 
     rewards = {}
     for need in sorted(needs):
         settings = EvidenceKey.of(need).settings
-        function = registry.find("process.function", settings["function"], {})
+        name = settings["function"]
+        function = with_columns(name, registry.find("process.function", name, {}), models, rollouts)
         segments = None
         if settings.get("unit") == "step":
             if models.segment is None:
                 fix = "Use unit: token, or give Models the segmenter of the run."
                 raise ConfigError("process.unit", "step", "a run with segments", fix)
             segments = check(models.segment(rollouts), rollouts.mask)
-        rows = models.user_code.call(settings["function"], function, texts, rollouts, prompts)
-        rewards[need] = to_tokens(rows, rollouts.mask, segments, settings["function"])
+        rows = models.user_code.call(name, function, texts, rollouts, prompts)
+        rewards[need] = to_tokens(rows, rollouts.mask, segments, name)
     return rewards
 
 
+# columns of the prompts' rows
+
+
+def user_functions(needs: Iterable[str]) -> dict[str, Function]:
+    """Return {name: function} of the functions that make the evidence `needs`: process rewards, or evidence itself."""
+    keys = [EvidenceKey.of(need) for need in sorted(needs)]
+    names = [key.settings["function"] for key in keys if key.name == "process_rewards" and "function" in key.settings]
+    names += [key.name for key in keys if ":" in key.name]
+    return {name: registry.find("evidence", name, {}) for name in names}
+
+
+def wanted_columns(functions: Mapping[str, Function]) -> frozenset[str] | None:
+    """Return the names of the columns that `functions` take; None where one takes all."""
+    accepted = [keyword_names(function).accepted for function in functions.values()]
+    known = [names for names in accepted if names is not None]
+    return None if len(known) < len(accepted) else frozenset[str]().union(*known)
+
+
+def check_columns(functions: Mapping[str, Function], columns: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError where a function has to be given a column that no prompt's row has; names both."""
+    present = frozenset[str]().union(*columns)
+    for name, function in functions.items():
+        _check_required(name, keyword_names(function).required - present)
+
+
+def _check_required(name: str, lacking: frozenset[str]) -> None:
+    if lacking:
+        fix = "Add it to the table of prompts, or give the parameter a default."
+        raise DataError("prompts", f"no column {min(lacking)!r}", f"the columns that {name} takes", fix)
+
+
+def with_columns(name: str, function: Function, models: Models, rollouts: Rollouts) -> Function:
+    """Return `function` with those columns that it takes as keywords: lists of B values, None where a row has none.
+
+    Raises:
+        DataError: it has to be given a column, and the rollouts (of another source, say) have none of that name.
+    """
+    keywords, rows = keyword_names(function), list[Mapping[str, Any]]()
+    if SOURCE_ROW in rollouts.evidence and models.columns:
+        rows = [models.columns[place] for place in rollouts.evidence[SOURCE_ROW].tolist()]
+    present = frozenset(models.columns[0]) if rows else frozenset[str]()
+    _check_required(name, keywords.required - present)
+    taken = sorted((present if keywords.accepted is None else present & keywords.accepted) - keywords.positional)
+    return partial(function, **{column: [row.get(column) for row in rows] for column in taken}) if taken else function
+
+
+# results
+
+
 def to_tokens(rows: Any, mask: Tensor, segments: Tensor | None, source: str) -> Tensor:
-    """Return (B,T) float32 with the numbers in `rows`, B lists, on the tokens of `mask` (B,T) that they belong to.
+    """Return (B,T) float32 with the numbers in `rows`, one item a rollout, on the tokens of `mask` (B,T).
+
+    Lists, tuples, arrays and tensors of every number format count alike, and booleans are 0 and 1.
 
     Args:
-        rows: lists of one number a token of the row, or, with `segments` (B,T) ids, one a segment, which falls on the
-            segment's last token; or rows of pairs (token, number), the token counted among the row's own.
+        rows: B lists of one number a token of the row, or, with `segments` (B,T) ids, one a segment, which falls on the
+            segment's last token; or of pairs (token, number), the token counted among the row's own. Or B numbers,
+            each on its row's last token. Or, without segments, an array (B,T), whose numbers off the mask are ignored.
         source: the name used in errors.
 
     Raises:
         DataError, ScoreError: as `process_evidence`.
     """
-    rows = rows.tolist() if isinstance(rows, Tensor) else rows
+    whole = tuple(getattr(rows, "shape", ())) == tuple(mask.shape) and segments is None
+    rows = plain(rows)
     if not _is_list(rows) or len(rows) != len(mask):
         got = f"{len(rows)} rows" if _is_list(rows) else type(rows).__name__
-        raise DataError(f"the result of {source}", got, f"a list of {len(mask)} rows", "One a rollout.")
+        fix = "Return one row of numbers, or one number, a rollout."
+        raise DataError(f"the result of {source}", got, f"a list of {len(mask)} rows", fix)
+    field = f"process rewards from {source}"
+    numbers_only = len(rows) > 0 and not any(_is_list(given) for given in rows)
+    alone = numbers_only and any(isinstance(given, Real) for given in rows)
     out = torch.zeros(mask.shape, device=mask.device)
     for row, given in enumerate(rows):
-        field = f"process rewards from {source}"
-        if not _is_list(given):
+        own = mask[row].nonzero()[:, 0]
+        if alone:
+            spots, numbers = own[-1:], [_number(field, row, None, given)] * min(len(own), 1)
+        elif not _is_list(given):
             raise ScoreError(field, given, "a list of numbers", "Return one list a rollout.", row=row)
-        places = mask[row].nonzero()[:, 0]
-        if segments is not None:
-            places = _last_of_each(segments[row], places)
-        marked = len(given) > 0 and all(_is_list(item) for item in given)
-        spots, numbers = _pairs(given, mask[row].nonzero()[:, 0], field, row) if marked else (places, list(given))
-        if len(numbers) != len(spots):
-            unit = "token" if segments is None else "step"
-            expected = f"{len(spots)} numbers, one a {unit}"
-            raise ScoreError(
-                field, f"{len(numbers)} numbers", expected, "Count the sampled tokens, EOS included.", row=row
-            )
-        out[row, spots] = torch.tensor(
-            [_number(field, row, i, value) for i, value in enumerate(numbers)], device=out.device
-        )
+        else:
+            own_numbers = [given[place] for place in own.tolist()] if whole else list(given)
+            spots, items = _placed(own_numbers, own, None if segments is None else segments[row], field, row)
+            numbers = [_number(field, row, i, value) for i, value in enumerate(items)]
+        out[row, spots] = torch.tensor(numbers, dtype=torch.float32, device=out.device)
     return out
+
+
+def _placed(given: list[Any], own: Tensor, segments: Tensor | None, field: str, row: int) -> tuple[Tensor, list[Any]]:
+    """Return (positions, numbers) of the list `given` of a row whose tokens are at `own` (N,)."""
+    if given and all(_is_list(item) for item in given):
+        return _pairs(given, own, field, row)
+    spots = own if segments is None else _last_of_each(segments, own)
+    if len(given) != len(spots):
+        expected = f"{len(spots)} numbers, one a {'token' if segments is None else 'step'}"
+        raise ScoreError(field, f"{len(given)} numbers", expected, "Count the sampled tokens, EOS included.", row=row)
+    return spots, given
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _number(field: str, row: int, place: int, value: object) -> float:
-    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+def _number(field: str, row: int, place: int | None, value: object) -> float:
     if not isinstance(value, Real) or not math.isfinite(value):
         fix = "A failure never becomes a reward: return a number for it, or raise an error."
-        raise ScoreError(f"{field}, number {place}", value, "a finite number", fix, row=row)
+        where = field if place is None else f"{field}, number {place}"
+        raise ScoreError(where, value, "a finite number", fix, row=row)
     return float(value)
 
 
@@ -107,11 +175,19 @@ def _last_of_each(ids: Tensor, places: Tensor) -> Tensor:
 
 def _pairs(given: Sequence[Any], places: Tensor, field: str, row: int) -> tuple[Tensor, list[Any]]:
     """Return (positions, numbers) of pairs (token, number), the tokens rising. Raises ScoreError for other ones."""
-    tokens = [item[0] if len(item) == 2 else None for item in given]
+    tokens = [_whole(item[0]) if len(item) == 2 else None for item in given]
     least = -1
     for place, token in enumerate(tokens):
-        if not isinstance(token, int) or isinstance(token, bool) or not least < token < len(places):
+        if token is None or not least < token < len(places):
             expected = f"pairs (token, number), tokens rising and below {len(places)}"
             raise ScoreError(f"{field}, pair {place}", given[place], expected, "Count from 0 in each row.", row=row)
         least = token
-    return places[torch.tensor(tokens, device=places.device)], [item[1] for item in given]
+    return places[torch.tensor(tokens, dtype=torch.int64, device=places.device)], [item[1] for item in given]
+
+
+def _whole(value: Any) -> int | None:
+    """Return a whole number, which an array of pairs may hold as 3.0; None for another value."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    number = float(value)
+    return int(number) if number.is_integer() else None

@@ -20,9 +20,10 @@ from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.data.bad_rows import leaving_out
 from apportion.errors import ConfigError
 from apportion.evidence import Models, plan
+from apportion.evidence.process import SOURCE_ROW, check_columns, user_functions, wanted_columns
 from apportion.evidence.scoring import score
 from apportion.generation import sample
-from apportion.generation.prompts import conversations, load_prompts, tokenize
+from apportion.generation.prompts import encode_prompts, load_prompts
 from apportion.masking import Moments, last_index
 from apportion.models.loading import context_of, load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids, response_logits
@@ -108,25 +109,33 @@ def diagnose(
 def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tuple[Models, list[list[int]]]:
     """Return the models, for sampling and scoring, and the prompts' ids."""
     folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
+    functions = user_functions(frozenset[str]().union(*(method.needs for method in methods.values())))
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
-        texts = load_prompts(config.prompts, "rl", bad)[: config.count]
-    if len(texts) < 2:
-        expected = "at least 2 prompts: intervals are taken over prompts"
-        raise ConfigError("prompts", f"{len(texts)} prompts", expected, "Give more of them.")
-    tokenizer = load_tokenizer("policy", folder, config.pad_token)
-    prompts = tokenize(texts, tokenizer, config.sampling, config.seed, context_of(folder))
+        loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
+        check_columns(functions, [prompt.columns for prompt in loaded])
+        check_count(len(loaded))
+        tokenizer = load_tokenizer("policy", folder, config.pad_token)
+        context = context_of(folder)
+        prompts = encode_prompts(loaded, tokenizer, config.sampling, config.seed, context, bad, config.count)
+    check_count(len(prompts.rows))
     device = pick_device(config.device)
     model: Any = load_causal("policy", folder, pick_dtype(config.dtype, device), device)
     banned = banned_ids(tokenizer, config.sampling.stop)
     policy = Policy(model, tokenizer, banned, reference=model, temperature=config.sampling.temperature)
-    turns = conversations(texts, prompts, config.sampling)
-    policy_text = PolicyText(tokenizer, turns, cuts=config.sampling.stop == "eos")
+    policy_text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=policy_text, positive=config.positive_label)
     check_width("reward_model", reward, tokenizer, embedding_count(model))
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
-    return Models(policy, reward, segment, config.sampling, generator), prompts
+    return Models(policy, reward, segment, config.sampling, generator, columns=prompts.columns), prompts.rows
+
+
+def check_count(prompts: int) -> None:
+    """Raise ConfigError for fewer than two prompts."""
+    if prompts < 2:
+        expected = "at least 2 prompts: intervals are taken over prompts"
+        raise ConfigError("prompts", f"{prompts} prompts", expected, "Give more of them.")
 
 
 def _prompts_a_block(config: DiagnoseConfig) -> int:
@@ -139,7 +148,8 @@ def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) 
     sampling = config.sampling.model_copy(update={"samples_per_prompt": config.samples})
     step = _prompts_a_block(config)
     for first in range(0, len(prompts), step):
-        yield sample(models.policy, prompts[first : first + step], sampling, models.generator)
+        rollouts = sample(models.policy, prompts[first : first + step], sampling, models.generator)
+        yield rollouts.with_evidence(**{SOURCE_ROW: rollouts.group + first}) if models.columns else rollouts
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ class Case:
         labelled: (text, label) rows to test the order of scores on; the held-out rows by default.
         policy, reward: the models (`models.policy.Policy`, `models.reward.RewardModel`).
         rollouts: a few responses of the policy, unscored.
-        notes: results that other checks use: the method's "needs", the prompts' "conversations", and why the reward
-            model's "reward_data" could not be read.
+        notes: results that other checks use: the method's "needs", the prompts' "conversations", "hidden" arguments of
+            tool calls that the chat template leaves out, and why the reward model's "reward_data" could not be read.
     """
 
     config: Any

@@ -13,7 +13,8 @@ from apportion.config import RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, Layout, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
-from apportion.generation.prompts import conversations, encoded, load_prompts
+from apportion.evidence.process import check_columns, user_functions, wanted_columns
+from apportion.generation.prompts import encode_prompts, encoded, load_prompts
 from apportion.models.loading import NO_CODE, context_of, load_settings, locate, read_tokenizer, stored_labels
 from apportion.models.stored_head import positive_label
 from apportion.models.text.labelled import chat_renderer
@@ -127,14 +128,25 @@ def stored_reward_config(stored: dict[str, Any]) -> RewardConfig:
 
 
 def open_prompts(case: Case) -> Result:
-    """Prompts can be read, and each leaves room for its response in the policy's context."""
-    bad = bad_row_counter(case.config)
-    case.texts = load_prompts(case.config.prompts, "rl", bad)
-    case.rows = encoded(case.texts, case.tokenizer, case.config.sampling, case.config.seed)
-    case.notes["conversations"] = conversations(case.texts, case.rows, case.config.sampling)
-    if case.evaluation is None and case.config.prompts in BUILTIN_DATA:
-        case.evaluation = load_prompts(case.config.prompts, "evaluate_test")
+    """Prompts can be read, the chat template shows all of each, and each leaves room for its response."""
+    bad, config = bad_row_counter(case.config), case.config
+    functions = user_functions(case.notes.get("needs", frozenset()))
+    loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
+    check_columns(functions, [prompt.columns for prompt in loaded])
+    if bad is None:  # every prompt stays, for the checks to count what is wrong
+        found = encoded(loaded, case.tokenizer, config.sampling, config.seed)
+    else:
+        found = encode_prompts(loaded, case.tokenizer, config.sampling, config.seed, case.context, bad)
+    case.texts, case.rows = found.texts, found.rows
+    case.notes |= {"conversations": found.conversations, "hidden": found.hidden}
+    if case.evaluation is None and config.prompts in BUILTIN_DATA:
+        case.evaluation = contents(config.prompts)
     return with_bad_rows(prompts.lengths(case), bad)
+
+
+def contents(source: str) -> list[Any]:
+    """Return the prompts of an evaluation: texts, or lists of {role, content}."""
+    return [prompt.content for prompt in load_prompts(source, "evaluate_test")]
 
 
 def bad_row_counter(config: Any) -> BadRows | None:
@@ -217,7 +229,7 @@ def check_rl(
     """
     case = Case(config, threads=threads)
     if eval_prompts is not None:
-        case.evaluation = load_prompts(eval_prompts, "evaluate_test")
+        case.evaluation = contents(eval_prompts)
     if labels is not None:
         name = config.reward_model
         render = chat_renderer(lambda: read_tokenizer("reward_model", locate("reward_model", name)))
@@ -226,17 +238,23 @@ def check_rl(
 
 
 def preflight(
-    config: RLConfig, folder: str, tokenizer: Any, texts: Sequence[Any], rows: Sequence[Any]
+    config: RLConfig,
+    folder: str,
+    tokenizer: Any,
+    texts: Sequence[Any],
+    rows: Sequence[Any],
+    hidden: Sequence[str] = (),
 ) -> list[Finding]:
     """Return the warnings of a run before its models are loaded; uses no random numbers.
 
     Args:
         folder: the policy's. tokenizer: the policy's, with its pad token. texts, rows: the prompts and their ids.
+        hidden: arguments of tool calls that the chat template leaves out.
 
     Raises:
         ModelError, DataError: a check failed (`Check.error`).
     """
-    case = Case(config, policy_folder=folder, tokenizer=tokenizer, texts=texts, rows=rows)
+    case = Case(config, policy_folder=folder, tokenizer=tokenizer, texts=texts, rows=rows, notes={"hidden": hidden})
     case.policy_settings, case.context = load_settings("policy", folder), context_of(folder)
     case.stops = generation_stops(case)
     checks = {one.name: one for one in CHECKS if one.name in PREFLIGHT}

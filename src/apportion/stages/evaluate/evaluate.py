@@ -15,7 +15,7 @@ from apportion.data.bad_rows import leaving_out
 from apportion.errors import DataError
 from apportion.evidence.reward import reward_evidence
 from apportion.generation import sample
-from apportion.generation.prompts import conversations, load_prompts, tokenize
+from apportion.generation.prompts import encode_prompts, load_prompts
 from apportion.intervals import distinct, mean_interval
 from apportion.models.loading import context_of, load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids
@@ -44,11 +44,14 @@ def evaluate(
     run, settings = _open(config)
     sampling = SamplingConfig(**settings["sampling"])
     with leaving_out(run.path, config.skip_bad_rows, "evaluate_bad_rows.jsonl") as bad:
-        texts = load_prompts(config.prompts, part, bad)[: config.count]
-    context = context_of(locate("policy", settings["policy"]))
-    tokenizer = load_tokenizer("run", str(run.path / "final"))
-    prompts = tokenize(texts, tokenizer, sampling, config.seed, context)
-    policy_text = PolicyText(tokenizer, conversations(texts, prompts, sampling), cuts=sampling.stop == "eos")
+        loaded = load_prompts(config.prompts, part, bad)
+        context = context_of(locate("policy", settings["policy"]))
+        tokenizer = load_tokenizer("run", str(run.path / "final"))
+        if all(isinstance(prompt.content, str) for prompt in loaded):  # a run on conversations may be tried on texts
+            sampling = sampling.model_copy(update={"chat_template_kwargs": None})
+        encoded = encode_prompts(loaded, tokenizer, sampling, config.seed, context, bad, config.count)
+    prompts = encoded.rows
+    policy_text = PolicyText(tokenizer, encoded.conversations, cuts=sampling.stop == "eos")
     loading = {"dtype": "float32", "device": config.device, "pad_token": settings["pad_token"]}
     loading["fast_kernels"] = settings.get("fast_kernels", True)
     stored = settings.get("positive_label")

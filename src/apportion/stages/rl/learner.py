@@ -17,6 +17,7 @@ from apportion.data.bad_rows import leaving_out
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
+from apportion.evidence.process import check_columns, user_functions, wanted_columns
 from apportion.evidence.scoring import BASE_EVIDENCE
 from apportion.generation.prompts import PromptStream, load_prompts
 from apportion.losses._ratios import LIMIT
@@ -235,11 +236,9 @@ def make_learner(
     output = Path(config.output).expanduser()
     require_space(output, 200_000_000)
     folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    with leaving_out(output, config.skip_bad_rows) as bad:
-        texts = load_prompts(config.prompts, "rl", bad)
-    tokenizer = load_tokenizer("policy", folder, config.pad_token)
-    prompts = PromptStream(texts, tokenizer, config.sampling, config.seed, context_of(folder))
-    findings = preflight(config, folder, tokenizer, texts, prompts.rows)
+    compared = comparisons(config.compare) if config.log_rollouts else {}
+    tokenizer, prompts = open_prompts(config, method.needs.union(*(one.needs for one in compared.values())), folder)
+    findings = preflight(config, folder, tokenizer, prompts.encoded.texts, prompts.rows, prompts.encoded.hidden)
     text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     loading |= {"fast_kernels": config.fast_kernels, "positive": config.positive_label}
@@ -250,17 +249,31 @@ def make_learner(
     check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)
-    compared = comparisons(config.compare) if config.log_rollouts else {}
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
     generator = torch.Generator(device=policy.device).manual_seed(config.seed)
     # vine draws a different number of random values in each process: with several, each has its own generator for it
     own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
     models = Models(policy, reward, method.segment, config.sampling, own, config.scores, user_code=user_code)
+    models.columns = prompts.columns
     check_attention(models, method.needs)
     findings += [Finding("reward model", WARN, note) for note in reward.notes]
     record_warnings(findings, run, warn)  # after loading, so that a model error is reported first
     compare = available(models, compare, warn)
     return Learner(config, models, method, prompts, generator, compare, run)
+
+
+def open_prompts(config: RLConfig, needs: frozenset[str], folder: str) -> tuple[Any, PromptStream]:
+    """Return (the tokenizer of the policy in `folder`, the prompts with the columns that functions in `needs` take).
+
+    Raises:
+        DataError: as `load_prompts` and `encode_prompts`, or a column that a function needs is not there.
+    """
+    functions = user_functions(needs)
+    with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
+        loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
+        check_columns(functions, [prompt.columns for prompt in loaded])
+        tokenizer = load_tokenizer("policy", folder, config.pad_token)
+        return tokenizer, PromptStream(loaded, tokenizer, config.sampling, config.seed, context_of(folder), bad)
 
 
 def record_warnings(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from apportion.compatibility import check_processes
 from apportion.config import PPOConfig, RLConfig
 from apportion.distributed import collectives
 from apportion.distributed.launch import check_launch
+from apportion.evidence.process import SOURCE_ROW
 from apportion.generation.prompts import PromptStream
 from apportion.generation.sampler import draw_uniforms, sample
 from apportion.masking import whiten
@@ -54,11 +54,15 @@ class PolicySource:
     def take(self, step: int) -> Rollouts:
         """Return this process's rollouts of batch `step` (from 1), without scores."""
         sampling = self.config.sampling
-        prompts: Sequence[Sequence[int]] = self.prompts.take(step, sampling.batch_size // self._copies)
-        mine = collectives.shard_slice(len(prompts))
+        places = self.prompts.places(step, sampling.batch_size // self._copies)
+        mine = collectives.shard_slice(len(places))
         uniforms = self._uniforms()
         reseed(self.scoring_generator, self.config.seed, step)
-        rollouts = sample(self.policy, prompts[mine], sampling, self.generator, uniforms=uniforms)
+        prompts = [self.prompts.rows[place] for place in places[mine]]
+        rollouts = sample(self.policy, prompts, sampling, self.generator, uniforms=uniforms)
+        if self.prompts.columns:  # whose row it is: prompts of the same ids may have other columns
+            rows = torch.tensor(places[mine], device=rollouts.mask.device)[rollouts.group]
+            rollouts = rollouts.with_evidence(**{SOURCE_ROW: rows})
         return replace(rollouts, group=rollouts.group + mine.start)
 
     @property

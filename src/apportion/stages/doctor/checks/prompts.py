@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from apportion.models.text.chat import apply_template, as_text, with_response
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.findings import Result, combine, fail, ok, skip, warn
 
@@ -105,8 +106,19 @@ def chat_template(case: Case) -> Result:
         return fail(f"{len(case.conversations)} conversations and no chat template", fix)
     texts = rendered(tokenizer, turns, True)
     return combine(
-        generation_prompt(tokenizer, turns, texts), markers(tokenizer, turns), round_trip(tokenizer, turns, texts)
+        generation_prompt(tokenizer, turns, texts),
+        markers(tokenizer, turns),
+        arguments(case.notes.get("hidden", ())),
+        round_trip(tokenizer, turns, texts),
     )
+
+
+def arguments(hidden: Sequence[str]) -> Result:
+    """Check that the texts in arguments of tool calls are rendered; `hidden` are those that are not, in words."""
+    if not hidden:
+        return ok("")
+    message = f"{len(hidden)} texts in arguments of tool calls are not rendered, the first {hidden[0]}"
+    return warn(message, "The policy does not see them: use a chat template that shows arguments, if they matter.")
 
 
 def generation_prompt(tokenizer: Any, turns: Sequence[Any], texts: Sequence[str]) -> Result:
@@ -127,7 +139,7 @@ def answer_follows(tokenizer: Any, turns: Sequence[Any]) -> bool:
     """Whether the template puts an answer directly after the rendered `turns`, except for white space."""
     from jinja2 import TemplateError
 
-    answered = [*turns, {"role": "assistant", "content": ANSWER}]
+    answered = with_response(turns, ANSWER)
     try:
         full, text = rendered(tokenizer, [answered], False)[0], rendered(tokenizer, [turns], True)[0]
     except (ValueError, TypeError, TemplateError):  # the template renders no answers
@@ -137,7 +149,8 @@ def answer_follows(tokenizer: Any, turns: Sequence[Any]) -> bool:
 
 def markers(tokenizer: Any, turns: Sequence[Any]) -> Result:
     """Check that each marker of the template is one token."""
-    blank = [[{**turn, "content": "x"} for turn in one] for one in turns]  # only the template's own markers
+    # only the template's own markers
+    blank = [as_text(one).with_turns({**turn, "content": "x"} for turn in one) for one in turns]
     marks = {mark for text in rendered(tokenizer, blank, True) for mark in MARKER.findall(text)}
     split = sorted(mark for mark in marks if not is_token(tokenizer, mark))
     if split:
@@ -148,7 +161,7 @@ def markers(tokenizer: Any, turns: Sequence[Any]) -> Result:
 
 def round_trip(tokenizer: Any, turns: Sequence[Any], texts: Sequence[str]) -> Result:
     """Check that the ids of conversations decode to their rendered text, and that messages hold no special token."""
-    every = [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]
+    every = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     back = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in every]
     changed = [i for i, (a, b) in enumerate(zip(texts, back, strict=True)) if a != b]
     message = f"{len(turns)} conversations of {min(map(len, every))} to {max(map(len, every))} tokens"
@@ -164,14 +177,14 @@ def round_trip(tokenizer: Any, turns: Sequence[Any], texts: Sequence[str]) -> Re
         return warn(f"{message}; {inside} have special tokens inside a message", fix)
     last = sum(one[-1].get("role") == "assistant" for one in turns)
     if last:
-        fix = "End each with a user turn: the answer would follow an answer."
-        return warn(f"{message}; {last} end with an assistant turn", fix)
+        fix = "Remove that turn, unless it is the beginning of the response."
+        return warn(f"{message}; {last} end with an assistant turn, which the response continues", fix)
     return ok(f"{message}, unchanged when decoded; they end with {texts[0][-24:]!r}")
 
 
 def rendered(tokenizer: Any, turns: Sequence[Any], prompt: bool) -> list[str]:
     """Return the conversations as text, with the generation prompt where `prompt`."""
-    return [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=prompt) for one in turns]
+    return [apply_template(tokenizer, one, generation=prompt) for one in turns]
 
 
 def is_token(tokenizer: Any, mark: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from apportion.models.loading import with_pad
 from apportion.models.policy import banned_ids
+from apportion.models.text.chat import apply_template, with_response
 from apportion.models.text.render import beyond
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.findings import OK, Result, combine, fail, ok, warn
@@ -50,10 +51,11 @@ def turn_end(case: Case) -> int | None:
     if not case.conversations or not case.tokenizer.chat_template:
         return None
     answer = "RESPONSE"
-    turns = [*case.conversations[0], {"role": "assistant", "content": answer}]
     try:
-        text = case.tokenizer.apply_chat_template(turns, tokenize=False)
+        text = apply_template(case.tokenizer, with_response(case.conversations[0], answer), generation=False)
     except (ValueError, TemplateError):  # a template that renders no answers
+        return None
+    if answer not in text:
         return None
     after = case.tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
     special = {i for i, token in case.tokenizer.added_tokens_decoder.items() if token.special}
