@@ -54,7 +54,7 @@ class DiagnoseConfig(Section):
     width: Width = 768
     """gradients are taken by the last states; wider ones are projected to this many dimensions."""
     pad_token: Word | None = None
-    """a token of the tokenizer to pad with, when it has none of its own."""
+    """a token to pad with, added to the policy's vocabulary where it is new; null is its own, or EOS."""
     seed: Seed = 0
     """random seed."""
     device: Device = "auto"

@@ -17,10 +17,11 @@ from apportion.credit import AttentionSpec
 from apportion.errors import ConfigError, ModelError, ScoreError
 from apportion.masking import check_finite
 from apportion.models.attention.row import attention_row, needed_layers
-from apportion.models.loading import load_classifier, locate, pick_device, pick_dtype, read_tokenizer, with_pad
+from apportion.models.loading import load_classifier, locate, pick_device, pick_dtype
 from apportion.models.shared_prompt import Shared, prefill_prompts, response_inputs
 from apportion.models.text.render import check_model, check_tokenizer
 from apportion.models.text.token_spans import PolicyText
+from apportion.models.tokenizers import read_tokenizer, with_pad
 from apportion.types import Rollouts
 
 STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text

@@ -9,11 +9,10 @@ import torch
 from apportion.config import RewardConfig
 from apportion.data import labelled_splits
 from apportion.data.bad_rows import leaving_out
-from apportion.errors import ConfigError
+from apportion.errors import ConfigError, ModelError
 from apportion.models.loading import (
     context_of,
     load_classifier,
-    load_tokenizer,
     locate,
     pick_device,
     pick_dtype,
@@ -22,6 +21,7 @@ from apportion.models.loading import (
 from apportion.models.lora import add_adapter
 from apportion.models.saving import head_config
 from apportion.models.text.render import check_embeddings
+from apportion.models.tokenizers import read_tokenizer, with_pad
 from apportion.stages.reward.evaluation import token_ids
 from apportion.stages.reward.excerpts import Excerpt, random_excerpts
 from apportion.stages.reward.probe import probe_head
@@ -50,7 +50,7 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
         train_rows, test_rows = labelled_splits(config.data, config.test_data, config.test_texts, bad)
     require_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
     folder, device = locate("model", config.model), pick_device(config.device)
-    tokenizer = load_tokenizer("model", folder, config.pad_token)
+    tokenizer = with_pad("model", read_tokenizer("model", folder), config.pad_token)
     context = context_of(folder, "model")
     if config.excerpt_tokens[1] > context:
         expected = f"at most the model's context of {context} tokens"
@@ -58,8 +58,20 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     excerpts = random_excerpts(
         *token_ids(train_rows, tokenizer, config), config.excerpts, config.excerpt_tokens, config.seed
     )
+    check_padding(tokenizer, excerpts)
     rng.seed(config.seed)
     return classifier(config, folder, tokenizer, device, excerpts), Inputs(excerpts, tokenizer, folder, test_rows)
+
+
+def check_padding(tokenizer: Any, excerpts: list[Excerpt]) -> None:
+    """Raise ModelError for a pad token that also occurs in texts: a classifier scores the last token before it."""
+    pad = tokenizer.pad_token_id
+    reserved = "Pass --pad_token with a reserved token of the vocabulary that never occurs in text."
+    if pad is None:
+        raise ModelError("model's tokenizer", "neither a pad token nor EOS", "a pad token", reserved)
+    if pad == tokenizer.eos_token_id and any(pad in excerpt.ids for excerpt in excerpts):
+        got = f"pad {tokenizer.pad_token!r}, which ends texts"
+        raise ModelError("model's tokenizer", got, "a pad token that occurs in no text", reserved)
 
 
 def classifier(config: RewardConfig, folder: str, tokenizer: Any, device: torch.device, excerpts: list[Excerpt]) -> Any:

@@ -18,12 +18,17 @@ from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
 from apportion.evidence.scoring import BASE_EVIDENCE
+from apportion.generation.decoding import SLOW, decoding
 from apportion.generation.prompts import PromptStream, load_prompts
+from apportion.generation.recompute import RecomputeStepModel
 from apportion.losses._ratios import LIMIT
-from apportion.models.loading import context_of, load_tokenizer, locate
+from apportion.models.families import check_family
+from apportion.models.loading import context_of, locate
+from apportion.models.pretrained import load_settings
 from apportion.models.reward import adjust, load_reward
 from apportion.models.text.render import check_embeddings
 from apportion.models.text.token_spans import PolicyText
+from apportion.models.tokenizers import load_tokenizer
 from apportion.registry import EvidenceKey
 from apportion.stages.doctor.rl import preflight
 from apportion.stages.method import comparisons
@@ -84,8 +89,8 @@ class Learner:
 
     @property
     def pad_token_id(self) -> int:
-        """The id of the pad token."""
-        return int(self.policy.tokenizer.pad_token_id)
+        """The id that fills masked places."""
+        return self.policy.pad
 
     def set_up_sharding(self, abort: Callable[[str], None]) -> None:
         """Shard the weights where the launcher asks for it (`training.state.Learner`)."""
@@ -233,6 +238,7 @@ def make_learner(
     output = Path(config.output).expanduser()
     require_space(output, 200_000_000)
     folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
+    check_family("policy", folder, load_settings("policy", folder))
     with leaving_out(output, config.skip_bad_rows) as bad:
         texts = load_prompts(config.prompts, "rl", bad)
     tokenizer = load_tokenizer("policy", folder, config.pad_token)
@@ -245,6 +251,8 @@ def make_learner(
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
+    if decoding(policy, policy.model) is RecomputeStepModel:
+        warn(f"warning: policy: {config.policy} {SLOW}")
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)
     compared = comparisons(config.compare) if config.log_rollouts else {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.evidence.text_reward import translate
-from apportion.models.loading import load_settings
+from apportion.models.pretrained import load_settings
 from apportion.models.reward import adjust, is_decoder, load_reward
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.doctor.case import Case

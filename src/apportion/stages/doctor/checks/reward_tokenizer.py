@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apportion.models.loading import with_pad
-from apportion.models.policy import banned_ids
 from apportion.models.reward import STATISTICS
 from apportion.models.text.render import encode, render
 from apportion.models.text.token_spans import PolicyText
+from apportion.models.tokenizers import banned_ids, with_pad
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.prompts import SAMPLE, rendered
 from apportion.stages.doctor.checks.tokens import embedded
