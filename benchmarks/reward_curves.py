@@ -32,8 +32,9 @@ from typing import Any
 import torch
 
 from apportion.data.convert import no_progress_bars
-from apportion.models.loading import load_tokenizer, locate
+from apportion.models.loading import locate
 from apportion.models.reward import load_reward
+from apportion.models.tokenizers import load_tokenizer
 from apportion.system import cpu
 from benchmarks.harness.environment import installed
 from benchmarks.harness.machine import describe

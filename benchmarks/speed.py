@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any
 
 from apportion.errors import ApportionError, ConfigError
-from apportion.models.loading import load_tokenizer, locate, pick_device
+from apportion.models.loading import locate, pick_device
+from apportion.models.tokenizers import load_tokenizer
 from apportion.stages.method import build_method
 from apportion.system import cpu
 from benchmarks.harness import figures, machine

@@ -43,7 +43,8 @@ def make_world(folder: Path, tokenizer: str) -> Path:
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-    from apportion.models.loading import load_tokenizer, locate
+    from apportion.models.loading import locate
+    from apportion.models.tokenizers import load_tokenizer
 
     vocabulary = load_tokenizer(
         "tokenizer", str(Path(tokenizer)) if Path(tokenizer).is_dir() else locate("", tokenizer)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from apportion.models.loading import load_classifier, load_tokenizer, locate
+from apportion.models.loading import load_classifier, locate
+from apportion.models.tokenizers import load_tokenizer
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-1b": {

@@ -11,7 +11,8 @@ import torch
 
 from apportion.data.convert import no_progress_bars
 from apportion.errors import DataError
-from apportion.models.loading import load_classifier, load_tokenizer
+from apportion.models.loading import load_classifier
+from apportion.models.tokenizers import load_tokenizer
 
 
 def write_prompts(source: str, tokenizer: Any, length: int, count: int, target: Path) -> Path:

@@ -14,7 +14,7 @@ import zoo
 from transformers.cache_utils import DynamicCache
 
 from apportion.config import SamplingConfig
-from apportion.generation import sample, sampler
+from apportion.generation import decoding, sample
 from apportion.generation.hf_cache import empty_past
 from apportion.generation.key_values import KeyValueBuffers, ModelCache
 from apportion.generation.llama import LlamaStepModel, is_llama
@@ -170,7 +170,7 @@ def test_a_llamas_steps_written_out_are_its_own(world: Path, monkeypatch: pytest
     prompts = tiny_runs.prompts(9)
     assert is_llama(policy.model)
     quick = tiny_runs.sampled(policy, prompts, max_new_tokens=12, samples_per_prompt=2)
-    monkeypatch.setattr(sampler, "is_llama", lambda model: False)
+    monkeypatch.setattr(decoding, "is_llama", lambda model: False)
     assert_same(quick, tiny_runs.sampled(policy, prompts, max_new_tokens=12, samples_per_prompt=2))
 
 
@@ -183,7 +183,7 @@ def test_in_16_bit_recorded_logprobs_are_near_a_full_forwards(
     assert bool(policy.remainders) == ("lora.rank" in changes)
     gaps = []
     for quick in (True, False):
-        monkeypatch.setattr(sampler, "is_llama", lambda model, quick=quick: quick)
+        monkeypatch.setattr(decoding, "is_llama", lambda model, quick=quick: quick)
         batch = tiny_runs.sampled(policy, tiny_runs.prompts(40), max_new_tokens=12)
         assert batch.logprobs.dtype == torch.float32
         gaps.append((batch.logprobs - policy.forward(batch).logprobs).abs().mean().item())

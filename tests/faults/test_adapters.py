@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from apportion.errors import ModelError
-from apportion.models.loading import ADAPTER, load_causal, load_classifier
+from apportion.models.adapters import ADAPTER
+from apportion.models.loading import load_causal, load_classifier
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[50, 60, 70, 80]])

@@ -15,13 +15,14 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from apportion.data import Labelled
 from apportion.errors import ModelError
-from apportion.models.loading import with_pad
+from apportion.models.pretrained import generation_stops
+from apportion.models.tokenizers import with_pad
 from apportion.stages.doctor import Case, Check, run_checks
 from apportion.stages.doctor.checks import labels, policy, prompts, reward_tokenizer, tokens
 from apportion.stages.doctor.checks.reward import head_of, looks_initialised
 from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, combine, fail, ok, warn
 from apportion.stages.doctor.reward import CHECKS as REWARD_CHECKS
-from apportion.stages.doctor.rl import CHECKS, generation_stops
+from apportion.stages.doctor.rl import CHECKS
 
 THINKING = (
     "{% for m in messages %}<eos>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
@@ -156,7 +157,7 @@ def test_an_unexpected_error_while_files_are_opened_fails() -> None:
 def test_generation_settings_that_are_none_name_their_file(tmp_path: Path, wrong: dict[str, Any]) -> None:
     folder = planted.settings_of(tiny.save_policy(tmp_path / "m"), "generation_config.json", **wrong)
     with pytest.raises(ModelError, match=r"m/generation_config\.json: got"):
-        generation_stops(Case(None, policy_folder=str(folder)))
+        generation_stops(str(folder))
 
 
 def test_any_token_of_the_vocabulary_may_be_the_pad() -> None:

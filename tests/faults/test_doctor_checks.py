@@ -16,7 +16,8 @@ import tiny_runs
 import torch
 import yaml
 
-from apportion.models.loading import load_settings, load_tokenizer
+from apportion.models.pretrained import load_settings
+from apportion.models.tokenizers import load_tokenizer
 from apportion.stages.doctor import Case, reward
 from apportion.stages.doctor.checks import machine, policy
 from apportion.stages.doctor.rl import CHECKS, PREFLIGHT, preflight
@@ -215,7 +216,7 @@ def labelled(path: Path, rows: list[tuple[str, int]]) -> Path:
         ("repeated texts", [("a film", 1), ("A  film", 0)], None, {}, ["1 with the other label", "Drop those texts"]),
         ("held-out texts", [("a film", 1), ("a story", 0)], [("a film", 1), ("b", 0)], {}, ["1 of 2", "--test_data"]),
         ("excerpts", None, None, {"excerpt_tokens": "[8,200]"}, ["context 128", "Lower the second number"]),
-        ("pad token", None, None, {"pad_token": "<eos>"}, ["distinct from EOS", "--pad_token"]),
+        ("pad token", None, None, {"pad_token": "[PAD]"}, ["a token of the vocabulary", "reserved token"]),
         ("vocabulary", [("hello", 1), ("a story", 0)], None, {"model": "more"}, ["1 ids in use have none: 400"]),
         ("model", None, None, {"model": "./none"}, ["check the path"]),
     ],

@@ -111,8 +111,8 @@ def test_tables_of_prompts(
     ("flag", "name", "pieces"),
     one_of(
         ("policy", "no-weights", ["policy: got", "weights in safetensors"]),
-        ("policy", "no-pad", ["policy's tokenizer: got \"pad None", "--pad_token"]),
-        ("policy", "pad-is-eos", ["policy's tokenizer: got \"pad '<eos>'", "distinct from EOS", "--pad_token"]),
+        ("policy", "quantised", ["policy: got", "quantised by gptq", "Use the unquantised model"]),
+        ("policy", "recurrent", ["policy: got", "of the family recurrent_gemma", "read padding as text"]),
         ("reward_model", "nan-head", ["score of rollout 0: got nan", "A failure never becomes a reward"]),
     ),
 )

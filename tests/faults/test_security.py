@@ -15,7 +15,9 @@ import torch
 import yaml
 from malformed_models import PLANTED, edited
 
-from apportion.models.loading import load_causal, load_settings, read_tokenizer
+from apportion.models.loading import load_causal
+from apportion.models.pretrained import load_settings
+from apportion.models.tokenizers import read_tokenizer
 from apportion.system import safe_yaml
 
 Command = Callable[..., Any]

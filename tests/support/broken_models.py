@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from malformed_models import edited
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, ByT5Tokenizer
 
@@ -32,6 +33,11 @@ def save_broken(folder: Path) -> Path:
     without_end = tiny.tokenizer()
     without_end.eos_token = None
     without_end.save_pretrained(tiny.save_policy(folder / "no-eos"))
+    for file in ("config.json", "generation_config.json"):
+        edited(folder / "no-eos" / file, eos_token_id=None)
+    quantised = {"quant_method": "gptq", "bits": 4}
+    edited(tiny.save_policy(folder / "quantised") / "config.json", quantization_config=quantised)
+    edited(tiny.save_policy(folder / "recurrent") / "config.json", model_type="recurrent_gemma")
     more_words = tiny.tokenizer()
     more_words.add_tokens(["film"])
     more_words.save_pretrained(tiny.save_reward(folder / "other-vocabulary"))

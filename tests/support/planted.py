@@ -195,13 +195,8 @@ PLANTED: dict[str, Planted] = {
         lambda w, f: {"reward_model": tiny.save_reward(f / "m", labels=3)}, "reward model", "fail",
         ("3 labels", "binary classifier"),
     ),
-    "pad is EOS": Planted(
-        lambda w, f: {"policy": tokenizer_of(policy(w, f / "m"), tiny.tokenizer(pad="<eos>"))}, "pad token", "fail",
-        ("pad '<eos>', eos '<eos>'", "--pad_token"),
-    ),
-    "pad is a stop token": Planted(
-        lambda w, f: {"policy": settings_of(policy(w, f / "m"), "generation_config.json", eos_token_id=[0, 1])},
-        "pad token", "warn", ("also stop at the pad token", "--pad_token"),
+    "pad is a word": Planted(
+        lambda w, f: {"pad_token": "z"}, "pad token", "warn", ("an ordinary token, which is then never", "--pad_token")
     ),
     "prompts over the limit": Planted(
         lambda w, f: texts(f, ["short", "film" + " film" * 130]), "prompts", "fail",
@@ -244,10 +239,10 @@ PLANTED: dict[str, Planted] = {
         lambda w, f: conversations(w, f, TURNS.replace("{END}", "<unk>") + ASKS, **{"sampling.stop": "eos"}),
         "end of text", "warn", ("ends a turn with '<unk>' (2)", "Set eos_token"),
     ),
-    "generation stops elsewhere": Planted(
-        lambda w, f: {"policy": settings_of(policy(w, f / "m"), "generation_config.json", eos_token_id=7),
+    "generation stops at no token": Planted(
+        lambda w, f: {"policy": settings_of(policy(w, f / "m"), "generation_config.json", eos_token_id=[1, 7000]),
                       "sampling.stop": "eos"},
-        "end of text", "fail", ("generation stops at [7]", "Set eos_token"),
+        "end of text", "warn", ("'<eos>' (1)", "[7000], which are no tokens", "Use the tokenizer"),
     ),
     "fewer embeddings than tokens": Planted(
         lambda w, f: {"policy": tokenizer_of(policy(w, f / "m"), longer())} | texts(f, ["hello", "a film"]),

@@ -23,13 +23,6 @@ def with_end(world: Path, folder: Path) -> Path:
     return tokenizer_of(policy(world, folder / "policy"), made)
 
 
-def stopping(world: Path, folder: Path, stops: list[int]) -> dict[str, object]:
-    """Return the flags of a run on conversations whose turns end with `<unk>`; the policy stops at these ids."""
-    made = conversations(world, folder, ENDING, **{"sampling.stop": "eos"})
-    settings_of(folder / "policy", "generation_config.json", eos_token_id=stops)
-    return made
-
-
 def short(folder: Path, positions: int, chars: int) -> dict[str, object]:
     """Return the flags of a run whose reward model has `positions` positions, with a prompt of `chars` characters."""
     made = save_model(folder / "judge", tiny_tokenizers.wordpiece(), encoder(max_position_embeddings=positions))
@@ -65,9 +58,6 @@ PLANTED: dict[str, Planted] = {
     ),
     "EOS at the end of a text": Planted(
         lambda w, f: texts(f, ["a film<eos>", "a story"]), "prompt tokens", "warn", ("1 of 2 end with EOS", "Remove it")
-    ),
-    "the model stops where EOS is not": Planted(
-        lambda w, f: stopping(w, f, [1, 2]), "end of text", "fail", ("ends a turn with '<unk>' (2)", "Set eos_token")
     ),
     "markers and no generation prompt": Planted(
         lambda w, f: conversations(w, f, TURNS.replace("{END}", "<|end|>")), "chat template", "warn",

@@ -55,7 +55,7 @@ class DiagnoseConfig(Section):
     width: Width = 768
     """gradients are taken by the last states; wider ones are projected to this many dimensions."""
     pad_token: Word | None = None
-    """a token of the tokenizer to pad with, when it has none of its own."""
+    """a token to pad with, added to the policy's vocabulary where it is new; null is its own, or EOS."""
     positive_label: Label | None = None
     """name or number of the reward model's label whose logit raises the score, where names do not say which is good."""
     seed: Seed = 0

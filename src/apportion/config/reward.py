@@ -53,7 +53,7 @@ class RewardConfig(Section):
     max_skipped: Count = 3
     """consecutive updates with a non-finite loss or gradient before the run stops; each one is skipped."""
     pad_token: Word | None = None
-    """a token of the tokenizer to pad with, when it has none of its own."""
+    """a token of the vocabulary to pad with; null is the tokenizer's own, or EOS where it has none."""
     seed: Seed = 0
     """random seed."""
     device: Device = "auto"

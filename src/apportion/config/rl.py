@@ -98,7 +98,7 @@ class RLConfig(Section):
     compare: Names = Field(default_factory=lambda: ["sparse", "uniform", "attention", "policy_attention"])
     """credit methods whose rewards are logged for comparison, for the report."""
     pad_token: Word | None = None
-    """a token of the tokenizer to pad with, when it has none of its own."""
+    """a token to pad with, added to the policy's vocabulary where it is new; null is its own, or EOS."""
     positive_label: Label | None = None
     """name or number of the reward model's label whose logit raises the score, where names do not say which is good."""
     seed: Seed = 0

@@ -60,7 +60,8 @@ class SamplingConfig(Section):
     max_new_tokens: Count = 24
     """longest response, tokens."""
     stop: Literal["length", "eos"] = "length"
-    """"length" generates exactly max_new_tokens (EOS is never sampled); "eos" ends at EOS."""
+    """"length" generates exactly max_new_tokens (no end is ever sampled); "eos" ends at EOS, and at every id that the
+    policy's generation settings list."""
     temperature: Positive = 1.0
     """divides the logits in sampling and in every log-probability."""
     prompt_tokens: Interval | None = Field(default_factory=lambda: [4, 8])

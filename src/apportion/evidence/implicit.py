@@ -11,8 +11,9 @@ from torch import Tensor
 from apportion.errors import ModelError
 from apportion.evidence.models import Models
 from apportion.models.fast import has_fast_kernels
-from apportion.models.loading import load_causal, load_tokenizer, locate
-from apportion.models.policy import Policy
+from apportion.models.loading import load_causal, locate
+from apportion.models.policy import Policy, width_of
+from apportion.models.tokenizers import load_tokenizer
 from apportion.registry import EvidenceKey
 from apportion.types import Rollouts
 
@@ -48,11 +49,26 @@ def further_policy(policy: Policy, others: dict[str, Any], field: str, path: str
             fix = "Train it with DPO from the policy's own initial model."
             raise ModelError(field, got, "a model with the policy's tokenizer", fix)
         weights = next(policy.model.parameters())
-        fast = has_fast_kernels(policy.model)
-        model = load_causal(field, folder, weights.dtype, weights.device, fast_kernels=fast)
+        fast, rows = has_fast_kernels(policy.model), policy.pad + 1
+        model: Any = load_causal(field, folder, weights.dtype, weights.device, fast_kernels=fast, rows=rows)
+        banned = _banned(policy, field, path, width_of(model))
         others[path] = Policy(
-            model.requires_grad_(False), policy.tokenizer, policy.banned, temperature=policy.temperature
+            model.requires_grad_(False), policy.tokenizer, banned, temperature=policy.temperature, ends=policy.ends
         )
     cached = others[path]
     assert isinstance(cached, Policy)
     return cached
+
+
+def _banned(policy: Policy, field: str, path: str, width: int) -> list[int]:
+    """Return the policy's banned ids among `width` logits, and those beyond the policy's.
+
+    Raises:
+        ModelError: the policy samples ids for which there is no logit.
+    """
+    own = width_of(policy.model)
+    if set(range(width, own)) - set(policy.banned):
+        got = f"{path} with {width} logits, and a policy with {own}"
+        fix = "Train it with DPO from the policy's own initial model."
+        raise ModelError(field, got, "a logit for every token of the policy", fix)
+    return [i for i in policy.banned if i < width] + list(range(own, width))

@@ -23,13 +23,13 @@ class SamplingRules:
     Attributes:
         banned: (N,) ids that are never sampled.
         temperature: divides the logits.
-        eos: the id that ends a response, or None: every response has the full length.
-        pad: the id after an ended response.
+        ends: (k,) ids that end a response; none: every response has the full length.
+        pad: the id after an ended response, which may be one of `ends`.
     """
 
     banned: Tensor
     temperature: float
-    eos: int | None
+    ends: Tensor
     pad: int
 
 
@@ -127,8 +127,8 @@ class Decoder:
         self.out.ids[index], self.out.logprobs[index], self.out.mask[index] = ids, logprobs, rows.live
         written = rows.written + 1
         live = rows.live & (written < last)
-        if self.rules.eos is not None:
-            live = live & (ids != self.rules.eos)
+        if len(self.rules.ends):
+            live = live & ~torch.isin(ids, self.rules.ends)
         return replace(rows, written=written, token=torch.where(live, ids, self.rules.pad), live=live)
 
     def _leave(self, rows: Rows) -> Rows | None:

@@ -67,7 +67,7 @@ class LlamaStepModel(StepModel):
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """See `StepModel.step`."""
-        past = self.past
+        past = self.columns
         assert isinstance(past, KeyValueBuffers)
         past.next_column()
         states = self.trunk.embed_tokens(tokens)  # (n,d)
@@ -85,7 +85,7 @@ class LlamaStepModel(StepModel):
 
     def _attend(self, inputs: Tensor, turn: Pair, bias: Tensor, pair: Pair) -> Tensor:
         """Return the attention output (n,H·D) for projections (n,(H+2G)·D); keys and values are written to `pair`."""
-        rows, groups, used = len(inputs), self.groups, self.past.used  # type: ignore[union-attr]
+        rows, groups, used = len(inputs), self.groups, self.columns.used  # type: ignore[union-attr]
         size = pair[0].shape[-1]
         heads = inputs.view(rows, -1, size)
         qk = heads[:, : self.heads + groups]

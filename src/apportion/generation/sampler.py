@@ -10,9 +10,7 @@ from torch import Tensor
 
 from apportion.config.sections import SamplingConfig
 from apportion.generation.decode import Decoder, SamplingRules, left_pad
-from apportion.generation.llama import LlamaStepModel, is_llama
-from apportion.generation.step_model import StepModel
-from apportion.models.fast import has_fast_kernels
+from apportion.generation.decoding import make_step_model
 from apportion.models.policy import Policy
 from apportion.types import Rollouts
 
@@ -30,8 +28,9 @@ def sample(
     """Return rollouts of `prompts` (lists of ids), `samples_per_prompt` each, grouped by prompt.
 
     Tokens are sampled from softmax(logits/temperature) without the banned ids, without top-k, top-p or any other
-    processor. With stop="eos" a row ends at its first EOS, which is on the mask; `ended` is True on such rows. Each
-    prompt is prefilled once for all its samples; finished rows leave the batch, and with `config.rows` others enter.
+    processor. With stop="eos" a row ends at the first of the policy's ends, which is on the mask; `ended` is True on
+    such rows. Each prompt is prefilled once for all its samples; finished rows leave the batch, and with `config.rows`
+    others enter.
 
     Args:
         generator: the only source of randomness: one uniform a rollout and token, drawn before the first token, so that
@@ -40,15 +39,18 @@ def sample(
         uniforms: (B,max_new_tokens) float64 in [0, 1) to sample with, instead of the generator.
 
     Raises:
-        ModelError: a log-probability is not finite.
+        ModelError: a log-probability is not finite, or the model cannot be sampled from exactly (`decoding`).
     """
     device, copies = policy.device, config.samples_per_prompt or 1
     total = len(prompts) * copies
     if uniforms is None:
         uniforms = draw_uniforms(total, config.max_new_tokens, generator)
-    eos = policy.tokenizer.eos_token_id if config.stop == "eos" else None
-    pad = policy.tokenizer.pad_token_id
-    rules = SamplingRules(torch.tensor(policy.banned, dtype=torch.int64, device=device), policy.temperature, eos, pad)
+    pad = policy.pad
+    banned, ends = (
+        torch.tensor(ids, dtype=torch.int64, device=device)
+        for ids in (policy.banned, policy.ends if config.stop == "eos" else ())
+    )
+    rules = SamplingRules(banned, policy.temperature, ends, pad)
     rows = min(total, config.rows or total)
     longest = max(len(p) for p in prompts) + config.max_new_tokens
     step_model = make_step_model(policy, policy.model if model is None else model, rows, longest)
@@ -61,16 +63,10 @@ def sample(
         mask=mask,
         logprobs=logprobs,
         group=torch.arange(len(prompts), device=device).repeat_interleave(copies),
-        ended=torch.zeros(total, dtype=torch.bool, device=device) if eos is None else (tokens == eos).any(dim=1),
+        ended=(torch.isin(tokens, ends) & mask).any(dim=1),
     )
 
 
 def draw_uniforms(rollouts: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Return the random numbers of a batch, (rollouts,tokens) float64 in [0, 1)."""
     return torch.rand(rollouts, tokens, dtype=torch.float64, generator=generator, device=generator.device)
-
-
-def make_step_model(policy: Policy, model: Any, rows: int, longest: int) -> StepModel:
-    """Return the decoding steps of `model`: a Llama's written out where it has fast kernels, else its own forward."""
-    kind = LlamaStepModel if has_fast_kernels(model) and is_llama(model) else StepModel
-    return kind(policy, model, rows, longest)

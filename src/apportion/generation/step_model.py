@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.generation.key_values import KeyValueBuffers
+from apportion.generation.key_values import KeyValueBuffers, Past
 from apportion.models.policy import Policy, contiguous_head
 
 
@@ -25,14 +25,15 @@ class StepModel:
         from apportion.generation.hf_cache import empty_past
 
         self.policy, self.model = policy, model
-        self.past = empty_past(model, rows, longest)
+        self.columns = empty_past(model, rows, longest)
+        self.past: Past = self.columns
         self.cache: Any = None
 
     def prefill(self, ids: Tensor, mask: Tensor, source: Tensor) -> Tensor:
         """Compute prompts (N,W), left-padded; add rows, row i with prompt source[i] (n,). Return their logits (n,V)."""
         from apportion.generation.hf_cache import empty_cache
 
-        cache = empty_cache(self.model, self.past)
+        cache = empty_cache(self.model, self.columns)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         logits = self._forward(ids, mask, positions, cache)
         self.past.add_rows(cache, mask, source)
@@ -42,12 +43,13 @@ class StepModel:
         """Compute one token of every row (n,) at its position (n,); return the logits of the next (n,V)."""
         from apportion.generation.hf_cache import cache_over
 
-        self.past.next_column()
-        if isinstance(self.past, KeyValueBuffers):
-            self.cache = cache_over(self.past) if self.cache is None else self.cache
-            mask, cache = self.past.seen[: self.past.rows, : self.past.used], self.cache
+        past = self.columns
+        past.next_column()
+        if isinstance(past, KeyValueBuffers):
+            self.cache = cache_over(past) if self.cache is None else self.cache
+            mask, cache = past.seen[: past.rows, : past.used], self.cache
         else:
-            mask, cache = self.past.seen, self.past.cache
+            mask, cache = past.seen, past.cache
         return self._forward(tokens[:, None], mask, positions[:, None], cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:

@@ -1,43 +1,34 @@
-"""Loading of models and tokenizers from a name, a folder or a hub id."""
+"""Loading of models from a name, a folder or a hub id."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from apportion.errors import ModelError
+from apportion.models.adapters import ADAPTER, widen_embeddings, with_adapter
+from apportion.models.families import check_family, policy_class, refuse_left_out
 from apportion.models.fast import use_fast_kernels
+from apportion.models.pretrained import (
+    NO_CODE,
+    adapter_settings,
+    base_of,
+    fix_of,
+    is_adapter,
+    load_settings,
+    with_reason,
+    without_adapter,
+)
 from apportion.models.stored_head import label_count
 from apportion.system import cpu
 from apportion.system.paths import local_path
 
-# errors of transformers, peft and safetensors for a damaged or unsuitable folder
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    SafetensorError,
-)
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-ADAPTER = "adapter_model.safetensors"
-FIX = "Check the folder or id, and save it again if it is damaged; a hub id needs the network or a cached copy."
-# code in a model's folder is never run; with the default, transformers would ask on the terminal
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 NO_SDPA = "does not support an attention implementation through torch.nn.functional.scaled_dot_product_attention"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -112,174 +103,48 @@ def use_fastest_attention(model: Any, device: torch.device, longest: int) -> Non
         model.set_attn_implementation("eager")
 
 
-def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any:
-    """Return the tokenizer in `folder` (or hub id), with a pad token distinct from EOS.
-
-    Raises:
-        ModelError: there is none, it has no EOS, or its pad token is absent or equal to EOS.
-    """
-    return with_pad(field, read_tokenizer(field, folder), pad_token)
-
-
-def read_tokenizer(field: str, folder: str) -> Any:
-    """Return the tokenizer in `folder` (or hub id) as stored. Raises ModelError when there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
-        _check_templates(tokenizer.chat_template)
-        return tokenizer
-    except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise ModelError(field, _with_reason(folder, error), "a folder or hub id with a tokenizer", FIX) from error
-
-
-def _check_templates(templates: Any) -> None:
-    """Raise ValueError for named chat templates that could not be saved as a file of that name."""
-    names = templates if isinstance(templates, dict) else {}
-    invalid = next((str(name) for name in names if not re.fullmatch(r"[\w.-]+", str(name)) or ".." in str(name)), None)
-    if invalid is not None:
-        raise ValueError(f"a chat template named {invalid[:60]!r}")
-
-
-def with_pad(field: str, tokenizer: Any, pad_token: str | None) -> Any:
-    """Return `tokenizer` with `pad_token`, or its own, as pad token. Raises ModelError as `load_tokenizer`."""
-    if pad_token is not None:
-        if pad_token not in tokenizer.get_vocab():
-            ends = (tokenizer.eos_token, tokenizer.bos_token)
-            reserved = [str(t) for t in tokenizer.added_tokens_decoder.values() if str(t) not in ends][:8]
-            fix = f"Choose a reserved token that never occurs in text, such as one of {reserved}."
-            raise ModelError("pad_token", pad_token, "a token of the tokenizer's vocabulary", fix)
-        tokenizer.pad_token = pad_token
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        got = f"pad {tokenizer.pad_token!r}, eos {tokenizer.eos_token!r}"
-        fix = "Pass --pad_token with a reserved token of the vocabulary that never occurs in text."
-        raise ModelError(f"{field}'s tokenizer", got, "a pad token distinct from EOS", fix)
-    return tokenizer
-
-
-def load_settings(field: str, folder: str) -> Any:
-    """Return the configuration of the model in `folder` (or hub id), or of an adapter's base model, without weights.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(base_of(folder), **NO_CODE)
-    except LOAD_ERRORS as error:
-        expected = "a config.json that transformers can read"
-        raise ModelError(field, _with_reason(folder, error), expected, FIX) from error
-
-
-def _is_adapter(folder: str) -> bool:
-    """Whether `folder` holds an adapter and no full model, with or without a config.json."""
-    path = Path(folder)
-    return (path / "adapter_config.json").is_file() and next(path.glob("model*.safetensors"), None) is None
-
-
-def base_of(folder: str) -> str:
-    """Return the base model of the adapter in `folder`, or `folder` itself when it holds a full model.
-
-    Raises:
-        ValueError: the adapter names no base model.
-    """
-    if not _is_adapter(folder):
-        return folder
-    base = _adapter_settings(folder).get("base_model_name_or_path")
-    if not base:
-        raise ValueError("its adapter_config.json names no base model")
-    return str(base)
-
-
-def _adapter_settings(folder: str) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    return settings
-
-
-def _with_reason(folder: str, error: Exception) -> str:
-    """Return the folder with the first line of the library's error."""
-    return f"{folder} ({(str(error).splitlines() or [type(error).__name__])[0]})"
-
-
 def load_causal(
-    field: str, folder: str, dtype: torch.dtype, device: torch.device, *, fast_kernels: bool = True
+    field: str,
+    folder: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fast_kernels: bool = True,
+    rows: int = 0,
 ) -> nn.Module:
     """Return the causal language model in `folder`, adapters merged, in evaluation mode.
 
-    With `fast_kernels` its layers compute with the equivalents of `models.fast`.
+    A checkpoint with parts beside its text (vision) is loaded whole, by the class that keeps them.
+
+    Args:
+        fast_kernels: compute with the equivalents of `models.fast`.
+        rows: least number of embeddings. Added ones are the mean of the others, in the output layer too.
 
     Raises:
-        ModelError: it cannot be loaded, or weights are missing (they would be random).
+        ModelError: it cannot be loaded, weights are missing (they would be random), quantised or left out by its class,
+            or it is of a family that cannot be a policy (`models.families`).
     """
-    from transformers import AutoModelForCausalLM
-
-    if _is_adapter(folder):
-        model, info = _adapted(field, folder, AutoModelForCausalLM)
+    settings = load_settings(field, folder)
+    check_family(field, folder, settings)
+    auto = policy_class(settings)
+    if is_adapter(folder):
+        model, info = _adapted(field, folder, auto)
         model = model.to(dtype)  # merged in float32: merging in bfloat16 differs by 6e-3
     else:
-        model, info = _from_pretrained(field, AutoModelForCausalLM, folder, dtype)
+        model, info = _from_pretrained(field, auto, folder, dtype)
     _refuse_missing(field, folder, info)
+    refuse_left_out(field, folder, settings, info)
+    widen_embeddings(model, rows)
     return prepared(model.to(device).eval(), fast_kernels)
 
 
 def _adapted(field: str, folder: str, auto: Any, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
-    """Return (float32 model with the adapter in `folder` merged, {"missing_keys": weights stored in neither})."""
-    from peft import PeftModel
-
+    """Return (float32 model with the adapter in `folder` merged, loading info: weights missing in both, and unused)."""
     # not peft's own Auto classes, which instantiate any class of transformers that the adapter's settings name
     model, info = _from_pretrained(field, auto, folder, torch.float32, **kwargs)
-    try:
-        stored = load_file(Path(folder) / ADAPTER)
-        _widen(model, stored)
-        with _no_missing_key_warning():
-            adapted = PeftModel.from_pretrained(model, folder)
-    except LOAD_ERRORS as error:
-        raise ModelError(field, _with_reason(folder, error), "an adapter that fits its base model", FIX) from error
+    merged, stored = with_adapter(field, folder, model)
     missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
-    return _merged(field, folder, adapted), {"missing_keys": missing}
-
-
-def _widen(model: Any, stored: Mapping[str, torch.Tensor]) -> None:
-    """Resize `model` to the vocabulary of an adapter that stores its own embeddings, for added tokens."""
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    embedded = [stored.get(f"base_model.model.{name}.{end}") for end in ("weight", "base_layer.weight")]
-    rows = next((len(weight) for weight in embedded if weight is not None), embeddings.num_embeddings)
-    if rows != embeddings.num_embeddings:
-        model.resize_token_embeddings(rows)
-
-
-@contextmanager
-def _no_missing_key_warning() -> Iterator[None]:
-    """Suppress peft's warning about missing weights of an adapter, which `_merged` makes an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        yield
-
-
-def _merged(field: str, folder: str, adapted: Any) -> nn.Module:
-    """Return the model with its adapter merged into it.
-
-    Raises:
-        ModelError: weights of the adapter are missing in its file, or match no layer (peft ignores both, with a warning
-            at most), or it is of a kind that cannot be merged.
-    """
-    if not callable(getattr(adapted, "merge_and_unload", None)):
-        got = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
-        fix = "Merge it into its base model with the library that made it, and give the result."
-        raise ModelError(field, got, "an adapter that can be merged, such as LoRA", fix)
-    try:
-        result = adapted.load_adapter(folder, "default", torch_device="cpu")  # a second time: only this reports keys
-        unmatched = sorted({*result.missing_keys, *result.unexpected_keys})
-        if not unmatched:
-            model: nn.Module = adapted.merge_and_unload()
-            return model
-    except LOAD_ERRORS as error:
-        raise ModelError(field, _with_reason(folder, error), "an adapter that fits its base model", FIX) from error
-    got = f"{folder}, whose {ADAPTER} and layers differ in {len(unmatched)} weights: {', '.join(unmatched[:3])}"
-    fix = "It was saved under other names or for another model: save it again with `save_pretrained`."
-    raise ModelError(field, got, "an adapter that fits its base model", fix)
+    return merged, {"missing_keys": missing, "unexpected_keys": list(info["unexpected_keys"])}
 
 
 def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
@@ -287,19 +152,27 @@ def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **k
     expected = f"weights that {auto.__name__} can load"
     try:
         loading: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **NO_CODE}
-        if _is_adapter(folder):
+        base = base_of(folder)
+        if base != folder:
             expected = "an adapter whose base model can be loaded"
-            loading["revision"] = _adapter_settings(folder).get("revision")
-        base, loading = base_of(folder), loading | kwargs
-        try:
-            loaded: tuple[Any, Any] = auto.from_pretrained(base, attn_implementation="sdpa", **loading)
-        except ValueError as error:
-            if NO_SDPA not in str(error):
-                raise
-            loaded = auto.from_pretrained(base, attn_implementation="eager", **loading)  # such as DeBERTa
+            loading["revision"] = adapter_settings(folder).get("revision")
+        with without_adapter(base) as where:
+            loaded = _by_kernel(auto, where, loading | kwargs)
+        loaded[0].name_or_path = loaded[0].config.name_or_path = base
         return loaded
-    except LOAD_ERRORS as error:
-        raise ModelError(field, _with_reason(folder, error), expected, FIX) from error
+    except Exception as error:  # transformers and peft raise many types, ImportError among them
+        raise ModelError(field, with_reason(folder, error), expected, fix_of(error)) from error
+
+
+def _by_kernel(auto: Any, folder: str, loading: dict[str, Any]) -> tuple[Any, Any]:
+    """Return (model, loading info) with sdpa, or with eager attention for families without it, such as DeBERTa."""
+    try:
+        loaded: tuple[Any, Any] = auto.from_pretrained(folder, attn_implementation="sdpa", **loading)
+    except ValueError as error:
+        if NO_SDPA not in str(error):
+            raise
+        loaded = auto.from_pretrained(folder, attn_implementation="eager", **loading)
+    return loaded
 
 
 def _refuse_missing(field: str, folder: str, info: Any) -> None:
@@ -344,7 +217,7 @@ def load_classifier(
     labels = stored_labels(field, folder) if new_head is None else new_head
     # left out where the configuration says the same, since it would take the labels' names away
     kwargs = {} if new_head is None and load_settings(field, folder).num_labels == labels else {"num_labels": labels}
-    if _is_adapter(folder):
+    if is_adapter(folder):
         model, info = _adapted(field, folder, AutoModelForSequenceClassification, **kwargs)
         model = model.to(dtype)
     else:

@@ -9,7 +9,13 @@ from torch import nn
 
 from apportion.config.sections import LoraConfig
 from apportion.errors import ConfigError
+from apportion.models.families import text_modules
 from apportion.models.fast import has_fast_kernels, use_fast_linear
+from apportion.models.pretrained import reason
+
+# Mamba's kernels read the weights of these layers without calling them, so that an adapter would do nothing
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+FUSED = ("conv1d", "out_proj")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -20,11 +26,18 @@ def is_linear(module: nn.Module) -> bool:
 def target_names(model: nn.Module, targets: Any) -> list[str]:
     """Return the full names of the layers to adapt: every linear layer inside an attention module, or in any block.
 
+    A model with parts beside its text (vision) is adapted in its language model only. The output layer is never
+    adapted: log-probabilities are computed from its stored weights.
+
     Raises:
         ConfigError: `targets` is neither "attention", "all" nor a list of names that occur.
     """
-    modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if is_linear(module)]
+    modules, text = dict(model.named_modules()), text_modules(model)
+    linear = [name for name, module in modules.items() if is_linear(module) and module in text]
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    fused = FUSED if getattr(getattr(model, "config", None), "model_type", "") in MAMBA else ()
+    linear = [name for name in linear if modules[name] is not head and name.split(".")[-1] not in fused]
     if targets == "attention":
         inside = {name for name, module in modules.items() if "attention" in type(module).__name__.lower()}
         chosen = [name for name in linear if any(name.startswith(f"{parent}.") for parent in inside)]
@@ -63,7 +76,11 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None
         modules_to_save=None if head is None else [head],
         task_type=None,
     )
-    adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
+    try:
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
+    except ValueError as error:  # layers that peft cannot adapt
+        expected = "layers that peft can adapt"
+        raise ConfigError("lora.targets", f"{config.targets} ({reason(error)})", expected, "Name others.") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # peft leaves modules_to_save in bf16, where small updates vanish
             parameter.data = parameter.data.float()

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from apportion.batching import at_places, without_holes
 from apportion.config.sections import LoraConfig
 from apportion.distributed.sharding import Sharded, Weights
-from apportion.errors import ModelError
 from apportion.losses import entropy_of
 from apportion.masking import last_index
-from apportion.models.loading import load_causal, load_tokenizer, locate, pick_device, pick_dtype, use_fastest_attention
+from apportion.models.families import check_family, freeze_other_parts
+from apportion.models.loading import load_causal, locate, pick_device, pick_dtype, use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import to_sixteen_bit
-from apportion.models.shared_prompt import Run, Shared, can_share, shared_prompts, states_after_shared_prompts
+from apportion.models.shared_prompt import Run, Shared, can_share, has_past, shared_prompts, states_after_shared_prompts
 from apportion.models.token_logprobs import token_logprobs
+from apportion.models.tokenizers import banned_ids, load_tokenizer, needed_rows, pad_id, policy_ends
 from apportion.models.value_head import ValueStart, make_head, make_trunk
 from apportion.types import Rollouts
 
@@ -41,14 +42,16 @@ class Policy:
 
     Attributes:
         model: the language model, with adapters when `reference` is None.
-        tokenizer: with a pad token distinct from EOS.
+        tokenizer: masks mark padding, so its pad token may be one that ends texts.
         value_head: d -> 1, float32 (`models.value_head`); None for a policy without values.
         value_trunk: a separate model under the value head, or None for the policy's trunk.
         reference: a frozen copy, or None: the policy with its adapters disabled.
         banned: ids that are never sampled; their logit is −inf in every log-probability.
+        ends: ids that end a response where `sampling.stop` is eos; the tokenizer's EOS where none is given.
         temperature: divides the logits in sampling and in every log-probability.
         remainders: the lower halves of the float32 masters of weights that learn in 16 bit (`models.master_weights`).
         weights: how they are stored, replicated or sharded (`distributed.sharding`).
+        decoding: how a class of models is sampled from, once it was tried (`generation.decoding`).
         plain: whether the logits are the output layer's own, so that they can be computed in blocks.
         shares: whether a prompt with several responses is computed once (`models.shared_prompt`).
     """
@@ -62,12 +65,23 @@ class Policy:
     temperature: float = 1.0
     remainders: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     weights: Weights = field(default_factory=Weights)
+    ends: tuple[int, ...] = ()
+    decoding: dict[str, Any] = field(default_factory=dict, init=False)
     plain: bool = field(init=False)
     shares: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            check_family("policy", type(self.model).__name__, self.model.config)
         self.plain = self.model is not None and plain_head(self.model)
-        self.shares = self.plain and can_share(self.model)
+        self.shares = self.plain and has_past(self.model) and can_share(self.model)
+        if not self.ends and self.tokenizer.eos_token_id is not None:
+            self.ends = (self.tokenizer.eos_token_id,)
+
+    @property
+    def pad(self) -> int:
+        """The id that fills masked places."""
+        return pad_id(self.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -298,30 +312,51 @@ def load_policy(
     """
     folder, where = locate("policy", name), pick_device(device)
     tokenizer = load_tokenizer("policy", folder, pad_token)
-    banned = banned_ids(tokenizer, stop)
+    ends = policy_ends(folder, tokenizer, stop)
     compute, values = pick_dtype(dtype, where), values or ValueStart()
     adapters = lora.rank > 0
-    model: Any = load_causal("policy", folder, compute if adapters else torch.float32, where, fast_kernels=fast_kernels)
+    settings: dict[str, Any] = {"fast_kernels": fast_kernels, "rows": needed_rows(tokenizer, pad_token)}
+    model: Any = load_causal("policy", folder, compute if adapters else torch.float32, where, **settings)
+    banned = banned_ids(tokenizer, stop, ends, width_of(model))
     use_fastest_attention(model, where, max_length)
     model.requires_grad_(not adapters)
+    freeze_other_parts(model)
     reference = None if adapters else copy.deepcopy(model).requires_grad_(False).to(compute)
     trunk = make_trunk(model, values, lora, max_length)
     if adapters:
         model = add_adapter(model, lora).eval()
     head = make_head(model, values)
     remainders = to_sixteen_bit(model, trunk) if not adapters and compute == torch.bfloat16 else {}
-    return Policy(model, tokenizer, banned, head, trunk, reference, temperature, remainders)
+    return Policy(model, tokenizer, banned, head, trunk, reference, temperature, remainders, ends=ends)
 
 
-def banned_ids(tokenizer: Any, stop: str) -> list[int]:
-    """Return the ids that are never sampled: the pad token, and EOS too when every response has a fixed length.
+def frozen_policy(
+    field: str,
+    folder: str,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    pad_token: str | None,
+    stop: str,
+    temperature: float,
+    fast_kernels: bool = True,
+) -> Policy:
+    """Return the model in `folder` as a policy to sample from and to score with: no values, no reference, no adapters.
+
+    Args: as `load_policy`; `tokenizer` is the folder's, from `load_tokenizer`.
 
     Raises:
-        ModelError: responses end at EOS and the tokenizer has none.
+        ModelError: as the loaders do.
     """
-    if tokenizer.eos_token_id is None:
-        if stop == "eos":
-            fix = "Set eos_token in its tokenizer_config.json, or use --sampling.stop length."
-            raise ModelError("policy's tokenizer", "no EOS token", "one, as sampling.stop is eos", fix)
-        return [tokenizer.pad_token_id]
-    return [tokenizer.pad_token_id] + ([tokenizer.eos_token_id] if stop == "length" else [])
+    ends = policy_ends(folder, tokenizer, stop)
+    rows = needed_rows(tokenizer, pad_token)
+    model: Any = load_causal(field, folder, dtype, device, fast_kernels=fast_kernels, rows=rows)
+    banned = banned_ids(tokenizer, stop, ends, width_of(model))
+    return Policy(model, tokenizer, banned, temperature=temperature, ends=ends)
+
+
+def width_of(model: Any) -> int:
+    """Return the number of the model's logits."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return int(model.config.get_text_config().vocab_size) if weight is None else int(weight.shape[0])

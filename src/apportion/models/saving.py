@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from apportion.models.families import has_other_parts
 from apportion.models.loading import load_causal, load_classifier
 from apportion.models.lora import merged_copy
 from apportion.models.master_weights import to_float32
 from apportion.models.policy import Policy
+from apportion.models.pretrained import base_of
+from apportion.models.tokenizers import needed_rows
 
+# what a processor of images or sound is read from, beside the tokenizer
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 CARD = """---
 library_name: transformers
 tags: [apportion, rlhf, {tag}]
@@ -40,13 +50,34 @@ def save_policy(policy: Policy, base: str, folder: Path, settings: Mapping[str, 
     their float32 masters.
     """
     if policy.reference is None:
-        model: Any = merged_copy(policy.model, load_causal("policy", base, torch.float32, torch.device("cpu")))
+        rows = needed_rows(policy.tokenizer, policy.tokenizer.pad_token)
+        fresh = load_causal("policy", base, torch.float32, torch.device("cpu"), rows=rows)
+        model: Any = merged_copy(policy.model, fresh)
     else:
         to_float32(policy.remainders)
         model = policy.model
-    model.config.pad_token_id = policy.tokenizer.pad_token_id
+    set_padding(model, policy.tokenizer.pad_token_id)
     text = "A policy trained by reinforcement learning against a reward model, its score apportioned over the tokens."
-    save_model(model, policy.tokenizer, folder, model_card("Policy", "reinforcement-learning", text, settings))
+    card = model_card("Policy", "reinforcement-learning", text, settings)
+    save_model(model, policy.tokenizer, folder, card, processor_files(base) if has_other_parts(model.config) else ())
+
+
+def set_padding(model: Any, pad: int | None) -> None:
+    """Write the pad token into the settings of `model`, and into its generation settings where they have none."""
+    for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+        config.pad_token_id = pad
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.pad_token_id is None:
+        generation.pad_token_id = pad
+
+
+def processor_files(base: str) -> list[Path]:
+    """Return the files of `base` (a folder or hub id) with which images and sound are read, where it has them."""
+    from transformers.utils.hub import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = (cached_file(base_of(base), name, **options) for name in PROCESSOR_FILES)
+    return [Path(path) for path in found if path is not None]
 
 
 def save_classifier(adapted: Any, tokenizer: Any, base: str, folder: Path, card: str, *, lora: bool) -> None:
@@ -69,12 +100,15 @@ def head_config(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
-    """Write weights (safetensors), tokenizer and README.md to a temporary folder and rename it to `folder`."""
+def save_model(model: Any, tokenizer: Any, folder: Path, card: str, others: Iterable[Path] = ()) -> None:
+    """Write weights (safetensors), tokenizer, README.md and copies of `others` to a temporary folder and rename it to
+    `folder`."""
     part = unfinished(folder)
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    for path in others:
+        shutil.copyfile(path, part / path.name)
     (part / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)

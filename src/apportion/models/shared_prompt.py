@@ -6,6 +6,7 @@ all responses flow back through the one prompt. It works on any model whose laye
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,6 +49,12 @@ def can_share(model: Any) -> bool:
     kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
     window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
     return kinds <= {"DynamicLayer"} and not window and getattr(text, "model_type", "") not in NO_CACHE
+
+
+def has_past(model: Any) -> bool:
+    """Whether the model's forward takes `past_key_values`: a recurrent one may ignore them."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "past_key_values" in inspect.signature(base.forward).parameters
 
 
 NO_CACHE = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "bloom")  # bloom's biases count columns, pads included

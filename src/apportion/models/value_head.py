@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apportion.config.sections import LoraConfig, ScoreConfig
 from apportion.errors import ConfigError
+from apportion.models.families import freeze_other_parts
 from apportion.models.loading import use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.reward import RewardModel, adjust
@@ -61,7 +62,11 @@ def make_trunk(model: Any, start: ValueStart, lora: LoraConfig, max_length: int)
         use_fastest_attention(trunk, weight.device, max_length)
     else:
         trunk = copy.deepcopy(model.base_model)
-    return (add_adapter(trunk, lora) if lora.rank > 0 else trunk.requires_grad_(True)).eval()
+    if lora.rank > 0:
+        return add_adapter(trunk, lora).eval()
+    trunk.requires_grad_(True)
+    freeze_other_parts(trunk)
+    return trunk.eval()
 
 
 def make_head(model: Any, start: ValueStart) -> nn.Linear:

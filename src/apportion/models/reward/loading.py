@@ -8,22 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from apportion.errors import ModelError
-from apportion.models.loading import (
-    load_classifier,
-    load_settings,
-    locate,
-    pick_device,
-    pick_dtype,
-    read_tokenizer,
-    stored_labels,
-    with_pad,
-)
+from apportion.models.loading import load_classifier, locate, pick_device, pick_dtype, stored_labels
+from apportion.models.pretrained import load_settings
 from apportion.models.reward.model import RewardModel
 from apportion.models.reward.reading import read_model
 from apportion.models.stored_head import positive_label
 from apportion.models.text.render import check_embeddings, check_tokenizer, embedding_count
 from apportion.models.text.template import check_template, renders_alike
 from apportion.models.text.token_spans import PolicyText
+from apportion.models.tokenizers import read_tokenizer, with_pad
 
 STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text
 OWN_TEMPLATE = (

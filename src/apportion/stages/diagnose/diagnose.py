@@ -25,11 +25,12 @@ from apportion.evidence.scoring import score
 from apportion.generation import sample
 from apportion.generation.prompts import encode_prompts, load_prompts
 from apportion.masking import Moments, last_index
-from apportion.models.loading import context_of, load_causal, load_tokenizer, locate, pick_device, pick_dtype
-from apportion.models.policy import Policy, banned_ids, response_logits
+from apportion.models.loading import context_of, locate, pick_device, pick_dtype
+from apportion.models.policy import Policy, frozen_policy, response_logits
 from apportion.models.reward import check_width, load_reward
 from apportion.models.text.render import embedding_count
 from apportion.models.text.token_spans import PolicyText
+from apportion.models.tokenizers import load_tokenizer
 from apportion.stages.diagnose import gradients
 from apportion.stages.diagnose.candidates import Candidate, candidates
 from apportion.stages.diagnose.gradients import Gradients, Interval
@@ -46,7 +47,8 @@ class Block(NamedTuple):
     """Measurements of one batch of rollouts, by method; U units (prompts) and B rows.
 
     gradients {name: (U,d·e)}, squares {name: (U,)} (mean squared norm of a row's), stop {name: (U,)} (the gradient of
-    the EOS logit), ends {name: (B,)} (the last token's return), and lengths, scores (B,). "true" is among the names.
+    the logits of the ids that end a response), ends {name: (B,)} (the last token's return), and lengths, scores (B,).
+    "true" is among the names.
     """
 
     gradients: dict[str, Tensor]
@@ -119,13 +121,15 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tup
         prompts = encode_prompts(loaded, tokenizer, config.sampling, config.seed, context, bad, config.count)
     check_count(len(prompts.rows))
     device = pick_device(config.device)
-    model: Any = load_causal("policy", folder, pick_dtype(config.dtype, device), device)
-    banned = banned_ids(tokenizer, config.sampling.stop)
-    policy = Policy(model, tokenizer, banned, reference=model, temperature=config.sampling.temperature)
+    policy = frozen_policy(
+        "policy", folder, tokenizer, dtype=pick_dtype(config.dtype, device), device=device, pad_token=config.pad_token,
+        stop=config.sampling.stop, temperature=config.sampling.temperature,
+    )  # fmt: skip
+    policy.reference = policy.model
     policy_text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=policy_text, positive=config.positive_label)
-    check_width("reward_model", reward, tokenizer, embedding_count(model))
+    check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
     return Models(policy, reward, segment, config.sampling, generator, columns=prompts.columns), prompts.rows
@@ -188,18 +192,18 @@ def block(
 def score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (v (B,T,d), h (B,T,d), EOS (B,T) or None), all 0 off the mask: the factors of each token's ∇ log π.
 
-    v h^T is the gradient of a map on the last hidden states, and EOS that of the EOS logit, None where EOS is never
-    sampled. States wider than `width` are projected at random, which preserves inner products in expectation.
+    v h^T is the gradient of a map on the last hidden states, and EOS that of the logits of the ids that end a response,
+    summed, None where no such id is ever sampled. States wider than `width` are projected at random, which preserves
+    inner products in expectation.
     """
     parts = [_score_functions(policy, rollouts.select(r), width) for r in _rows(rollouts)]
     left, right = (torch.cat([part[i] for part in parts]) for i in range(2))
-    return left, right, torch.cat([p[2] for p in parts]) if can_stop(policy) else None
+    return left, right, torch.cat([p[2] for p in parts]) if sampled_ends(policy) else None
 
 
-def can_stop(policy: Policy) -> bool:
-    """Whether the policy can generate EOS."""
-    eos = policy.tokenizer.eos_token_id
-    return eos is not None and eos not in policy.banned
+def sampled_ends(policy: Policy) -> list[int]:
+    """Return the ids that end a response and can be sampled."""
+    return [i for i in policy.ends if i not in policy.banned]
 
 
 def _rows(rollouts: Rollouts) -> tuple[Tensor, ...]:
@@ -217,7 +221,7 @@ def _score_functions(policy: Policy, rollouts: Rollouts, width: int) -> tuple[Te
     weight = policy.model.get_output_embeddings().weight
     left = (gap.to(weight.dtype) @ weight).float() / policy.temperature
     right = torch.where(rollouts.mask[..., None], states[:, :-1].float(), 0.0)
-    stop = gap[..., policy.tokenizer.eos_token_id] if can_stop(policy) else gap[..., 0]
+    stop = gap[..., sampled_ends(policy)].sum(dim=-1)
     return projected(left, width, 0), projected(right, width, 1), stop
 
 

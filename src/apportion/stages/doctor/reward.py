@@ -8,8 +8,10 @@ from typing import Any
 from apportion.config import RewardConfig
 from apportion.data import Layout, labelled_splits
 from apportion.errors import ConfigError, DataError
-from apportion.models.loading import context_of, load_settings, locate, read_tokenizer
+from apportion.models.loading import context_of, locate
+from apportion.models.pretrained import load_settings
 from apportion.models.text.labelled import chat_renderer
+from apportion.models.tokenizers import read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import labels, machine, prompts, tokens
 from apportion.stages.doctor.findings import Result, ok

@@ -12,12 +12,15 @@ import yaml
 from apportion.config import RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, Layout, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
-from apportion.errors import ApportionError, ConfigError, DataError, DiskError, ModelError
+from apportion.errors import ApportionError, ConfigError, DataError, DiskError
 from apportion.evidence.process import check_columns, user_functions, wanted_columns
 from apportion.generation.prompts import encode_prompts, encoded, load_prompts
-from apportion.models.loading import NO_CODE, context_of, load_settings, locate, read_tokenizer, stored_labels
+from apportion.models.families import check_family
+from apportion.models.loading import context_of, locate, stored_labels
+from apportion.models.pretrained import generation_stops, load_settings
 from apportion.models.stored_head import positive_label
 from apportion.models.text.labelled import chat_renderer
+from apportion.models.tokenizers import read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
 from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, ok, warn
@@ -38,34 +41,11 @@ def open_policy(case: Case) -> Result:
     case.policy_folder = locate("policy", case.config.policy)
     case.policy_settings = load_settings("policy", case.policy_folder)
     case.context = context_of(case.policy_folder)
+    check_family("policy", case.policy_folder, case.policy_settings)
     case.tokenizer = read_tokenizer("policy", case.policy_folder)
-    case.stops = generation_stops(case)
+    case.stops = generation_stops(case.policy_folder)
     kind, words = case.policy_settings.model_type, len(case.tokenizer.get_vocab())
     return ok(f"{case.config.policy}: {kind}, context {case.context} tokens, vocabulary {words}")
-
-
-def generation_stops(case: Case) -> frozenset[int]:
-    """Return the EOS ids in the policy's generation_config.json, or else in its config.json.
-
-    Raises:
-        ModelError: the file cannot be read, or holds something other than ids.
-    """
-    from transformers import GenerationConfig
-
-    file, expected = "generation_config.json", "settings that transformers can read"
-    fix = "Fix it, or delete it where the model's config.json names the EOS token."
-    try:
-        given = GenerationConfig.from_pretrained(case.policy_folder, **NO_CODE).eos_token_id
-    except OSError:  # a folder without one
-        file, given = "config.json", getattr(case.policy_settings.get_text_config(), "eos_token_id", None)
-    except Exception as error:  # transformers raises many types here
-        got = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{case.policy_folder}/{file}", got, expected, fix) from error
-    ids = [] if given is None else given if isinstance(given, list | tuple) else [given]
-    if not all(type(one) is int for one in ids):
-        expected = "an id as eos_token_id, or a list of ids"
-        raise ModelError(f"{case.policy_folder}/{file}", given, expected, "Fix it there.")
-    return frozenset(ids)
 
 
 def open_reward(case: Case) -> Result:
@@ -256,7 +236,7 @@ def preflight(
     """
     case = Case(config, policy_folder=folder, tokenizer=tokenizer, texts=texts, rows=rows, notes={"hidden": hidden})
     case.policy_settings, case.context = load_settings("policy", folder), context_of(folder)
-    case.stops = generation_stops(case)
+    case.stops = generation_stops(folder)
     checks = {one.name: one for one in CHECKS if one.name in PREFLIGHT}
     findings = run_checks(case, checks.values())
     for one in findings:

@@ -17,10 +17,11 @@ from apportion.evidence.reward import reward_evidence
 from apportion.generation import sample
 from apportion.generation.prompts import encode_prompts, load_prompts
 from apportion.intervals import distinct, mean_interval
-from apportion.models.loading import context_of, load_causal, load_tokenizer, locate, pick_device, pick_dtype
-from apportion.models.policy import Policy, banned_ids
+from apportion.models.loading import context_of, locate, pick_device, pick_dtype
+from apportion.models.policy import Policy, frozen_policy
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.text.token_spans import PolicyText
+from apportion.models.tokenizers import load_tokenizer
 from apportion.stages.evaluate.judge import fit_judge
 from apportion.system import safe_yaml
 from apportion.system.progress import activity, counted
@@ -119,13 +120,13 @@ def _policies(
 ) -> tuple[Policy, Policy]:
     """Return (trained policy, initial policy), for sampling and log-probabilities."""
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     folder = str(run.path / "final")
+    loading: dict[str, Any] = {"dtype": pick_dtype(config.dtype, device), "device": device, "stop": sampling.stop}
+    loading |= {"pad_token": settings["pad_token"], "temperature": sampling.temperature}
+    loading["fast_kernels"] = settings.get("fast_kernels", True)
     tokenizer = load_tokenizer("run", folder)
-    banned = banned_ids(tokenizer, sampling.stop)
-    fast, folders = settings.get("fast_kernels", True), (folder, locate("policy", settings["policy"]))
-    models = [load_causal("run", where, dtype, device, fast_kernels=fast) for where in folders]
-    trained, start = (Policy(model, tokenizer, banned, temperature=sampling.temperature) for model in models)
+    trained = frozen_policy("run", folder, tokenizer, **loading)
+    start = frozen_policy("run", locate("policy", settings["policy"]), tokenizer, **loading)
     return trained, start
 
 

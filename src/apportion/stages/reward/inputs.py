@@ -10,11 +10,10 @@ import torch
 from apportion.config import RewardConfig
 from apportion.data import Labelled, Layout, labelled_splits
 from apportion.data.bad_rows import leaving_out
-from apportion.errors import ConfigError, DataError
+from apportion.errors import ConfigError, DataError, ModelError
 from apportion.models.loading import (
     context_of,
     load_classifier,
-    load_tokenizer,
     locate,
     pick_device,
     pick_dtype,
@@ -25,6 +24,7 @@ from apportion.models.saving import head_config
 from apportion.models.text.bos import added_bos
 from apportion.models.text.labelled import chat_renderer
 from apportion.models.text.render import check_embeddings
+from apportion.models.tokenizers import read_tokenizer, with_pad
 from apportion.stages.reward.evaluation import token_ids
 from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, TokenRows, flat, random_cuts
 from apportion.stages.reward.probe import probe_head
@@ -72,6 +72,7 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     if any(row.prompt or row.paired for row in test_rows):
         check_room(test_rows, token_ids(test_rows, tokenizer, config), config.excerpt_tokens[1], context)
     excerpts = random_cuts(tokens, config.excerpts, config.excerpt_tokens, config.seed)
+    check_padding(tokenizer, flat(excerpts))
     warn_special([*train_rows, *test_rows], flat(excerpts), tokenizer)
     rng.seed(config.seed)
     return classifier(config, folder, tokenizer, device, excerpts), Inputs(excerpts, tokenizer, folder, test_rows)
@@ -79,7 +80,7 @@ def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
 
 def tokenizer_of(config: RewardConfig) -> Any:
     """Return the tokenizer of the model to train, with its pad token. Raises ModelError."""
-    return load_tokenizer("model", locate("model", config.model), config.pad_token)
+    return with_pad("model", read_tokenizer("model", locate("model", config.model)), config.pad_token)
 
 
 def check_room(rows: Sequence[Labelled], tokens: TokenRows, longest: int, context: int) -> None:
@@ -102,6 +103,17 @@ def warn_special(rows: Sequence[Labelled], excerpts: Sequence[Excerpt], tokenize
     if pads:
         pad = tokenizer.pad_token
         warn(f"{pads} of {len(excerpts)} excerpts hold the pad token {pad!r}; where it comes last, it is not scored.")
+
+
+def check_padding(tokenizer: Any, excerpts: Sequence[Excerpt]) -> None:
+    """Raise ModelError for a pad token that also occurs in texts: a classifier scores the last token before it."""
+    pad = tokenizer.pad_token_id
+    reserved = "Pass --pad_token with a reserved token of the vocabulary that never occurs in text."
+    if pad is None:
+        raise ModelError("model's tokenizer", "neither a pad token nor EOS", "a pad token", reserved)
+    if pad == tokenizer.eos_token_id and any(pad in excerpt.ids for excerpt in excerpts):
+        got = f"pad {tokenizer.pad_token!r}, which ends texts"
+        raise ModelError("model's tokenizer", got, "a pad token that occurs in no text", reserved)
 
 
 def classifier(

@@ -19,12 +19,17 @@ from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
 from apportion.evidence.process import check_columns, user_functions, wanted_columns
 from apportion.evidence.scoring import BASE_EVIDENCE
+from apportion.generation.decoding import SLOW, decoding
 from apportion.generation.prompts import PromptStream, load_prompts
+from apportion.generation.recompute import RecomputeStepModel
 from apportion.losses._ratios import LIMIT
-from apportion.models.loading import context_of, load_tokenizer, locate
+from apportion.models.families import check_family
+from apportion.models.loading import context_of, locate
+from apportion.models.pretrained import load_settings
 from apportion.models.reward import adjust, check_width, load_reward
 from apportion.models.text.render import check_embeddings, embedding_count
 from apportion.models.text.token_spans import PolicyText
+from apportion.models.tokenizers import load_tokenizer
 from apportion.registry import EvidenceKey
 from apportion.stages.doctor.findings import WARN, Finding
 from apportion.stages.doctor.rl import preflight
@@ -87,8 +92,8 @@ class Learner:
 
     @property
     def pad_token_id(self) -> int:
-        """The id of the pad token."""
-        return int(self.policy.tokenizer.pad_token_id)
+        """The id that fills masked places."""
+        return self.policy.pad
 
     def set_up_sharding(self, abort: Callable[[str], None]) -> None:
         """Shard the weights where the launcher asks for it (`training.state.Learner`)."""
@@ -236,6 +241,7 @@ def make_learner(
     output = Path(config.output).expanduser()
     require_space(output, 200_000_000)
     folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
+    check_family("policy", folder, load_settings("policy", folder))
     compared = comparisons(config.compare) if config.log_rollouts else {}
     tokenizer, prompts = open_prompts(config, method.needs.union(*(one.needs for one in compared.values())), folder)
     findings = preflight(config, folder, tokenizer, prompts.encoded.texts, prompts.rows, prompts.encoded.hidden)
@@ -247,6 +253,8 @@ def make_learner(
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
     check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
+    if decoding(policy, policy.model) is RecomputeStepModel:
+        warn(f"warning: policy: {config.policy} {SLOW}")
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}

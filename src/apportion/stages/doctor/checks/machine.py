@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from apportion.models.loading import NO_CODE, has_bfloat16, pick_device, pick_dtype
+from apportion.models.loading import has_bfloat16, pick_device, pick_dtype
+from apportion.models.pretrained import NO_CODE
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks import footprint
 from apportion.stages.doctor.findings import Result, fail, grade, ok, warn

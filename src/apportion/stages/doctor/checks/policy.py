@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from apportion.generation import sample
+from apportion.generation.decoding import SLOW, tried
+from apportion.generation.recompute import RecomputeStepModel
 from apportion.models.policy import load_policy
 from apportion.models.value_head import ValueStart
 from apportion.stages.doctor.case import Case
@@ -70,7 +72,7 @@ def finite_weights(model: Any, named: str) -> Result:
 
 
 def ends(case: Case) -> Result:
-    """The policy generates responses; with `sampling.stop: eos` some end with EOS, which is on their mask."""
+    """The policy generates responses; with `sampling.stop: eos` some end, with EOS or another end on their mask."""
     few = {"batch_size": PROMPTS, "samples_per_prompt": 1, "rows": None}
     few["max_new_tokens"] = min(TOKENS, case.config.sampling.max_new_tokens)
     sampling = case.config.sampling.model_copy(update=few)
@@ -82,8 +84,8 @@ def ends(case: Case) -> Result:
     if sampling.stop == "length":
         return ok(f"{message}, of fixed length: EOS is never sampled")
     assert rollouts.ended is not None
-    eos = case.policy.tokenizer.eos_token_id
-    has_eos = ((rollouts.response_ids == eos) & rollouts.mask).any(dim=1)
+    ends = torch.tensor(case.policy.ends, device=rollouts.mask.device)
+    has_eos = (torch.isin(rollouts.response_ids, ends) & rollouts.mask).any(dim=1)
     ended = int(rollouts.ended.sum())
     message = f"{message}; {ended} end with EOS within {sampling.max_new_tokens} tokens"
     if bool((rollouts.ended & ~has_eos).any()):
@@ -119,7 +121,7 @@ def begins(case: Case) -> Result:
 
 def mean_nll(case: Case, rows: list[list[int]], prefix: list[int]) -> float:
     """Return the mean −log p of the prompts' tokens after their first, with the ids `prefix` in front, in nats."""
-    banned = torch.tensor([case.policy.tokenizer.pad_token_id, *case.policy.banned])
+    banned = torch.tensor(case.policy.banned, dtype=torch.int64)
     batch = from_ids([[*prefix, row[0]] for row in rows], [row[1:] for row in rows], case.policy)
     counted = batch.mask & ~torch.isin(batch.response_ids, banned.to(batch.mask.device))
     batch = replace(batch, mask=counted, valid=batch.mask)
@@ -128,12 +130,14 @@ def mean_nll(case: Case, rows: list[list[int]], prefix: list[int]) -> float:
 
 @torch.no_grad()
 def sampler_gap(case: Case) -> Result:
-    """The sampler's log-probabilities equal the trainer's."""
-    rollouts = rollouts_of(case)
+    """The sampler's log-probabilities equal the trainer's, and those of each text alone."""
+    rollouts, model = rollouts_of(case), case.policy.model
+    slow = tried(case.policy, model) is RecomputeStepModel  # raises where they differ
     trained = case.policy.forward(rollouts, values=False).logprobs
     gap = difference(rollouts.logprobs, trained, rollouts.mask)
     most = float((rollouts.logprobs - trained).abs()[rollouts.mask].max())
     message = f"{gap:.2g} nats a token on average, {most:.2g} at most"
+    message = f"{message}; it {SLOW}" if slow else message
     fix = "Ratios would not start at 1: use --dtype float32, or a policy whose cache is exact."
     return grade(gap, LOGPROB[dtype_of(case)], message, fix)
 
@@ -142,7 +146,7 @@ def sampler_gap(case: Case) -> Result:
 def padding(case: Case) -> Result:
     """A rollout's log-probabilities do not depend on its padding."""
     rollouts = rollouts_of(case)
-    fill = case.policy.tokenizer.pad_token_id
+    fill = case.policy.pad
     in_batch = logprobs(case, rollouts)
     length = rollouts.mask.shape[1]
     padded = {

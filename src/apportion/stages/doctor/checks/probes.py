@@ -49,7 +49,7 @@ def single_row(rollouts: Rollouts, row: int) -> Rollouts:
 def random_rollouts(prompts: Sequence[Sequence[int]], policy: Policy) -> Rollouts:
     """Return rollouts with responses of 2 to 9 tokens, sampled uniformly from the ids that the policy may generate."""
     generator = torch.Generator().manual_seed(0)
-    excluded = {*policy.banned, policy.tokenizer.pad_token_id}
+    excluded = {*policy.banned, policy.pad}
     allowed = torch.tensor([i for i in range(len(policy.tokenizer)) if i not in excluded])
     responses = [allowed[torch.randint(len(allowed), (2 + i % 8,), generator=generator)] for i in range(len(prompts))]
     return from_ids(prompts, [row.tolist() for row in responses], policy)
@@ -57,7 +57,7 @@ def random_rollouts(prompts: Sequence[Sequence[int]], policy: Policy) -> Rollout
 
 def from_ids(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], policy: Policy) -> Rollouts:
     """Return rollouts of these ids; since none was sampled, `logprobs` is 0."""
-    fill, device = policy.tokenizer.pad_token_id, policy.device
+    fill, device = policy.pad, policy.device
     ids, mask_of_prompts = left_pad(prompts, fill)
     width = max(map(len, responses))
     padded = torch.tensor([[*row, *[fill] * (width - len(row))] for row in responses], dtype=torch.int64)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from apportion.errors import ModelError
 from apportion.evidence.reward import check_attention
 from apportion.evidence.text_reward import translate
-from apportion.models.loading import load_settings
+from apportion.models.pretrained import load_settings
 from apportion.models.reward import RewardModel, adjust, load_reward
 from apportion.models.reward.reading import HEADS, Reading, fill_id, own_pad, pad_set_to
 from apportion.stages.doctor.case import Case

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apportion.models.policy import banned_ids
 from apportion.models.reward import STATISTICS
 from apportion.models.reward.loading import same_vocabulary
 from apportion.models.text.render import encode, render
 from apportion.models.text.template import check_template, renders_alike
 from apportion.models.text.token_spans import PolicyText
+from apportion.models.tokenizers import banned_ids
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.prompts import SAMPLE
 from apportion.stages.doctor.checks.tokens import embedded

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from apportion.models.loading import with_pad
-from apportion.models.policy import banned_ids
 from apportion.models.text.chat import apply_template, with_response
 from apportion.models.text.render import beyond
+from apportion.models.tokenizers import check_ends, end_ids, needed_rows, pad_id, unnamed_ids, with_pad
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.findings import OK, Result, combine, fail, ok, warn
 
@@ -17,31 +16,51 @@ RESERVED = "Pass --pad_token with a reserved token of the vocabulary that never 
 
 
 def pad_token(case: Case) -> Result:
-    """The pad token has its own id, which does not end texts."""
-    tokenizer = with_pad("policy", case.tokenizer, case.config.pad_token)
-    message = f"pad {tokenizer.pad_token!r} ({tokenizer.pad_token_id}), EOS {tokenizer.eos_token!r}"
-    if tokenizer.pad_token_id in case.stops:
-        return warn(f"{message}: the policy's generation settings also stop at the pad token", RESERVED)
+    """Padding has an id that is no ordinary token: the pad token's, or EOS where there is none."""
+    given = case.config.pad_token
+    stored, known = case.tokenizer.pad_token_id, given is None or given in case.tokenizer.get_vocab()
+    special = special_ids(case.tokenizer)
+    # a policy gets the token and an embedding for it; a reward model is trained with tokens of its vocabulary
+    tokenizer = with_pad("policy", case.tokenizer, given, add=hasattr(case.config, "policy"))
+    eos = f"EOS {tokenizer.eos_token!r}"
+    if tokenizer.pad_token_id is None:
+        return ok(f"no pad token, no EOS: id {pad_id(tokenizer)} fills masked places")
+    message = f"pad {tokenizer.pad_token!r} ({tokenizer.pad_token_id}), {eos}"
+    if not known:
+        return ok(f"{message}; the pad token is added to the vocabulary")
+    if stored is None and given is None:
+        return ok(f"{message}: EOS fills masked places, as there is no pad token")
+    if tokenizer.pad_token_id in end_ids(tokenizer, case.stops):
+        return ok(f"{message}: the pad token also ends texts, and masks tell the two apart")
+    if given is not None and tokenizer.pad_token_id not in special:
+        return warn(f"{message}: the pad token is an ordinary token, which is then never generated", RESERVED)
     return ok(message)
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of the tokens that are marked as special."""
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
+
+
 def stop_tokens(case: Case) -> Result:
-    """Responses end with the token that ends the policy's texts."""
+    """Responses end with the tokens that end the policy's texts."""
     tokenizer, stop = case.tokenizer, case.config.sampling.stop
-    banned_ids(tokenizer, stop)
-    eos = tokenizer.eos_token_id
-    ends = turn_end(case)
-    message = f"EOS {tokenizer.eos_token!r} ({eos}), generation stops at {sorted(case.stops)}"
+    ends = end_ids(tokenizer, case.stops)
+    check_ends(ends, stop)
+    names = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ends)
+    message = f"texts end at {names or 'no token'}"
     fix = "Set eos_token in the policy's tokenizer_config.json to the token that ends its texts."
-    if ends is not None and ends != eos:
-        message = f"{message}; the chat template ends a turn with {tokenizer.convert_ids_to_tokens(ends)!r} ({ends})"
-    if case.stops and eos not in case.stops:
-        return (fail if stop == "eos" else warn)(message, fix)
-    # a base model may end texts with EOS where the template uses another token
-    if ends in (None, eos):
-        return ok(message)
-    # a model that stops at the end of a turn generates that token, not the tokenizer's EOS
-    return (fail if stop == "eos" and ends in case.stops else warn)(message, fix)
+    beyond_tokens = sorted(case.stops - set(ends))
+    if beyond_tokens:
+        message = f"{message}; its generation settings also name {beyond_tokens}, which are no tokens and are ignored"
+    end = turn_end(case)
+    if end is not None and end not in ends:
+        message = f"{message}; the chat template ends a turn with {tokenizer.convert_ids_to_tokens(end)!r} ({end})"
+        return warn(message, fix)
+    if beyond_tokens:
+        return warn(message, "Use the tokenizer that belongs to these settings.")
+    return ok(message)
 
 
 def turn_end(case: Case) -> int | None:
@@ -58,8 +77,8 @@ def turn_end(case: Case) -> int | None:
     if answer not in text:
         return None
     after = case.tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
-    special = {i for i, token in case.tokenizer.added_tokens_decoder.items() if token.special}
-    return next((i for i in after if i in special | set(case.tokenizer.all_special_ids)), None)
+    special = special_ids(case.tokenizer)
+    return next((i for i in after if i in special), None)
 
 
 def beginning(case: Case) -> Result:
@@ -90,7 +109,8 @@ def prompt_ids(case: Case) -> Result:
     """Prompts hold no pad token, hardly any unknown token, and no EOS at their end."""
     counted = Counter(i for row in case.rows for i in row)
     total = max(1, sum(counted.values()))
-    pads = counted[case.tokenizer.pad_token_id]
+    pad, ends = case.tokenizer.pad_token_id, end_ids(case.tokenizer, case.stops)
+    pads = counted[pad] if pad not in (*ends, case.tokenizer.bos_token_id) else 0  # those belong into texts
     unknown = counted[case.tokenizer.unk_token_id] if case.tokenizer.unk_token_id is not None else 0
     message = f"{pads} pad and {unknown} unknown of {total} prompt tokens"
     result = ending(case)
@@ -119,7 +139,12 @@ def ending(case: Case) -> Result:
 def vocabulary(case: Case) -> Result:
     """Every id of the prompts and every special token has an embedding."""
     rows = int(case.policy_settings.get_text_config().vocab_size)
-    return embedded(case.tokenizer, rows, case.rows, "policy")
+    rows = max(rows, needed_rows(case.tokenizer, case.config.pad_token))  # an added pad token gets an embedding
+    result = embedded(case.tokenizer, rows, case.rows, "policy")
+    unnamed = len(unnamed_ids(case.tokenizer, rows))
+    if not unnamed:
+        return result
+    return result._replace(message=f"{result.message}; {unnamed} ids without a token are never sampled")
 
 
 def embedded(tokenizer: Any, count: int, rows: Iterable[Sequence[int]], named: str) -> Result:
