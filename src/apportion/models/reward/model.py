@@ -76,7 +76,7 @@ class RewardModel:
             return self._one_at_a_time(ids, mask, specs)
         ids, inputs = self.inputs(ids, mask)
         positions = self.positions(ids, mask)
-        tapped = attention_row(self.model, needed_layers(specs)) if specs else contextlib.nullcontext()
+        tapped: Any = attention_row(self.model, needed_layers(specs)) if specs else contextlib.nullcontext()
         with pad_set_to(self.model, fill_id(self.model, ids, mask)), tapped as tap:
             logits = self.model(**inputs).logits
         scores = self.scores_of(logits)
@@ -128,7 +128,7 @@ class RewardModel:
         _, past = prefill_prompts(run, rollouts, shared)
         inputs = response_inputs(rollouts, past)
         positions = self.positions(rollouts.response_ids, rollouts.valid)  # in the response: the only input here
-        tapped = attention_row(self.model, needed_layers(specs)) if specs else contextlib.nullcontext()
+        tapped: Any = attention_row(self.model, needed_layers(specs)) if specs else contextlib.nullcontext()
         with pad_set_to(self.model, fill), tapped as tap:
             logits = self.model(**inputs).logits
         return self.scores_of(logits), [tap.attention(spec, positions) for spec in specs], width + positions
