@@ -11,7 +11,7 @@ import tiny_runs
 import torch
 from transformers import ModernBertConfig
 
-from apportion.errors import ModelError
+from apportion.errors import ModelError, ScoreError
 from apportion.models.reward import check_width, load_reward
 from apportion.models.text.token_spans import PolicyText
 from apportion.stages.method import build_method
@@ -71,6 +71,13 @@ def test_tokens_that_the_policy_cannot_write_need_no_embedding(world: Path) -> N
         check_width("reward_model", reward, tokenizer, width + 1)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(width)
     check_width("reward_model", reward, tokenizer, width + 1)
+
+
+def test_an_id_without_an_embedding_is_named_by_its_row(world: Path) -> None:
+    reward = load_reward(str(world / "narrow"), device="cpu")
+    ids = torch.tensor([[5, 6], [7, len(reward.model.get_input_embeddings().weight)]])
+    with pytest.raises(ScoreError, match=r"text of rollout 1: got 'id \d+'; expected ids below the model's \d+"):
+        reward.score(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
 def test_a_policy_with_one_more_token_to_pad_with_shares_the_vocabulary(world: Path) -> None:

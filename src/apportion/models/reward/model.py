@@ -17,6 +17,7 @@ from apportion.masking import check_finite, first_index, last_index
 from apportion.models.attention.row import attention_row, needed_layers
 from apportion.models.reward.reading import Reading, fill_id, inputs_of, own_pad, pad_set_to, read_model
 from apportion.models.shared_prompt import Shared, prefill_prompts, response_inputs
+from apportion.models.text.render import embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.types import Rollouts
 
@@ -88,8 +89,17 @@ class RewardModel:
         return apart and (len(ids) > 1 or not bool(mask.all()))
 
     def inputs(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (ids (B,K) with pads filled, the keyword arguments of one forward of them)."""
-        ids = ids.masked_fill(~mask, fill_id(self.model, ids, mask) or 0)
+        """Return (ids (B,K) with pads filled, the keyword arguments of one forward of them).
+
+        Raises:
+            ScoreError: an id without an embedding; it names the row.
+        """
+        ids, width = ids.masked_fill(~mask, fill_id(self.model, ids, mask) or 0), embedding_count(self.model)
+        beyond = (ids >= width).any(dim=1)
+        if beyond.any():
+            row = int(beyond.nonzero()[0])
+            fix = "Use a reward model as wide as the policy's vocabulary, or keep the policy from generating such ids."
+            raise ScoreError("text", f"id {int(ids[row].max())}", f"ids below the model's {width}", fix, row=row)
         return ids, inputs_of(self.model, ids, mask, self.reading.position_ids)
 
     def _one_at_a_time(

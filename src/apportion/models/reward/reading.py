@@ -224,7 +224,7 @@ def _unused(model: Any, ids: Tensor) -> int | None:
     if own_pad(model) is not None:
         return None
     free = torch.ones(embedding_count(model), dtype=torch.bool, device=ids.device)
-    free[ids.flatten()] = False
+    free[ids[ids < len(free)]] = False  # an id without an embedding is refused by name where it is read
     return int(free.int().argmax()) if bool(free.any()) else None
 
 
