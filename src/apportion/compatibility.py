@@ -291,7 +291,7 @@ SETTINGS: tuple[Refusal[Run], ...] = (
         "ppo.truncated",
         lambda r: "bootstrap",
         lambda r: f"terminal, mask or penalty with {r.cannot_bootstrap}",
-        "Choose one of them, or --credit sparse: what this credit pays before a cut is in no critic's value.",
+        "Choose one of them, or --credit sparse: what this credit would have paid before a cut no critic's value has.",
     ),
     Refusal(
         lambda r: bool(r.raising) and not r.has_penalty,

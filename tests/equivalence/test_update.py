@@ -292,8 +292,9 @@ def test_a_mini_batch_in_which_nothing_counts_is_no_step(world: Path) -> None:
 
 @pytest.mark.parametrize("once", [False, True])
 def test_a_batch_in_which_nothing_counts_moves_nothing_and_leaves_its_metrics_out(world: Path, once: bool) -> None:
-    single = {"algorithm": "reinforce", "ppo.mini_batch": 16, "ppo.epochs": 1, "compare": "[sparse]"}
-    changes: dict[str, Any] = single if once else {}
+    changes: dict[str, Any] = (
+        {"algorithm": "reinforce", "ppo.mini_batch": 16, "ppo.epochs": 1, "compare": "[sparse]"} if once else {}
+    )
     learner, batch, _ = learner_of(world, "mask", **changes)
     assert learner.single_step == once
     tiny_runs.one_batch(learner, 1, batch)  # moments, whose momentum a step would follow

@@ -57,7 +57,7 @@ def world() -> World:
 
 
 def cut_off(made: World, rewards: Tensor) -> tuple[Rollouts, Tensor]:
-    """Return (a row for each prefix of CUT tokens that continues, with its exact value, its expected total).
+    """Return (a row for each prefix of CUT tokens that continues, with its exact value; its worth in expectation).
 
     `rewards` (N,T) are those of the whole responses. The values before the cut are 0, so that returns are totals.
     """

@@ -181,8 +181,8 @@ def _heat_maps(runs: Sequence[RunData]) -> tuple[str, list[dict[str, Any]]]:
 
 END_TOKEN = (
     "End token and length: near 0 where the choice to end is judged by the score alone. Beyond \u00b10.5 for long, "
-    "ending is paid or punished by the length of the response, as a credit that is not causal does (uniform, attention); "
-    "the means by position, advantage/quarter_1 to quarter_4, show the slope that goes with it."
+    "ending is paid or punished by the length of the response, as a credit that is not causal does (uniform, "
+    "attention); the means by position, advantage/quarter_1 to quarter_4, show the slope that goes with it."
 )
 METHOD = {
     "Reward and judge": "Means over the evaluation prompts, continued by the policy before training and by the policy "

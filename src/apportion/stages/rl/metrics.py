@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.config import ScoreConfig
-from apportion.masking import is_first, is_last, last_index, masked_mean
+from apportion.masking import first_index, last_index, masked_mean
 from apportion.types import Rollouts
 from apportion.user_code import means
 
@@ -76,16 +76,13 @@ def position_metrics(advantages: Tensor, mask: Tensor, rollouts: Rollouts) -> di
     ended = rows if sampled_ended is None else rows & sampled_ended.bool()
     length = mask.sum(dim=1)
     quarter = 4 * (mask.cumsum(dim=1) - 1) // length.clamp_min(1)[:, None]
-    places = {"first_token": is_first(mask)} | {f"quarter_{i + 1}": mask & (quarter == i) for i in range(4)}
-    places["end_token"] = is_last(mask) & ended[:, None]
-    on = torch.stack(list(places.values()))  # (6,B,T)
-    sums = torch.where(on, advantages.float(), 0.0).sum(dim=(1, 2)).tolist()
-    counts = on.sum(dim=(1, 2)).tolist()
-    metrics = {
-        f"advantage/{name}": total / count for name, total, count in zip(places, sums, counts, strict=True) if count
-    }
-    last = last_index(mask).clamp_min(0)[:, None]
-    r = correlation(advantages.gather(1, last)[ended, 0], length[ended]) if counts[-1] >= LEAST_ENDS else None
+    first, end = (advantages.gather(1, at.clamp_min(0)[:, None])[:, 0] for at in (first_index(mask), last_index(mask)))
+    places = {"first_token": (first, rows), "end_token": (end, ended)}
+    places |= {f"quarter_{i + 1}": (advantages, mask & (quarter == i)) for i in range(4)}
+    sums = torch.stack([torch.where(on, values.float(), 0.0).sum() for values, on in places.values()]).tolist()
+    counts = torch.stack([on.sum() for _, on in places.values()]).tolist()
+    metrics = {f"advantage/{name}": sums[i] / counts[i] for i, name in enumerate(places) if counts[i]}
+    r = correlation(end[ended], length[ended]) if metrics and counts[1] >= LEAST_ENDS else None
     return metrics | ({} if r is None else {"advantage/end_token_length_corr": r})
 
 
