@@ -88,7 +88,7 @@ def weight_files(folder: str, download: bool = True) -> list[Path]:
             return [path / ADAPTER]
         whole = [path / WHOLE] if (path / WHOLE).is_file() else []
         return whole or _sharded(path / INDEX) or sorted(path.glob("*.safetensors"))
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     quiet: dict[str, Any] = {"local_files_only": not download}
     quiet |= {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
