@@ -48,6 +48,7 @@ def save_broken(folder: Path) -> Path:
     changed(tiny.save_reward(folder / "inf-head", labels=1), lambda w: w["score.weight"][0, 0].fill_(torch.inf))
     (tiny.save_reward(folder / "damaged-statistics") / "reward.json").write_text("{}")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"id2label": {0: "negative", 1: "positive"}}
     encoder = BertConfig(vocab_size=400, pad_token_id=0, **sizes)
     short = BertConfig(vocab_size=400, pad_token_id=0, max_position_embeddings=6, **sizes)
     for name, settings in (("encoder", encoder), ("short-encoder", short)):

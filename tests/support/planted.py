@@ -322,6 +322,6 @@ PLANTED: dict[str, Planted] = {
     "labels the other way round": Planted(
         lambda w, f: {"reward_model": settings_of(judge(w, f / "judge"), id2label={"0": "positive", "1": "negative"},
                                                   label2id={"positive": 0, "negative": 1})},
-        "order of scores", "fail", ("in 0%", "id2label"), False,
+        "order of scores", "fail", ("in 0%", "--positive_label"), False,
     ),
 }  # fmt: skip

@@ -75,7 +75,7 @@ PLANTED: dict[str, Planted] = {
     ),
     "another template than the reward model's": Planted(
         lambda w, f: conversations(w, f, ENDED + ASKS, reward_model=chatty(f, BRACKETS)),
-        "reward tokenizer", "warn", ("its own renders differently", "for both"),
+        "reward tokenizer", "warn", ("a chat template of its own", "for both"),
     ),
     "generation settings that are no ids": Planted(
         lambda w, f: {"policy": settings_of(policy(w, f / "m"), "generation_config.json", eos_token_id=2.5)}, "policy",

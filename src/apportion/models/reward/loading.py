@@ -76,9 +76,8 @@ def load_reward(
         changes = check_template(field, tokenizer, text) if templated and changes is None else changes
     notes = [note for note in (convention, OWN_TEMPLATE if own else None, changes) if note]
     stored = read_statistics(Path(folder))
-    return RewardModel(
-        model, tokenizer, chosen, stored.get("mean"), stored.get("sd"), text=text, notes=tuple(notes), _reading=reading
-    )
+    mean, sd = stored.get("mean"), stored.get("sd")
+    return RewardModel(model, tokenizer, chosen, mean, sd, text, notes=tuple(notes), _reading=reading)
 
 
 def _padded_with(field: str, tokenizer: Any, pad_token: str | None, demanded: bool) -> Any:

@@ -81,7 +81,7 @@ class RewardModel:
         with pad_set_to(self.model, fill_id(self.model, ids, mask)), tapped as tap:
             logits = self.model(**inputs).logits
         scores = self.scores_of(logits)
-        return scores, [tap.attention(spec, positions) for spec in specs], positions
+        return scores, [] if tap is None else [tap.attention(spec, positions) for spec in specs], positions
 
     def reads_alone(self, ids: Tensor, mask: Tensor) -> bool:
         """Whether the rows of ids and mask, both (B,K), have to be read one at a time, without padding."""
@@ -141,7 +141,8 @@ class RewardModel:
         tapped: Any = attention_row(self.model, needed_layers(specs)) if specs else contextlib.nullcontext()
         with pad_set_to(self.model, fill), tapped as tap:
             logits = self.model(**inputs).logits
-        return self.scores_of(logits), [tap.attention(spec, positions) for spec in specs], width + positions
+        rows = [] if tap is None else [tap.attention(spec, positions) for spec in specs]
+        return self.scores_of(logits), rows, width + positions
 
     def scores_of(self, logits: Tensor) -> Tensor:
         """Return R (B,) float32 from logits (B, 1 or 2). Raises ScoreError for one that is not finite."""

@@ -32,7 +32,9 @@ def tokenizer(case: Case) -> Result:
     changed = (
         ok("") if changes is None else warn(changes, "Look at the first scores of a run, or use a template without it.")
     )
-    return combine(result, template(case), changed)
+    # the run warns of it as well
+    other = warn("", "Use one chat template for both, or check its first scores.") if by_text and not foreign else ok("")
+    return combine(result, other, template(case), changed)
 
 
 def policy_text(case: Case) -> PolicyText:
