@@ -61,7 +61,7 @@ RL_CASES: dict[str, dict[str, Any]] = {
     "rloo": {"algorithm": "rloo", **GROUPS},
     "prefix-separate": {"credit": "prefix_difference", "ppo.value_model": "separate"},
     "critic-from-reward": {"algorithm": "ppo", "ppo.value_model": "reward"},
-    "eos-bootstrap": {**ENDING, "ppo.truncated": "bootstrap"},
+    "eos-bootstrap": {**ENDING, "ppo.truncated": "bootstrap", "algorithm": "ppo"},
     "eos-penalty": {**ENDING, "ppo.truncated": "penalty", "algorithm": "ppo"},
 }
 REWARD: dict[str, Any] = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+from apportion import credit
 from apportion.config import DiagnoseConfig, RLConfig
 from apportion.errors import ConfigError, format_problem
 from apportion.registry import EvidenceKey
@@ -216,6 +217,17 @@ class Run:
         return any(EvidenceKey.of(need).name == "prefix_scores" for need in self.method.needs)
 
     @property
+    def cannot_bootstrap(self) -> str | None:
+        """The credit whose pay for a cut response no value after the cut completes, and why; None without one."""
+        reason = credit.bootstrap_conflict(self.method.credit)
+        if reason is None:
+            return None
+        chain = [pair for spec in self.method.specs["credit"] for pair in spec.items()]
+        built_in = [name for name, kwargs in chain if name in credit.METHODS and _conflicts(name, kwargs)]
+        guilty = [*built_in, *(name for name, _ in chain if name not in credit.METHODS)]
+        return f"{guilty[0]}, which {reason}"
+
+    @property
     def raising(self) -> list[str]:
         """The monitors that raise the KL coefficient."""
         return [f"monitors.{name}" for name, value in self.config.monitors if value == "raise_kl_coef"]
@@ -231,6 +243,11 @@ class Run:
         """The user-supplied functions among the methods and their evidence."""
         timed = [self.method.specs[field] for field in ("credit", "segments", "advantages")]
         return user_defined_names([*timed, list(self.config.compare), self.method.needs])
+
+
+def _conflicts(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a built-in credit with these settings pays a cut response what no value after the cut completes."""
+    return credit.bootstrap_conflict(credit.make(name, kwargs)) is not None
 
 
 SETTINGS: tuple[Refusal[Run], ...] = (
@@ -268,6 +285,13 @@ SETTINGS: tuple[Refusal[Run], ...] = (
         lambda r: r.config.ppo.truncated,
         "terminal: with sampling.stop length no response ever ends by itself",
         "Use sampling.stop: eos, where it tells responses apart.",
+    ),
+    Refusal(
+        lambda r: r.config.ppo.truncated == "bootstrap" and r.cannot_bootstrap is not None,
+        "ppo.truncated",
+        lambda r: "bootstrap",
+        lambda r: f"terminal, mask or penalty with {r.cannot_bootstrap}",
+        "Choose one of them, or --credit sparse: what this credit would have paid before a cut no critic's value has.",
     ),
     Refusal(
         lambda r: bool(r.raising) and not r.has_penalty,

@@ -32,7 +32,8 @@ class Rollouts:
         scores: (B,) float, the reward model's score; None until scored.
         group: (B,) int64, rollouts of one prompt share a value.
         evidence: tensors of shape (B,), (B,T) or (B,T,k) that methods request by name in their `needs`.
-        valid: (B,T) bool, tokens that the models attend to; defaults to `mask`.
+        valid: (B,T) bool, tokens that the models attend to; defaults to `mask`. A token after a hole in it is
+            predicted from the last token before the hole.
         ended: (B,) bool, False where the response was cut off; None means that all ended.
         turn: (B,T) int64 turn ids, or None.
         policy_version: (B,) int64, or None.
@@ -90,6 +91,17 @@ class Rollouts:
     def __len__(self) -> int:
         """Return B, the number of rollouts."""
         return self.mask.shape[0]
+
+    @property
+    def bootstrapped(self) -> Tensor:
+        """(B,) bool: rows that were cut off and whose evidence "bootstrap_values" stands for what would have followed.
+
+        A credit pays such a row for its own tokens only: the score, and whatever else comes with a response's end, is
+        in the value after the cut.
+        """
+        if self.ended is None or "bootstrap_values" not in self.evidence:
+            return torch.zeros(len(self), dtype=torch.bool, device=self.mask.device)
+        return ~self.ended.bool()
 
     def select(self, rows: Tensor) -> Rollouts:
         """Return the rollouts at `rows` (int64 or bool index over B), evidence included."""

@@ -55,8 +55,8 @@ class PPOConfig(Section):
     "reward" (a trunk of its own, initialised from the reward model: V begins as the score of the text so far)."""
     truncated: Literal["terminal", "bootstrap", "mask", "penalty"] | None = None
     """what a response without EOS means: "terminal" (it is over: the limit is part of the task), "bootstrap" (it is
-    unfinished: no score yet, the critic estimates what would have followed), "mask" (it is excluded from the loss) or
-    "penalty"; null is terminal."""
+    unfinished: no score yet, the critic estimates what would have followed; not with a credit that spreads the score),
+    "mask" (it is excluded from the loss) or "penalty"; null is terminal."""
     truncation_penalty: Finite = -1.0
     """score of a truncated response when truncated is "penalty"."""
 

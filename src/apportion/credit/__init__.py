@@ -23,6 +23,7 @@ from apportion.credit.sparse import sparse
 from apportion.credit.uniform import uniform
 from apportion.errors import ConfigError, DataError, ScoreError
 from apportion.masking import check_finite, place_on_last
+from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts, State
 
 FACTORIES = (
@@ -47,6 +48,7 @@ __all__ = [
     "attention",
     "attention_spec",
     "attribution",
+    "bootstrap_conflict",
     "chain",
     "find",
     "implicit",
@@ -134,14 +136,42 @@ def apply(credit: Credit, rollouts: Rollouts, state: State | None = None) -> tup
     """Return (rewards (B,T) float32, state): `credit` of the scores (B,), placed on each row's last token.
 
     Raises:
+        ConfigError: rows were cut off, evidence "bootstrap_values" stands for what would have followed, and `credit`
+            pays their tokens by that too (every credit that spreads or moves the score; see `bootstrap_conflict`).
         DataError: the rollouts have no scores.
         ScoreError: a score is not finite; it names the rollout and is never replaced by a number.
     """
     if rollouts.scores is None:
         raise DataError("Rollouts.scores", None, "scores (B,)", "Score the rollouts first.")
     check_finite("score", rollouts.scores, "Check the reward model.", error=ScoreError)
+    _check_bootstrap(credit, rollouts)
     rewards = place_on_last(rollouts.scores.float(), rollouts.mask)
     return credit.assign(rollouts, rewards, credit.init() if state is None else state)
+
+
+def bootstrap_conflict(credit: Credit) -> str | None:
+    """Return why a critic's value after a cut cannot complete what `credit` pays a cut response; None where it can.
+
+    The value V(s_T) after a cut is the expected sum of the rewards from there on. So a cut response is worth what it
+    would have been worth in expectation, Σ_{t<T} r_t + V(s_T) = E[Σ_t r_t | s_T], if each of its tokens is paid what it
+    gets in every continuation. A credit that spreads the score pays tokens before the cut by what comes after it: the
+    expectation of that, E[Σ_{t<T} r_t | s_T], is in no critic of the rewards to go, nor in any other evidence.
+    """
+    if credit.share is not None or credit.redistributes or not credit.causal:
+        return "pays tokens before a cut by what comes after it"
+    keys = [EvidenceKey.of(need) for need in credit.needs]
+    if any(key.name == "process_rewards" and key.settings.get("unit") == "step" for key in keys):
+        return "pays for a step that a cut may have left unfinished"
+    return None
+
+
+def _check_bootstrap(credit: Credit, rollouts: Rollouts) -> None:
+    reason = bootstrap_conflict(credit)
+    count = 0 if reason is None else int(rollouts.bootstrapped.sum())
+    if count:
+        got = f"one that {reason}, with evidence bootstrap_values and {count} responses that were cut off"
+        fix = "Use sparse, or treat a cut response as terminal, mask or penalty (ppo.truncated)."
+        raise ConfigError("credit", got, "a credit that pays a token the same however the response continues", fix)
 
 
 def make(name: str, kwargs: dict[str, Any]) -> Credit:

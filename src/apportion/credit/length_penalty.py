@@ -18,7 +18,8 @@ def length_penalty(*, coef: float = 0.01, target: int = 0, limit: int | None = N
 
     The second is DAPO's soft overlong punishment with target = L_max − L_cache, limit = L_max and coef = 1. It does
     not keep the return. Causal: the number of tokens is known at the last one. In a chain it comes after a
-    redistributor, so that it is not redistributed.
+    redistributor, so that it is not redistributed. A row that was cut off, with evidence "bootstrap_values" for what
+    would have followed, pays nothing: the value after the cut holds the cost of the whole response.
 
     Args:
         coef: c >= 0, in units of the score.
@@ -41,7 +42,8 @@ def length_penalty(*, coef: float = 0.01, target: int = 0, limit: int | None = N
 
     def costs(rollouts: Rollouts) -> Tensor:
         over = (rollouts.mask.sum(dim=1) - target).clamp_min(0).float()
-        return coef * (over if limit is None else (over / (limit - target)).clamp_max(1.0))
+        cost = coef * (over if limit is None else (over / (limit - target)).clamp_max(1.0))
+        return torch.where(rollouts.bootstrapped, 0.0, cost)
 
     def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
         paid = rewards.float() - torch.where(is_last(rollouts.mask), costs(rollouts)[:, None], 0.0)
