@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -83,6 +83,31 @@ def response_columns(rollouts: Rollouts) -> int:
     """Return the number of response columns up to the last one in use in any row (at least 1 where there are some)."""
     used = (rollouts.valid | rollouts.mask).any(dim=0).nonzero()
     return int(used[-1]) + 1 if len(used) else min(1, rollouts.mask.shape[1])
+
+
+def without_holes(rollouts: Rollouts) -> tuple[Rollouts, Tensor | None]:
+    """Return (the rollouts as a model should compute them, places (B,T+1) for `at_places`, or None without holes).
+
+    A row of `valid` with a hole (a token in its midst that the models do not attend to) is moved together to the left:
+    at the hole's own column there is no state from which the next token could be predicted. Only ids and `valid` move.
+    """
+    valid = rollouts.valid
+    if valid.shape[1] < 2 or not (valid[:, 1:] & ~valid[:, :-1]).any():
+        return rollouts, None
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    moved = replace(rollouts, response_ids=rollouts.response_ids.gather(1, order), valid=valid.gather(1, order))
+    return moved, torch.nn.functional.pad(valid.cumsum(dim=1), (1, 0))
+
+
+def at_places(states: Tensor, places: Tensor | None) -> Tensor:
+    """Return states (B,T+1,…) of rollouts `without_holes` at the places of the original ones.
+
+    Entry t is the state from which response token t is predicted: after the last token before t that is attended to.
+    """
+    if places is None:
+        return states
+    index = places.reshape(*places.shape, *([1] * (states.dim() - 2))).expand(-1, -1, *states.shape[2:])
+    return states.gather(1, index)
 
 
 def untrimmed(produced: Mapping[str, Tensor], columns: int, length: int) -> dict[str, Tensor]:

@@ -87,6 +87,56 @@ def test_a_padded_batch_equals_its_rows_computed_by_hand(name: str, extra: int) 
     assert out.values[batch.mask].std() > 0.01, "values that are all alike cannot tell one position from another"
 
 
+@pytest.mark.parametrize("attended", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_token_after_a_hole_is_predicted_from_the_last_token_before_it(name: str, attended: bool) -> None:
+    """A tool's output within a response: tokens that the policy did not sample. Where it attends to them they are
+    context; where it does not, the row is that of the other tokens alone, wherever the hole is."""
+    policy = on(name)
+    responses = [[50, 60, 70, 80, 90, 95], [33, 34, 35, 36, 37], [21, 22, 23, 24], [61, 62, 63]]
+    holes = [[2, 3], [0], [1], []]
+    batch = small(tiny_runs.rollouts_of(tiny_runs.prompts(4), responses, extra=2))
+    mask = batch.mask.clone()
+    for row, places in enumerate(holes):
+        mask[row, places] = False
+    batch = replace(batch, mask=mask, valid=batch.mask if attended else mask)
+    out = policy.forward(batch, entropy=True)
+    for row, places in enumerate(holes):
+        prompt = batch.prompt_ids[row][batch.prompt_mask[row]].tolist()
+        seen = batch.response_ids[row][batch.valid[row]].tolist()
+        logprobs, values, entropy = by_hand(policy, prompt, seen)
+        mine = [i for i, t in enumerate(batch.valid[row].nonzero().squeeze(1).tolist()) if mask[row, t]]
+        assert len(mine) == len(responses[row]) - len(places)
+        on_mask = mask[row]
+        torch.testing.assert_close(out.logprobs[row, on_mask], logprobs[mine], rtol=0, atol=2e-5)
+        torch.testing.assert_close(out.values[row, on_mask], values[mine], rtol=0, atol=2e-5)
+        torch.testing.assert_close(out.after[row], values[-1], rtol=0, atol=2e-5)
+        torch.testing.assert_close(out.entropy[row, on_mask], entropy[mine], rtol=0, atol=2e-5)
+    assert (out.logprobs[~mask] == 0).all() and (out.values[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_hole_in_several_responses_to_one_prompt(world: Path, rank: int) -> None:
+    """Prompts that are computed once, a trunk of its own, and gradients: as for the tokens without the hole."""
+    policy = ending(world, **{"ppo.value_model": "separate", "lora.rank": rank})
+    prompt, rows = tiny_runs.prompts(3)[2] * 3, [[50, 60, 70, 80], [33, 34, 35], [21, 22]]
+    batch = replace(tiny_runs.rollouts_of([prompt] * 3, rows), group=torch.zeros(3, dtype=torch.int64))
+    assert policy.shared_prompts(batch) is not None
+    plain = policy.forward(batch, entropy=True)
+    spaced = [[row[0], 300, 301, *row[1:]] for row in rows]
+    held = replace(tiny_runs.rollouts_of([prompt] * 3, spaced), group=batch.group)
+    mask = held.mask & ~torch.tensor([[False, True, True, False, False, False]])
+    held = replace(held, mask=mask, valid=mask)
+    out = policy.forward(held, entropy=True)
+    for one, two in zip(plain[:2], out[:2], strict=True):
+        torch.testing.assert_close(two[mask], one[batch.mask], rtol=0, atol=2e-5)
+    torch.testing.assert_close(out.after, plain.after, rtol=0, atol=2e-5)
+    torch.testing.assert_close(policy.reference_logprobs(held)[mask], policy.reference_logprobs(batch)[batch.mask])
+    gradients = [torch.autograd.grad(o.logprobs.sum() + o.values.sum(), policy.trainable()) for o in (plain, out)]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("value_model", ["shared", "separate"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_value_at_t_depends_on_tokens_before_t_only(world: Path, value_model: str, rank: int) -> None:

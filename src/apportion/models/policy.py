@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from apportion.batching import at_places, without_holes
 from apportion.config.sections import LoraConfig
 from apportion.distributed.sharding import Sharded, Weights
 from apportion.errors import ModelError
@@ -19,7 +20,7 @@ from apportion.masking import last_index
 from apportion.models.loading import load_causal, load_tokenizer, locate, pick_device, pick_dtype, use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import to_sixteen_bit
-from apportion.models.shared_prompt import Shared, can_share, shared_prompts, states_after_shared_prompts
+from apportion.models.shared_prompt import Run, Shared, can_share, shared_prompts, states_after_shared_prompts
 from apportion.models.token_logprobs import token_logprobs
 from apportion.models.value_head import ValueStart, make_head, make_trunk
 from apportion.types import Rollouts
@@ -183,9 +184,10 @@ def response_logits(model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     that they are the model's own on any architecture.
     """
     length = rollouts.response_ids.shape[1]
+    rollouts, places = without_holes(rollouts)
     with contiguous_head(model) as captured:
         logits = model(**inputs_of(rollouts), use_cache=False, logits_to_keep=length + 1).logits
-    return logits[:, -length - 1 :], captured[-1][:, -length - 1 :]
+    return at_places(logits[:, -length - 1 :], places), at_places(captured[-1][:, -length - 1 :], places)
 
 
 def response_states(model: Any, rollouts: Rollouts, shared: Shared | None = None) -> Tensor:
@@ -199,9 +201,7 @@ def response_states(model: Any, rollouts: Rollouts, shared: Shared | None = None
             model(**inputs, logits_to_keep=keep)
         return captured[-1][:, -keep:]
 
-    if shared is not None:
-        return states_after_shared_prompts(run, rollouts, shared)
-    return run(rollouts.response_ids.shape[1] + 1, **inputs_of(rollouts), use_cache=False)
+    return _states(run, rollouts, shared)
 
 
 @torch.no_grad()
@@ -240,9 +240,15 @@ def trunk_states(trunk: Any, rollouts: Rollouts, shared: Shared | None = None) -
         states: Tensor = trunk(**inputs).last_hidden_state
         return states[:, -keep:]
 
+    return _states(run, rollouts, shared)
+
+
+def _states(run: Run, rollouts: Rollouts, shared: Shared | None) -> Tensor:
+    """Return the states (B,T+1,d) of one forward that `run` does, or of two where prompts are shared."""
+    rollouts, places = without_holes(rollouts)
     if shared is not None:
-        return states_after_shared_prompts(run, rollouts, shared)
-    return run(rollouts.response_ids.shape[1] + 1, **inputs_of(rollouts), use_cache=False)
+        return at_places(states_after_shared_prompts(run, rollouts, shared), places)
+    return at_places(run(rollouts.response_ids.shape[1] + 1, **inputs_of(rollouts), use_cache=False), places)
 
 
 def inputs_of(rollouts: Rollouts) -> dict[str, Tensor]:
