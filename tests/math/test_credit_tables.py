@@ -84,12 +84,13 @@ def test_table(method, expected):
 
 
 def test_shifted_policy_attention_gives_the_first_token_nothing():
-    # row 0: 1 2 3 4 → · 1 2 3 of 6; row 1: 1 1 1 → · 1 1 of 2, the last 1 falls off
+    # means over 4 and 3 steps, of which 3 2 1 0 and 2 1 0 see a token: row 0: 4/3 4 12 · → · 4/3 4 12 of 52/3;
+    # row 1: 3/2 3 · → · 3/2 3 of 9/2. No step sees the last token, so nothing of it is left
     mask = helpers.bools([[1, 1, 1, 1], [1, 1, 1, 0]])
     mass = torch.tensor([[1.0, 2, 3, 4], [1, 1, 1, 0]])
     rollouts = helpers.rollouts(mask, ["policy_attention_mean"], policy_attention_mean=mass, scores=SCORES)
     out, _ = credit.apply(credit.policy_attention(mix=1.0, shifted=True), rollouts)
-    assert_equal(out, [[0, 1 / 3, 2 / 3, 1], [0, -0.5, -0.5, 0]])
+    assert_equal(out, [[0, 2 / 13, 6 / 13, 18 / 13], [0, -1 / 3, -2 / 3, 0]])
 
 
 def test_share_statistics_by_hand():

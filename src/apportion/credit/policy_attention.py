@@ -7,6 +7,7 @@ from torch import Tensor
 
 from apportion.credit._redistribute import redistributor
 from apportion.errors import check_fraction, unknown_name
+from apportion.masking import previous
 from apportion.types import Credit, Rollouts
 
 VIEWS = ("mean", "last")
@@ -19,8 +20,9 @@ def policy_attention(*, mix: float = 0.8, view: str = "mean", shifted: bool = Fa
         mix: β in [0, 1].
         view: "mean" (ABC-D) averages the rows of all generation steps; "last" (ABC-D2) is the final step's row. The
             step that generates token t attends to tokens before t, so the last token has no share of its own.
-        shifted: move every share one token to the right, as the authors' code does, so that the first token gets 0.
-            For reproduction only.
+        shifted: the authors' own weights, for reproduction only: with view "mean" the attention to a token is averaged
+            over the steps after it, those that see it, and not over all; then every share moves to the next sampled
+            token, so that the first one gets 0.
 
     Needs evidence "policy_attention_mean" or "policy_attention_last", (B,T). Not causal.
 
@@ -38,9 +40,19 @@ def policy_attention(*, mix: float = 0.8, view: str = "mean", shifted: bool = Fa
     name = f"policy_attention_{view}"
 
     def weights(rollouts: Rollouts) -> Tensor:
-        raw = rollouts.token_evidence(name, least=0.0)
+        raw, mask = rollouts.token_evidence(name, least=0.0), rollouts.mask
         if shifted:
-            raw = torch.nn.functional.pad(raw, (1, 0))[:, :-1]
-        return torch.where(rollouts.mask, raw, 0.0)
+            raw = previous(raw if view == "last" else over_later_steps(raw, mask), mask)
+        return torch.where(mask, raw, 0.0)
 
     return redistributor(weights, mix=mix, needs=frozenset({name}), causal=False)
+
+
+def over_later_steps(mean: Tensor, mask: Tensor) -> Tensor:
+    """Return attention (B,T) averaged over the steps after each token, from its mean over all steps of the row.
+
+    The steps before a token and its own do not see it, so they added 0 to the mean.
+    """
+    steps = mask.sum(dim=1, keepdim=True)
+    later = steps - mask.cumsum(dim=1)
+    return mean * steps / later.clamp_min(1)

@@ -7,6 +7,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from apportion.batching import without_holes
 from apportion.masking import last_index
 from apportion.models.attention.row import AttentionTap, attention_row
 from apportion.models.policy import Policy
@@ -42,10 +43,14 @@ def policy_evidence(policy: Policy, rollouts: Rollouts, needs: frozenset[str]) -
 def step_attention(tap: AttentionTap, rollouts: Rollouts, steps: Tensor) -> Tensor:
     """Return the head-mean attention over response tokens (B,R,T) at generation steps (B,R).
 
-    The step that generates response token t attends from the position before it, so columns from t on are 0.
+    The step that generates response token t attends from the position before it, so columns from t on are 0. The
+    forward's columns are those of the rollouts `without_holes`.
     """
-    prompt = rollouts.prompt_ids.shape[1]
-    rows = tap.weights(prompt + steps - 1).mean(dim=2)[..., prompt:]
+    prompt, (_, places) = rollouts.prompt_ids.shape[1], without_holes(rollouts)
+    before = steps if places is None else places.gather(1, steps)
+    rows = tap.weights(prompt + before - 1).mean(dim=2)[..., prompt:]
+    if places is not None:
+        rows = rows.gather(2, places[:, None, :-1].expand_as(rows).clamp_max(rows.shape[2] - 1))
     return torch.where(rollouts.mask[:, None, :], rows, 0.0)
 
 
