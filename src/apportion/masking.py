@@ -6,7 +6,9 @@ the same code gives global statistics under data parallelism. Shapes: B rows, T 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,10 +71,12 @@ def place_on_last(values: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def masked_sum(x: Tensor, mask: Tensor, reduce: Reduce = identity) -> tuple[Tensor, Tensor]:
-    """Return (sum over the mask, number of tokens), both scalars and both reduced."""
-    total = torch.where(mask, x, 0).sum(dtype=torch.float32)
-    pair = reduce(torch.stack([total, mask.sum().to(torch.float32)]))
+def masked_sum(
+    x: Tensor, mask: Tensor, reduce: Reduce = identity, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Return (sum over the mask, number of tokens), both scalars in `dtype` and both reduced."""
+    total = torch.where(mask, x, 0).sum(dtype=dtype)
+    pair = reduce(torch.stack([total, mask.sum().to(dtype)]))
     return pair[0], pair[1]
 
 
@@ -82,16 +86,55 @@ def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = identity) -> Tensor:
     return total / count.clamp_min(1)
 
 
-def whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False, eps: float = 1e-8, reduce: Reduce = identity) -> Tensor:
-    """Return `x` (B,T) scaled to unit variance over the mask, 0 off it.
+class Moments(NamedTuple):
+    """The mean () over a mask, 1 over the standard deviation (), and the dtype in which both were computed."""
 
-    The mean is removed (advantages) unless `keep_mean` (rewards). With fewer than two tokens nothing is scaled.
+    mean: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+def moments(x: Tensor, mask: Tensor, *, eps: float = 1e-8, reduce: Reduce = identity) -> Moments:
+    """Return the moments of `x` (B,T) over the mask, in float32, or in float64 where float32 cannot hold the squares.
+
+    With fewer than two tokens the scale is 1.
+
+    Raises:
+        DataError: finite numbers whose squares float64 cannot hold either.
     """
-    total, count = masked_sum(x, mask, reduce)
-    mean = total / count.clamp_min(1)
-    square, _ = masked_sum((x - mean) ** 2, mask, reduce)
+    for dtype in (torch.float32, torch.float64):
+        wide = x if x.dtype in (dtype, torch.float64) else x.to(dtype)
+        total, count = masked_sum(wide, mask, reduce, dtype)
+        mean = total / count.clamp_min(1)
+        square, _ = masked_sum((wide - mean) ** 2, mask, reduce, dtype)
+        if torch.isfinite(square):
+            break
+    else:
+        largest = float(torch.where(mask, x, 0).abs().max())
+        if math.isfinite(largest):
+            fix = "Scale the scores (scores.scale) or the rewards first."
+            raise DataError("numbers to whiten", largest, "numbers with a finite variance", fix)
     scale = torch.rsqrt(square / (count - 1).clamp_min(1) + eps) if count > 1 else torch.ones_like(mean)
-    white = (x - mean) * scale
+    return Moments(mean, scale, dtype)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    keep_mean: bool = False,
+    eps: float = 1e-8,
+    reduce: Reduce = identity,
+    known: Moments | None = None,
+) -> Tensor:
+    """Return `x` (B,T) scaled to unit variance over the mask, 0 off it, in its dtype.
+
+    The mean is removed (advantages) unless `keep_mean` (rewards). With fewer than two tokens nothing is scaled. `known`
+    are the moments to use instead, of a larger batch. Raises DataError as `moments` does.
+    """
+    mean, scale, dtype = moments(x, mask, eps=eps, reduce=reduce) if known is None else known
+    wide = x if x.dtype in (dtype, torch.float64) else x.to(dtype)
+    white = (wide - mean) * scale
     return torch.where(mask, white + mean if keep_mean else white, 0).to(x.dtype)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apportion import losses, masking, segments
+from apportion.errors import DataError
 
 NAN = float("nan")
 
@@ -122,6 +123,55 @@ def test_whitening_is_the_same_over_two_processes():
 
         got = masking.whiten(x[mine], mask[mine], reduce=reduce)
         torch.testing.assert_close(got, whole[mine], rtol=1e-4, atol=1e-5)
+
+
+def float32_formula(x: torch.Tensor, mask: torch.Tensor, keep_mean: bool) -> torch.Tensor:
+    """Return whitened float32 numbers, the sums and squares in float32."""
+    count = mask.sum().float()
+    mean = torch.where(mask, x, 0).sum() / count.clamp_min(1)
+    square = torch.where(mask, (x - mean) ** 2, 0).sum()
+    white = (x - mean) * (torch.rsqrt(square / (count - 1).clamp_min(1) + 1e-8) if count > 1 else 1.0)
+    return torch.where(mask, white + mean if keep_mean else white, 0)
+
+
+@pytest.mark.parametrize("keep_mean", [False, True])
+def test_ordinary_float32_is_whitened_in_float32_bit_for_bit(keep_mean):
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(5, 7, generator=generator) * 10.0 ** (seed % 9 - 4) + seed % 5
+        mask = torch.rand(5, 7, generator=generator) < (0.05 if seed % 8 == 7 else 0.7)
+        assert torch.equal(masking.whiten(x, mask, keep_mean=keep_mean), float32_formula(x, mask, keep_mean))
+
+
+@pytest.mark.parametrize("keep_mean", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "size", "near"),
+    [
+        (torch.float16, 300.0, 2e-3),  # squares beyond float16
+        (torch.float16, 3e4, 2e-3),
+        (torch.bfloat16, 1e30, 1e-2),
+        (torch.float32, 1e19, 1e-5),  # the sum of the squares is beyond float32
+        (torch.float32, 1e25, 1e-5),  # every square is
+        (torch.float32, 1e38, 1e-5),  # and so is the sum
+        (torch.float64, 1e100, 1e-9),
+    ],
+)
+def test_large_numbers_have_unit_variance_as_well(dtype, size, near, keep_mean):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(4, 30, generator=generator, dtype=torch.float64) * 2 - 1).mul(size).to(dtype)
+    mask = torch.rand(4, 30, generator=generator) < 0.8
+    found = masking.whiten(helpers.poison(x, mask), mask, keep_mean=keep_mean)
+    exact = x[mask].double()
+    expected = (exact - exact.mean()) / exact.std() + (exact.mean() if keep_mean else 0.0)
+    assert found.dtype == dtype and (found[~mask] == 0).all()
+    torch.testing.assert_close(found[mask].double(), expected, rtol=near, atol=near)
+
+
+def test_numbers_whose_squares_no_float_holds_are_an_error():
+    x, mask = torch.tensor([[1e200, -1e200, NAN]], dtype=torch.float64), helpers.bools([[1, 1, 0]])
+    with pytest.raises(DataError, match=r"numbers to whiten: got 1e\+200; expected numbers with a finite variance"):
+        masking.whiten(x, mask)
+    assert torch.isnan(masking.whiten(torch.tensor([[1.0, NAN]]), helpers.bools([[1, 1]]))).all()  # named elsewhere
 
 
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 4), length=st.integers(1, 9))
