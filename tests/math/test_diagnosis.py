@@ -12,9 +12,12 @@ from mdp import EOS, Problem, World, enumerate_world, expected_gradient, random_
 from torch import Tensor
 
 from apportion import Rollouts, advantages, credit, losses, segments
+from apportion.config import RLConfig
 from apportion.stages.diagnose import gradients as estimates
-from apportion.stages.diagnose.candidates import Candidate
+from apportion.stages.diagnose.candidates import Candidate, candidates
 from apportion.stages.diagnose.gradients import Gradients
+from apportion.stages.method import build_method
+from apportion.stages.rl.update import make_targets
 
 PROBLEMS = {"fixed length": (3, 3, False), "free end": (3, 4, True)}
 UNITS, SAMPLES = 1500, 8
@@ -194,6 +197,38 @@ def test_a_named_algorithm_weighs_tokens_as_the_first_step_of_its_loss() -> None
     for name, (loss, weights) in expected.items():
         made = Candidate(credit.sparse(), segments.whole_response(), advantages.group_relative(std=False), loss)
         torch.testing.assert_close(made.advantages(batch)[0], weights, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["reinforce++", "reinforce++-baseline"])
+def test_reinforce_pp_weighs_tokens_as_its_run_does(name: str) -> None:
+    """The whitening that the run has is its normalisation: the weights are the update's targets, up to one factor."""
+    [(label, made)] = candidates([name], 1.0).items()
+    config = RLConfig(reward_model="unused", algorithm=name, compare=[])
+    config.sampling.stop = "eos"
+    method = build_method(config)
+    assert label == name and config.ppo.whiten_advantages
+    parts = []
+    for seed, shift in ((0, 3.0), (1, -1.0)):
+        mask = torch.arange(6) < torch.tensor([6, 2, 4, 1, 5, 3])[:, None]
+        group = torch.tensor([0, 0, 0, 4, 4, 4])
+        batch = helpers.rollouts(mask, seed=seed, group=group, dirty=False)
+        parts.append(replace(batch, scores=batch.scores + shift))
+    batch = parts[0]
+    rewards, _ = credit.apply(credit.sparse(), batch)
+    ids = segments.tokens()(batch)
+    targets = make_targets(method.estimate(rewards, ids, batch), ids, batch, config.ppo).advantages
+    weights, _ = made.advantages(batch)
+    torch.testing.assert_close(weights, targets, rtol=1e-4, atol=1e-5)
+    assert abs(float(weights[batch.mask].mean())) < 1e-5 and not made.in_score_units
+    # a diagnosis whitens by the moments of all its rollouts
+    raw = [made._estimate(part)[0][part.mask].double() for part in parts]
+    every = torch.cat(raw)
+    moments = made.whitening(parts)
+    for part, own in zip(parts, raw, strict=True):
+        found, _ = made.advantages(part, moments)
+        torch.testing.assert_close(found[part.mask].double(), (own - every.mean()) / every.std(), rtol=1e-4, atol=1e-5)
+    [plain] = candidates(["ppo"], 1.0).values()
+    assert plain.whitening(parts) is None and plain.in_score_units
 
 
 def test_macro_actions_and_groups_with_a_free_end() -> None:

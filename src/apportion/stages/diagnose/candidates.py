@@ -11,6 +11,7 @@ from torch import Tensor
 from apportion import advantages, algorithms, credit, registry, segments
 from apportion.errors import ConfigError, unknown_name
 from apportion.evidence import plan
+from apportion.masking import Moments, moments, whiten
 from apportion.stages.diagnose.gradients import leave_one_out_baseline, reward_to_go
 from apportion.types import Credit, Estimator, PolicyLoss, Rollouts, Segmenter
 from apportion.user_code import guard_credit
@@ -35,11 +36,34 @@ class Candidate(NamedTuple):
 
     @property
     def in_score_units(self) -> bool:
-        """Whether its gradient has the scale of the score: division by a group's deviation changes it."""
-        return not getattr(self.estimate, "std", False)
+        """Whether its gradient has the scale of the score: division by a standard deviation changes it."""
+        return not getattr(self.estimate, "std", False) and not self.whitened
 
-    def advantages(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    @property
+    def whitened(self) -> bool:
+        """Whether the update's whitening is its normalisation, so that its runs have it by default."""
+        return bool(getattr(self.estimate, "whitened", False))
+
+    def whitening(self, parts: Sequence[Rollouts]) -> Moments | None:
+        """Return the moments of its advantages over all tokens of `parts`; None where it is not whitened."""
+        if not self.whitened:
+            return None
+        tokens = torch.cat([self._estimate(part)[0][part.mask] for part in parts])
+        return moments(tokens[None], torch.ones_like(tokens[None], dtype=torch.bool))
+
+    def advantages(self, rollouts: Rollouts, whitening: Moments | None = None) -> tuple[Tensor, Tensor]:
         """Return (the weight of each token's ∇ log π, rewards), both (B,T).
+
+        Where it is whitened, so are the advantages: by `whitening`, or by their own moments over these rollouts, as a
+        run's update does with a batch.
+        """
+        estimated, rewards, segments = self._estimate(rollouts)
+        if self.whitened:
+            estimated = whiten(estimated, rollouts.mask, known=whitening)
+        return (estimated if self.loss is None else step_weights(self.loss, estimated, segments, rollouts)), rewards
+
+    def _estimate(self, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (advantages, rewards, segments), all (B,T), the advantages as the estimator gives them.
 
         The values are those of a critic that knows only the position: the mean reward-to-go of the prompt's other
         rollouts there. They do not depend on the row's actions, so the expected gradient at λ = 1 is unchanged.
@@ -52,7 +76,7 @@ class Candidate(NamedTuple):
             extra["credit_share"] = self.credit.share(rollouts)
         segments = self.segment(rollouts)
         estimated = self.estimate(rewards, segments, rollouts.with_evidence(**extra)).advantages
-        return (estimated if self.loss is None else step_weights(self.loss, estimated, segments, rollouts)), rewards
+        return estimated, rewards, segments
 
 
 def step_weights(loss: PolicyLoss, advantages: Tensor, segments: Tensor, rollouts: Rollouts) -> Tensor:

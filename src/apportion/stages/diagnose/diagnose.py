@@ -23,7 +23,7 @@ from apportion.evidence import Models, plan
 from apportion.evidence.scoring import score
 from apportion.generation import sample
 from apportion.generation.prompts import conversations, load_prompts, tokenize
-from apportion.masking import last_index
+from apportion.masking import Moments, last_index
 from apportion.models.loading import context_of, load_causal, load_tokenizer, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, banned_ids, response_logits
 from apportion.models.reward import load_reward
@@ -70,17 +70,23 @@ def diagnose(
         return run.read("diagnosis.json")
     with run.record_failure():
         models, prompts = open_models(config, methods)
+        steps = 2 * -(-len(prompts) // _prompts_a_block(config))  # every block is sampled, then measured
         needs = frozenset[str]().union(*(m.needs for m in methods.values()))
+        scored: list[Rollouts] = []
         blocks: list[Block] = []
         sums: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in methods}
         costs: dict[str, dict[str, float]] = {}
         for rollouts in _rollouts(config, models, prompts):
             if not costs:
                 costs = {name: _cost(models, rollouts, method.needs) for name, method in methods.items()}
-            rollouts = score(models, rollouts, needs, ScoreConfig(), SCORED)
-            blocks.append(block(models.policy, rollouts, methods, config.width))
+            scored.append(score(models, rollouts, needs, ScoreConfig(), SCORED))
+            on_progress(len(scored), steps)
+        # a run whitens batches of many prompts, and a block has few: these are the moments of all
+        whitening = {name: method.whitening(scored) for name, method in methods.items()}
+        for rollouts in scored:
+            blocks.append(block(models.policy, rollouts, methods, config.width, whitening))
             _add_stats(sums, methods, rollouts)
-            on_progress(len(blocks), -(-len(prompts) // _prompts_a_block(config)))
+            on_progress(len(scored) + len(blocks), steps)
         comparable = frozenset(name for name, method in methods.items() if method.in_score_units)
         result = summarise(blocks, config, comparable) | {"settings": {"lam": config.lam, "seed": config.seed}}
         for name, measured in result["methods"].items():
@@ -126,8 +132,18 @@ def _rollouts(config: DiagnoseConfig, models: Models, prompts: list[list[int]]) 
 
 
 @torch.no_grad()
-def block(policy: Policy, rollouts: Rollouts, methods: Mapping[str, Candidate], width: int) -> Block:
-    """Return the measurements of scored `rollouts` for every method; see `Block`."""
+def block(
+    policy: Policy,
+    rollouts: Rollouts,
+    methods: Mapping[str, Candidate],
+    width: int,
+    whitening: Mapping[str, Moments | None] | None = None,
+) -> Block:
+    """Return the measurements of scored `rollouts` for every method; see `Block`.
+
+    Args:
+        whitening: the moments of each whitened method's advantages; absent ones are those of these rollouts.
+    """
     left, right, stop = score_functions(policy, rollouts, width)
     assert rollouts.scores is not None
     centred = gradients.centred_scores(rollouts.scores, rollouts.group)
@@ -135,7 +151,7 @@ def block(policy: Policy, rollouts: Rollouts, methods: Mapping[str, Candidate], 
     last = last_index(rollouts.mask).clamp_min(0)[:, None]
     ends = {"true": rollouts.scores}
     for name, method in methods.items():
-        advantages[name], rewards = method.advantages(rollouts)
+        advantages[name], rewards = method.advantages(rollouts, (whitening or {}).get(name))
         ends[name] = rewards.gather(1, last).squeeze(1)
     _, unit = rollouts.group.unique(return_inverse=True)
     return Block(
