@@ -57,6 +57,11 @@ def test_controller_saw_the_whole_batch(world: Path, ranks: list[dict[str, Any]]
     assert moved and all(v != pytest.approx(start) for v in moved.values())
 
 
+def test_processes_leave_out_the_same_mini_batches(ranks: list[dict[str, Any]]) -> None:
+    taken = {len(rank["masked"]["gradients"]) for rank in ranks}
+    assert len(taken) == 1 and 2 < min(taken) < 2 * 2 * 3, "no mini-batch was without a token that counts"
+
+
 def test_reductions_and_gathering(ranks: list[dict[str, Any]]) -> None:
     one = parallel_worker.reductions()
     for found in (r["reductions"] for r in ranks):

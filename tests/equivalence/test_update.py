@@ -173,6 +173,7 @@ def test_padding_of_a_longer_batch_changes_no_gradient(world: Path) -> None:
 def learner_of(world: Path, truncated: str, **changes: Any) -> tuple[Learner, Rollouts, RLConfig]:
     """Return a learner with values that are not 0, its first scored batch (some rows cut off), and its settings."""
     settings = {
+        "algorithm": "ppo" if truncated == "bootstrap" else "abc",  # attention pays tokens by what a cut leaves out
         "policy": world / "ending",
         "sampling.stop": "eos",
         "sampling.batch_size": 16,
@@ -234,7 +235,7 @@ def test_a_value_that_stands_for_what_would_come_is_not_paid_beside_the_score(wo
     worth = torch.linspace(-2.0, 2.0, len(batch))[:, None].expand(batch.mask.shape)
     known = {"values": torch.where(batch.mask, worth, 0.0), "bootstrap_values": worth[:, 0].clone()}
     resolved = apply_truncation(batch.with_evidence(**known), config.ppo)
-    rewards, _ = credit.apply(credit.uniform(), resolved)
+    rewards, _ = credit.apply(credit.sparse(), resolved)
     found = learner.method.estimate(rewards, learner.method.segment(resolved), resolved).advantages
     cut = ~batch.ended
     torch.testing.assert_close(found[cut], torch.zeros_like(found[cut]), atol=1e-6, rtol=0)
@@ -258,6 +259,64 @@ def test_masked_truncated_rows_have_no_gradient_and_count_nowhere(world: Path) -
     alone = make_targets(Advantages(noise[kept], noise[kept]), segments[kept], batch.select(kept), ppo)
     three, _ = gradients(policy, batch.select(kept), alone, ppo)
     assert_same(one[0], three[0])
+
+
+def test_a_mini_batch_in_which_nothing_counts_is_no_step(world: Path) -> None:
+    """The weights, moments and metrics are those of the other mini-batches alone, in their order."""
+    found = []
+    for whole in (True, False):
+        torch.manual_seed(0)  # adapters and value head are initialised from it
+        policy, batch, targets = scene(world)
+        counted = torch.arange(8) % 2 == 0
+        targets = targets._replace(policy_mask=batch.mask & counted[:, None], value_mask=batch.mask & counted[:, None])
+        optimizer = torch.optim.AdamW(policy.trainable(), lr=0.01)
+        steps: list[int] = []
+        optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        ppo = ppo_config(epochs=1, mini_batch=1, micro_batch=1)
+        if whole:
+            metrics = update(policy, optimizer, LOSS, batch, targets, ppo, NO_CLIP, torch.Generator().manual_seed(0))
+        else:
+            order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+            each = []
+            for row in order[counted[order]].split(1):
+                mine = Targets(*(t[row] for t in targets))
+                each.append(update(policy, optimizer, LOSS, batch.select(row), mine, ppo, NO_CLIP, torch.Generator()))
+            metrics = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+        assert len(steps) == 4
+        moments = [t for state in optimizer.state.values() for t in state.values()]
+        found.append((metrics, [*(p.detach().clone() for p in policy.trainable()), *moments]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert found[0][0]["val/ratio"] > 0.5
+    assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_batch_in_which_nothing_counts_moves_nothing_and_leaves_its_metrics_out(world: Path, once: bool) -> None:
+    changes: dict[str, Any] = (
+        {"algorithm": "reinforce", "ppo.mini_batch": 16, "ppo.epochs": 1, "compare": "[sparse]"} if once else {}
+    )
+    learner, batch, _ = learner_of(world, "mask", **changes)
+    assert learner.single_step == once
+    tiny_runs.one_batch(learner, 1, batch)  # moments, whose momentum a step would follow
+    policy, state = learner.policy, learner.optimizer.state
+    before = [p.detach().clone() for p in policy.trainable()]
+    moments = [t.clone() for one in state.values() for t in one.values()]
+    assert moments
+    metrics, records = tiny_runs.one_batch(learner, 2, replace(batch, ended=torch.zeros(len(batch), dtype=torch.bool)))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(moments, (t for s in state.values() for t in s.values()), strict=True))
+    assert not {"loss/policy", "loss/value", "val/ratio", "policy/approxkl", "policy/grad_norm"} & metrics.keys()
+    assert not any(name.startswith("advantage/") for name in metrics)
+    assert metrics["objective/entropy"] > 1 and metrics["objective/ended"] == 0 and len(records) == len(batch)
+    assert all(value == value for value in metrics.values())
+
+
+def test_a_batch_of_empty_responses_has_no_metric_that_is_no_number(world: Path) -> None:
+    learner, batch, _ = learner_of(world, "terminal")
+    none = torch.zeros_like(batch.mask)
+    metrics, _ = tiny_runs.one_batch(learner, 1, replace(batch, mask=none, valid=none))
+    assert metrics["objective/length"] == 0 and "loss/policy" not in metrics
+    assert all(value == value for value in metrics.values())
 
 
 def test_the_value_loss_counts_one_token_an_action(world: Path) -> None:

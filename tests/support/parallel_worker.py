@@ -33,9 +33,11 @@ CASES: dict[str, dict[str, Any]] = {
     "grpo": ENDING | {"algorithm": "grpo", "sampling.samples_per_prompt": 2, "ppo.epochs": 2},
     "reinforce_pp": ENDING | {"advantages": "reinforce_pp", "credit": "[uniform, kl_penalty]", "lora.rank": 0},
     "bootstrap": ENDING
-    | {"ppo.truncated": "bootstrap", "ppo.value_model": "separate"}
+    | {"algorithm": "ppo", "ppo.truncated": "bootstrap", "ppo.value_model": "separate"}
     # a last mini-batch of one row, of which one process has nothing
     | {"ppo.micro_batch": 1, "sampling.batch_size": 5},
+    # mini-batches of two rows, in some of which both were cut off and nothing is learned
+    "masked": {"sampling.stop": "eos", "sampling.max_new_tokens": 2, "ppo.truncated": "mask", "ppo.mini_batch": 2},
 }
 
 

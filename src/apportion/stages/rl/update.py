@@ -84,11 +84,14 @@ def update(
     nothing. Values are learned where the rollouts carry some. Each of several processes has the whole batch, and takes
     its share of every mini-batch; gradients and metrics are summed over them.
 
+    A mini-batch in which no loss counts a token (every response cut off under truncated="mask", or empty) is no step: a
+    step would follow the optimizer's momentum alone, and its zeros would dilute the metrics.
+
     Args:
         old: filled in place with old log-probabilities and entropies, which the rollouts lack; for one optimizer step.
         skips: counts optimizer steps that were not taken, because their loss or gradient is not finite: weights,
-            masters, moments and step counters stay as they were, and the metrics are means over the steps taken
-            (where there is none, they are left out).
+            masters, moments and step counters stay as they were. The metrics are means over the steps taken; where
+            there is none, they are left out.
 
     Raises:
         MonitorError: as many steps in a row were skipped as `skips` allows.
@@ -99,8 +102,15 @@ def update(
     for _ in range(config.epochs or 1):
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
+            # the targets are those of the whole batch, so that all processes decide alike
+            learns = bool(targets.policy_mask[rows].any() | targets.value_mask[rows].any())
+            if not learns and old is None:
+                continue
             with collectives.error_barrier(), weights.relay_errors():
                 sums = _backward_mini_batch(policy, loss, rollouts, targets, config, rows, old)
+            if not learns:  # its forward has filled in `old`
+                optimizer.zero_grad(set_to_none=True)
+                continue
             learning = weights.reduce_gradients(policy.trainable())
             norm = weights.gradient_norm(learning)
             if skips.allow(sum_of_losses(sums, norm), norm, rows):
