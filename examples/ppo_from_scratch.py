@@ -262,7 +262,18 @@ def train(args):
             "credit/share_entropy": torch.special.entr(alpha).sum(dim=1).mean(),
             "kl/coef": kl_coef,
             "policy/lr": optimizer.param_groups[0]["lr"],
+            "advantage/first_token": advantages[:, 0].mean(),
         }
+
+        # 25. Where the advantages lie: a mean in each quarter of the responses; and, of those that ended by themselves,
+        #     the end token's advantage and its correlation with the length, which shows the bias of spread credit.
+        length, ended = mask.sum(dim=1), (response_ids == eos).any(dim=1)
+        quarter = 4 * (mask.cumsum(dim=1) - 1) // length[:, None]
+        parts = {f"advantage/quarter_{i + 1}": advantages[mask & (quarter == i)] for i in range(4)}
+        parts["advantage/end_token"] = end = advantages[torch.arange(B), last][ended]
+        metrics |= {name: part.mean() for name, part in parts.items() if len(part)}
+        if len(end) >= 12 and len(length[ended].unique()) > 1:
+            metrics["advantage/end_token_length_corr"] = torch.corrcoef(torch.stack([end, length[ended].float()]))[0, 1]
         history.append({name: float(value) for name, value in metrics.items()})
         shown = ("objective/scores", "objective/kl", "objective/entropy", "loss/policy", "loss/value")
         line = "  ".join(f"{name} {history[-1][name]:.4f}" for name in shown)

@@ -10,7 +10,8 @@ import torch
 from apportion import monitors
 from apportion.monitors._monitor import CALM, START, WEIGHT, follow, share
 
-# the demo's run: 40 batches of 32 responses of SmolLM2-135M, ABC, adaptive κ (every fourth batch)
+# the demo's run: 40 batches of 32 responses of SmolLM2-135M, ABC, adaptive κ (every fourth batch); its responses have
+# one length, so the correlation is that of noise
 DEMO = {
     "objective/kl": [-0.0044, 0.508, 1.9, 3.4, 5.0, 5.6, 6.3, 7.1, 8.3, 6.9],
     "objective/length": [24.0] * 10,
@@ -19,6 +20,7 @@ DEMO = {
     "sampling/logprob_gap": [0.0038, 0.0038, 0.0035, 0.0045, 0.0095, 0.0013, 0.002, 0.004, 0.003, 0.0029],
     "policy/approxkl": [0.0019, 0.002, 0.003, 0.006, 0.004, 0.003, 0.002, 0.0015, 0.0013, 0.0013],
     "policy/ratio_limited": [0.0] * 10,
+    "advantage/end_token_length_corr": [0.05, -0.21, 0.11, -0.3, 0.02, 0.17, -0.08, 0.2, -0.15, 0.04],
     "loss/value": [0.176, 0.147, 0.2907, 0.349, 0.2, 0.135, 0.2, 0.22, 0.21, 0.211],
 }
 
@@ -83,6 +85,10 @@ def test_the_running_mean_and_the_start_by_hand() -> None:
         ("length", {"objective__length": [20.0] * 5 + [100.0] * 3}, [7, 8]),
         ("length", {"objective__length": [20.0] * 5 + [59.0] * 30}, []),
         ("length", {"objective__length": [30.0] * 5 + [1.0] * 4}, [8, 9]),
+        # beyond ±0.5 in the running mean once the start is over: 0.6 0.6 0.6 0.6 0.6, then 0.6, 0.33, 0.15
+        ("length_bias", {"advantage__end_token_length_corr": [0.6] * 6 + [-0.2] * 2}, [6]),
+        ("length_bias", {"advantage__end_token_length_corr": [0.0] * 5 + [-0.7] * 5}, [9, 10]),
+        ("length_bias", {"advantage__end_token_length_corr": [0.49, -0.9, 0.8, -0.4, 0.9, 0.49, 0.5, 0.5]}, []),
         # a tenth of the start's spread; nine tenths of the scores at the clip
         ("reward", {"objective__scores_std": [1.0] * 5 + [0.0] * 6}, [11]),
         ("reward", {"objective__scores_std": [0.0] * 6}, [6]),

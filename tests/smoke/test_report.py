@@ -95,6 +95,17 @@ def test_evaluation_alone_is_enough(tmp_path: Path) -> None:
     assert 'id="curves"' not in html
 
 
+def test_the_end_tokens_advantage_is_drawn_with_a_sentence(tmp_path: Path) -> None:
+    key, note = "advantage/end_token_length_corr", "judged by the score alone"
+    rows = [row | {key: -0.8, "advantage/quarter_1": 0.2} for row in METRICS]
+    html = write_report([make_run(tmp_path / "run", metrics_jsonl=rows)], tmp_path / "r.html").read_text()
+    further = html[html.index("<details") :]
+    assert f'data-chart="{key}"' in html.replace(further, "") and html.count(note) == 1
+    assert 'data-chart="advantage/quarter_1"' in further and "Advantages by position" in html
+    plain = write_report([make_run(tmp_path / "plain", metrics_jsonl=METRICS)], tmp_path / "p.html").read_text()
+    assert key not in plain.replace(re.search(r"<script>/\*\*.*?</script>", plain, re.S)[0], "") and note not in plain
+
+
 def test_page_is_whole_and_reaches_for_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", metrics_jsonl=METRICS, rollouts_jsonl=[rollout(0)])
     output = write_report([run], tmp_path / "deep" / "report.html")

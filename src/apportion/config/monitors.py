@@ -27,6 +27,8 @@ class MonitorsConfig(Section):
     """the policy's entropy collapses."""
     length: KLAction = "warn"
     """responses grow or shrink out of proportion."""
+    length_bias: Action = "warn"
+    """the end token's advantage depends on the length of the response."""
     reward: KLAction = "warn"
     """every response gets the same score."""
     value_loss: Action = "warn"

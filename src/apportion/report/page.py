@@ -157,6 +157,8 @@ def _curves(runs: Sequence[RunData], main: list[dict[str, Any]], other: list[dic
             parts.append(f'<fieldset class="legend"><legend>Runs shown</legend>{boxes}</fieldset>')
         parts.append(charts_html(main, names))
         parts.append('<p class="note">Thin: each step. Bold: running mean of the nearest tenth of the steps.</p>')
+        if any(chart["id"] == "advantage/end_token_length_corr" for chart in main):
+            parts.append(f'<p class="note">{END_TOKEN}</p>')
     if other:
         opened = "" if main else " open"
         figures = charts_html(other, names)
@@ -177,6 +179,11 @@ def _heat_maps(runs: Sequence[RunData]) -> tuple[str, list[dict[str, Any]]]:
     return f'{viewer_html()}<div class="note">{paragraphs}</div>', packed
 
 
+END_TOKEN = (
+    "End token and length: near 0 where the choice to end is judged by the score alone. Beyond \u00b10.5 for long, "
+    "ending is paid or punished by the length of the response, as a credit that is not causal does (uniform, "
+    "attention); the means by position, advantage/quarter_1 to quarter_4, show the slope that goes with it."
+)
 METHOD = {
     "Reward and judge": "Means over the evaluation prompts, continued by the policy before training and by the policy "
     "after it. The policy was trained on the reward, so the reward can rise without better text; the judge, which was "
@@ -187,6 +194,9 @@ METHOD = {
     "under the policy before training. A falling distinct-2 with a rising reward is a sign of repetition.",
     "Intervals": "95% intervals of the evaluation. They cover the choice of evaluation prompts in one run, not "
     "the difference between training seeds.",
+    "Advantages by position": "Means over the tokens of a batch that the update counts, of the advantages it uses: "
+    "the first token, each quarter of a response, and the end token of responses that ended by themselves, whose "
+    "correlation with the length is given for batches with at least 12 of them.",
     "Learning curves": "All numbers of metrics.jsonl. The running mean is centred, over fewer points towards both "
     "ends. Of more than 2,000 steps, evenly spaced ones are plotted.",
     "Heat maps": "Credit is the reward on each token after redistribution and before the KL penalty; reward is "

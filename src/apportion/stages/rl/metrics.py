@@ -8,22 +8,28 @@ import torch
 from torch import Tensor
 
 from apportion.config import ScoreConfig
-from apportion.masking import masked_mean
+from apportion.masking import first_index, last_index, masked_mean
 from apportion.types import Rollouts
 from apportion.user_code import means
 
 if TYPE_CHECKING:
     from apportion.stages.rl.learner import Learner
+    from apportion.stages.rl.update import Targets
+
+
+LEAST_ENDS = 12  # ended responses of a batch below which a correlation over them is noise
 
 
 def batch_metrics(
-    learner: Learner, rollouts: Rollouts, rewards: Tensor, segments: Tensor, config: ScoreConfig
+    learner: Learner, rollouts: Rollouts, rewards: Tensor, targets: Targets, config: ScoreConfig
 ) -> dict[str, float]:
-    """Return the batch's metrics: estimator statistics, scores, KL, lengths, the learning rate, clipped scores."""
-    method, metrics = learner.method, dict[str, float]()
+    """Return the batch's metrics: estimator statistics, scores, KL, lengths, advantages by position, the learning rate,
+    clipped scores."""
+    method, metrics, segments = learner.method, dict[str, float](), targets.segments
     if hasattr(method.estimate, "stats"):
         metrics |= means(method.specs, "advantages", method.estimate.stats(rewards, segments, rollouts))
     metrics |= rollout_metrics(rollouts, rewards, segments)
+    metrics |= position_metrics(targets.advantages, targets.policy_mask, rollouts)
     metrics |= {"policy/lr": learner.optimizer.param_groups[0]["lr"]}
     if config.clip is not None and rollouts.scores is not None:
         clipped = rollouts.scores.abs() >= config.clip * (1 - 1e-6)
@@ -51,3 +57,41 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor, segments: Tensor) -> di
     if "sampled_ended" in rollouts.evidence:
         metrics["objective/ended"] = rollouts.evidence["sampled_ended"].float().mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def position_metrics(advantages: Tensor, mask: Tensor, rollouts: Rollouts) -> dict[str, float]:
+    """Return the mean of the advantages (B,T) of the update by position, over the tokens `mask` (B,T) that it counts.
+
+    A credit that is not causal pays by tokens that come later, and its bias shows here: at the end token, whose
+    advantage then depends on the length, and in a slope from the first tokens to the last. A metric without tokens is
+    left out:
+
+        advantage/first_token               each response's first token
+        advantage/quarter_1 … quarter_4     token i (from 0) of n is in quarter 1 + ⌊4i/n⌋
+        advantage/end_token                 the last token of responses that ended by themselves
+        advantage/end_token_length_corr     Pearson's r of that with the response's length, over at least 12 of them
+    """
+    rows = mask.any(dim=1)
+    sampled_ended = rollouts.evidence.get("sampled_ended", rollouts.ended)
+    ended = rows if sampled_ended is None else rows & sampled_ended.bool()
+    length = mask.sum(dim=1)
+    quarter = 4 * (mask.cumsum(dim=1) - 1) // length.clamp_min(1)[:, None]
+    first, end = (advantages.gather(1, at.clamp_min(0)[:, None])[:, 0] for at in (first_index(mask), last_index(mask)))
+    places = {"first_token": (first, rows), "end_token": (end, ended)}
+    places |= {f"quarter_{i + 1}": (advantages, mask & (quarter == i)) for i in range(4)}
+    sums = torch.stack([torch.where(on, values.float(), 0.0).sum() for values, on in places.values()]).tolist()
+    counts = torch.stack([on.sum() for _, on in places.values()]).tolist()
+    metrics = {f"advantage/{name}": sums[i] / counts[i] for i, name in enumerate(places) if counts[i]}
+    r = correlation(end[ended], length[ended]) if metrics and counts[1] >= LEAST_ENDS else None
+    return metrics | ({} if r is None else {"advantage/end_token_length_corr": r})
+
+
+def correlation(one: Tensor, two: Tensor) -> float | None:
+    """Return Pearson's r of two (N,) tensors; None where one of them is constant up to rounding."""
+    deviations = []
+    for values in (one.double(), two.double()):
+        if values.max() - values.min() <= 1e-6 * values.abs().max():
+            return None
+        apart = values - values.mean()
+        deviations.append(apart / apart.norm())
+    return float(deviations[0] @ deviations[1])

@@ -95,7 +95,7 @@ def train_batch(
         metrics, rollouts = learner.update(rollouts, targets, step)
     with session.phase("log", batch=rollouts, columns=columns, metrics=metrics):
         records = rollout_records(learner, rollouts, rewards, estimated, step, config.log_rollouts)
-        metrics |= batch_metrics(learner, rollouts, rewards, segments, config.scores)
+        metrics |= batch_metrics(learner, rollouts, rewards, targets, config.scores)
         metrics |= learner.update_controllers(rollouts, rewards)
         metrics = drop_nonfinite(metrics, learner.monitoring.nonfinite.batch)
         check_metrics(step, metrics)
