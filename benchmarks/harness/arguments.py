@@ -29,7 +29,7 @@ def run_command(
     examples: str,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run `python -m benchmarks.NAME` and return its exit code; 2 for an error, with one message on stderr.
+    """Run `python -m benchmarks.NAME` and return its exit code: 2 for an error, 130 for Ctrl-C; one message on stderr.
 
     Every field of `kind` is a flag (`-` and `_` are the same) and a key of the YAML file that `--config` names.
     `--dry_run` prints the settings.
@@ -50,6 +50,9 @@ def run_command(
     except ApportionError as error:
         sys.stderr.write(f"benchmarks.{name}: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"benchmarks.{name}: interrupted; it writes no checkpoints: the same command starts over.\n")
+        return 130
 
 
 def _with_underscores(word: str) -> str:

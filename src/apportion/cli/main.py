@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 
 PARALLEL = ("rl", "reward")  # commands that several processes can share
+CHECKPOINTED = ("demo", "reward", "rl")  # commands that write checkpoints
 
 USAGE = """usage: apportion COMMAND [options]
 
@@ -61,10 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_error(f"apportion: {end} Resume with:\n\n  {resume_command(arguments)}\n")
         return end.code
     except KeyboardInterrupt:
-        write_error("apportion: interrupted; the same command resumes from the last checkpoint.\n")
+        write_error(f"apportion: interrupted; {after_interrupt(arguments[0])}.\n")
         return 130
     finally:
         collectives.stop()
+
+
+def after_interrupt(name: str) -> str:
+    """Return what running command `name` again does after an interrupt that came between checkpoints, or before one."""
+    if name in CHECKPOINTED:
+        return "the same command resumes from the last checkpoint, or starts over where there is none yet"
+    return f"`apportion {name}` writes no checkpoints: the same command starts over"
 
 
 def resume_command(arguments: Sequence[str]) -> str:

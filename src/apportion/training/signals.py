@@ -58,6 +58,6 @@ class Signals:
                 "a second one stops immediately.\n"
             )
         elif time.monotonic() - self._when > ECHO:
-            self._warn("apportion: stopped; the same command resumes from the last checkpoint.\n")
+            self._warn("apportion: stopped; the same command resumes from the last checkpoint, if there is one.\n")
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
