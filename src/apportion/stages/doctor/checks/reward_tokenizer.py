@@ -33,7 +33,9 @@ def tokenizer(case: Case) -> Result:
         ok("") if changes is None else warn(changes, "Look at the first scores of a run, or use a template without it.")
     )
     # the run warns of it as well
-    other = warn("", "Use one chat template for both, or check its first scores.") if by_text and not foreign else ok("")
+    other = (
+        warn("", "Use one chat template for both, or check its first scores.") if by_text and not foreign else ok("")
+    )
     return combine(result, other, template(case), changed)
 
 
