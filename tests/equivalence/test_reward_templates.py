@@ -42,6 +42,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["chat", "encoder"])
+def test_a_response_that_continues_a_turn_is_read_in_that_turn(world: Path, name: str) -> None:
+    tokenizer = policy_text().tokenizer
+    turns = [*CHAT, {"role": "assistant", "content": "Well,"}]
+    prompt = tokenizer("<eos>user\nSay\n<eos>assistant\nWell,", add_special_tokens=False)["input_ids"]
+    batch = tiny_runs.rollouts_of([prompt], [tokenizer(" a film!", add_special_tokens=False)["input_ids"]])
+    reward = judge(world, name, conversations={tuple(prompt): turns})
+    theirs = translate(reward, batch)
+    asked = CHAT[0]["content"]
+    before = f"[INST] {asked} [/INST] Well," if name == "chat" else f"{asked}\nWell,"
+    text = f"{before} a film!" + (" #" if name == "chat" else "")
+    own = reward.tokenizer(text, add_special_tokens=name != "chat")["input_ids"]
+    assert theirs.rollouts.response_ids.tolist() == [own]
+    assert "".join(text[a:b] for a, b in theirs.target[0].tolist()) == " a film!"
+
+
+@pytest.mark.parametrize("name", ["chat", "encoder"])
 def test_a_conversation_goes_through_the_reward_models_own_template(world: Path, name: str) -> None:
     """Also where the word that marks the response's place stands in the prompt; without a template, line by line."""
     tokenizer = policy_text().tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -51,9 +51,15 @@ def render(
         found = answer(tokenizer, turns, decoded.text, row)
         after = found.after if ended or not policy.cuts else ""
         return RenderedText(found.before + found.shown + after, [found.place(span) for span in decoded.spans], True)
-    before = decoded.before if turns is None else "".join(f"{turn['content']}\n" for turn in turns)
+    before = decoded.before if turns is None else joined(turns)
     start = len(before)
     return RenderedText(before + decoded.text, [(start + first, start + end) for first, end in decoded.spans], False)
+
+
+def joined(turns: Sequence[Mapping[str, Any]]) -> str:
+    """Return the contents of turns, a line each; a last turn of the assistant is continued by what follows."""
+    text = "".join(f"{turn['content']}\n" for turn in turns)
+    return text.removesuffix("\n") if turns and turns[-1].get("role") == "assistant" else text
 
 
 def encode(tokenizer: Any, rendered: RenderedText, embeddings: int | None = None) -> Encoded:

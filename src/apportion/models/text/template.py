@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from apportion.errors import ModelError, ScoreError
+from apportion.models.text.chat import apply_template, with_response
 from apportion.models.text.token_spans import PolicyText, Span
 
 Turns = Sequence[Mapping[str, Any]]
@@ -49,7 +50,8 @@ class Answer(NamedTuple):
 
 
 def answer(tokenizer: Any, turns: Turns, response: str, row: int = 0) -> Answer:
-    """Return `response` as the next turn of the conversation, rendered by the tokenizer's chat template.
+    """Return `response` as the next turn of the conversation, or as the rest of its last turn where that is the
+    assistant's, rendered by the tokenizer's chat template.
 
     Where the template changes the response (it trims it, drops its thoughts, or moves them), characters are found by
     the longest common parts in order; those that are not shown have no place.
@@ -123,9 +125,8 @@ def _aligned(response: str, shown: str) -> tuple[list[int], list[int]]:
 
 
 def _rendered(tokenizer: Any, turns: Turns, response: str) -> str:
-    answered = [*turns, {"role": "assistant", "content": response}]
     try:
-        return str(tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False))
+        return apply_template(tokenizer, with_response(turns, response), generation=False)
     except Exception as error:  # a template is a program that may raise anything
         got = f"a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
         fix = "Give prompts as text, or turns that this reward model's template knows."

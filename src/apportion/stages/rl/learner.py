@@ -241,7 +241,6 @@ def make_learner(
     output = Path(config.output).expanduser()
     require_space(output, 200_000_000)
     folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    check_family("policy", folder, load_settings("policy", folder))
     compared = comparisons(config.compare) if config.log_rollouts else {}
     tokenizer, prompts = open_prompts(config, method.needs.union(*(one.needs for one in compared.values())), folder)
     findings = preflight(config, folder, tokenizer, prompts.encoded.texts, prompts.rows, prompts.encoded.hidden)
@@ -280,6 +279,7 @@ def open_prompts(config: RLConfig, needs: frozenset[str], folder: str) -> tuple[
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
         loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
         check_columns(functions, [prompt.columns for prompt in loaded])
+        check_family("policy", folder, load_settings("policy", folder))
         tokenizer = load_tokenizer("policy", folder, config.pad_token)
         return tokenizer, PromptStream(loaded, tokenizer, config.sampling, config.seed, context_of(folder), bad)
 
