@@ -49,8 +49,8 @@ def test_a_response_that_continues_a_turn_is_read_in_that_turn(world: Path, name
     batch = tiny_runs.rollouts_of([prompt], [tokenizer(" a film!", add_special_tokens=False)["input_ids"]])
     reward = judge(world, name, conversations={tuple(prompt): turns})
     theirs = translate(reward, batch)
-    asked = CHAT[0]["content"]
-    before = f"[INST] {asked} [/INST] Well," if name == "chat" else f"{asked}\nWell,"
+    question = CHAT[0]["content"]
+    before = f"[INST] {question} [/INST] Well," if name == "chat" else f"{question}\nWell,"
     text = f"{before} a film!" + (" #" if name == "chat" else "")
     own = reward.tokenizer(text, add_special_tokens=name != "chat")["input_ids"]
     assert theirs.rollouts.response_ids.tolist() == [own]
