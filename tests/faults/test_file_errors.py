@@ -59,7 +59,11 @@ def test_flags_win_over_the_file_wherever_they_stand(command: Command, tmp_path:
 @pytest.mark.parametrize(
     ("name", "content", "pieces"),
     [
-        ("a.csv", b"review,label\nx,1\n", ["data: got", "a.csv: columns review, label", "a column 'text'", "add it"]),
+        (
+            "a.csv",
+            b"review,label\nx,1\n",
+            ["data: got", "columns review, label", "a column 'text'", "--text_column review"],
+        ),
         ("a.csv", b'text,label\n"  ",1\n', ["a.csv, line 2: text = '  '", "Fill it in"]),
         ("a.csv", b"text,label\nfine,2\n", ["a.csv, line 2: label = '2'", "neg, negative", "Write 1"]),
         ("a.csv", b"text,label\nna\xefve,1\n", ["a.csv, line 2: byte 0xef", "UTF-8", "iconv"]),
