@@ -51,7 +51,9 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
     if not chosen:
         known = sorted({name.split(".")[-1] for name in linear})
         fix = "Use attention, all, or a list of layer names."
-        raise ConfigError("lora.targets", targets, f"layers of this model: {', '.join(known) or 'it has none to adapt'}", fix)
+        raise ConfigError(
+            "lora.targets", targets, f"layers of this model: {', '.join(known) or 'it has none to adapt'}", fix
+        )
     return chosen
 
 
