@@ -93,7 +93,7 @@ def apply_template(tokenizer: Any, turns: Sequence[Turn], *, generation: bool) -
     )
 
 
-def with_response(turns: Sequence[Turn], response: str) -> Conversation:
+def with_response(turns: Sequence[Mapping[str, Any]], response: str) -> Conversation:
     """Return the conversation with the response: as a turn of its own, or as the rest of a last turn of the assistant.
 
     Its content is a list of parts where all others are, and else text.
@@ -113,8 +113,8 @@ def as_text(turns: Sequence[Turn]) -> Conversation:
     return _as_conversation(turns).with_turns({**turn, "content": _joined(turn.get("content"))} for turn in turns)
 
 
-def _as_conversation(turns: Sequence[Turn]) -> Conversation:
-    return turns if isinstance(turns, Conversation) else Conversation(turns)
+def _as_conversation(turns: Sequence[Mapping[str, Any]]) -> Conversation:
+    return turns if isinstance(turns, Conversation) else Conversation(dict(turn) for turn in turns)
 
 
 def check_variables(field: str, tokenizer: Any, variables: Mapping[str, Any]) -> None:
