@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import tiny_runs
 import torch
 
 from apportion.config.sections import LoraConfig
-from apportion.errors import ConfigError, ModelError
-from apportion.generation.decoding import KNOWN, decoding, tried
+from apportion.errors import ConfigError, ModelError, ScoreError
+from apportion.generation.decoding import KNOWN, Decoding, decoding, tried
 from apportion.generation.recompute import RecomputeStepModel
 from apportion.generation.step_model import StepModel
 from apportion.models.families import REFUSED
@@ -73,7 +74,8 @@ def test_sampler_trainer_and_model_agree(name: str) -> None:
     prompts = [[2 + i % 90 for i in row] for row in tiny_runs.prompts(5, longest=9)]
     chosen: dict[str, Any] = {"stop": "eos", "max_new_tokens": 8, "samples_per_prompt": 2}
     batch = tiny_runs.sampled(policy, prompts, **chosen)
-    assert decoding(policy, policy.model) is expected
+    found = decoding(policy, policy.model)
+    assert found.steps is expected and (found.why_slow is None) == (expected is StepModel)
     trained = policy.forward(batch, values=False).logprobs
     torch.testing.assert_close(batch.logprobs, trained, rtol=0, atol=1e-4)
     with torch.no_grad():
@@ -106,6 +108,57 @@ def test_what_cannot_be_sampled_exactly_is_refused_by_name(name: str) -> None:
         tiny_runs.sampled(policy_of(kind, settings), [[5, 6, 7], [8, 9]])
 
 
+def failing(policy: Policy, error: Exception, when: Callable[[dict[str, Any]], bool]) -> Policy:
+    """Make the policy's model raise `error` in every forward whose keyword arguments are `when`."""
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if when(kwargs):
+            raise error
+
+    policy.model.register_forward_pre_hook(hook, with_kwargs=True)
+    return policy
+
+
+def with_cache(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("past_key_values") is not None
+
+
+def padded(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("attention_mask") is not None
+
+
+def test_why_a_cache_is_not_used_is_said() -> None:
+    policy = failing(policy_of(*EXACT["gpt-j"][:2]), TypeError("no such cache"), with_cache)
+    found = decoding(policy, policy.model)
+    assert found.steps is RecomputeStepModel
+    assert found.why_slow == "with its cache it is stopped by TypeError: no such cache"
+
+
+def test_an_error_of_the_model_is_in_the_refusal_and_is_its_cause() -> None:
+    policy = failing(policy_of(*EXACT["gpt-j"][:2]), IndexError("no such column"), padded)
+    with pytest.raises(ModelError, match="padded texts is stopped by IndexError: no such column") as caught:
+        decoding(policy, policy.model)
+    assert isinstance(caught.value.__cause__, IndexError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+        ScoreError("score", 0, "another number", "Change it."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("when", [with_cache, padded])
+def test_errors_that_say_nothing_of_the_model_are_no_trial(error: Exception, when: Any) -> None:
+    policy = failing(policy_of(*EXACT["gpt-j"][:2]), error, when)
+    with pytest.raises(type(error)) as caught:
+        decoding(policy, policy.model)
+    assert caught.value is error and policy.decoding == {}
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_family_that_the_settings_name_is_refused_before_its_weights_are_read(name: str, tmp_path: Path) -> None:
     import transformers
@@ -120,4 +173,4 @@ def test_a_family_that_the_settings_name_is_refused_before_its_weights_are_read(
 def test_families_that_are_not_tried_would_pass(name: str) -> None:
     policy = Policy(tiny_runs.causal(name), tiny.tokenizer(), [0])
     assert type(policy.model).__name__ in KNOWN
-    assert tried(policy, policy.model) is StepModel and policy.shares == (name != "mistral (window 4)")
+    assert tried(policy, policy.model) == Decoding(StepModel) and policy.shares == (name != "mistral (window 4)")

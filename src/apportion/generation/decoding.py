@@ -6,13 +6,15 @@ tell: the sampler's, the trainer's and each text's own log-probabilities have to
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apportion.distributed.sharding import plain_class
-from apportion.errors import ModelError
+from apportion.errors import ApportionError, ModelError
 from apportion.generation.decode import left_pad
 from apportion.generation.llama import LlamaStepModel, bare, is_llama
 from apportion.generation.recompute import RecomputeStepModel
@@ -43,7 +45,28 @@ KNOWN = frozenset({
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 LENGTHS = (5, 3)  # tokens of the prompts that are tried
 STEPS = 2
-SLOW = "computes the whole text again for every token, as it has no cache that can be used: sampling is slow"
+SLOW = "computes the whole text again for every token, so that sampling is slow"
+
+
+class Decoding(NamedTuple):
+    """How a model is sampled from: the class of its steps, and why not by its cache (None where it is)."""
+
+    steps: type[StepModel]
+    why_slow: str | None = None
+
+
+class Attempt(NamedTuple):
+    """The result of one trial: how far log-probabilities are apart, nats a token, or the error of the model."""
+
+    gap: float
+    error: Exception | None = None
+
+    def describe(self) -> str:
+        """Return what came, for a message."""
+        if self.error is None:
+            return f"off by {self.gap:.2g} nats a token"
+        first = (str(self.error).splitlines() or [""])[0][:200]
+        return f"stopped by {type(self.error).__name__}: {first}".removesuffix(": ")
 
 
 def make_step_model(policy: Policy, model: Any, rows: int, longest: int) -> StepModel:
@@ -52,14 +75,14 @@ def make_step_model(policy: Policy, model: Any, rows: int, longest: int) -> Step
     Raises:
         ModelError: as `decoding` does.
     """
-    kind = decoding(policy, model)
+    kind = decoding(policy, model).steps
     if kind is StepModel and has_fast_kernels(model) and is_llama(model):
         kind = LlamaStepModel
     return kind(policy, model, rows, longest)
 
 
-def decoding(policy: Policy, model: Any) -> type[StepModel]:
-    """Return the class of the decoding steps of `model`, the policy's or its reference: with its cache, or without.
+def decoding(policy: Policy, model: Any) -> Decoding:
+    """Return how `model`, the policy's or its reference, is sampled from: with its cache, or without.
 
     The result is kept in `policy.decoding`. Where only computing a prompt once for all its responses would be wrong,
     `policy.shares` becomes False.
@@ -69,11 +92,11 @@ def decoding(policy: Policy, model: Any) -> type[StepModel]:
     """
     name = class_name(model)
     if name in KNOWN:
-        return StepModel
+        return Decoding(StepModel)
     if name not in policy.decoding:
         policy.decoding[name] = tried(policy, model)
-    kind: type[StepModel] = policy.decoding[name]
-    return kind
+    known: Decoding = policy.decoding[name]
+    return known
 
 
 def class_name(model: Any) -> str:
@@ -82,29 +105,52 @@ def class_name(model: Any) -> str:
 
 
 @torch.no_grad()
-def tried(policy: Policy, model: Any) -> type[StepModel]:
+def tried(policy: Policy, model: Any) -> Decoding:
     """Return what `decoding` does, from a few forwards of the model, whatever its class."""
     name = class_name(model)
     texts = _texts(policy)
     alone = [_alone(policy, model, text) for text in texts]
     if not all(bool(torch.isfinite(one).any()) for one in alone):
-        return StepModel  # weights that are not finite have an error of their own, where a token is sampled
+        return Decoding(StepModel)  # weights that are not finite have an error of their own, where a token is sampled
     limit = CLOSE.get(next(model.parameters()).dtype, 1e-3) / min(1.0, policy.temperature)
     earlier = [_alone(policy, model, text[:-1]) for text in texts]
     gap = max(_gap(one[:-1], other) for one, other in zip(alone, earlier, strict=True))
     if not gap <= limit:
         raise _refused(name, f"a token changes earlier log-probabilities by {gap:.2g} nats", "a causal language model")
-    gap = _trainer_gap(policy, model, texts, alone)
-    if not gap <= limit and policy.shares:
+    padded = attempt(lambda: _trainer_gap(policy, model, texts, alone))
+    if not padded.gap <= limit and policy.shares:
         policy.shares = False
-        gap = _trainer_gap(policy, model, texts, alone)
-    if not gap <= limit:
-        raise _refused(name, f"log-probabilities change by {gap:.2g} nats with padding", "a model that masks padding")
-    for kind in (StepModel, RecomputeStepModel) if has_past(model) else (RecomputeStepModel,):
-        gap = _steps_gap(kind, policy, model, texts, alone)
-        if gap <= limit:
-            return kind
-    raise _refused(name, f"its sampler is {gap:.2g} nats a token off its own forward", "a model with an exact cache")
+        padded = attempt(lambda: _trainer_gap(policy, model, texts, alone))
+    if not padded.gap <= limit:
+        why = f"its forward of padded texts is {padded.describe()}"
+        raise _refused(name, why, "a model that masks padding") from padded.error
+    why_slow = None if has_past(model) else "it takes no cache of keys and values"
+    if why_slow is None:
+        cached = attempt(lambda: _steps_gap(StepModel, policy, model, texts, alone))
+        if cached.gap <= limit:
+            return Decoding(StepModel)
+        why_slow = f"with its cache it is {cached.describe()}"
+    whole = attempt(lambda: _steps_gap(RecomputeStepModel, policy, model, texts, alone))
+    if whole.gap <= limit:
+        return Decoding(RecomputeStepModel, why_slow)
+    why = f"{why_slow}; without one it is {whole.describe()}"
+    raise _refused(name, why, "a model that can be sampled from exactly") from whole.error
+
+
+def attempt(trial: Callable[[], float]) -> Attempt:
+    """Return the result of `trial`. An error of the model's own code is a result too, for any model may come here.
+
+    Raises:
+        ApportionError, MemoryError, torch.OutOfMemoryError: these say nothing of the model.
+    """
+    try:
+        return Attempt(trial())
+    except (ApportionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # classes of transformers raise many types for what they lack
+        if "allocate memory" in str(error):  # a CPU's, which is a plain RuntimeError
+            raise
+        return Attempt(math.nan, error)
 
 
 def _refused(name: str, why: str, expected: str) -> ModelError:
@@ -146,10 +192,7 @@ def _trainer_gap(policy: Policy, model: Any, texts: list[list[int]], alone: list
     ids, mask, out, on, group = (t.to(policy.device) for t in (ids, mask, out, on, group))
     zeros = torch.zeros(on.shape, device=policy.device)
     batch = Rollouts(prompt_ids=ids, prompt_mask=mask, response_ids=out, mask=on, logprobs=zeros, group=group)
-    try:
-        found = policy.score_tokens(model, batch, entropy=False)[0]
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
-        return float("nan")
+    found = policy.score_tokens(model, batch, entropy=False)[0]
     own = [
         rows[length - 1 : -1].gather(1, torch.tensor(response, device=rows.device)[:, None])[:, 0]
         for rows, length, response in zip(alone, LENGTHS, responses, strict=True)
@@ -165,20 +208,17 @@ def _steps_gap(kind: type[StepModel], policy: Policy, model: Any, texts: list[li
     source = torch.tensor([0, 1, 1], device=policy.device)  # a prompt with two responses among them
     positions = mask.sum(dim=1)[source]
     gaps = []
-    try:
-        steps = kind(policy, model, len(source), max(map(len, texts)))
-        logits = steps.prefill(ids, mask, source)
-        for step in range(STEPS + 1):
-            found = policy.allowed(logits).log_softmax(dim=-1)
-            rows = [alone[i][LENGTHS[i] - 1 + step] for i in source.tolist()]
-            gaps += [_gap(one, other) for one, other in zip(found, rows, strict=True)]
-            if step < STEPS:
-                tokens = [texts[i][LENGTHS[i] + step] for i in source.tolist()]
-                logits = steps.step(torch.tensor(tokens, device=policy.device), positions + step)
-            if step == 0:  # a row leaves
-                rest = torch.tensor([0, 2], device=policy.device)
-                steps.past.keep_rows(rest)
-                source, positions, logits = source[rest], positions[rest], logits[rest]
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError):
-        return float("nan")
+    steps = kind(policy, model, len(source), max(map(len, texts)))
+    logits = steps.prefill(ids, mask, source)
+    for step in range(STEPS + 1):
+        found = policy.allowed(logits).log_softmax(dim=-1)
+        rows = [alone[i][LENGTHS[i] - 1 + step] for i in source.tolist()]
+        gaps += [_gap(one, other) for one, other in zip(found, rows, strict=True)]
+        if step < STEPS:
+            tokens = [texts[i][LENGTHS[i] + step] for i in source.tolist()]
+            logits = steps.step(torch.tensor(tokens, device=policy.device), positions + step)
+        if step == 0:  # a row leaves
+            rest = torch.tensor([0, 2], device=policy.device)
+            steps.past.keep_rows(rest)
+            source, positions, logits = source[rest], positions[rest], logits[rest]
     return max(gaps, key=lambda gap: (gap != gap, gap))

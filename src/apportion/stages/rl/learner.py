@@ -21,7 +21,6 @@ from apportion.evidence.process import check_columns, user_functions, wanted_col
 from apportion.evidence.scoring import BASE_EVIDENCE
 from apportion.generation.decoding import SLOW, decoding
 from apportion.generation.prompts import PromptStream, load_prompts
-from apportion.generation.recompute import RecomputeStepModel
 from apportion.losses._ratios import LIMIT
 from apportion.models.families import check_family
 from apportion.models.loading import context_of, locate
@@ -252,8 +251,8 @@ def make_learner(
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
     check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
-    if decoding(policy, policy.model) is RecomputeStepModel:
-        warn(f"warning: policy: {config.policy} {SLOW}")
+    if (why := decoding(policy, policy.model).why_slow) is not None:
+        warn(f"warning: policy: {config.policy} {SLOW}: {why}")
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from apportion.generation import sample
 from apportion.generation.decoding import SLOW, tried
-from apportion.generation.recompute import RecomputeStepModel
 from apportion.models.policy import load_policy
 from apportion.models.value_head import ValueStart
 from apportion.stages.doctor.case import Case
@@ -132,12 +131,12 @@ def mean_nll(case: Case, rows: list[list[int]], prefix: list[int]) -> float:
 def sampler_gap(case: Case) -> Result:
     """The sampler's log-probabilities equal the trainer's, and those of each text alone."""
     rollouts, model = rollouts_of(case), case.policy.model
-    slow = tried(case.policy, model) is RecomputeStepModel  # raises where they differ
+    why_slow = tried(case.policy, model).why_slow  # raises where they differ
     trained = case.policy.forward(rollouts, values=False).logprobs
     gap = difference(rollouts.logprobs, trained, rollouts.mask)
     most = float((rollouts.logprobs - trained).abs()[rollouts.mask].max())
     message = f"{gap:.2g} nats a token on average, {most:.2g} at most"
-    message = f"{message}; it {SLOW}" if slow else message
+    message = message if why_slow is None else f"{message}; it {SLOW}: {why_slow}"
     fix = "Ratios would not start at 1: use --dtype float32, or a policy whose cache is exact."
     return grade(gap, LOGPROB[dtype_of(case)], message, fix)
 
