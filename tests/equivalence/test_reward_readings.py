@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from apportion.errors import ModelError
 from apportion.evidence.reward import reward_evidence
 from apportion.models.reward import RewardModel, load_reward
+from apportion.models.reward.loading import ALONE
 from apportion.models.reward.reading import own_pad, read_model
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -187,3 +188,10 @@ def test_a_tokenizer_that_pads_with_eos_or_not_at_all_is_no_obstacle(tmp_path: P
     plain = load_reward(str(folder), device="cpu").score(*padded(TEXTS))[0]
     tiny.tokenizer(pad=pad).save_pretrained(folder)
     assert torch.equal(load_reward(str(folder), device="cpu").score(*padded(TEXTS))[0], plain)
+
+
+@pytest.mark.parametrize(("name", "alone"), [("convbert", True), ("bert", False)])
+def test_reading_one_row_at_a_time_is_said(name: str, alone: bool, tmp_path: Path) -> None:
+    family(name).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert (ALONE in load_reward(str(tmp_path), device="cpu").notes) is alone

@@ -23,6 +23,7 @@ from apportion.models.families import OTHERS
 from apportion.models.fast import has_fast_kernels
 from apportion.models.policy import Policy
 from apportion.models.shared_prompt import has_past
+from apportion.system.memory import is_out_of_memory
 from apportion.types import Rollouts
 
 # classes whose cache is known to be exact; every other one is tried
@@ -141,14 +142,12 @@ def attempt(trial: Callable[[], float]) -> Attempt:
     """Return the result of `trial`. An error of the model's own code is a result too, for any model may come here.
 
     Raises:
-        ApportionError, MemoryError, torch.OutOfMemoryError: these say nothing of the model.
+        ApportionError, or an error of memory: these say nothing of the model.
     """
     try:
         return Attempt(trial())
-    except (ApportionError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # classes of transformers raise many types for what they lack
-        if "allocate memory" in str(error):  # a CPU's, which is a plain RuntimeError
+        if isinstance(error, ApportionError) or is_out_of_memory(error):
             raise
         return Attempt(math.nan, error)
 

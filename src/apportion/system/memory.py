@@ -36,6 +36,12 @@ class PeakMemory:
                 return
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: a GPU's, Python's, or the plain RuntimeError of torch on a CPU."""
+    kind = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return kind or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def tree_mb(process: psutil.Process) -> float:
     """Return the resident memory of `process` and its living descendants, MB."""
     total = 0

@@ -19,6 +19,7 @@ from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import read_tokenizer, with_pad
 
 STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text
+ALONE = "padding changes its score, or it takes no padded batch: rows are scored one at a time, which is slow"
 OWN_TEMPLATE = (
     "it has the policy's vocabulary and a chat template of its own: conversations are scored in its own rendering"
 )
@@ -74,7 +75,8 @@ def load_reward(
         check_tokenizer(field, tokenizer)
         check_embeddings(field, model, tokenizer)
         changes = check_template(field, tokenizer, text) if templated and changes is None else changes
-    notes = [note for note in (convention, OWN_TEMPLATE if own else None, changes) if note]
+    alone = None if reading.batched else ALONE
+    notes = [note for note in (convention, OWN_TEMPLATE if own else None, changes, alone) if note]
     stored = read_statistics(Path(folder))
     mean, sd = stored.get("mean"), stored.get("sd")
     return RewardModel(model, tokenizer, chosen, mean, sd, text, notes=tuple(notes), _reading=reading)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apportion.errors import ModelError
 from apportion.models.text.render import embedding_count, position_limit
+from apportion.system.memory import is_out_of_memory
 
 HEADS = ("score", "classifier")
 LENGTH, PADS = 8, 3  # tokens of the text that is tried, and pads beside it
@@ -63,7 +64,7 @@ def read_model(model: Any, field: str = "reward_model") -> Reading:
         with torch.enable_grad():
             return _read(model)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         got = f"{core(model).__class__.__name__}, which cannot score {LENGTH} tokens ({reason})"
@@ -168,7 +169,7 @@ def _reads_padded(model: Any, rows: Tensor, alone: Tensor, causal: bool, positio
         with pad_set_to(model, fill):
             logits = model(**inputs_of(model, ids, mask, position_ids)).logits[:count].float()
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         return False
     largest = float(torch.cat([logits, alone.float()[None]]).abs().max())
