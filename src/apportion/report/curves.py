@@ -33,7 +33,7 @@ MAIN = (
     Measure("policy/clipfrac", "Clip fraction", "share of clipped ratios"),
     Measure("kl/coef", "KL coefficient"),
     Measure("credit/kept_mass", "Kept mass", "share of attention on the response"),
-    Measure("advantage/end_token_length_corr", "End token and length", "correlation of its advantage with the length"),
+    Measure("advantage/end_token_length_corr", "End token and length", "correlation"),
 )
 REWARD = (
     Measure("loss/reward", "Loss", "nats an excerpt"),
