@@ -1,7 +1,7 @@
 """Records small real runs, and compares two recordings to the last digit: what a refactoring must not change.
 
     python tools/record_runs.py record OUT [--source src] [--world WORLD] [--only NAME ...]
-    python tools/record_runs.py compare BEFORE AFTER
+    python tools/record_runs.py compare BEFORE AFTER [--added advantage/]
 
 `record` trains tiny models through the command of the tree whose `src` is given (float32, one thread): PPO, ABC, macro
 actions, GRPO, RLOO, a reward model and a diagnosis; adapters and all weights; one process, two, and two with sharded
@@ -210,8 +210,11 @@ def record(out: Path, source: Path, world: Path, only: list[str]) -> None:
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def compare(before: Path, after: Path) -> int:
-    """Print what differs between two recordings and return how many cases do."""
+def compare(before: Path, after: Path, added: tuple[str, ...] = ()) -> int:
+    """Print what differs between two recordings and return how many cases do.
+
+    Metrics whose names begin with one of `added` may be in the second alone.
+    """
     names = sorted({p.name for p in before.glob("*.json")} | {p.name for p in after.glob("*.json")})
     bad = 0
     for name in names:
@@ -220,22 +223,24 @@ def compare(before: Path, after: Path) -> int:
             print(f"{name[:-5]}: only in {before if one.exists() else after}")
             bad += 1
             continue
-        differ = differences(*(without_seconds(json.loads(path.read_text())) for path in (one, two)))
+        differ = differences(*(without_seconds(json.loads(path.read_text())) for path in (one, two)), added=added)
         print(f"{name[:-5]}: {'the same' if not differ else '; '.join(differ[:6])}")
         bad += bool(differ)
     print(f"{len(names) - bad} of {len(names)} cases are the same to the last digit")
     return bad
 
 
-def differences(one: Any, two: Any, where: str = "") -> list[str]:
-    """Return the places in which two nested values differ."""
+def differences(one: Any, two: Any, where: str = "", added: tuple[str, ...] = ()) -> list[str]:
+    """Return the places in which two nested values differ; keys that begin with one of `added` may be only in `two`."""
     if isinstance(one, dict) and isinstance(two, dict):
         keys = sorted(one.keys() | two.keys())
-        missing = [f"{where}{k} in one only" for k in keys if (k in one) != (k in two)]
-        return missing + [d for k in keys if k in one and k in two for d in differences(one[k], two[k], f"{where}{k} ")]
+        new = {k for k in keys if k not in one and k.startswith(added)} if added else set()
+        missing = [f"{where}{k} in one only" for k in keys if (k in one) != (k in two) and k not in new]
+        both = [k for k in keys if k in one and k in two]
+        return missing + [d for k in both for d in differences(one[k], two[k], f"{where}{k} ", added)]
     if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
         pairs = enumerate(zip(one, two, strict=True))
-        return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}{i} ")]
+        return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}{i} ", added)]
     return [] if one == two else [f"{where}{str(one)[:24]} became {str(two)[:24]}"]
 
 
@@ -251,9 +256,10 @@ def main() -> int:
     two = parts.add_parser("compare")
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)
+    two.add_argument("--added", nargs="*", default=[], help="beginnings of metrics that AFTER alone may have")
     options = parser.parse_args()
     if options.what == "compare":
-        return bool(compare(options.before, options.after))
+        return bool(compare(options.before, options.after, tuple(options.added)))
     world = (options.world or options.out / "world").resolve()
     record(options.out.resolve(), options.source.resolve(), world, options.only)
     return 0

@@ -79,10 +79,11 @@ def test_every_form_of_a_pair_is_read(tmp_path: Path, row: dict[str, Any], texts
 @pytest.mark.parametrize(
     ("row", "pieces"),
     [
-        ({"chosen": "Fine.", "rejected": "Fine."}, ["chosen and rejected are the same", "pass --skip_bad_rows"]),
-        ({"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, ["chosen and rejected are the same"]),
         ({"chosen": ASK + GOOD, "rejected": [{**ASK[0], "content": "Why?"}, *BAD]}, ["answers to one conversation"]),
-        ({"chosen": "Fine.", "rejected": GOOD}, ["two different texts, or two different answers"]),
+        (
+            {"chosen": "Fine.", "rejected": GOOD},
+            ["two texts, or two answers to one conversation", "pass --skip_bad_rows"],
+        ),
         ({"prompt": "Why?", "chosen": ASK + GOOD, "rejected": ASK + BAD}, ["prompt = str, chosen = list"]),
         ({"prompt": "How?", "chosen": "Fine.", "rejected": " "}, ["rejected = ' '", "Fill it in"]),
     ],
@@ -91,6 +92,25 @@ def test_a_pair_that_cannot_be_compared_is_named(tmp_path: Path, row: dict[str, 
     with pytest.raises(DataError) as caught:
         labelled(write(tmp_path / "a.jsonl", [row]), render=renderer(), pairs=True)
     assert all(piece in str(caught.value) for piece in ("a.jsonl, line 1", *pieces)), caught.value
+
+
+@pytest.mark.parametrize(
+    ("same", "other"),
+    [
+        ({"chosen": "Fine.", "rejected": "Fine."}, {"chosen": "Fine.", "rejected": "No."}),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": GOOD}, {"prompt": ASK, "chosen": GOOD, "rejected": BAD}),
+    ],
+)
+def test_pairs_of_equal_texts_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], same: dict[str, Any], other: dict[str, Any]
+) -> None:
+    alone = labelled(write(tmp_path / "alone.jsonl", [other]), render=renderer(), pairs=True)
+    assert capsys.readouterr().err == ""
+    source = write(tmp_path / "a.jsonl", [same, other, same])
+    assert labelled(source, render=renderer(), pairs=True) == alone
+    assert f"data: {source}: 2 of 3 pairs have two equal texts" in capsys.readouterr().err
+    with pytest.raises(DataError, match="2 pairs, all of two equal texts"):
+        labelled(write(tmp_path / "b.jsonl", [same, same]), render=renderer(), pairs=True)
 
 
 def pair(chosen: str, rejected: str, prompt: int = 0) -> list[Labelled]:

@@ -65,19 +65,23 @@ class RowReader:
         field: the configuration key that gave the table, for error messages.
         render: renders conversations; None where there is no chat template.
         pairs: whether preference pairs are read as well.
+
+    Attributes:
+        equal: pairs of two equal texts so far. Their loss has no gradient, so they are no rows.
     """
 
     def __init__(self, layout: Layout, field: str, render: Render | None = None, pairs: bool = False) -> None:
         self.layout, self.field, self.render, self.pairs = layout, field, render, pairs
         self.form: tuple[str, ...] | None = None
+        self.equal = 0
 
     def __call__(self, row: Row) -> tuple[Labelled, ...]:
-        """Return the labelled text of `row`, or the chosen and the rejected text of a pair.
+        """Return the labelled text of `row`, or the chosen and the rejected text of a pair; nothing for two equal ones.
 
         Raises:
             ColumnError: preference pairs where none are read, or labels in another scale.
-            DataError: an absent, empty or unsuitable value, a conversation that cannot be rendered, two texts of a pair
-                that are the same; with its row.
+            DataError: an absent, empty or unsuitable value, a conversation that cannot be rendered, answers to two
+                conversations; with its row.
         """
         form = self.form = self.form or self._form(row)
         if form[-2:] == PAIR:
@@ -121,13 +125,15 @@ class RowReader:
         for column, answer, label in zip(PAIR, (chosen, rejected), (1, 0), strict=True):
             prompt, text = self._texts(row, (*columns[:-2], column), [*before, answer])
             made.append(Labelled(prompt + text, label, len(prompt), True, not isinstance(answer, str)))
-        same, before_answers = made[0].text == made[1].text, {one.text[: one.prompt] for one in made}
-        if same or len(before_answers) > 1 or isinstance(chosen, str) != isinstance(rejected, str):
-            got = f"chosen = {chosen!r:.60}, rejected = {rejected!r:.60}"
-            got = f"{row.where}: {'chosen and rejected are the same' if same else got}"
-            expected = "two different texts, or two different answers to one conversation"
+        before_answers = {one.text[: one.prompt] for one in made}
+        if len(before_answers) > 1 or isinstance(chosen, str) != isinstance(rejected, str):
+            got = f"{row.where}: chosen = {chosen!r:.60}, rejected = {rejected!r:.60}"
+            expected = "two texts, or two answers to one conversation"
             fix = "Remove the row, or pass --skip_bad_rows: the two cannot be compared."
             raise DataError(self.field, got, expected, fix)
+        if made[0].text == made[1].text:
+            self.equal += 1
+            return ()
         return tuple(made)
 
     def _require(self, row: Row, column: str, kind: str) -> None:

@@ -12,7 +12,9 @@ from apportion.data.bad_rows import BadRows
 from apportion.data.label_rows import Labelled, Layout, Render, RowReader
 from apportion.data.labels import label_of
 from apportion.data.tables import iter_rows, usable
+from apportion.distributed import collectives
 from apportion.errors import ConfigError, DataError
+from apportion.system import stderr
 
 _LINE_BREAKS = re.compile(r"(?:\s*<br\s*/?>\s*)+", re.IGNORECASE)
 _USUAL = Layout()
@@ -54,6 +56,7 @@ def labelled(
     else:
         reader = RowReader(layout, field, render, pairs)
         rows = [row for made in usable(source, reader, field=field, bad=bad, split=layout.split) for row in made]
+        _report_equal(source, field, reader.equal, len(rows) // 2)
     if part is None:
         return rows
     chosen = splits.part(rows, part, text=lambda row: row.text)
@@ -61,6 +64,18 @@ def labelled(
         got = f"{source}: no row of {len(rows)} falls into part {part!r}"
         raise DataError(field, got, "at least one row", "Give more rows, or no part.")
     return chosen
+
+
+def _report_equal(source: str, field: str, equal: int, different: int) -> None:
+    """Warn of pairs of two equal texts, which are left out. Raises DataError where there is no other."""
+    if not equal:
+        return
+    if not different:
+        got, fix = f"{source}: {equal} pairs, all of two equal texts", "Give pairs whose texts differ."
+        raise DataError(field, got, "a pair of different texts", fix)
+    if collectives.is_log_rank():
+        text = f"{equal} of {equal + different} pairs have two equal texts: they teach nothing and are left out"
+        stderr.write(f"warning: {field}: {source}: {text}.\n")
 
 
 def labelled_splits(
