@@ -110,7 +110,7 @@ CASES = (
     _reviews("a header alone", "text,label\n", "a.csv: no rows"),
     _reviews("a strange label", GOOD + "a,perhaps\n", "line 32: label = 'perhaps'", "Write 1 or positive"),
     _reviews("labels of another scale", GOOD + "a,5\n", "line 32: label = '5'", "in another scale, such as 1 to 5"),
-    _reviews("a pair of one text", "chosen,rejected\na,b\nc,c\n", "line 3: chosen and rejected are the same"),
+    _reviews("pairs of one text", "chosen,rejected\nc,c\n", "a.csv: 1 pairs, all of two equal texts"),
     _reviews("another column of texts", "review,label\na,1\n", "Did you mean 'review'? Pass --text_column review"),
     _reviews("one label only", "text,label\n" + "".join(f"t{i},1\n" for i in range(40)), "all with label 1"),
     Case(

@@ -63,7 +63,7 @@ class Attempt(NamedTuple):
     error: Exception | None = None
 
     def describe(self) -> str:
-        """Return what came, for a message."""
+        """Return the result of the trial, for a message."""
         if self.error is None:
             return f"off by {self.gap:.2g} nats a token"
         first = (str(self.error).splitlines() or [""])[0][:200]
