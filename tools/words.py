@@ -33,7 +33,7 @@ MODULES = {  # file names, without .py
     "masters": "master_weights",
     "own_methods": "user_code",
     "own_tokenizer": "text/render",
-    "packed": "packed_weights",
+    "packed": "onednn",
     "plain_yaml": "safe_yaml",
     "randomness": "rng",
     "refusals": "compatibility",

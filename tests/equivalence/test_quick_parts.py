@@ -26,7 +26,7 @@ from apportion.models import token_logprobs as blocks
 from apportion.models.fast import has_fast_kernels, use_fast_kernels, use_packed_weights
 from apportion.models.fast.linear import FlatLinear, LowRank, linear_parts, use_fast_linear
 from apportion.models.fast.norms import FAST, Gate, RMSNorm, use_fast_norms
-from apportion.models.fast.packed_weights import can_pack
+from apportion.models.fast.onednn import can_pack
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import (
     MasterAdamW,

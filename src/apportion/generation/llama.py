@@ -13,7 +13,7 @@ from apportion.distributed.sharding import plain_class
 from apportion.generation.key_values import KeyValueBuffers, Pair
 from apportion.generation.step_model import StepModel
 from apportion.models.fast.linear import linear_parts
-from apportion.models.fast.packed_weights import can_pack, pack, packed_product
+from apportion.models.fast.onednn import can_pack_to_sample, onednn_product, pack
 from apportion.models.policy import Policy
 
 Product = Callable[[Tensor], Tensor]
@@ -147,7 +147,7 @@ def product(layers: list[nn.Module]) -> Product:
 
 def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
     """Return the function x -> x·weightᵀ + bias, packed where supported."""
-    if can_pack(weight):
+    if can_pack_to_sample(weight):
         packed = pack(weight)
-        return lambda x: packed_product(x, packed, bias)
+        return lambda x: onednn_product(x, packed, bias)
     return lambda x: functional.linear(x, weight, bias)

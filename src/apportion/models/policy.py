@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from apportion.batching import at_places, without_holes
 from apportion.config.sections import LoraConfig
@@ -17,6 +18,7 @@ from apportion.distributed.sharding import Sharded, Weights
 from apportion.losses import entropy_of
 from apportion.masking import last_index
 from apportion.models.families import check_family, freeze_other_parts
+from apportion.models.fast.onednn import linear
 from apportion.models.loading import load_causal, locate, pick_device, pick_dtype, use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import to_sixteen_bit
@@ -226,7 +228,8 @@ def plain_head(model: Any) -> bool:
         return False
     with contiguous_head(model) as captured:
         logits = model(input_ids=torch.tensor([[1, 2]], device=head.weight.device), use_cache=False).logits
-    return torch.equal(logits, torch.nn.functional.linear(captured[-1], head.weight, getattr(head, "bias", None)))
+    logits, states, bias = logits.flatten(0, -2), captured[-1].flatten(0, -2), getattr(head, "bias", None)
+    return any(torch.equal(logits, multiply(states, head.weight, bias)) for multiply in (functional.linear, linear))
 
 
 @contextlib.contextmanager

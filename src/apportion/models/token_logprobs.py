@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.models.fast.onednn import linear, product
+
 BLOCK_ELEMENTS = 1 << 24  # logits at once: 32 MiB in 16 bit
 ROWS_ELEMENTS = 1 << 21  # logits at once in float32: 8 MiB, which a processor's cache holds
 SAVED_ELEMENTS = 1 << 26  # logits saved for the backward pass: 128 MiB in 16 bit; more are recomputed
@@ -79,7 +81,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = saved[number] if saved else block_logits(states[block], weight, bias, banned)
             d_logits = logits_gradient(logits, ids[block], normaliser[block], gradient[block], ctx.temperature)
             if d_states is not None:
-                torch.mm(d_logits, weight, out=d_states[block])
+                d_states[block] = product(d_logits, weight)
             if d_weight is not None:
                 d_weight.addmm_(d_logits.T, states[block])
             if d_bias is not None:
@@ -90,7 +92,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def block_logits(states: Tensor, weight: Tensor, bias: Tensor | None, banned: Tensor) -> Tensor:
     """Return the logits (n,V) of `states` (n,d) in their dtype, −inf on the banned ids."""
-    logits = torch.nn.functional.linear(states, weight, bias)
+    logits = linear(states, weight, bias)
     return logits.index_fill_(1, banned, -torch.inf)
 
 

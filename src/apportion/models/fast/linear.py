@@ -1,4 +1,4 @@
-"""Faster linear layers: two-dimensional products, adapters in the layer's own dtype, packed frozen weights.
+"""Faster linear layers: two-dimensional products by the faster library, adapters in the layer's own dtype.
 
 `torch.matmul` multiplies a strided three-dimensional input with a frozen weight as a batch of products over *copies*
 of the weight, which costs more than the product; and peft's adapters cast their input to float32 and back. The classes
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apportion.models.fast.packed_weights import PackedLinear, PackedWeight, can_pack, pack
+from apportion.models.fast.onednn import PackedLinear, PackedWeight, can_pack, linear, pack, product
 
 
 def use_fast_linear(model: nn.Module) -> None:
@@ -39,7 +39,7 @@ class FlatLinear(nn.Linear):
         if self.packed is not None and flat.dtype == self.weight.dtype:
             flat = PackedLinear.apply(flat, self.packed, self.bias)  # type: ignore[no-untyped-call]
         else:
-            flat = nn.functional.linear(flat, self.weight, self.bias)
+            flat = linear(flat, self.weight, self.bias)
         return flat.view(*input.shape[:-1], flat.shape[-1])
 
 
@@ -134,7 +134,7 @@ class LowRank(torch.autograd.Function):
         """Return (m,n) for x (m,k), in x's dtype; `packed` is the packed weight."""
         narrow_down, narrow_up = down.to(x.dtype), (up * s).to(x.dtype)
         inner = x @ narrow_down.T  # (m,r)
-        base = nn.functional.linear(x, weight, bias) if packed is None else packed.times(x, bias)
+        base = linear(x, weight, bias) if packed is None else packed.times(x, bias)
         out = base.addmm_(inner, narrow_up.T)
         ctx.save_for_backward(x, weight, narrow_down, narrow_up, inner)
         ctx.scale, ctx.dtypes, ctx.packed = s, (down.dtype, up.dtype), packed
@@ -148,7 +148,7 @@ class LowRank(torch.autograd.Function):
         inner_gradient = gradient @ up  # (m,r), scaled
         d_x = None
         if ctx.needs_input_grad[0]:
-            through = gradient @ weight if ctx.packed is None else ctx.packed.times_transposed(gradient)
+            through = product(gradient, weight) if ctx.packed is None else ctx.packed.times_transposed(gradient)
             d_x = through.addmm_(inner_gradient, down)
         d_down = (inner_gradient.T @ x).to(ctx.dtypes[0])
         d_up = (gradient.T @ inner).to(ctx.dtypes[1]).mul_(ctx.scale)
