@@ -39,7 +39,7 @@ from apportion.models.policy import Policy, plain_head
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.shared_prompt import shared_prompts
 from apportion.models.token_logprobs import token_logprobs
-from apportion.stages.rl.policy import make_policy
+from apportion.stages.rl.models import make_policy
 from apportion.training.state import pack_state, unpack_state
 
 
