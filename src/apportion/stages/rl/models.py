@@ -10,9 +10,9 @@ import torch
 from apportion.config import RLConfig
 from apportion.data.bad_rows import leaving_out
 from apportion.evidence import Models
-from apportion.evidence.process import check_columns, user_functions, wanted_columns
+from apportion.evidence.process import prompts_for
 from apportion.generation.decoding import SLOW, decoding
-from apportion.generation.prompts import PromptStream, load_prompts
+from apportion.generation.prompts import PromptStream, encode_prompts
 from apportion.models.families import check_family
 from apportion.models.loading import context_of, locate
 from apportion.models.policy import Policy, load_policy
@@ -43,7 +43,7 @@ def open_models(
     """
     folder, reward_folder = locate("policy", config.policy), locate("reward_model", config.reward_model)
     tokenizer, prompts = open_prompts(config, needs, folder)
-    findings = preflight(config, folder, tokenizer, prompts.encoded.texts, prompts.rows, prompts.encoded.hidden)
+    findings = preflight(config, folder, tokenizer, prompts.texts, prompts.rows, prompts.hidden)
     text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     loading |= {"fast_kernels": config.fast_kernels, "positive": config.positive_label}
@@ -64,15 +64,13 @@ def open_prompts(config: RLConfig, needs: frozenset[str], folder: str) -> tuple[
     """Return (the tokenizer of the policy in `folder`, the prompts with the columns that functions in `needs` take).
 
     Raises:
-        DataError: as `load_prompts` and `encode_prompts`, or a column that a function needs is not there.
+        DataError: as `prompts_for` and `encode_prompts`.
     """
-    functions = user_functions(needs)
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
-        loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
-        check_columns(functions, [prompt.columns for prompt in loaded])
+        loaded = prompts_for(needs, config.prompts, bad)
         check_family("policy", folder, load_settings("policy", folder))
         tokenizer = load_tokenizer("policy", folder, config.pad_token)
-        return tokenizer, PromptStream(loaded, tokenizer, config.sampling, config.seed, context_of(folder), bad)
+        return tokenizer, encode_prompts(loaded, tokenizer, config.sampling, config.seed, context_of(folder), bad)
 
 
 def make_policy(config: RLConfig, reward: RewardModel | None = None) -> Policy:
