@@ -16,7 +16,7 @@ from apportion.models.families import check_family, policy_class, refuse_left_ou
 from apportion.models.fast import use_fast_kernels
 from apportion.models.files import ADAPTER_SETTINGS, has_weights, is_adapter, without_adapter
 from apportion.models.pretrained import NO_CODE, adapter_settings, base_of, fix_of, load_settings, with_reason
-from apportion.models.stored_head import label_count
+from apportion.models.stored_head import head_of, label_count
 from apportion.system import cpu
 from apportion.system.paths import local_path
 
@@ -213,7 +213,7 @@ def load_classifier(
     if new_head is None:
         _refuse_missing(field, folder, info)
     else:
-        head = next(m for name, m in model.named_children() if name in ("score", "classifier"))
+        head: Any = head_of(model)
         width = head.weight.shape[1]
         torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
     return prepared(model.to(device).eval(), fast_kernels)

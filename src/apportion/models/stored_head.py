@@ -1,4 +1,4 @@
-"""The stored head of a reward model: how many scores it gives, and which label's is the good one."""
+"""The head of a reward model: where it is, how many scores it gives, and which label's is the good one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from apportion.errors import ConfigError, ModelError
 from apportion.models.files import stored_shapes
+from apportion.models.lora import bare
 from apportion.models.pretrained import adapter_settings
 
-# names of the layer that gives the logits, in the classifiers of transformers
-HEADS = (
+HEADS = ("score", "classifier")  # names of the module that gives the logits, in the classifiers of transformers
+WEIGHTS = (  # and of its last layer's weights in their files
     "score.weight",
     "classifier.weight",
     "classifier.out_proj.weight",
@@ -64,10 +67,15 @@ def stored_rows(folder: str, download: bool = True) -> int | None:
     from safetensors import SafetensorError
 
     try:
-        heads = stored_shapes(folder, lambda name: head_name(name) in HEADS, download=download)
+        heads = stored_shapes(folder, lambda name: head_name(name) in WEIGHTS, download=download)
         return next((shape[0] for shape in heads.values()), None)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """Return the module named as classifiers name their head, or None."""
+    return next((module for name, module in bare(model).named_children() if name in HEADS), None)
 
 
 def head_name(key: str) -> str:
