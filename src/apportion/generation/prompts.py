@@ -46,6 +46,7 @@ class PromptStream:
         self.rows: list[list[int]] = []
         self.conversations: dict[tuple[int, ...], Conversation] = {}
         self.hidden: list[str] = []
+        self._cached: tuple[int, list[int]] = (-1, [])  # a pass over the prompts, and its order
 
     def add(self, prompt: Prompt, row: list[int], rendered: Rendered | None, whole: bool) -> None:
         """Add a prompt with its ids, a conversation as rendered; `whole` where it was not cut."""
@@ -69,7 +70,7 @@ class PromptStream:
         return [self._order(i // len(self.rows))[i % len(self.rows)] for i in range(first, first + count)]
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_cached", (None, None))[0] != epoch:
+        if self._cached[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._cached = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
         return self._cached[1]
