@@ -29,7 +29,7 @@ from apportion.config import LoraConfig, OptimConfig, PPOConfig, RLConfig, Sampl
 from apportion.models.fast.linear import FlatLinear
 from apportion.models.fast.norms import FAST
 from apportion.models.policy import Policy
-from apportion.stages.rl.policy import make_policy
+from apportion.stages.rl.models import make_policy
 from apportion.stages.rl.update import Targets, update
 from apportion.system import cpu
 from apportion.training.optimizer import make_optimizer

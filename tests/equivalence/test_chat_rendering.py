@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
-from apportion.data import Conversation
+from apportion.config import SamplingConfig
+from apportion.data import Conversation, labelled, read_prompts
 from apportion.errors import ConfigError, DataError
+from apportion.generation.prompts import encode_prompts
 from apportion.models.text.chat import apply_template, as_text, check_variables, render_conversation, with_response
+from apportion.models.text.labelled import chat_renderer
+from apportion.models.text.render import render
+from apportion.models.text.template import renders_alike
+from apportion.models.text.token_spans import PolicyText
 
 ASKS = "{% if add_generation_prompt %}[assistant]{% endif %}"
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}" + ASKS
@@ -210,3 +218,40 @@ def test_a_whole_conversation_is_rendered_with_its_answer() -> None:
     assert found.text == tokenizer.apply_chat_template(turns, tokenize=False) == "[user]is it cold;[assistant]yes;"
     with pytest.raises(DataError, match="turn 1 .role 'tool'.: the chat template drops the text 'ok'"):
         render_conversation("data", templated(STRICT), [{"role": "tool", "content": "ok"}, *turns], generation=False)
+
+
+def test_tools_and_variables_of_a_row_reach_every_rendering(tmp_path: Path) -> None:
+    """As prompts of a run, labelled texts, pairs, and in a reward model's own template; a row without them has none."""
+    head = "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}{% if mood %}({{ mood }}){% endif %}"
+    policy, reward = templated(head + PLAIN), templated("!" + head + PLAIN)
+    answers = [{"role": "assistant", "content": text} for text in ("a good cast", "no")]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    more = {"tools": tools, "chat_template_kwargs": {"mood": "calm"}}
+    start, plain = "<weather>(calm)[user]is it cold;[assistant]", "[user]is it cold;[assistant]"
+    files = {
+        "prompts": [{"prompt": [ASK], **more}, {"prompt": [ASK]}],
+        "texts": [{"messages": [ASK, answers[0]], "label": 1, **more}, {"messages": [ASK, answers[1]], "label": 0}],
+        "pairs": [{"prompt": [ASK], "chosen": answers[:1], "rejected": answers[1:], **more}],
+    }
+    for name, rows in files.items():
+        (tmp_path / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = encode_prompts(
+        read_prompts(str(tmp_path / "prompts.jsonl")), policy, SamplingConfig(prompt_tokens=None), 0, 512
+    )
+    assert [policy.decode(row) for row in found.rows] == [start, plain]
+    for name in ("texts", "pairs"):
+        rows = labelled(str(tmp_path / f"{name}.jsonl"), render=chat_renderer(lambda: policy), pairs=True)
+        starts = [start, start if name == "pairs" else plain]
+        assert [(row.text[: row.prompt], row.text[row.prompt :]) for row in rows] == [
+            (starts[0], "a good cast;"),
+            (starts[1], "no;"),
+        ]
+    texts = PolicyText(policy, found.conversations)
+    response = policy("a good cast", add_special_tokens=False)["input_ids"]
+    assert [render(reward, texts, row, response).text for row in found.rows] == [
+        f"!{start}a good cast;",
+        f"!{plain}a good cast;",
+    ]
+    # by ids only where tools and variables are rendered alike as well
+    assert renders_alike(texts, templated(head + PLAIN + "{# another #}"))
+    assert not renders_alike(texts, templated(PLAIN)) and not renders_alike(texts, reward)

@@ -15,7 +15,7 @@ from apportion.errors import ConfigError
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.value_head import score_layer
 from apportion.stages.rl import train
-from apportion.stages.rl.policy import make_policy
+from apportion.stages.rl.models import make_policy
 
 RESPONSES = [[50, 60, 70, 80, 90], [33, tiny_runs.EOS], [tiny_runs.EOS], [21, 22, 23, tiny_runs.EOS]]
 STATISTICS = {"mean": 0.7, "sd": 2.5}

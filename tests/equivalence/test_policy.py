@@ -19,7 +19,7 @@ from apportion.models.loading import load_causal, locate
 from apportion.models.lora import add_adapter, target_names
 from apportion.models.policy import Policy
 from apportion.models.saving import save_policy
-from apportion.stages.rl.policy import make_policy
+from apportion.stages.rl.models import make_policy
 
 CPU = torch.device("cpu")
 ARCHITECTURES = ["llama (grouped queries)", "gpt2", "opt", "gpt-neox", "mistral (window 4)", "qwen3 (q/k norm)"]

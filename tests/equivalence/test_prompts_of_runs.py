@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from apportion.config import SamplingConfig
 from apportion.data import BadRows, Conversation, Prompt
 from apportion.errors import ConfigError, DataError
-from apportion.generation.prompts import PromptStream, encode_prompts, encoded
+from apportion.generation.prompts import encode_prompts
 from apportion.stages.rl.sources import PolicySource
 
 WHOLE = SamplingConfig(prompt_tokens=None, max_new_tokens=4)
@@ -101,7 +101,7 @@ def test_cut_prompts_are_the_first_tokens_of_a_seeded_number() -> None:
     cuts = torch.randint(2, 7, (len(texts),), generator=torch.Generator().manual_seed(7)).tolist()
     assert len(set(cuts)) > 2
     ids = [tiny.tokenizer()(text)["input_ids"][:cut] for text, cut in zip(texts, cuts, strict=True)]
-    assert found.rows == encoded(given(texts), tiny.tokenizer(), sampling, 7).rows == ids
+    assert found.rows == encode_prompts(given(texts), tiny.tokenizer(), sampling, 7, None).rows == ids
 
 
 class TestBeginning:
@@ -167,7 +167,7 @@ def test_rollouts_name_the_row_of_their_prompt(tmp_path: Path) -> None:
     config = tiny_runs.config(world, **{"sampling.samples_per_prompt": 2, "sampling.prompt_tokens": "null"})
     rows = [Prompt(text, columns={"answer": i}) for i, text in enumerate(["a film", "a film", "a story", "a cast"])]
     policy = tiny_runs.policy(world)
-    stream = PromptStream(rows, policy.tokenizer, config.sampling, 0, 128)
+    stream = encode_prompts(rows, policy.tokenizer, config.sampling, 0, 128)
     source = PolicySource(policy, stream, config, torch.Generator().manual_seed(0), None)
     seen = []
     for step in (1, 2, 3, 4):
@@ -180,5 +180,5 @@ def test_rollouts_name_the_row_of_their_prompt(tmp_path: Path) -> None:
         seen += places[::2]
     assert sorted(seen) == sorted([0, 1, 2, 3] * 3)
     assert stream.columns == [{"answer": i} for i in range(4)]
-    bare = PromptStream(given(["a film", "a story"]), policy.tokenizer, config.sampling, 0, 128)
+    bare = encode_prompts(given(["a film", "a story"]), policy.tokenizer, config.sampling, 0, 128)
     assert PolicySource(policy, bare, config, torch.Generator().manual_seed(0), None).take(1).evidence == {}

@@ -22,11 +22,12 @@ from apportion.evidence.reward import sharing
 from apportion.generation.llama import LlamaStepModel, product
 from apportion.generation.sampler import make_step_model
 from apportion.generation.step_model import StepModel
-from apportion.models import token_logprobs as blocks
 from apportion.models.fast import has_fast_kernels, use_fast_kernels, use_packed_weights
+from apportion.models.fast import token_logprobs as blocks
 from apportion.models.fast.linear import FlatLinear, LowRank, linear_parts, use_fast_linear
 from apportion.models.fast.norms import FAST, Gate, RMSNorm, use_fast_norms
 from apportion.models.fast.onednn import can_pack
+from apportion.models.fast.token_logprobs import token_logprobs
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import (
     MasterAdamW,
@@ -38,8 +39,7 @@ from apportion.models.master_weights import (
 from apportion.models.policy import Policy, plain_head
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.shared_prompt import shared_prompts
-from apportion.models.token_logprobs import token_logprobs
-from apportion.stages.rl.policy import make_policy
+from apportion.stages.rl.models import make_policy
 from apportion.training.state import pack_state, unpack_state
 
 

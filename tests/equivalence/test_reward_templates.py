@@ -25,11 +25,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from apportion.config import SamplingConfig
 from apportion.errors import ModelError
 from apportion.evidence.reward import reward_evidence
 from apportion.evidence.text_reward import translate
-from apportion.generation.prompts import conversations
 from apportion.models.reward import load_reward
 from apportion.models.text.template import _aligned
 from apportion.models.text.token_spans import PolicyText
@@ -220,12 +218,6 @@ def test_a_template_of_its_own_is_read_although_the_words_are_the_policys(world:
             logits = reward.model(torch.tensor([read])).logits[0]
         found = reward_evidence(reward, batch, frozenset({"scores"}))["scores"]
         assert float(found) == pytest.approx(float(logits[1] - logits[0]), abs=1e-5)
-
-
-def test_a_conversation_that_is_cut_is_a_text() -> None:
-    texts, rows = ["plain", CHAT], [[5, 6], [7, 8]]
-    assert conversations(texts, rows, SamplingConfig(prompt_tokens=None)) == {(7, 8): CHAT}
-    assert conversations(texts, rows, SamplingConfig(prompt_tokens=[1, 2])) == {}
 
 
 def test_a_run_on_conversations(world: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from apportion.errors import ModelError
-from apportion.models.adapters import ADAPTER
+from apportion.models.files import ADAPTER
 from apportion.models.loading import load_causal, load_classifier
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from apportion.models.pretrained import generation_stops
 from apportion.models.tokenizers import with_pad
 from apportion.stages.doctor import Case, Check, run_checks
 from apportion.stages.doctor.checks import labels, policy, prompts, reward_tokenizer, tokens
-from apportion.stages.doctor.checks.reward import head_of, looks_initialised
+from apportion.stages.doctor.checks.reward import looks_initialised, score_layer
 from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, combine, fail, ok, warn
 from apportion.stages.doctor.reward import CHECKS as REWARD_CHECKS
 from apportion.stages.doctor.rl import CHECKS
@@ -118,8 +118,8 @@ def test_a_trained_head_is_distinguished_from_a_new_one() -> None:
 def test_the_last_layer_of_a_head_is_checked() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = RobertaForSequenceClassification(RobertaConfig(**sizes, vocab_size=20, num_labels=1))
-    assert head_of(model) is model.classifier.out_proj
-    assert head_of(torch.nn.Linear(2, 2)) is None
+    assert score_layer(model) is model.classifier.out_proj
+    assert score_layer(torch.nn.Linear(2, 2)) is None
 
 
 def test_texts_with_both_labels_fail_from_one_in_a_hundred() -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from apportion.errors import ModelError
 from apportion.models import adapters
-from apportion.models.adapters import ADAPTER
+from apportion.models.files import ADAPTER
 from apportion.models.loading import load_causal, load_classifier
 from apportion.models.pretrained import QUANTISATION_PACKAGES, fix_of, load_settings, reason
 from apportion.stages.rl.train import train

@@ -160,8 +160,8 @@ def test_mistakes_are_named(
 def test_the_verdict_names_what_a_stop_bias_rewards() -> None:
     wide = {"mean": 0.9, "low": 0.8, "high": 0.97}
     bias = {"mean": -0.2, "low": -0.3, "high": -0.1}
-    assert "rewards longer responses" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
+    assert "rewards longer responses" in verdict({"cosine": wide, "stop_bias": bias})
     bias = {"mean": 0.2, "low": 0.1, "high": 0.3}
-    assert "rewards stopping early" in verdict("uniform", {"cosine": wide, "stop_bias": bias})
+    assert "rewards stopping early" in verdict({"cosine": wide, "stop_bias": bias})
     bias = {"mean": 0.0, "low": -0.1, "high": 0.1}
-    assert "rewards" not in verdict("sparse", {"cosine": wide, "stop_bias": bias})
+    assert "rewards" not in verdict({"cosine": wide, "stop_bias": bias})

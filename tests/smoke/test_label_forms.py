@@ -20,7 +20,7 @@ from apportion.config import RewardConfig
 from apportion.data import BadRows, Labelled, Layout, labelled, labelled_splits
 from apportion.data.label_rows import Render
 from apportion.errors import ConfigError, DataError, ModelError
-from apportion.models.text.bos import added_bos, starts_with_bos, tokenize_once, without_bos
+from apportion.models.text.bos import added_bos, starts_with_bos, without_bos
 from apportion.models.text.labelled import chat_renderer, token_rows
 from apportion.stages.reward.evaluation import token_ids
 from apportion.stages.reward.excerpts import TokenRows, random_excerpts
@@ -105,8 +105,8 @@ def test_columns_of_arrow_hold_nulls_and_encoded_values(tmp_path: Path) -> None:
         ({"prompt": "a", "completion": TALK, "label": 1}, Layout(), ["prompt = str, completion = list", "of one kind"]),
         ({"messages": "How?", "label": 1}, Layout(), ["messages = 'How?'", "a list of messages"]),
         ({"messages": [{"content": "x"}], "label": 1}, Layout(), ["each with its role"]),
-        ({"messages": TALK[:1], "label": 1}, Layout(), ["line 1: the last message is", "of role 'assistant'"]),
-        ({"messages": [*TALK[:1], {"role": "assistant"}], "label": 1}, Layout(), ["the last message is"]),
+        ({"messages": TALK[:1], "label": 1}, Layout(), ["line 1: the last turn is", "of role 'assistant'"]),
+        ({"messages": [*TALK[:1], {"role": "assistant"}], "label": 1}, Layout(), ["line 1: messages[1]", "content"]),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, row: dict[str, Any], layout: Layout, pieces: list[str]) -> None:
@@ -139,14 +139,15 @@ def test_a_label_of_another_scale_is_never_left_out(tmp_path: Path) -> None:
 def test_a_message_or_an_answer_that_the_template_drops_is_named(tmp_path: Path) -> None:
     lost = [{"role": "developer", "content": "Be brief."}, *TALK]
     source = write(tmp_path / "a.jsonl", [{"messages": TALK, "label": 1}, {"messages": lost, "label": 0}])
-    with pytest.raises(DataError, match=r"line 2: message 1 \(developer\), which the chat template leaves out"):
+    with pytest.raises(DataError, match=r"line 2: turn 1 \(role 'developer'\): the chat template drops the text"):
         labelled(source, render=renderer(FORGETS))
     twice = [{"role": "developer", "content": "How was it?"}, *TALK]  # its text is there, from another message
     source = write(tmp_path / "a.jsonl", [{"messages": twice, "label": 1}])
-    with pytest.raises(DataError, match=r"message 1 \(developer\)"):
+    with pytest.raises(DataError, match=r"turn 1 \(role 'developer'\)"):
         labelled(source, render=renderer(FORGETS))
-    for template in (CHAT.replace("{{ m.content }}", "{{ m.content | upper }}"), CHAT + "{{ messages[-1].content }}"):
-        with pytest.raises(DataError, match=r"message 2 \(assistant\), which the chat template changes"):
+    shouts = CHAT.replace("m.content }}", "m.content if m.role == 'user' else m.content | upper }}")
+    for template in (shouts, CHAT + "{{ messages[-1].content }}"):
+        with pytest.raises(DataError, match=r"turn 2 \(role 'assistant'\)"):
             labelled(write(tmp_path / "a.jsonl", [{"messages": TALK, "label": 1}]), render=renderer(template))
     with pytest.raises(DataError, match=r"line 1: a conversation \(no such role"):
         labelled(source, render=renderer("{{ raise_exception('no such role') }}"))
@@ -223,13 +224,13 @@ def test_bos_is_written_once() -> None:
     assert added_bos(tokens) == "" and not starts_with_bos(tokens, "<unk>a")
     assert without_bos(tokens, "<unk>a") == "<unk>a"
     tokens.bos_token = "<unk>"
-    assert added_bos(tokens) == "" and tokenize_once(tokens, "<unk>a")[0] == 2  # it is not added: the text has its own
+    assert added_bos(tokens) == "" and without_bos(tokens, "<unk>a") == "<unk>a"  # it is not added
     tokens.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A <eos>", special_tokens=SPECIAL)
     plain = tokens("a film")["input_ids"]
     assert added_bos(tokens) == "<unk>" and plain[0] == 2 and plain[-1] == 1
     assert tokens("<unk>a film")["input_ids"][:2] == [2, 2]  # transformers' own reading
-    assert tokenize_once(tokens, "<unk>a film") == tokenize_once(tokens, "a film") == plain
-    assert tokenize_once(tokens, "a <unk> film").count(2) == 2 and starts_with_bos(tokens, "<unk>a")
+    assert without_bos(tokens, "<unk>a film") == without_bos(tokens, "a film") == "a film"
+    assert without_bos(tokens, "a <unk> film") == "a <unk> film" and starts_with_bos(tokens, "<unk>a")
     assert added_bos(tiny_tokenizers.wordpiece()) == ""  # a [CLS] inside a text stays a second one
 
 

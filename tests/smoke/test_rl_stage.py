@@ -286,7 +286,10 @@ def test_every_pass_over_the_prompts_has_each_once_in_a_new_order(world: Path) -
         config = tiny_runs.config(world, seed=seed, **{"sampling.prompt_tokens": "null"})
         stream = make_learner(config, build_method(config)).prompts
         assert len(stream.rows) == 24
-        return [[row for step in steps for row in stream.take(step, 6)] for steps in (range(1, 5), range(5, 9))]
+        return [
+            [stream.rows[place] for step in steps for place in stream.places(step, 6)]
+            for steps in (range(1, 5), range(5, 9))
+        ]
 
     (first, second), (again, _), (other, _) = dealt(3), dealt(3), dealt(4)
     assert sorted(first) == sorted(second) and first != second

@@ -21,7 +21,7 @@ from apportion.generation import sample
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel, load_reward
 from apportion.stages.rl.learner import Learner
-from apportion.stages.rl.policy import make_policy
+from apportion.stages.rl.models import make_policy
 from apportion.stages.rl.sources import FixedSource
 from apportion.stages.rl.train import train_batch
 from apportion.training.session import TrainingSession

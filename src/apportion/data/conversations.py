@@ -49,23 +49,27 @@ class Conversation(list[Turn]):
         return Conversation(turns, self.tools, self.template_kwargs)
 
 
-def conversation(turns: Sequence[Any], row: Row, column: str, field: str) -> Conversation:
-    """Return the conversation of `turns`, which `column` of `row` holds, with the row's tools and template variables.
+def conversation(parts: Iterable[tuple[str, Sequence[Any]]], row: Row, field: str) -> Conversation:
+    """Return the conversation of the turns in columns of `row`, one after another, with its tools and variables.
 
     A turn's content may be a text, also an empty one, parts of text ({"type": "text", "text": ...}), or null or absent
     beside tool calls. A key whose value is null is absent; in rows of Parquet or of a hub dataset also inside tool
     calls and tools, where Arrow gives every row the keys of all others.
 
+    Args:
+        parts: (column, its turns) in their order.
+
     Raises:
         DataError: another content, a turn without role, no text at all, a tool call at the end; with the location.
     """
     arrow = _OF_ARROW.search(row.where) is not None
-    made = [_turn(item, f"{row.where}: {column}[{i}]", field, arrow) for i, item in enumerate(turns)]
+    named = [(f"{row.where}: {column}[{i}]", item) for column, turns in parts for i, item in enumerate(turns)]
+    made = [_turn(item, where, field, arrow) for where, item in named]
     if not any(_says_something(turn) for turn in made):
-        got = f"{row.where}: {column}[0]: content = {made[0].get('content')!r:.20}"
+        got = f"{named[0][0]}: content = {made[0].get('content')!r:.20}"
         raise DataError(field, got, "a turn with text", "Fill it in or remove the row.")
     if made[-1]["role"] == "assistant" and made[-1].get("content") is None:
-        got = f"{row.where}: {column}[{len(made) - 1}], the last turn, an assistant's without content"
+        got = f"{named[-1][0]}, the last turn, an assistant's without content"
         fix = "Add the tool's answer, or remove the turn."
         raise DataError(field, got, "a last turn that can be answered or continued", fix)
     return Conversation(made, _tools(row, field, arrow), _variables(row, field))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from apportion.data.bad_rows import ColumnError
+from apportion.data.conversations import Conversation, conversation, from_cell
 from apportion.data.formats import Row
 from apportion.data.formats.rows import listed, similar
 from apportion.data.labels import label_of
 from apportion.data.tables import check_text, require
 from apportion.errors import DataError
 
-Messages = list[dict[str, Any]]
-# (messages, their row, field of an error) -> (everything before the last message's text, that text and what follows)
-Render = Callable[[Messages, Row, str], tuple[str, str]]
+# (conversation, its file and line, field of an error) -> (everything before the last turn's text, that text and on)
+Render = Callable[[Conversation, str, str], tuple[str, str]]
 
 FORMS = (("text",), ("messages",), ("prompt", "completion"))  # the first that a row with a label has
 PAIR = ("chosen", "rejected")  # of a row without a label, with or without a prompt
@@ -144,7 +143,7 @@ class RowReader:
         if row[column] is None or isinstance(row[column], str):
             require(row, column, field=self.field)
 
-    def _texts(self, row: Row, form: tuple[str, ...], values: list[str | Messages]) -> tuple[str, str]:
+    def _texts(self, row: Row, form: tuple[str, ...], values: list[str | list[Any]]) -> tuple[str, str]:
         """Return (prompt or "", text) of a row with `values` in its columns `form`."""
         turns = [value for value in values if not isinstance(value, str)]
         if not turns:
@@ -157,14 +156,13 @@ class RowReader:
             got = f"{row.where}: a conversation in {' and '.join(form)}"
             fix = "Give the texts as the model scores them, in a column 'text'."
             raise ColumnError(self.field, got, "texts, since no chat template is known here", fix)
-        return self.render([message for value in turns for message in value], row, self.field)
+        return self.render(conversation(zip(form, turns, strict=True), row, self.field), row.where, self.field)
 
-    def _value(self, row: Row, column: str) -> str | Messages:
-        value = row[column]
-        if column != "text" and isinstance(value, str):
-            value = conversation(value) or value  # a cell of a CSV file
+    def _value(self, row: Row, column: str) -> str | list[Any]:
+        value = row[column] if column == "text" else from_cell(row, column, self.field)
         if is_conversation(value):
-            return [dict(message) for message in value]
+            turns: list[Any] = value
+            return turns
         if column == "messages":
             got = f"{row.where}: {column} = {value!r:.60}"
             fix = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
@@ -181,21 +179,10 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def _holds(messages: Messages, prompt: str) -> bool:
+def _holds(messages: Sequence[Mapping[str, Any]], prompt: str) -> bool:
     """Whether one of the messages before the last has the text of `prompt`."""
     contents = (message.get("content") for message in messages[:-1])
     return any(isinstance(content, str) and content.strip() == prompt.strip() for content in contents)
-
-
-def conversation(text: str) -> Messages | None:
-    """Return the messages that `text` holds as JSON, or None where it holds none."""
-    if not text.lstrip().startswith("["):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if is_conversation(value) else None
 
 
 def _hint(kind: str, names: Iterable[str], column: str | None = None) -> str:

@@ -107,7 +107,7 @@ def _content(row: Row, column: str, field: str) -> str | Conversation:
         got = f"{row.where}: {column} = {value!r:.60}"
         fix = 'Write [{"role": "user", "content": "..."}].'
         raise DataError(field, got, "a list of messages", fix)
-    return conversation(value, row, column, field)
+    return conversation([(column, value)], row, field)
 
 
 def _implicit(row: Row, field: str) -> str | Conversation:
@@ -118,7 +118,7 @@ def _implicit(row: Row, field: str) -> str | Conversation:
     if isinstance(chosen, list) and isinstance(rejected, list):
         turns = common_beginning(chosen, rejected)
         if turns:
-            return conversation(turns, row, _PAIR[0], field)
+            return conversation([(_PAIR[0], turns)], row, field)
     else:
         text: str = common_beginning(*(check_text(row, name, field=field) for name in _PAIR))
         if text.strip():

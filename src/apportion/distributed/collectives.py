@@ -173,10 +173,9 @@ def all_reduce_max(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, numbers.tolist(), strict=True))
 
 
-def shard_slice(count: int, process: int | None = None) -> slice:
-    """Return the contiguous share of `count` items of this process (or of rank `process`), as even as possible."""
-    process = rank() if process is None else process
-    return slice(count * process // world_size(), count * (process + 1) // world_size())
+def shard_slice(count: int) -> slice:
+    """Return the contiguous share of `count` items of this process, as even as possible."""
+    return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
 def shard(rows: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ModelError, ScoreError
-from apportion.evidence.prefix import scores_from_logits
 from apportion.evidence.text_reward import to_policy, translate, with_suffix
 from apportion.masking import check_finite
 from apportion.models.reward import RewardModel
@@ -19,8 +18,8 @@ def attribution_evidence(reward: RewardModel, rollouts: Rollouts) -> dict[str, T
     """Return {"reward_attribution": (B,T)} float32, signed: (e_t − e_null)·∂R/∂e_t, 0 where `valid` is False.
 
     e_t is the model's embedding of token t, e_null that of the pad token (without one that of EOS, or zeros), R the
-    score. Weights get no gradient. The
-    attribution of a model with its own tokenizer is transferred to the policy's tokens by characters.
+    score. Weights get no gradient. The attribution of a model with its own tokenizer is transferred to the policy's
+    tokens by characters.
 
     Raises:
         ScoreError: a score or an attribution is not finite, or a text cannot be scored; it names the rollout.
@@ -59,7 +58,7 @@ def _attribute(reward: RewardModel, ids: Tensor, mask: Tensor) -> Tensor:
         with torch.enable_grad(), pad_set_to(model, fill):
             logits = model(**inputs).logits
             reward.scores_of(logits.detach())  # raises where a score is not finite
-            (gradient,) = torch.autograd.grad(scores_from_logits(reward, logits).sum(), leaves[0])
+            (gradient,) = torch.autograd.grad(reward.unchecked_scores(logits).sum(), leaves[0])
     finally:
         handle.remove()
     return ((leaves[0].detach().float() - _null(reward).float()) * gradient.float()).sum(dim=-1)

@@ -14,7 +14,8 @@ from apportion.evidence.ablated import score_ablated
 from apportion.evidence.text_reward import with_suffix
 from apportion.masking import check_finite, first_index
 from apportion.models.reward import RewardModel
-from apportion.models.reward.reading import HEADS, head_of, own_pad
+from apportion.models.reward.reading import own_pad
+from apportion.models.stored_head import HEADS, head_of
 from apportion.types import Rollouts
 
 PREFIX = frozenset({"prefix_scores", "prompt_score"})
@@ -54,7 +55,7 @@ def prefix_evidence(
     Args:
         captured: the head's outputs of the forward that scored the rollouts; empty for a model that scores text, or
             that does not score every prefix on the way (`Reading.token_scores`): every prefix is then a row of its
-            own, as `prefix_rows` counts.
+            own.
 
     Raises:
         ScoreError: a prefix score is not finite, or a prompt is empty and its score is needed; it names the rollout.
@@ -65,7 +66,7 @@ def prefix_evidence(
     if "prompt_score" in needs:
         check_prompts(rollouts)
     if captured:
-        scores = _at_prefixes(reward, rollouts, scores_from_logits(reward, captured[-1]))  # (B,P+T)
+        scores = _at_prefixes(reward, rollouts, reward.unchecked_scores(captured[-1]))  # (B,P+T)
         prompt = scores[:, before - 1] if before else scores.new_zeros(len(scores))
         scores = torch.where(rollouts.mask, scores[:, before:], 0.0)
     else:
@@ -91,14 +92,6 @@ def _at_prefixes(reward: RewardModel, rollouts: Rollouts, scores: Tensor) -> Ten
     return scores.gather(1, torch.where(read < 0, first_index(mask)[:, None], read))
 
 
-def scores_from_logits(reward: RewardModel, logits: Tensor) -> Tensor:
-    """Return R (…) float32 from the head's outputs (…, 1 or 2), at every position or the pooled one."""
-    logits = logits.float()
-    if logits.shape[-1] == 1:
-        return logits[..., 0]
-    return logits[..., reward.positive] - logits[..., 1 - reward.positive]
-
-
 def check_prompts(rollouts: Rollouts) -> None:
     """Raise ScoreError for a rollout without a prompt, which has no prompt score."""
     empty = ~rollouts.prompt_mask.any(dim=1)
@@ -106,11 +99,6 @@ def check_prompts(rollouts: Rollouts) -> None:
         row = int(empty.nonzero()[0])
         fix = "Give a prompt (--prompt, or a BOS token at the start of prompts): the method needs its score."
         raise ScoreError("prompt", "no tokens", "at least one token to score", fix, row=row)
-
-
-def prefix_rows(rollouts: Rollouts, prompt: bool) -> int:
-    """Return the number of further rows of such a model: one a token, and one a prompt if its score is needed."""
-    return int(rollouts.mask.sum()) + (len(rollouts) if prompt else 0)
 
 
 def _each_prefix(reward: RewardModel, rollouts: Rollouts, with_prompt: bool) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from apportion import registry
+from apportion.data import BadRows, Prompt
 from apportion.errors import ConfigError, DataError, ScoreError
 from apportion.evidence.models import Models
+from apportion.generation.prompts import load_prompts
 from apportion.registry import EvidenceKey
 from apportion.segments import check
 from apportion.types import Rollouts
@@ -56,6 +58,18 @@ def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) 
 
 
 # columns of the prompts' rows
+
+
+def prompts_for(needs: Iterable[str], source: str, bad: BadRows | None = None) -> list[Prompt]:
+    """Return the prompts of a run with the columns of their rows that the functions in its `needs` take.
+
+    Raises:
+        DataError: as `load_prompts`; a function has to be given a column that no row has.
+    """
+    functions = user_functions(needs)
+    found = load_prompts(source, "rl", bad, wanted_columns(functions))
+    check_columns(functions, [prompt.columns for prompt in found])
+    return found
 
 
 def user_functions(needs: Iterable[str]) -> dict[str, Function]:

@@ -16,12 +16,13 @@ from torch import Tensor
 from apportion.distributed.sharding import plain_class
 from apportion.errors import ApportionError, ModelError
 from apportion.generation.decode import left_pad
-from apportion.generation.llama import LlamaStepModel, bare, is_llama
+from apportion.generation.llama import LlamaStepModel, is_llama
 from apportion.generation.recompute import RecomputeStepModel
 from apportion.generation.step_model import StepModel, extra_padding
 from apportion.models.families import OTHERS
 from apportion.models.fast import has_fast_kernels
-from apportion.models.policy import Policy
+from apportion.models.lora import bare
+from apportion.models.policy import Policy, width_of
 from apportion.models.shared_prompt import has_past
 from apportion.system.memory import is_out_of_memory
 from apportion.types import Rollouts
@@ -158,8 +159,7 @@ def _refused(name: str, why: str, expected: str) -> ModelError:
 
 def _texts(policy: Policy) -> list[list[int]]:
     """Return two texts of ids that may be sampled, from all over the vocabulary."""
-    head = getattr(policy.model.get_output_embeddings(), "weight", None)
-    width = policy.model.config.get_text_config().vocab_size if head is None else len(head)
+    width = width_of(policy.model)
     excluded = {*policy.banned, *policy.ends, policy.pad}
     usable = [i for i in range(width) if i not in excluded] or list(range(width))
     count = sum(LENGTHS) + STEPS * len(LENGTHS)

@@ -14,6 +14,7 @@ from apportion.generation.key_values import KeyValueBuffers, Pair
 from apportion.generation.step_model import StepModel
 from apportion.models.fast.linear import linear_parts
 from apportion.models.fast.onednn import can_pack_to_sample, onednn_product, pack
+from apportion.models.lora import bare
 from apportion.models.policy import Policy
 
 Product = Callable[[Tensor], Tensor]
@@ -108,11 +109,6 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: f
     scores = scores.mul_(scaling).add_(bias)  # (n,G,H/G,L), rounded as the model rounds
     weights = scores.softmax(dim=-1).flatten(0, 1)
     return torch.bmm(weights, values.flatten(0, 1)).view(rows, -1)
-
-
-def bare(model: Any) -> Any:
-    """Return the model without peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_llama(model: Any) -> bool:

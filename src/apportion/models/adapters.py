@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from apportion.errors import ModelError
+from apportion.models.files import ADAPTER, stored_shapes
 from apportion.models.pretrained import fix_of, with_reason
 
-ADAPTER = "adapter_model.safetensors"
 MERGED = 1e-4  # largest difference in a logit that merging may make, in units of the largest logit or 1
 PROBED = 12  # tokens on which the merged model is compared with the adapter
 
 
-def with_adapter(field: str, folder: str, model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return (`model` (float32) with the adapter in `folder` merged into it, the adapter's stored weights).
+def with_adapter(field: str, folder: str, model: Any) -> tuple[nn.Module, Container[str]]:
+    """Return (`model` (float32) with the adapter in `folder` merged into it, the names of the adapter's weights).
 
     The merged model gives the adapter's own logits, also where the adapter changes embeddings that are tied to the
     output layer: the output layer then gets weights of its own.
@@ -32,7 +30,7 @@ def with_adapter(field: str, folder: str, model: Any) -> tuple[nn.Module, dict[s
             at most), it cannot be merged, or merging changes the logits.
     """
     try:
-        stored = load_file(Path(folder) / ADAPTER)
+        stored = stored_shapes(folder)
         _widen(model, stored)
         spare = copy.deepcopy(model) if _changes_tied(model, stored) else None
         merged, expected = _merge(field, folder, model)
@@ -109,7 +107,7 @@ def _gap(model: nn.Module, expected: _Expected) -> float:
     return float((logits - expected.logits).abs().max()) / scale
 
 
-def _changes_tied(model: Any, stored: Mapping[str, Tensor]) -> bool:
+def _changes_tied(model: Any, stored: Iterable[str]) -> bool:
     """Whether the adapter changes embeddings, or an output layer, that share their weights."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or getattr(head, "weight", None) is not embeddings.weight:
@@ -143,12 +141,16 @@ def _record_untied(model: Any) -> None:
     model.all_tied_weights_keys = {key: source for key, source in tied.items() if not key.startswith(f"{name}.")}
 
 
-def _widen(model: Any, stored: Mapping[str, Tensor]) -> None:
-    """Resize `model` to the vocabulary of an adapter that stores its own embeddings, for added tokens."""
+def _widen(model: Any, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Resize `model` to the vocabulary of an adapter that stores its own embeddings, for added tokens.
+
+    Args:
+        stored: the shapes of the adapter's weights.
+    """
     embeddings = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embeddings)
     embedded = [stored.get(f"base_model.model.{name}.{end}") for end in ("weight", "base_layer.weight")]
-    rows = next((len(weight) for weight in embedded if weight is not None), embeddings.num_embeddings)
+    rows = next((shape[0] for shape in embedded if shape is not None), embeddings.num_embeddings)
     if rows != embeddings.num_embeddings:
         model.resize_token_embeddings(rows)
 

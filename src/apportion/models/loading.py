@@ -11,24 +11,15 @@ import torch
 from torch import nn
 
 from apportion.errors import ModelError
-from apportion.models.adapters import ADAPTER, widen_embeddings, with_adapter
+from apportion.models.adapters import widen_embeddings, with_adapter
 from apportion.models.families import check_family, policy_class, refuse_left_out
 from apportion.models.fast import use_fast_kernels
-from apportion.models.pretrained import (
-    NO_CODE,
-    adapter_settings,
-    base_of,
-    fix_of,
-    is_adapter,
-    load_settings,
-    with_reason,
-    without_adapter,
-)
-from apportion.models.stored_head import label_count
+from apportion.models.files import ADAPTER_SETTINGS, has_weights, is_adapter, without_adapter
+from apportion.models.pretrained import NO_CODE, adapter_settings, base_of, fix_of, load_settings, with_reason
+from apportion.models.stored_head import head_of, label_count
 from apportion.system import cpu
 from apportion.system.paths import local_path
 
-SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 NO_SDPA = "does not support an attention implementation through torch.nn.functional.scaled_dot_product_attention"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -56,13 +47,10 @@ def locate(field: str, name: str) -> str:
 
 
 def _check_folder(field: str, path: Path) -> None:
-    adapter = (path / "adapter_config.json").is_file()
-    if not adapter and not (path / "config.json").is_file():
+    if not any((path / name).is_file() for name in (ADAPTER_SETTINGS, "config.json")):
         fix = "Point to the folder that `save_pretrained` wrote, such as RUN/final."
         raise ModelError(field, str(path), "a folder with config.json and weights", fix)
-    # an adapter's weights have one name; beside other safetensors, peft would unpickle adapter_model.bin
-    patterns = (ADAPTER,) if adapter and not any(path.glob("model*.safetensors")) else SAFE_WEIGHTS
-    if not any(next(path.glob(pattern), None) for pattern in patterns):
+    if not has_weights(path):
         fix = "Save it again with `model.save_pretrained(folder)`; pickled weights (.bin) are not loaded."
         raise ModelError(field, str(path), "weights in safetensors beside config.json", fix)
 
@@ -225,7 +213,7 @@ def load_classifier(
     if new_head is None:
         _refuse_missing(field, folder, info)
     else:
-        head = next(m for name, m in model.named_children() if name in ("score", "classifier"))
+        head: Any = head_of(model)
         width = head.weight.shape[1]
         torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
     return prepared(model.to(device).eval(), fast_kernels)

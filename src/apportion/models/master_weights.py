@@ -16,8 +16,6 @@ from torch.optim.adamw import adamw
 
 from apportion.distributed.grad_norm import BLOCK, block
 
-MOMENTS = ("float32", "bfloat16")
-
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """Return (bfloat16, int16 remainder) of a float32 tensor: nearest, ties upwards, so that the remainder fits."""

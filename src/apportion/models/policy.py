@@ -19,11 +19,11 @@ from apportion.losses import entropy_of
 from apportion.masking import last_index
 from apportion.models.families import check_family, freeze_other_parts
 from apportion.models.fast.onednn import linear
+from apportion.models.fast.token_logprobs import token_logprobs
 from apportion.models.loading import load_causal, locate, pick_device, pick_dtype, use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.master_weights import to_sixteen_bit
 from apportion.models.shared_prompt import Run, Shared, can_share, has_past, shared_prompts, states_after_shared_prompts
-from apportion.models.token_logprobs import token_logprobs
 from apportion.models.tokenizers import banned_ids, load_tokenizer, needed_rows, pad_id, policy_ends
 from apportion.models.value_head import ValueStart, make_head, make_trunk
 from apportion.types import Rollouts

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from apportion.errors import ModelError
+from apportion.models.files import ADAPTER_SETTINGS, is_adapter
 
 FIX = "Check the folder or id, and save it again if it is damaged; a hub id needs the network or a cached copy."
 # code in a model's folder is never run; with the default, transformers would ask on the terminal
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # the package that reads each kind of quantised weights
 QUANTISATION_PACKAGES = {
     "bitsandbytes": "bitsandbytes",
@@ -89,12 +86,6 @@ def generation_stops(folder: str) -> frozenset[int]:
     return frozenset(ids)
 
 
-def is_adapter(folder: str) -> bool:
-    """Whether `folder` holds an adapter and no full model, with or without a config.json."""
-    path = Path(folder)
-    return (path / "adapter_config.json").is_file() and next(path.glob("model*.safetensors"), None) is None
-
-
 def base_of(folder: str) -> str:
     """Return the base model of the adapter in `folder`, or `folder` itself when it holds a full model.
 
@@ -112,27 +103,11 @@ def base_of(folder: str) -> str:
 
 
 def adapter_settings(folder: str) -> dict[str, Any]:
-    """Return the adapter_config.json in `folder`. Raises OSError, ValueError."""
-    settings: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    """Return the adapter_config.json in `folder`. Raises OSError, or ValueError where it holds no settings."""
+    settings = json.loads((Path(folder) / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{ADAPTER_SETTINGS} is no object of settings")
     return settings
-
-
-@contextmanager
-def without_adapter(folder: str) -> Iterator[str]:
-    """Yield `folder`, or a view of it without its adapter's files where it holds whole weights beside one.
-
-    Trainers leave the adapter beside the weights that it was merged into; transformers would apply it once more, and
-    may take its base model for the weights.
-    """
-    path = Path(folder)
-    if not path.is_dir() or not (path / ADAPTER_FILES[0]).is_file():
-        yield folder
-        return
-    with TemporaryDirectory(prefix="apportion-") as view:
-        for name in os.listdir(path):
-            if name not in ADAPTER_FILES:
-                os.symlink((path / name).resolve(), Path(view) / name)
-        yield view
 
 
 def with_reason(folder: str, error: Exception) -> str:

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from apportion.models.families import has_other_parts
+from apportion.models.files import stored_file
 from apportion.models.loading import load_causal, load_classifier
 from apportion.models.lora import merged_copy
 from apportion.models.master_weights import to_float32
@@ -73,11 +74,8 @@ def set_padding(model: Any, pad: int | None) -> None:
 
 def processor_files(base: str) -> list[Path]:
     """Return the files of `base` (a folder or hub id) with which images and sound are read, where it has them."""
-    from transformers.utils.hub import cached_file
-
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = (cached_file(base_of(base), name, **options) for name in PROCESSOR_FILES)
-    return [Path(path) for path in found if path is not None]
+    found = (stored_file(base_of(base), name) for name in PROCESSOR_FILES)
+    return [path for path in found if path is not None]
 
 
 def save_classifier(adapted: Any, tokenizer: Any, base: str, folder: Path, card: str, *, lora: bool) -> None:

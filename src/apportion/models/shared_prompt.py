@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from apportion.models.lora import bare
 from apportion.types import Rollouts
 
 SAVING = 0.2  # least part of the positions that sharing must save to outweigh the second forward
@@ -53,8 +54,7 @@ def can_share(model: Any) -> bool:
 
 def has_past(model: Any) -> bool:
     """Whether the model's forward takes `past_key_values`: a recurrent one may ignore them."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "past_key_values" in inspect.signature(base.forward).parameters
+    return "past_key_values" in inspect.signature(bare(model).forward).parameters
 
 
 NO_CACHE = ("mamba", "mamba2", "rwkv", "recurrent_gemma", "bloom")  # bloom's biases count columns, pads included

@@ -1,24 +1,26 @@
-"""The stored head of a reward model: how many scores it gives, and which label's is the good one."""
+"""The head of a reward model: where it is, how many scores it gives, and which label's is the good one."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from apportion.errors import ConfigError, ModelError
+from torch import nn
 
-# names of the layer that gives the logits, in the classifiers of transformers
-HEADS = (
+from apportion.errors import ConfigError, ModelError
+from apportion.models.files import stored_shapes
+from apportion.models.lora import bare
+from apportion.models.pretrained import adapter_settings
+
+HEADS = ("score", "classifier")  # names of the module that gives the logits, in the classifiers of transformers
+WEIGHTS = (  # and of its last layer's weights in their files
     "score.weight",
     "classifier.weight",
     "classifier.out_proj.weight",
     "classification_head.out_proj.weight",
     "logits_proj.weight",
 )
-WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 GOOD = frozenset({
     "accepted", "acceptable", "approved", "better", "chosen", "correct", "good", "great", "harmless", "helpful", "like",
     "liked", "pass", "passed", "pos", "positive", "preferred", "right", "true", "yes",
@@ -58,21 +60,22 @@ def label_count(field: str, folder: str, base: str, settings: Any, *, download: 
 
 
 def stored_rows(folder: str, download: bool = True) -> int | None:
-    """Return the number of rows of the head in the weights of `folder`, from the files' headers; None without one.
+    """Return the number of rows of the head in the weights of `folder` (or hub id); None without one.
 
-    `folder` may be a hub id. A file that cannot be read is an error where it is loaded.
+    A file that cannot be read is an error where it is loaded.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        for file in weight_files(folder, download):
-            with safe_open(file, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118
-                    if head_name(key) in HEADS:
-                        return int(weights.get_slice(key).get_shape()[0])
+        heads = stored_shapes(folder, lambda name: head_name(name) in WEIGHTS, download=download)
+        return next((shape[0] for shape in heads.values()), None)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError):
         return None
-    return None
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """Return the module named as classifiers name their head, or None."""
+    return next((module for name, module in bare(model).named_children() if name in HEADS), None)
 
 
 def head_name(key: str) -> str:
@@ -80,46 +83,12 @@ def head_name(key: str) -> str:
     return key.removeprefix("base_model.model.").replace(".modules_to_save.default", "").replace(".modules_to_save", "")
 
 
-def weight_files(folder: str, download: bool = True) -> list[Path]:
-    """Return the safetensors files in `folder` that may hold a head: an adapter's own where it holds no whole model."""
-    path = Path(folder)
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file() and next(path.glob("model*.safetensors"), None) is None:
-            return [path / ADAPTER]
-        whole = [path / WHOLE] if (path / WHOLE).is_file() else []
-        return whole or _sharded(path / INDEX) or sorted(path.glob("*.safetensors"))
-    from transformers.utils.hub import cached_file
-
-    quiet: dict[str, Any] = {"local_files_only": not download}
-    quiet |= {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-    for name in (WHOLE, INDEX):
-        found = cached_file(folder, name, **quiet)
-        if found is not None and name == WHOLE:
-            return [Path(found)]
-        if found is not None:
-            shards = {Path(file).name for file in _head_shards(Path(found))}
-            located = [cached_file(folder, shard, **quiet) for shard in sorted(shards)]
-            return [Path(file) for file in located if file is not None]
-    return []
-
-
-def _sharded(index: Path) -> list[Path]:
-    return _head_shards(index) if index.is_file() else []
-
-
-def _head_shards(index: Path) -> list[Path]:
-    """Return the files that an index names for a head."""
-    names: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return sorted({index.with_name(Path(file).name) for key, file in names.items() if head_name(key) in HEADS})
-
-
 def stored_task(folder: str) -> str:
     """Return the task that an adapter in `folder` was trained for, such as SEQ_CLS; "" where none is named."""
     try:
-        stored = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(adapter_settings(folder).get("task_type") or "")
     except (OSError, ValueError):
         return ""
-    return str(stored.get("task_type") or "") if isinstance(stored, dict) else ""
 
 
 def positive_label(

@@ -15,8 +15,7 @@ from apportion.models.families import freeze_other_parts
 from apportion.models.loading import use_fastest_attention
 from apportion.models.lora import add_adapter
 from apportion.models.reward import RewardModel, adjust
-
-HEADS = ("score", "classifier")
+from apportion.models.stored_head import head_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def score_layer(reward: RewardModel) -> tuple[Tensor, Tensor]:
             f"reward, with {type(reward.model).__name__}, whose score depends on more than its last state and the mask"
         )
         raise ConfigError("ppo.value_model", got, "a decoder that reads padded batches", fix)
-    layer = next((m for name, m in reward.model.named_children() if name in HEADS), None)
+    layer = head_of(reward.model)
     if not isinstance(layer, nn.Linear):
         got = f"reward, with the head {type(layer).__name__}"
         raise ConfigError("ppo.value_model", got, "a reward model whose head is one linear layer", fix)

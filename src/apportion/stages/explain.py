@@ -18,6 +18,7 @@ from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.scoring import score
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
+from apportion.models.text.bos import special_around
 from apportion.models.text.render import check_embeddings, context_limit
 from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts
@@ -121,21 +122,14 @@ def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, int, i
     if not after:
         fix = "This tokenizer removes all of its characters: use another text."
         raise DataError("--text", text, "a text of at least one token", fix)
-    built, start = _with_special(tokenizer, [*before, *after])
+    start, end = special_around(tokenizer)
+    built = [*start, *before, *after, *end]
     limit = context_limit(reward.model, tokenizer)
     if len(built) > limit:
         raise DataError("--text", f"{len(built)} tokens", f"at most {limit} tokens", "Shorten it.")
     check_embeddings("--model", reward.model, tokenizer, [built])
-    first = start + len(before)
+    first = len(start) + len(before)
     return torch.tensor([built], device=device), first, first + len(after)
-
-
-def _with_special(tokenizer: Any, ids: list[int]) -> tuple[list[int], int]:
-    """Return (`ids` between the special tokens that the tokenizer puts around one sequence, where `ids` begin)."""
-    marked = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    at = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
-    return [*marked[:at], *ids, *marked[at + len(plain) :]], at
 
 
 def _as_rollout(ids: Tensor, first: int, last: int) -> Rollouts:

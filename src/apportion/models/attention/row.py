@@ -23,6 +23,7 @@ from apportion.distributed.sharding import plain_class
 from apportion.errors import ModelError
 from apportion.models.attention import bloom
 from apportion.models.attention.softmax import Call, is_causal, output_gap, softmax_rows
+from apportion.models.lora import bare
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time
 # keyword arguments that change the attention weights and are not supported here
@@ -245,7 +246,7 @@ def needed_layers(specs: Iterable[AttentionSpec]) -> str | tuple[int, ...]:
 
 def _name(model: nn.Module) -> str:
     base: Any = model
-    return plain_class(base.get_base_model() if hasattr(base, "get_base_model") else base).__name__
+    return plain_class(bare(base)).__name__
 
 
 def _depth(model: nn.Module, name: str) -> int:

@@ -55,7 +55,7 @@ def load_reward(
     tokenizer = _padded_with(field, read_tokenizer(field, folder), pad_token, policy is None)
     foreign = policy is not None and not same_vocabulary(policy.tokenizer, tokenizer)
     templated = policy is not None and bool(policy.conversations) and bool(tokenizer.chat_template)
-    own = templated and not foreign and not renders_alike(policy, tokenizer)  # type: ignore[arg-type]
+    own = policy is not None and templated and not foreign and not renders_alike(policy, tokenizer)
     if foreign or own:
         check_tokenizer(field, tokenizer)
     changes = None

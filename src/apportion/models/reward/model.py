@@ -144,12 +144,15 @@ class RewardModel:
         rows = [] if tap is None else [tap.attention(spec, positions) for spec in specs]
         return self.scores_of(logits), rows, width + positions
 
+    def unchecked_scores(self, logits: Tensor) -> Tensor:
+        """Return R (…) float32 of logits (…, 1 or 2), finite or not."""
+        logits = logits.float()
+        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., self.positive] - logits[..., 1 - self.positive]
+
     def scores_of(self, logits: Tensor) -> Tensor:
         """Return R (B,) float32 from logits (B, 1 or 2). Raises ScoreError for one that is not finite."""
-        logits = logits.float()
-        scores = logits[:, 0] if logits.shape[1] == 1 else logits[:, self.positive] - logits[:, 1 - self.positive]
         fix = "A failure never becomes a reward: check the reward model's weights and dtype."
-        return check_finite("score", scores, fix, error=ScoreError)
+        return check_finite("score", self.unchecked_scores(logits), fix, error=ScoreError)
 
     def positions(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return (B,) int64, the position of the score of filled `ids` (B,K): the first, or the last that is no pad.

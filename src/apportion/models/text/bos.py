@@ -22,11 +22,6 @@ def without_bos(tokenizer: Any, text: str) -> str:
     return text.removeprefix(added_bos(tokenizer))
 
 
-def tokenize_once(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of `text` with the tokenizer's special tokens, BOS once where the text begins with it."""
-    return list(tokenizer(without_bos(tokenizer, text))["input_ids"])
-
-
 def special_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that `tokenizer` puts before and behind a text, such as BOS, or CLS and SEP."""
     marked = list(tokenizer("a")["input_ids"])

@@ -10,10 +10,15 @@ from typing import Any, NamedTuple
 
 from apportion.data.conversations import RESERVED, Conversation, Turn
 from apportion.errors import ConfigError, DataError, unknown_name
+from apportion.models.pretrained import reason
 
 # templates may leave the thoughts of earlier turns out; the answer after them has to be there
 THOUGHTS_END = ("</think>", "</thinking>", "[/THINK]", "◁/think▷")
 ASSISTANT = "assistant"  # a conversation that ends with this role is continued, not answered
+
+
+class TemplateError(Exception):
+    """A chat template, a program that may raise anything, failed; the text is its reason."""
 
 
 class Rendered(NamedTuple):
@@ -62,7 +67,7 @@ def render_conversation(
     for turns in _forms(given):
         try:
             text = apply_template(tokenizer, turns, generation=generation)
-        except Exception as error:  # a template is a program that may raise anything
+        except TemplateError as error:
             first = first or _failed(field, error, where)
             continue
         missing = missing_pieces(tokenizer, turns, text, generation)
@@ -74,23 +79,26 @@ def render_conversation(
     raise first
 
 
-def apply_template(tokenizer: Any, turns: Sequence[Turn], *, generation: bool) -> str:
+def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
     """Return the turns as the chat template renders them, with the tools and variables of a `Conversation`.
 
     With `generation` the text ends where the response begins: after the generation prompt, or within a last turn of the
-    assistant. Raises whatever the template raises.
+    assistant. Raises TemplateError.
     """
     continued = generation and turns[-1].get("role") == ASSISTANT
-    return str(
-        tokenizer.apply_chat_template(
-            list(turns),
-            tools=getattr(turns, "tools", None),
-            tokenize=False,
-            add_generation_prompt=generation and not continued,
-            continue_final_message=continued,
-            **getattr(turns, "template_kwargs", {}),
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(turns),
+                tools=getattr(turns, "tools", None),
+                tokenize=False,
+                add_generation_prompt=generation and not continued,
+                continue_final_message=continued,
+                **getattr(turns, "template_kwargs", {}),
+            )
         )
-    )
+    except Exception as error:
+        raise TemplateError(reason(error)) from error
 
 
 def with_response(turns: Sequence[Mapping[str, Any]], response: str) -> Conversation:
@@ -111,6 +119,12 @@ def with_response(turns: Sequence[Mapping[str, Any]], response: str) -> Conversa
 def as_text(turns: Sequence[Turn]) -> Conversation:
     """Return the turns with every content as text: parts are joined, and an absent one is empty."""
     return _as_conversation(turns).with_turns({**turn, "content": _joined(turn.get("content"))} for turn in turns)
+
+
+def unused_word(stem: str, turns: Sequence[Mapping[str, Any]]) -> str:
+    """Return `stem` with a number behind it, a word that is in none of the turns."""
+    content = repr(list(turns))
+    return next(word for word in (f"{stem}{i}" for i in count()) if word not in content)
 
 
 def _as_conversation(turns: Sequence[Mapping[str, Any]]) -> Conversation:
@@ -143,7 +157,7 @@ def missing_pieces(tokenizer: Any, turns: Conversation, text: str, generation: b
     marked, pieces = _marked(turns)
     try:
         other = apply_template(tokenizer, marked, generation=generation)
-    except Exception:  # the template refuses the marks; what is left is to look for the texts themselves
+    except TemplateError:  # it refuses the marks; what is left is to look for the texts themselves
         other = None
     shown = _squeezed(text)
     again = None if other is None else _squeezed(other)
@@ -176,8 +190,7 @@ def _squeezed(text: str) -> str:
 def _marked(turns: Conversation) -> tuple[Conversation, list[Piece]]:
     """Return a copy of the turns with a mark in the middle of each text, and the texts."""
     copy: list[Turn] = _copied(list(turns))
-    content = repr(copy)
-    salt = next(word for word in (f"Qz{i}" for i in count()) if word not in content)
+    salt = unused_word("Qz", copy)
     pieces: list[Piece] = []
 
     def mark(turn: int, what: str, text: str, required: bool = True) -> str:
@@ -259,11 +272,10 @@ def _joined(content: Any) -> str:
     return content or ""
 
 
-def _failed(field: str, error: Exception, where: str) -> DataError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    got = f"{where}{': ' * bool(where)}a conversation ({reason})"
-    fix = "Give prompts as text, or use a policy whose tokenizer has a chat template for such turns."
-    return DataError(field, got, "one that the policy's chat template renders", fix)
+def _failed(field: str, error: TemplateError, where: str) -> DataError:
+    got = f"{where}{': ' * bool(where)}a conversation ({error})"
+    fix = "Give prompts as text, or use a model whose tokenizer has a chat template for such turns."
+    return DataError(field, got, "one that the model's chat template renders", fix)
 
 
 def _lost(field: str, piece: Piece, role: str, where: str) -> DataError:

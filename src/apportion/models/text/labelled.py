@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
-from apportion.data.formats import Row
-from apportion.data.label_rows import Labelled, Messages, Render
+from apportion.data.conversations import Conversation
+from apportion.data.label_rows import Labelled, Render
 from apportion.errors import DataError, ModelError
+from apportion.models.text.chat import TemplateError, apply_template, as_text, render_conversation, unused_word
 
-# a placeholder for the answer; no suffix of it is also a prefix of it, so that it is found where it begins only
-MARK = "ANSWER{}"
+MARK = "ANSWER"  # in the place of the answer; no suffix of it begins it, so that it is found where it stands only
 CHARACTERS = 400  # of a text for each token that an excerpt may have: what a few windows need
 
 
@@ -22,75 +23,41 @@ def chat_renderer(load: Callable[[], Any]) -> Render:
 
     Its errors:
         ModelError: the tokenizer has no chat template.
-        DataError: the template cannot render the conversation, leaves out a message, or changes the answer so that its
-            place is not certain; the last message is not an assistant's text. With the row.
+        DataError: as `render_conversation`; the template changes the answer, so that its place is not certain, or the
+            last turn is not an assistant's text. With the row.
     """
-    loaded: list[Any] = []
+    loaded = cache(load)
 
-    def render(messages: Messages, row: Row, field: str) -> tuple[str, str]:
-        if not loaded:
-            loaded.append(load())
-        if not loaded[0].chat_template:
+    def render(turns: Conversation, where: str, field: str) -> tuple[str, str]:
+        if not loaded().chat_template:
             fix = "Use a model with a chat template, or give the texts as it scores them, in a column 'text'."
             got = f"a tokenizer without a chat template, and conversations in {field}"
             raise ModelError("model's tokenizer", got, "a chat template", fix)
-        return _split(loaded[0], messages, row, field)
+        return _split(loaded(), turns, where, field)
 
     return render
 
 
-def _split(tokenizer: Any, messages: Messages, row: Row, field: str) -> tuple[str, str]:
+def _split(tokenizer: Any, turns: Conversation, where: str, field: str) -> tuple[str, str]:
     """Return (the rendered text before the answer, the answer and what follows it)."""
-    *before, last = messages
-    answer = last.get("content")
-    if last["role"] != "assistant" or not isinstance(answer, str) or not answer.strip():
-        got = f"{row.where}: the last message is {last!r:.80}"
+    last = as_text(turns)[-1]
+    answer = last["content"].strip()
+    if last["role"] != "assistant" or not answer:
+        got = f"{where}: the last turn is {turns[-1]!r:.80}"
         fix = "End each conversation with the answer that the label judges."
         raise DataError(field, got, "a text of role 'assistant'", fix)
-    mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(one) for one in messages))
-    text = _rendered(tokenizer, messages, row, field)
-    marked = _rendered(tokenizer, [*before, {**last, "content": mark}], row, field)
-    start = marked.find(mark)
-    if marked.count(mark) != 1 or not text.startswith(marked[:start]) or answer.strip() not in text[start:]:
-        got = f"{row.where}: message {len(messages)} (assistant), which the chat template changes or leaves out"
-        fix = "Give rows as prompt and completion in text, or use a model whose template renders the answer as it is."
-        raise DataError(field, got, "an answer that the template renders once and unchanged", fix)
-    _check_rendered(text[:start], before, row, field)
-    return text[:start], text[start:]
-
-
-def _check_rendered(text: str, messages: Messages, row: Row, field: str) -> None:
-    """Raise DataError for a message whose text is not in the rendered `text`, as often as messages have it."""
-    contents = [one["content"].strip() if isinstance(one.get("content"), str) else "" for one in messages]
-    for number, (message, content) in enumerate(zip(messages, contents, strict=True), 1):
-        if content and text.count(content) < contents.count(content):  # templates may move a system message
-            got = f"{row.where}: message {number} ({message['role']}), which the chat template leaves out or changes"
-            fix = "Use roles that the template of this model knows, or a model whose template renders them."
-            raise DataError(field, got, "every message's text in the rendered conversation", fix)
-
-
-def _rendered(tokenizer: Any, messages: Messages, row: Row, field: str) -> str:
-    given = {name: row[name] for name in ("tools",) if row.get(name)}
-    more = row.get("chat_template_kwargs")
-    try:
-        given |= more if isinstance(more, Mapping) else {}
-        cleaned = [_without_nulls(message) for message in messages]
-        return str(tokenizer.apply_chat_template(cleaned, tokenize=False, add_generation_prompt=False, **given))
-    except Exception as error:  # a template is a program that may raise anything
-        got = f"{row.where}: a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        fix = "Give prompt and completion as text, or messages that the template of this model knows."
-        raise DataError(field, got, "one that the model's chat template renders", fix) from error
-
-
-def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message without the keys that are null because another row of an Arrow column has them."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cleaned(inner) for key, inner in value.items() if inner is not None}
-        return [cleaned(inner) for inner in value] if isinstance(value, list) else value
-
-    return {key: cleaned(value) for key, value in message.items() if value is not None or key == "content"}
+    text, shown, _ = render_conversation(field, tokenizer, turns, where=where, generation=False)
+    mark = unused_word(MARK, turns)
+    in_parts = isinstance(shown[-1]["content"], list)
+    marked_turn = {**shown[-1], "content": [{"type": "text", "text": mark}] if in_parts else mark}
+    with suppress(TemplateError):  # it may judge what the answer is
+        marked = apply_template(tokenizer, shown.with_turns([*shown[:-1], marked_turn]), generation=False)
+        start = marked.find(mark)
+        if marked.count(mark) == 1 and text.startswith(marked[:start]) and answer in text[start:]:
+            return text[:start], text[start:]
+    got = f"{where}: turn {len(turns)} (role 'assistant'), which the chat template changes, or does not render once"
+    fix = "Give rows as prompt and completion in text, or use a model whose template renders the answer as it is."
+    raise DataError(field, got, "an answer that the template renders once and unchanged", fix)
 
 
 def token_rows(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> tuple[list[list[int]], list[int]]:

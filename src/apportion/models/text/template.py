@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
-from itertools import count
 from typing import Any, NamedTuple
 
 from apportion.errors import ModelError, ScoreError
-from apportion.models.text.chat import apply_template, with_response
+from apportion.models.text.chat import TemplateError, apply_template, unused_word, with_response
 from apportion.models.text.token_spans import PolicyText, Span
 
 Turns = Sequence[Mapping[str, Any]]
 
 # a placeholder that locates the response in a rendered chat template; no suffix of it is also a prefix of it, so that
 # it cannot be found at a shifted offset together with adjacent characters
-MARK = "RESPONSE{}"
+MARK = "RESPONSE"
 PLAIN = "It is short, and that is all."
 THINKING = (  # the second where the prompt ends with the opening tag
     "<think>\nHow long is it?\n</think>\n\nIt is short, and that is all.",
@@ -60,7 +59,7 @@ def answer(tokenizer: Any, turns: Turns, response: str, row: int = 0) -> Answer:
         ModelError: the template cannot render the conversation, or does not render a response exactly once.
         ScoreError: a response changes the text around its place, so that it cannot be separated from the prompt.
     """
-    mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(turn) for turn in turns))
+    mark = unused_word(MARK, turns)
     marked = _rendered(tokenizer, turns, mark)
     if marked.count(mark) != 1:
         got = f"one that renders a response {marked.count(mark)} times"
@@ -85,8 +84,8 @@ def _openings(tokenizer: Any, turns: Turns) -> list[str]:
     """Return the rendered conversation with and without a generation prompt, before any answer."""
     openings = []
     for prompt in (True, False):
-        with contextlib.suppress(Exception):  # a template is a program that may raise anything
-            openings.append(str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)))
+        with contextlib.suppress(TemplateError):
+            openings.append(apply_template(tokenizer, turns, generation=prompt))
     return openings
 
 
@@ -127,8 +126,8 @@ def _aligned(response: str, shown: str) -> tuple[list[int], list[int]]:
 def _rendered(tokenizer: Any, turns: Turns, response: str) -> str:
     try:
         return apply_template(tokenizer, with_response(turns, response), generation=False)
-    except Exception as error:  # a template is a program that may raise anything
-        got = f"a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    except TemplateError as error:
+        got = f"a conversation ({error})"
         fix = "Give prompts as text, or turns that this reward model's template knows."
         raise ModelError("reward_model's chat template", got, "turns that it can render", fix) from error
 
@@ -163,8 +162,8 @@ def renders_alike(policy: PolicyText, tokenizer: Any) -> bool:
     for turns in one_of_each(policy.conversations.values()):
         theirs = answer(tokenizer, turns, PLAIN)
         try:
-            ours = policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a template is a program that may raise anything; it did render these for the prompts
+            ours = apply_template(policy.tokenizer, turns, generation=True)
+        except TemplateError:  # although it rendered these for the prompts
             return False
         if theirs.before + theirs.shown != f"{ours}{PLAIN}":
             return False
@@ -172,8 +171,11 @@ def renders_alike(policy: PolicyText, tokenizer: Any) -> bool:
 
 
 def one_of_each(conversations: Iterable[Turns]) -> list[Turns]:
-    """Return one conversation of each order of roles, the first."""
-    kinds: dict[tuple[str, ...], Turns] = {}
+    """Return one conversation of each order of roles, with and without tools, and of each switch; the first."""
+    kinds: dict[Any, Turns] = {}
     for turns in conversations:
-        kinds.setdefault(tuple(str(turn.get("role")) for turn in turns), turns)
+        variables = getattr(turns, "template_kwargs", {})
+        switches = frozenset((name, value if isinstance(value, bool) else None) for name, value in variables.items())
+        roles = tuple(str(turn.get("role")) for turn in turns)
+        kinds.setdefault((roles, bool(getattr(turns, "tools", None)), switches), turns)
     return list(kinds.values())

@@ -20,10 +20,10 @@ from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.data.bad_rows import leaving_out
 from apportion.errors import ConfigError
 from apportion.evidence import Models, plan
-from apportion.evidence.process import SOURCE_ROW, check_columns, user_functions, wanted_columns
+from apportion.evidence.process import SOURCE_ROW, prompts_for
 from apportion.evidence.scoring import score
 from apportion.generation import sample
-from apportion.generation.prompts import encode_prompts, load_prompts
+from apportion.generation.prompts import encode_prompts
 from apportion.masking import Moments, last_index
 from apportion.models.loading import context_of, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, frozen_policy, response_logits
@@ -110,11 +110,10 @@ def diagnose(
 
 def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tuple[Models, list[list[int]]]:
     """Return the models, for sampling and scoring, and the prompts' ids."""
-    folder, judge = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    functions = user_functions(frozenset[str]().union(*(method.needs for method in methods.values())))
+    folder, reward_folder = locate("policy", config.policy), locate("reward_model", config.reward_model)
+    needs = frozenset[str]().union(*(method.needs for method in methods.values()))
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
-        loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
-        check_columns(functions, [prompt.columns for prompt in loaded])
+        loaded = prompts_for(needs, config.prompts, bad)
         check_count(len(loaded))
         tokenizer = load_tokenizer("policy", folder, config.pad_token)
         context = context_of(folder)
@@ -128,7 +127,7 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tup
     policy.reference = policy.model
     policy_text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
-    reward = load_reward(judge, **settings, policy=policy_text, positive=config.positive_label)
+    reward = load_reward(reward_folder, **settings, policy=policy_text, positive=config.positive_label)
     check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
@@ -307,8 +306,8 @@ def summarise(blocks: list[Block], config: DiagnoseConfig, comparable: frozenset
             "stop_bias": gradients.mean_over_units(stops[name] - stops["true"]) if stops else None,
         }
         methods[name] |= {} if name in comparable else dict.fromkeys(("bias", "stop_bias"))
-    for name, measured in methods.items():
-        measured["verdict"] = verdict(name, measured)
+    for measured in methods.values():
+        measured["verdict"] = verdict(measured)
     return {
         "methods": methods,
         "true_snr": sampled.interval(lambda w: sampled.snr("true", w, config.batch)),
@@ -332,7 +331,7 @@ def figures(sampled: Gradients, name: str, batch: int) -> dict[str, Interval]:
     }
 
 
-def verdict(name: str, measured: Mapping[str, Any]) -> str:
+def verdict(measured: Mapping[str, Any]) -> str:
     """Return the conclusion from the figures of one method, in words."""
     parts = [f"its expected gradient {gradients.direction(measured['cosine'])}"]
     bias = measured["stop_bias"]

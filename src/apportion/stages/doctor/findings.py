@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from apportion.stages.doctor.case import Case
 
 OK, WARN, FAIL, SKIP = "ok", "warn", "fail", "skip"
-LEVELS = (OK, WARN, FAIL, SKIP)
 
 
 class Result(NamedTuple):

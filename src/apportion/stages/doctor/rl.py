@@ -13,11 +13,11 @@ from apportion.config import RewardConfig, RLConfig
 from apportion.data import BUILTIN_DATA, Layout, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError
-from apportion.evidence.process import check_columns, user_functions, wanted_columns
-from apportion.generation.prompts import encode_prompts, encoded, load_prompts
+from apportion.evidence.process import prompts_for
+from apportion.generation.prompts import encode_prompts, load_prompts
 from apportion.models.families import check_family
 from apportion.models.loading import context_of, locate, stored_labels
-from apportion.models.pretrained import generation_stops, load_settings
+from apportion.models.pretrained import generation_stops, load_settings, reason
 from apportion.models.stored_head import positive_label
 from apportion.models.text.labelled import chat_renderer
 from apportion.models.tokenizers import read_tokenizer
@@ -86,7 +86,7 @@ def load_reward_data(case: Case) -> None:
             render=chat_renderer(lambda: case.reward_tokenizer),
         )
     except (ApportionError, yaml.YAMLError, OSError, ValueError, TypeError) as error:  # the data may have moved
-        case.notes["reward_data"] = (str(error).splitlines() or [type(error).__name__])[0]
+        case.notes["reward_data"] = reason(error)
     case.labelled = case.labelled or case.held_out
 
 
@@ -110,13 +110,10 @@ def stored_reward_config(stored: dict[str, Any]) -> RewardConfig:
 def open_prompts(case: Case) -> Result:
     """Prompts can be read, the chat template shows all of each, and each leaves room for its response."""
     bad, config = bad_row_counter(case.config), case.config
-    functions = user_functions(case.notes.get("needs", frozenset()))
-    loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
-    check_columns(functions, [prompt.columns for prompt in loaded])
-    if bad is None:  # every prompt stays, for the checks to count what is wrong
-        found = encoded(loaded, case.tokenizer, config.sampling, config.seed)
-    else:
-        found = encode_prompts(loaded, case.tokenizer, config.sampling, config.seed, case.context, bad)
+    loaded = prompts_for(case.notes.get("needs", ()), config.prompts, bad)
+    # without a context every prompt stays, for the checks to count what is wrong
+    context = None if bad is None else case.context
+    found = encode_prompts(loaded, case.tokenizer, config.sampling, config.seed, context, bad)
     case.texts, case.rows = found.texts, found.rows
     case.notes |= {"conversations": found.conversations, "hidden": found.hidden}
     if case.evaluation is None and config.prompts in BUILTIN_DATA:

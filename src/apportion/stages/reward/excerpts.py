@@ -28,6 +28,7 @@ class ExcerptPair(NamedTuple):
         return max(self.chosen.ids, self.rejected.ids, key=len)
 
 
+POOL = 16  # batches inside which excerpts are sorted by length
 E = TypeVar("E", bound=Excerpt | ExcerptPair)
 
 
@@ -114,13 +115,13 @@ def first_tokens(rows: TokenRows, count: int, length: int) -> list[Excerpt] | li
     return [rows.cut(row, length) for row in range(min(count, len(rows.ids)))]
 
 
-def shuffled_batches(excerpts: Sequence[E], size: int, seed: int, pool: int = 16) -> list[list[E]]:
-    """Return the excerpts in shuffled batches of like lengths: sorted inside pools of `pool` batches, to pad little."""
+def shuffled_batches(excerpts: Sequence[E], size: int, seed: int) -> list[list[E]]:
+    """Return the excerpts in shuffled batches of like lengths: sorted inside pools of `POOL` batches, to pad little."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(excerpts), generator=generator).tolist()
     grouped: list[list[E]] = []
-    for first in range(0, len(order), size * pool):
-        chosen = sorted((excerpts[i] for i in order[first : first + size * pool]), key=lambda c: len(c.ids))
+    for first in range(0, len(order), size * POOL):
+        chosen = sorted((excerpts[i] for i in order[first : first + size * POOL]), key=lambda c: len(c.ids))
         grouped += [chosen[i : i + size] for i in range(0, len(chosen), size)]
     return [grouped[i] for i in torch.randperm(len(grouped), generator=generator).tolist()]
 

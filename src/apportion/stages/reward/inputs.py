@@ -21,6 +21,7 @@ from apportion.models.loading import (
 )
 from apportion.models.lora import add_adapter
 from apportion.models.saving import head_config
+from apportion.models.stored_head import HEADS
 from apportion.models.text.bos import added_bos
 from apportion.models.text.labelled import chat_renderer
 from apportion.models.text.render import check_embeddings
@@ -31,8 +32,6 @@ from apportion.stages.reward.probe import probe_head
 from apportion.training import rng
 from apportion.training.monitoring import warn
 from apportion.training.run_folder import RunFolder, require_space
-
-HEADS = ("score", "classifier")
 
 
 class Inputs(NamedTuple):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
-
 from apportion.credit import REWARD_ATTENTION
 from apportion.errors import DataError, ModelError, ScoreError
 from apportion.evidence import Models, plan
 from apportion.registry import EvidenceKey
+from apportion.stages.doctor.checks.probes import from_ids
 from apportion.types import Credit, Rollouts
 
 PROMPT, RESPONSE = "It is short,", " and that is all."
@@ -62,15 +61,6 @@ def lacking(models: Models, need: str) -> ModelError | None:
 
 def short_text(models: Models) -> Rollouts:
     """Return one rollout of a few ordinary tokens."""
-    encode, device = models.policy.tokenizer, models.policy.device
-    parts = [encode(text, add_special_tokens=False)["input_ids"] for text in (PROMPT, RESPONSE)]
-    prompt, response = (torch.tensor([ids], dtype=torch.int64, device=device) for ids in parts)
-    mask = torch.ones_like(response, dtype=torch.bool)
-    return Rollouts(
-        prompt_ids=prompt,
-        prompt_mask=torch.ones_like(prompt, dtype=torch.bool),
-        response_ids=response,
-        mask=mask,
-        logprobs=torch.zeros(mask.shape, device=device),
-        group=torch.zeros(1, dtype=torch.int64, device=device),
-    )
+    encode = models.policy.tokenizer
+    prompt, response = (encode(text, add_special_tokens=False)["input_ids"] for text in (PROMPT, RESPONSE))
+    return from_ids([prompt], [response], models.policy)

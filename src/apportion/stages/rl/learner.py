@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,17 @@ from torch import Tensor
 from apportion import credit
 from apportion.batching import micro_batches, trim
 from apportion.config import RLConfig
-from apportion.data.bad_rows import leaving_out
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
-from apportion.evidence.process import check_columns, user_functions, wanted_columns
 from apportion.evidence.scoring import BASE_EVIDENCE
-from apportion.generation.decoding import SLOW, decoding
-from apportion.generation.prompts import PromptStream, load_prompts
+from apportion.generation.prompts import PromptStream
 from apportion.losses._ratios import LIMIT
-from apportion.models.families import check_family
-from apportion.models.loading import context_of, locate
-from apportion.models.pretrained import load_settings
-from apportion.models.reward import adjust, check_width, load_reward
-from apportion.models.text.render import check_embeddings, embedding_count
-from apportion.models.text.token_spans import PolicyText
-from apportion.models.tokenizers import load_tokenizer
 from apportion.registry import EvidenceKey
-from apportion.stages.doctor.findings import WARN, Finding
-from apportion.stages.doctor.rl import preflight
+from apportion.stages.doctor.findings import Finding
 from apportion.stages.method import comparisons
-from apportion.stages.rl.compared import available, check_attention
-from apportion.stages.rl.policy import make_policy
+from apportion.stages.rl.compared import available
+from apportion.stages.rl.models import open_models
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import OldOutputs, Targets, update
 from apportion.system.disk import require_space
@@ -237,53 +226,22 @@ def make_learner(
 ) -> Learner:
     """Return everything that a run holds: models, prompts, optimizer, states. Cheap checks come before models."""
     rng.seed(config.seed)
-    output = Path(config.output).expanduser()
-    require_space(output, 200_000_000)
-    folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    compared = comparisons(config.compare) if config.log_rollouts else {}
-    tokenizer, prompts = open_prompts(config, method.needs.union(*(one.needs for one in compared.values())), folder)
-    findings = preflight(config, folder, tokenizer, prompts.encoded.texts, prompts.rows, prompts.encoded.hidden)
-    text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
-    loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
-    loading |= {"fast_kernels": config.fast_kernels, "positive": config.positive_label}
-    reward = load_reward(reward_path, **loading, policy=text)  # by ids where it shares the tokenizer, else by text
-    adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
-    policy = make_policy(config, reward)
-    check_embeddings("policy", policy.model, tokenizer, prompts.rows)
-    check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
-    if (why := decoding(policy, policy.model).why_slow) is not None:
-        warn(f"warning: policy: {config.policy} {SLOW}: {why}")
+    require_space(Path(config.output).expanduser(), 200_000_000)
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)
+    compared = comparisons(config.compare) if config.log_rollouts else {}
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
-    generator = torch.Generator(device=policy.device).manual_seed(config.seed)
+    needs = method.needs.union(*(one.needs for one in compare.values()))
+    models, prompts, findings = open_models(config, method, needs, user_code)
+    generator = torch.Generator(device=models.policy.device).manual_seed(config.seed)
     # vine draws a different number of random values in each process: with several, each has its own generator for it
-    own = generator if collectives.world_size() == 1 else torch.Generator(device=policy.device)
-    models = Models(policy, reward, method.segment, config.sampling, own, config.scores, user_code=user_code)
-    models.columns = prompts.columns
-    check_attention(models, method.needs)
-    findings += [Finding("reward model", WARN, note) for note in reward.notes]
+    alone = collectives.world_size() == 1
+    models.generator = generator if alone else torch.Generator(device=models.policy.device)
     record_warnings(findings, run, warn)  # after loading, so that a model error is reported first
-    compare = available(models, compare, warn)
-    return Learner(config, models, method, prompts, generator, compare, run)
+    return Learner(config, models, method, prompts, generator, available(models, compare, warn), run)
 
 
-def open_prompts(config: RLConfig, needs: frozenset[str], folder: str) -> tuple[Any, PromptStream]:
-    """Return (the tokenizer of the policy in `folder`, the prompts with the columns that functions in `needs` take).
-
-    Raises:
-        DataError: as `load_prompts` and `encode_prompts`, or a column that a function needs is not there.
-    """
-    functions = user_functions(needs)
-    with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
-        loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
-        check_columns(functions, [prompt.columns for prompt in loaded])
-        check_family("policy", folder, load_settings("policy", folder))
-        tokenizer = load_tokenizer("policy", folder, config.pad_token)
-        return tokenizer, PromptStream(loaded, tokenizer, config.sampling, config.seed, context_of(folder), bad)
-
-
-def record_warnings(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) -> None:
+def record_warnings(findings: Sequence[Finding], run: RunFolder | None, warn: Callable[[str], None]) -> None:
     """Write the warnings of the preflight checks into status.json and pass them to `warn`."""
     if findings and run is not None:
         run.update_status(doctor=[{"name": one.name, "message": one.message, "fix": one.fix} for one in findings])

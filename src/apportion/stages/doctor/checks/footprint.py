@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from apportion.config import RLConfig
+from apportion.models.files import is_adapter, stored_shapes
 from apportion.models.loading import SHORT
 
 LIBRARIES = 0.7e9  # bytes of Python, torch and transformers before any model
@@ -52,15 +52,10 @@ def shape_of(settings: Any, weights: int) -> Shape:
 
 
 def stored_weights(folder: str) -> int | None:
-    """Return the number of weights in `folder`, from its safetensors headers; None without such files."""
-    count = 0
-    for file in sorted(Path(folder).glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(size))
-        for name, entry in header.items():
-            count += 0 if name == "__metadata__" else torch.Size(entry["shape"]).numel()
-    return count or None
+    """Return the number of weights in `folder`, from its safetensors headers; None without whole weights here."""
+    if not Path(folder).is_dir() or is_adapter(folder):
+        return None
+    return sum(math.prod(shape) for shape in stored_shapes(folder).values()) or None
 
 
 def trainable(shape: Shape, config: RLConfig) -> int:

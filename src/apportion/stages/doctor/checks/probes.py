@@ -72,12 +72,6 @@ def from_ids(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]
     )
 
 
-def full_sequences(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """Return (ids, mask), both (B,P+T), of prompt and response."""
-    ids = torch.cat([rollouts.prompt_ids, rollouts.response_ids], dim=1)
-    return ids, torch.cat([rollouts.prompt_mask, rollouts.valid], dim=1)
-
-
 def difference(one: Tensor, other: Tensor, mask: Tensor) -> float:
     """Return mean |one − other| on the mask; NaN where either is not finite there."""
     return float((one.float() - other.float()).abs()[mask].mean())

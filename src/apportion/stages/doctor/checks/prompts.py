@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from apportion.models.text.chat import apply_template, as_text, with_response
+from apportion.models.text.chat import TemplateError, apply_template, as_text, with_response
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.findings import Result, combine, fail, ok, skip, warn
 
@@ -137,12 +137,10 @@ def generation_prompt(tokenizer: Any, turns: Sequence[Any], texts: Sequence[str]
 
 def answer_follows(tokenizer: Any, turns: Sequence[Any]) -> bool:
     """Whether the template puts an answer directly after the rendered `turns`, except for white space."""
-    from jinja2 import TemplateError
-
     answered = with_response(turns, ANSWER)
     try:
         full, text = rendered(tokenizer, [answered], False)[0], rendered(tokenizer, [turns], True)[0]
-    except (ValueError, TypeError, TemplateError):  # the template renders no answers
+    except TemplateError:  # it renders no answers
         return False
     return full.startswith(text) and full[len(text) :].lstrip().startswith(ANSWER)
 

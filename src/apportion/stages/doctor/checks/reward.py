@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from apportion.errors import ModelError
 from apportion.evidence.reward import check_attention
-from apportion.evidence.text_reward import translate
+from apportion.evidence.text_reward import translate, with_suffix
 from apportion.models.pretrained import load_settings
 from apportion.models.reward import RewardModel, adjust, load_reward
-from apportion.models.reward.reading import HEADS, Reading, fill_id, own_pad, pad_set_to
+from apportion.models.reward.reading import Reading, fill_id, own_pad, pad_set_to
+from apportion.models.stored_head import head_of
 from apportion.stages.doctor.case import Case
 from apportion.stages.doctor.checks.method import needs_attention, reads_attention
 from apportion.stages.doctor.checks.policy import finite_weights, rollouts_of, size
-from apportion.stages.doctor.checks.probes import ATTENTION, SCORE, full_sequences
+from apportion.stages.doctor.checks.probes import ATTENTION, SCORE
 from apportion.stages.doctor.checks.reward_tokenizer import policy_text
 from apportion.stages.doctor.findings import Result, fail, grade, ok, skip, warn
 
@@ -39,7 +40,7 @@ def head(case: Case) -> Result:
     )
     model = case.reward.model
     message = size(model)
-    layer = head_of(model)
+    layer = score_layer(model)
     labels = [str(v) for v in (model.config.id2label or {}).values()]
     good = f", {labels[case.reward.positive]} is good" if len(labels) == 2 else ""
     message = f"{message}; labels {', '.join(labels)}{good}; {described(case.reward.reading)}"
@@ -68,10 +69,10 @@ def described(reading: Reading) -> str:
     return f"{kind}, its score {places[reading.place]}{alone}"
 
 
-def head_of(model: Any) -> nn.Linear | None:
+def score_layer(model: Any) -> nn.Linear | None:
     """Return the layer that gives the score: the last linear one in the head, or None where there is none."""
-    heads = [module for name, module in model.named_modules() if name.split(".")[-1] in HEADS]
-    layers = [layer for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)]
+    found = head_of(model)
+    layers = [] if found is None else [layer for layer in found.modules() if isinstance(layer, nn.Linear)]
     return layers[-1] if layers else None
 
 
@@ -216,7 +217,7 @@ def inputs(case: Case) -> tuple[Tensor, Tensor]:
     rollouts = rollouts_of(case)
     if case.reward.text is not None:
         rollouts = translate(case.reward, rollouts).rollouts
-    return full_sequences(rollouts)
+    return with_suffix(case.reward, rollouts)
 
 
 def pad_both(ids: Tensor, mask: Tensor, left: int, right: int, fill: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from apportion.models.text.chat import apply_template, with_response
+from apportion.models.text.chat import TemplateError, apply_template, with_response
 from apportion.models.text.render import beyond
 from apportion.models.tokenizers import check_ends, end_ids, needed_rows, pad_id, unnamed_ids, with_pad
 from apportion.stages.doctor.case import Case
@@ -65,14 +65,12 @@ def stop_tokens(case: Case) -> Result:
 
 def turn_end(case: Case) -> int | None:
     """Return the special token that the chat template adds after a response, or None."""
-    from jinja2 import TemplateError
-
     if not case.conversations or not case.tokenizer.chat_template:
         return None
     answer = "RESPONSE"
     try:
         text = apply_template(case.tokenizer, with_response(case.conversations[0], answer), generation=False)
-    except (ValueError, TemplateError):  # a template that renders no answers
+    except TemplateError:  # it renders no answers
         return None
     if answer not in text:
         return None
