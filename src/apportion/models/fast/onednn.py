@@ -2,7 +2,7 @@
 
 Packing puts a weight into oneDNN's memory layout once instead of in every product, where it takes a seventh of a
 training step of a 135M model with 500 rows in 16 bit. Both layouts, for outputs and for input gradients, take twice
-the weights' memory in addition, so training packs only frozen 16-bit weights; sampling packs one layout, in float32 too.
+the weights' memory in addition, so training packs only frozen 16-bit weights; sampling packs one layout.
 
 Float32 products go to another library by default, which on some processors reaches half of oneDNN's rate with the few
 rows of a sampling step and 80% of it with 500 rows (docs/speed.md). oneDNN takes a plain weight as it is stored.
