@@ -84,7 +84,7 @@ def _read(model: Any) -> Reading:
     place, length = _place(places, rows.shape[1], causal), rows.shape[1]
     reads_pad = pad is not None and places is not None and len(places) == 3 and places[-1] == [length - 1]
     ways = (True, False) if causal else (False,)  # a decoder is also padded on the left, which needs positions
-    way = next((one for one in ways if _reads_padded(model, rows, logits[0], causal, one)), None)
+    way = next((one for one in ways if _reads_padded(model, rows, logits, causal, one)), None)
     at_last = scored is not None and scored.dim() == 3 and scored.shape[:2] == rows.shape
     token_scores = causal and place == "last" and at_last and torch.equal(scored[0, -1], logits[0])  # type: ignore[index]
     return Reading(causal, place, way is not None, bool(way), not (place == "last" and reads_pad), token_scores)
@@ -155,7 +155,11 @@ def _place(places: list[list[int]] | None, length: int, causal: bool) -> str:
 
 @torch.no_grad()
 def _reads_padded(model: Any, rows: Tensor, alone: Tensor, causal: bool, position_ids: bool) -> bool:
-    """Whether the text rows[0] scores as `alone` (labels,) when padded: on the right, and a decoder on the left too."""
+    """Whether the text rows[0] scores as `alone[0]` when padded: on the right, and a decoder on the left too.
+
+    `alone` (n,labels) are the logits of all rows: one near 0 is the difference of large numbers, and says nothing of
+    how large rounding is; the largest of several texts does.
+    """
     text, length = rows[0].tolist(), rows.shape[1]
     fill = fill_id(model, rows, torch.ones_like(rows, dtype=torch.bool)) or 0
     padded, real = [text + [fill] * PADS], [[True] * length + [False] * PADS]
@@ -167,13 +171,13 @@ def _reads_padded(model: Any, rows: Tensor, alone: Tensor, causal: bool, positio
     ids, mask = (torch.tensor(values, device=rows.device) for values in (padded, real))
     try:
         with pad_set_to(model, fill):
-            logits = model(**inputs_of(model, ids, mask, position_ids)).logits[:count].float()
+            logits = model(**inputs_of(model, ids, mask, position_ids)).logits.float()
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         return False
-    largest = float(torch.cat([logits, alone.float()[None]]).abs().max())
-    return bool((logits - alone.float()).abs().max() <= ROUNDING.get(alone.dtype, COARSE) * largest)
+    largest = float(torch.cat([logits, alone.float()]).abs().max())
+    return bool((logits[:count] - alone[0].float()).abs().max() <= ROUNDING.get(alone.dtype, COARSE) * largest)
 
 
 def inputs_of(model: Any, ids: Tensor, mask: Tensor, position_ids: bool = False) -> dict[str, Tensor]:
