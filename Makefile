@@ -5,6 +5,9 @@ JOBS ?= 2# processes of `make test`, one core each
 COVER ?= tests# what `make coverage` runs
 STAMP := .venv/.installed
 
+# where it is set, each of the tests' processes would compile the package and rewrite the tests again
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-long check shape coverage docs licences audit clean
 
 demo: $(STAMP)

@@ -139,6 +139,12 @@ def compiled(words: dict[str, str]) -> list[tuple[re.Pattern[str], str]]:
 
 PHRASE_PATTERNS = compiled(PHRASES)
 NAME_PATTERNS = [(re.compile(n[1:-1]), to) for n, to in IDENTIFIERS.items() if n.startswith("(")]
+ANY_PHRASE = re.compile("|".join(pattern.pattern for pattern, _ in PHRASE_PATTERNS), re.IGNORECASE)
+# Python code without any of these, whatever stands between the words of a phrase, need not be taken apart (slow)
+_BETWEEN = r"(?:\W|\b[A-Za-z]{1,2}(?=['\"]))+"
+SUSPICIOUS = re.compile(
+    rf"\b(?:{'|'.join([*IDENTIFIERS, *(phrase.replace(' ', _BETWEEN) for phrase in PHRASES)])})\b", re.IGNORECASE
+)
 
 
 def files() -> Iterator[Path]:
@@ -154,17 +160,19 @@ def uses(path: Path, root: Path = ROOT) -> list[Use]:
     name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
     found: list[Use] = []
     if path.suffix == ".py":
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
         found += (
             [Use(name, 1, path.stem, MODULES[path.stem])] if name.startswith("src/") and path.stem in MODULES else []
         )
-        found += [Use(name, line, word, to) for line, word, to in identifiers(tokens)]
-        if (ast.get_docstring(ast.parse(text)) or "").startswith("What "):
+        if "What " in text and (ast.get_docstring(ast.parse(text)) or "").startswith("What "):
             found.append(Use(name, 1, "What …", WHAT))
+        if not SUSPICIOUS.search(text):
+            return sorted(found)
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        found += [Use(name, line, word, to) for line, word, to in identifiers(tokens)]
         text = prose(text, tokens)
     elif path.suffix in (".yaml", ".yml"):
         text = "\n".join(line.partition("#")[2] for line in text.split("\n"))
-    for pattern, to in PHRASE_PATTERNS:
+    for pattern, to in PHRASE_PATTERNS if ANY_PHRASE.search(text) else ():
         for match in pattern.finditer(text):
             found.append(Use(name, text.count("\n", 0, match.start()) + 1, " ".join(match.group().split()), to))
     return sorted(found)
@@ -182,6 +190,10 @@ def identifiers(tokens: list[tokenize.TokenInfo]) -> Iterator[tuple[int, str, st
         before = token.string
 
 
+PROSE = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1))
+MARKS = re.compile(r"^[#]|^[A-Za-z]{0,2}(?=['\"])|['\"]")
+
+
 def prose(text: str, tokens: list[tokenize.TokenInfo]) -> str:
     """Return `text` with its code blanked out: comments and strings stay where they are, on their lines.
 
@@ -192,16 +204,16 @@ def prose(text: str, tokens: list[tokenize.TokenInfo]) -> str:
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line) + 1)
-    shown = [char if char.isspace() else "\0" for char in text]
+    shown, done = [], 0
     for token in tokens:
-        strings = (tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1))
-        if token.type not in (tokenize.COMMENT, *strings):
+        if token.type not in PROSE:
             continue
         first = starts[token.start[0] - 1] + token.start[1]
         last = starts[token.end[0] - 1] + token.end[1]
-        part = re.sub(r"^[#]|^[A-Za-z]{0,2}(?=['\"])|['\"]", lambda m: " " * len(m.group()), text[first:last])
-        shown[first:last] = list(part)
-    return "".join(shown)
+        shown.append(re.sub(r"\S", "\0", text[done:first]))
+        shown.append(MARKS.sub(lambda m: " " * len(m.group()), text[first:last]))
+        done = last
+    return "".join([*shown, re.sub(r"\S", "\0", text[done:])])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -61,12 +63,18 @@ def batch(extra: int = 0) -> Rollouts:
     return tiny_runs.rollouts_of([p for p, _ in ids], [[*r, tiny_runs.EOS] for _, r in ids], extra=extra)
 
 
+@cache
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """Return (tokenizer, classifier) of a folder, without our library."""
+    return AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
 @torch.no_grad()
 def by_hand(folder: Path, prompt: list[int], response: list[int]) -> float:
     """Return R of the text that the policy's ids stand for, EOS left out, without our library."""
     text = tiny.tokenizer().decode([i for i in prompt + response if i != tiny_runs.EOS])
-    found = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
-    logits = AutoModelForSequenceClassification.from_pretrained(folder).eval()(**found).logits[0]
+    tokenizer, model = loaded(folder)
+    logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
     return float(logits[1] - logits[0] if len(logits) == 2 else logits[0])
 
 

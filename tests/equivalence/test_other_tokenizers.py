@@ -8,7 +8,9 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import foreign_models
 import pytest
@@ -52,6 +54,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return foreign_models.world(tmp_path_factory.mktemp("world"))
 
 
+@cache
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """Return (tokenizer, classifier with eager attention) of a folder, without our library."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
+    return AutoTokenizer.from_pretrained(folder), model
+
+
 @torch.no_grad()
 def by_hand(folder: Path, prompt: str, response: str, ids: Sequence[int]) -> tuple[float, list[float]]:
     """Return (R, attention of the scored position on the policy's tokens `ids`), without our library.
@@ -59,8 +68,7 @@ def by_hand(folder: Path, prompt: str, response: str, ids: Sequence[int]) -> tup
     Eager attention, head by head; its mass is put on characters one at a time, and from there on the policy's tokens,
     whose bytes are known. The texts here have no character that two policy tokens share but whole ones.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, model = loaded(folder)
     found = tokenizer(prompt + response, return_offsets_mapping=True, return_tensors="pt")
     offsets = found.pop("offset_mapping")[0].tolist()
     out = model(**found, output_attentions=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import parallel_worker
 import pytest
 import tiny_runs
 import torch
+from commands import Server
 from faulty import METHODS
-from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, differences, launch
+from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, differences, launch, run_pair
 
 from apportion.cli.main import main
 from apportion.distributed import collectives
@@ -30,11 +30,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def out(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(world: Path, heavy: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes did: `parallel_worker.run`."""
     out = tmp_path_factory.mktemp("two")
-    done = launch([*TORCHRUN, SUPPORT / "parallel_worker.py", world, out])
-    assert done.returncode == 0, done.stderr
+    run_pair(heavy, "parallel_worker.py", world, out, folder=out)
     return out
 
 
@@ -99,9 +98,9 @@ def assert_near(two: Path, one: Path, *, steps: int, tolerance: float = 1e-4) ->
 
 
 def test_an_error_in_one_process_ends_all_with_one_message_and_the_run_resumes(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, heavy: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With `accelerate launch`; the resumed run is the one run folder that one process would have written."""
+    """With `accelerate launch`, resumed without it; the resumed run is the one folder that one process would write."""
     switch = tmp_path / "down"
     switch.touch()
     credit = "[process: {function: reward_functions:failing, keep: true}, kl_penalty: {coef: 0.1, target: 1.0}]"
@@ -121,9 +120,9 @@ def test_an_error_in_one_process_ends_all_with_one_message_and_the_run_resumes(
     assert status["status"] == "failed" and "the reward service is down" in status["error"]
     assert len(tiny_runs.read_lines(tmp_path / "two" / "metrics.jsonl")) == 1
     switch.unlink()
-    done = launch(words, FAIL_WHILE=str(switch))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "two")]
+    both = heavy.pair("rl", *flags, cwd=tmp_path, PYTHONPATH=str(SUPPORT), FAIL_WHILE=str(switch))
+    assert [done.code for done in both] == [0, 0], [done.err for done in both]
+    assert [done.out.split() for done in both] == [[str(tmp_path / "two")], []]
     monkeypatch.setenv("FAIL_WHILE", str(switch))
     assert main(["rl", *tiny_runs.flags(world, tmp_path / "one", **settings)]) == 0
     assert_near(tmp_path / "two", tmp_path / "one", steps=3, tolerance=1e-3)
@@ -133,17 +132,18 @@ def test_an_error_in_one_process_ends_all_with_one_message_and_the_run_resumes(
     assert json.loads((tmp_path / "two" / "status.json").read_text())["status"] == "finished"
 
 
-def test_an_estimator_that_leaves_one_process_ends_all(world: Path, tmp_path: Path) -> None:
+def test_an_estimator_that_leaves_one_process_ends_all(world: Path, heavy: Server, tmp_path: Path) -> None:
     """Every process estimates the whole batch: the others must not wait for the gradient of one that left."""
     (tmp_path / "methods.py").write_text(METHODS)
     settings = {"advantages": "{'methods:estimate': {how: elsewhere}}", "compare": "[sparse]"}
-    words = [*TORCHRUN, "-m", "apportion", "rl", *tiny_runs.flags(world, tmp_path / "two", **settings)]
-    done = launch(words, PYTHONPATH=os.pathsep.join([str(REPO / "src"), str(tmp_path)]))
-    assert done.returncode != 0 and done.stderr.count("apportion: ") == 1, done.stderr
-    assert "apportion: process 1: methods:estimate: got 'SystemExit: 0 (methods.py, line " in done.stderr
+    flags = tiny_runs.flags(world, tmp_path / "two", **settings)
+    both = heavy.pair("rl", *flags, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    err = "".join(done.err for done in both)
+    assert all(done.code for done in both) and err.count("apportion: ") == 1, err
+    assert "apportion: process 1: methods:estimate: got 'SystemExit: 0 (methods.py, line " in err
     left = tmp_path / "two" / "stopped" / "step-1"
     saved = tiny_runs.read_lines(left / "rollouts.jsonl")  # the whole batch, by the main process
-    assert len(saved) == 6 and f"The rollouts are in {left}." in done.stderr
+    assert len(saved) == 6 and f"The rollouts are in {left}." in err
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,20 @@ def test_heads_of_zeros_or_opposites_do_not_hide_the_position() -> None:
         assert read_model(model)[:3] == (True, "last", True)
 
 
+def test_rounding_of_a_score_near_zero_is_not_taken_for_padding() -> None:
+    """A head at a right angle to the state of the text that is tried: its logit is all rounding."""
+    model = tiny_models.build("llama (grouped queries)")
+    states: list[torch.Tensor] = []
+    hook = model.model.register_forward_hook(lambda m, args, out: states.append(out.last_hidden_state.detach()))
+    read_model(model)
+    hook.remove()
+    state = states[0][0, -1]
+    with torch.no_grad():
+        model.score.weight -= (model.score.weight @ state) / (state @ state) * state
+        assert abs(float(model.score(state))) < 1e-5 * float(model.score.weight.norm() * state.norm())
+    assert read_model(model).batched
+
+
 def test_a_model_that_cannot_score_a_text_is_one_error() -> None:
     model = family("bert")
     model.forward = lambda input_ids, pixel_values: None

@@ -213,9 +213,15 @@ def counted() -> Iterator[dict[str, Counter[str]]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-@pytest.mark.parametrize("value_model", ["shared", "separate"])
-@pytest.mark.parametrize("credit", ["attention", "sparse", "policy_attention", "prefix_difference"])
+CREDITS = ("attention", "sparse", "policy_attention", "prefix_difference")
+RUNS = [(rank, value_model, credit) for credit in CREDITS for value_model in ("shared", "separate") for rank in (4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "value_model", "credit"),
+    # every credit, and every rank with every value model
+    [run if i in (0, 7, 9, 14) else pytest.param(*run, marks=pytest.mark.long) for i, run in enumerate(RUNS)],
+)
 def test_each_model_reads_each_token_once_a_batch(
     world: Path, tmp_path: Path, rank: int, value_model: str, credit: str
 ) -> None:

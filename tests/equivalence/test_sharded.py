@@ -13,8 +13,9 @@ import pytest
 import sharded_worker
 import tiny_runs
 import torch
+from commands import Server
 from safetensors.torch import load_file
-from two_processes import ACCELERATE, MACHINE, REPO, SUPPORT, TORCHRUN, differences, launch
+from two_processes import ACCELERATE, MACHINE, REPO, differences, launch, run_pair
 
 from apportion.distributed.launch import check_launch
 from apportion.distributed.sharding import check_groups, layers_of
@@ -60,13 +61,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def out(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(world: Path, heavy: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes did: `sharded_worker.run`."""
     out = tmp_path_factory.mktemp("two")
     with pytest.raises(KeyboardInterrupt):
         rl.train(sharded_worker.settings(world, out / "begun"), on_step=sharded_worker.stop_after(1))
-    done = launch([*TORCHRUN, SUPPORT / "sharded_worker.py", world, out], **FSDP2)
-    assert done.returncode == 0, done.stderr
+    run_pair(heavy, "sharded_worker.py", world, out, folder=out, **FSDP2)
     return out
 
 

@@ -2,118 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from examples import LONG
-
-HERE = Path(__file__).parent
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-SHAPE = re.compile(r"apportion: [^\n]+: got [^\n]+; expected [^\n]+\. [^\n]+\n")
-
-
-@dataclass
-class Result:
-    """The result of a command: exit code, output, and the model libraries that it loaded."""
-
-    code: int
-    out: str
-    err: str
-    folder: Path
-    loaded: tuple[str, ...] | None = None  # None: the process ended before it could report them
-
-    @property
-    def loads_nothing(self) -> bool:
-        """Whether no model library was loaded; not known of a new process."""
-        return self.loaded == () or (LONG and self.loaded is None)
-
-    def assert_refused(self, *pieces: str, before: str = "") -> None:
-        """Check exit code 2, one message with all `pieces` after the output `before`, and no finished run."""
-        assert self.code == 2, (self.code, self.out, self.err)
-        assert "Traceback" not in self.err and self.out == ""
-        assert SHAPE.fullmatch(self.err.removeprefix(before)), self.err
-        for piece in pieces:
-            assert piece in self.err, (piece, self.err)
-        assert not [path for path in self.folder.rglob("final") if path.is_dir()]
-        assert not [path for path in self.folder.rglob("status.json") if "finished" in path.read_text()]
-
-    def assert_refused_early(self, *pieces: str) -> None:
-        """Check `assert_refused`, and that no model library was loaded before the error."""
-        self.assert_refused(*pieces)
-        assert self.loads_nothing
-
-    def assert_done(self) -> None:
-        """Check that the command succeeded."""
-        assert self.code == 0 and "Traceback" not in self.err, (self.code, self.err)
-
-
-class Server:
-    """A fork server, and the commands that it runs; under APPORTION_LONG=1 each command is a new process."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.folder, self.count = folder, 0
-        command = [sys.executable, str(HERE / "fork_server.py"), kind]
-        self.process = subprocess.Popen(
-            command, env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, *arguments: object, cwd: Path, **environment: str) -> Result:
-        """Run `apportion ARGUMENTS` in folder `cwd` and return its result."""
-        if LONG:
-            return run_python("-m", "apportion", *arguments, cwd=cwd, **environment)
-        self.count += 1
-        files = {name: self.folder / f"{self.count}.{name}" for name in ("out", "err", "loaded")}
-        request: dict[str, Any] = {"argv": [str(a) for a in arguments], "cwd": str(cwd), "env": environment}
-        request |= {name: str(path) for name, path in files.items()}
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        loaded = tuple(json.loads(files["loaded"].read_text())) if files["loaded"].exists() else None
-        return Result(code, files["out"].read_text(), files["err"].read_text(), cwd, loaded)
-
-
-def run_python(*arguments: object, cwd: Path, timeout: float = 120, **environment: str) -> Result:
-    """Run a new Python process and return its result."""
-    command, environment = [sys.executable, *map(str, arguments)], os.environ | ENVIRONMENT | environment
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
-    return Result(done.returncode, done.stdout, done.stderr, cwd)
-
-
-@contextmanager
-def server(kind: str, folder: Path) -> Iterator[Server]:
-    """Start a fork server and end it."""
-    started = Server(kind, folder)
-    try:
-        yield started
-    finally:
-        assert started.process.stdin is not None
-        started.process.stdin.close()
-        started.process.wait(timeout=60)
-
-
-@pytest.fixture(scope="session")
-def light(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that has imported no model library, so that a command's own imports show."""
-    with server("light", tmp_path_factory.mktemp("light")) as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
-def heavy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the model libraries imported, for commands that reach a model."""
-    with server("heavy", tmp_path_factory.mktemp("heavy")) as started:
-        yield started
+from commands import Result, Server, run_python
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from apportion.cli.main import COMMANDS
 
 Command = Callable[..., Any]
-LISTED = ("transformers", "peft", "trl", "accelerate", "datasets")
+LISTED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 PROBE = """
 import sys
 from apportion.cli.main import main
@@ -26,10 +26,15 @@ sys.exit(code)
 
 
 def test_the_real_command_refuses_and_loads_no_model_library(python: Command) -> None:
-    for arguments in (["rl", "--reward_model", "x", "--credit", "atention"], ["rl", "--help"]):
+    """Help and flags need not even torch, so that they answer at once."""
+    for arguments, code, loaded in (
+        (["rl", "--reward_model", "x", "--credit", "atention"], 2, ["torch"]),
+        (["rl", "--help"], 0, []),
+        (["reward", "--step", "3"], 2, []),
+    ):
         done = python("-c", PROBE.format(listed=LISTED), *arguments)
-        assert json.loads(done.err.partition("LOADED ")[2]) == []
-        assert done.code == (0 if "--help" in arguments else 2)
+        assert json.loads(done.err.partition("LOADED ")[2]) == loaded
+        assert done.code == code
 
 
 def test_version_and_help(command: Command) -> None:

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_runs
 import torch
+from commands import Result, Server
 
 from apportion.errors import ConfigError
 from apportion.system import cpu
@@ -107,13 +108,18 @@ SCRIPT = "sys.argv[1:] = ['doctor']; from apportion.__main__ import main; main()
 
 
 @pytest.fixture
-def competitors() -> Iterator[None]:
-    """Keep every processor busy with real processes."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
-    yield
-    for loop in loops:
-        loop.kill()
-        loop.wait()
+def competitors() -> Iterator[Callable[[], None]]:
+    """Keep every processor busy with real processes of the lowest priority; yield what ends them."""
+    code = "import os; os.nice(19)\nwhile True: pass"
+    loops = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(os.cpu_count() or 1)]
+
+    def end() -> None:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+    yield end
+    end()
 
 
 @pytest.mark.usefixtures("competitors")
@@ -126,14 +132,17 @@ def test_on_a_busy_machine_the_command_has_threads_sleep_before_torch_loads() ->
     assert python(ORDER + COMMAND, GOMP_SPINCOUNT="7") == {"GOMP_SPINCOUNT": "7"}
 
 
-@pytest.mark.usefixtures("competitors")
-def test_openmp_itself_reads_it() -> None:
+def test_openmp_itself_reads_it(competitors: Callable[[], None]) -> None:
     """OpenMP prints what it read when OMP_DISPLAY_ENV is set: the real command, from its start."""
     base = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {"OMP_DISPLAY_ENV": "TRUE"}
     command = [sys.executable, "-m", "apportion", "doctor"]
-    done = subprocess.run(command, env=base, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr and "threads sleep while they wait" in done.stdout
+    with subprocess.Popen(command, env=base, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        read = process.stderr.readline()  # written when torch is loaded
+        competitors()
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in read + err and "threads sleep while they wait" in out
 
 
 @pytest.mark.parametrize(("others", "waiting"), [(0, "default"), (2, "default"), (3, "passive"), (9, "passive")])
@@ -175,24 +184,20 @@ def test_an_impossible_number_is_refused(threads: Any) -> None:
         cpu.configure_threads(threads)
 
 
-def test_the_setting_reaches_torch_and_the_run_folder(tmp_path: Path) -> None:
-    """The real command from its start; then the run resumes with other threads, which is reported."""
+def test_the_setting_reaches_torch_and_the_run_folder(heavy: Server, tmp_path: Path) -> None:
+    """Also where the run resumes with other threads, which is reported."""
     world = tiny_runs.world(tmp_path)
-    run, base = tmp_path / "run", {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    run = tmp_path / "run"
 
-    def command(*more: str) -> subprocess.CompletedProcess[str]:
-        words = [*tiny_runs.flags(world, run, steps=3, checkpoint_every=1), *more]
-        return subprocess.run(
-            [sys.executable, "-m", "apportion", "rl", *words], env=base, capture_output=True, text=True, timeout=240
-        )
+    def command(*more: str) -> Result:
+        return heavy.run("rl", *tiny_runs.flags(world, run, steps=3, checkpoint_every=1), *more, cwd=tmp_path)
 
-    done = command("--threads", "2")
-    assert done.returncode == 0, done.stderr
+    command("--threads", "2").assert_done()
     status = json.loads((run / "status.json").read_text())
     assert status["threads"] == 2 and status["status"] == "finished"
     (run / "status.json").write_text(json.dumps(status | {"status": "running"}))  # as if interrupted after step 2
     done = command("--threads", "1")
-    assert done.returncode == 0 and "began with 2 threads and continues with 1" in done.stderr, done.stderr
+    assert done.code == 0 and "began with 2 threads and continues with 1" in done.err, done.err
     assert json.loads((run / "status.json").read_text())["threads"] == 1
 
 

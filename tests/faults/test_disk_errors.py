@@ -7,29 +7,61 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import ENVIRONMENT, Result, Server, server
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-RUN = f'"{sys.executable}" -m apportion rl "$@"'
+NAMESPACE = ("unshare", "--map-root-user", "--mount")
 
 
-def in_namespace(script: str, flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a shell `script` in `folder` where it may mount file systems; its arguments are `flags`."""
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", *flags]
-    return subprocess.run(
-        command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture(scope="module")
+def inside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose commands see file systems that nobody else sees; skips where this machine lets none be mounted."""
+    trial = [*NAMESPACE, "mount", "-t", "tmpfs", "t", str(tmp_path_factory.mktemp("trial"))]
+    if shutil.which("unshare") is None or subprocess.run(trial, capture_output=True).returncode:
+        pytest.skip("this machine does not let a process mount a file system of its own")
+    with server("heavy", tmp_path_factory.mktemp("inside"), NAMESPACE) as started:
+        yield started
+
+
+class Disk:
+    """A small file system on the folder `disk` of a test, and what is on it, as the commands of `inside` see it."""
+
+    def __init__(self, inside: Server, folder: Path) -> None:
+        self.inside, self.folder = inside, folder
+        (folder / "disk").mkdir()
+        self.seen = Path(f"/proc/{inside.process.pid}/root{folder / 'disk'}")
+
+    def mount(self, options: str) -> None:
+        words = ["mount", "-t", "tmpfs", "-o", options, "t", str(self.folder / "disk")]
+        namespace = ["nsenter", "--target", str(self.inside.process.pid), "--user", "--mount", "--preserve-credentials"]
+        subprocess.run([*namespace, *words], check=True)
+
+    def run(self, flags: list[str]) -> Result:
+        return self.inside.fork("rl", *flags, cwd=self.folder)
+
+    def fill(self) -> None:
+        """Write zeros until nothing more fits."""
+        with (self.seen / "filler").open("wb", buffering=0) as file:
+            block = bytes(2**16)
+            while block:
+                try:
+                    file.write(block)
+                except OSError:
+                    block = block[: len(block) // 2]
+
+    def lines(self, name: str) -> list[dict[str, object]]:
+        """Return the objects of a JSON-lines file of the run."""
+        return [json.loads(line) for line in (self.seen / "run" / name).read_text().split("\n") if line]
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    """Return a folder to mount on; skips where this machine does not allow mounting."""
-    if shutil.which("unshare") is None or in_namespace("mkdir -p m && mount -t tmpfs t m", [], tmp_path).returncode:
-        pytest.skip("this machine does not let a process mount a file system of its own")
-    (tmp_path / "disk").mkdir()
-    return tmp_path / "disk"
+def disk(inside: Server, tmp_path: Path) -> Disk:
+    return Disk(inside, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -40,73 +72,73 @@ def disk(tmp_path: Path) -> Path:
         ("size=1m,ro", ["output: got 'disk/run (Read-only file system)'", "Choose a folder that is not read-only"]),
     ],
 )
-def test_a_disk_without_room_is_named_at_once(
-    tmp_path: Path, disk: Path, rl_flags: list[str], options: str, pieces: list[str]
-) -> None:
-    done = in_namespace(f"mount -t tmpfs -o {options} t disk && {RUN}", [*rl_flags, "--output", "disk/run"], tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.startswith("apportion: output: got ") and done.stderr.count("\n") == 1
+def test_a_disk_without_room_is_named_at_once(disk: Disk, rl_flags: list[str], options: str, pieces: list[str]) -> None:
+    disk.mount(options)
+    done = disk.run([*rl_flags, "--output", "disk/run"])
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    assert done.err.startswith("apportion: output: got ") and done.err.count("\n") == 1
     for piece in pieces:
-        assert piece in done.stderr
+        assert piece in done.err
 
 
-FILLED = f"""
-mount -t tmpfs -o size=260m t disk
-{RUN} 2> first.err & run=$!
-while kill -0 $run 2> /dev/null && [ ! -d disk/run/checkpoints/step-2 ]; do sleep 0.02; done
-cat /dev/zero > disk/filler 2> /dev/null
-wait $run; echo $? > first.code
-cp disk/run/status.json first.json
-rm disk/filler
-{RUN} 2> second.err; echo $? > second.code
-cp -r disk/run kept
-"""
+@pytest.fixture
+def run_until_full(disk: Disk) -> Iterator[Callable[[list[str]], Future[Result]]]:
+    """Return what starts a run on a disk that is filled up after its second batch."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def start(flags: list[str]) -> Future[Result]:
+            disk.mount("size=260m")
+            running = pool.submit(disk.run, flags)
+            wait_for(lambda: (disk.seen / "run" / "checkpoints" / "step-2").is_dir(), running)
+            disk.fill()
+            return running
+
+        yield start
 
 
-def test_a_disk_that_fills_up_and_is_emptied_again(tmp_path: Path, disk: Path, rl_flags: list[str]) -> None:
+def wait_for(condition: Callable[[], bool], running: Future[Result]) -> None:
+    """Wait until it holds, at most as long as the run takes."""
+    while not condition() and not running.done():
+        time.sleep(0.005)
+
+
+def test_a_disk_that_fills_up_and_is_emptied_again(
+    disk: Disk, run_until_full: Callable[[list[str]], Future[Result]], rl_flags: list[str]
+) -> None:
     flags = [*rl_flags, "--output", "disk/run", "--steps", "60", "--checkpoint_every", "2", "--disk_wait", "1"]
-    in_namespace(FILLED, flags, tmp_path)
-    first = (tmp_path / "first.err").read_text()
-    assert (tmp_path / "first.code").read_text() == "2\n" and "Traceback" not in first, first
-    assert (
-        first.count("apportion: paused: the disk of disk/run is full (") == 1 and "It waits 1 s (--disk_wait)" in first
-    )
-    assert "apportion: output: got 'disk/run (" in first and "No space left on device" in first
-    assert first.endswith("Free some space, then run the same command again: it resumes from the last checkpoint.\n")
-    assert json.loads((tmp_path / "first.json").read_text())["status"] != "finished"
-    second = (tmp_path / "second.err").read_text()
-    assert (tmp_path / "second.code").read_text() == "0\n", second
-    lines = (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
-    assert (tmp_path / "kept" / "final" / "model.safetensors").is_file()
+    first = run_until_full(flags).result()
+    assert first.code == 2 and "Traceback" not in first.err, first.err
+    assert first.err.count("apportion: paused: the disk of disk/run is full (") == 1
+    assert "It waits 1 s (--disk_wait)" in first.err
+    assert "apportion: output: got 'disk/run (" in first.err and "No space left on device" in first.err
+    fix = "Free some space, then run the same command again: it resumes from the last checkpoint.\n"
+    assert first.err.endswith(fix)
+    assert json.loads((disk.seen / "run" / "status.json").read_text())["status"] != "finished"
+    (disk.seen / "filler").unlink()
+    second = disk.run(flags)
+    assert second.code == 0, second.err
+    assert [line["step"] for line in disk.lines("metrics.jsonl")] == list(range(1, 61))
+    assert (disk.seen / "run" / "final" / "model.safetensors").is_file()
 
 
-PAUSED = f"""
-mount -t tmpfs -o size=260m t disk
-{RUN} 2> run.err & run=$!
-while kill -0 $run 2> /dev/null && [ ! -d disk/run/checkpoints/step-2 ]; do sleep 0.02; done
-cat /dev/zero > disk/filler 2> /dev/null
-while kill -0 $run 2> /dev/null && ! grep -q paused run.err; do sleep 0.02; done
-ls disk/run/checkpoints > left
-rm disk/filler
-wait $run; echo $? > run.code
-cp -r disk/run kept
-"""
-
-
-def test_a_run_waits_for_space_and_continues_by_itself(tmp_path: Path, disk: Path, rl_flags: list[str]) -> None:
+def test_a_run_waits_for_space_and_continues_by_itself(
+    disk: Disk, run_until_full: Callable[[list[str]], Future[Result]], rl_flags: list[str]
+) -> None:
     """Whether a log or a checkpoint came first: no half a line stays and no checkpoint is lost."""
-    flags = [*rl_flags, "--steps", "60", "--checkpoint_every", "2", "--log_rollouts", "4"]
-    in_namespace(PAUSED, [*flags, "--output", "disk/run"], tmp_path)
-    err = (tmp_path / "run.err").read_text()
-    assert (tmp_path / "run.code").read_text() == "0\n" and "Traceback" not in err, err
-    assert "apportion: paused: " in err and "there is space in disk/run again: the run continues.\n" in err
-    left = (tmp_path / "left").read_text().split()
+    running = run_until_full(
+        [*rl_flags, "--steps", "60", "--checkpoint_every", "2", "--log_rollouts", "4", "--output", "disk/run"]
+    )
+    wait_for(lambda: "paused" in disk.inside.errors, running)
+    left = [path.name for path in (disk.seen / "run" / "checkpoints").iterdir()]
+    (disk.seen / "filler").unlink()
+    done = running.result()
+    assert done.code == 0 and "Traceback" not in done.err, done.err
+    assert "apportion: paused: " in done.err
+    assert "there is space in disk/run again: the run continues.\n" in done.err
     assert left and all(name.startswith("step-") for name in left)
-    rows = [json.loads(line) for line in (tmp_path / "kept" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 61))
-    texts = [json.loads(line) for line in (tmp_path / "kept" / "rollouts.jsonl").read_text().split("\n") if line]
-    assert [(t["step"], t["row"]) for t in texts] == [(step, row) for step in range(1, 61) for row in range(4)]
+    assert [row["step"] for row in disk.lines("metrics.jsonl")] == list(range(1, 61))
+    places = [(t["step"], t["row"]) for t in disk.lines("rollouts.jsonl")]
+    assert places == [(step, row) for step in range(1, 61) for row in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -117,14 +149,11 @@ def test_a_run_waits_for_space_and_continues_by_itself(tmp_path: Path, disk: Pat
         pytest.param(["--checkpoint_every", "1", "--lora.rank", "0"], marks=pytest.mark.long),
     ],
 )
-def test_weights_that_cannot_be_written(tmp_path: Path, rl_flags: list[str], more: list[str]) -> None:
+def test_weights_that_cannot_be_written(heavy: Server, tmp_path: Path, rl_flags: list[str], more: list[str]) -> None:
     # the weights are larger than a file may be here, the logs are not: at the end, or at the first checkpoint
-    command = ["sh", "-c", f"ulimit -f 80; {RUN}", "sh", *rl_flags, *more]
-    # nor could coverage write its own file there
-    environment = {k: v for k, v in (os.environ | ENVIRONMENT).items() if not k.startswith("COVERAGE_")}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "apportion: output: got 'run (" in done.stderr and "File too large" in done.stderr
+    done = heavy.fork("rl", *rl_flags, *more, cwd=tmp_path, largest_file=80 * 512)
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    assert "apportion: output: got 'run (" in done.err and "File too large" in done.err
     assert not (tmp_path / "run" / "final").exists() and not list(tmp_path.glob("run/checkpoints/step-?"))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
 

@@ -89,7 +89,13 @@ def test_a_credit_that_keeps_the_contract_passes(command: Command, mine: Path) -
     assert "FAIL" not in done.out and all(clause in done.out for clause in CLAUSES)
 
 
-@pytest.mark.parametrize("name", sorted(set(credit.METHODS) - {"implicit", "process"}))
+BUILT_IN = sorted(set(credit.METHODS) - {"implicit", "process"})
+
+
+# tests/contract/test_credit_contract.py has every clause for each of them, on other batches
+@pytest.mark.parametrize(
+    "name", [name if name == "attention" else pytest.param(name, marks=pytest.mark.long) for name in BUILT_IN]
+)
 def test_every_built_in_credit_passes(name: str) -> None:
     assert violations(credit.find(name)()) == []
 

@@ -50,6 +50,7 @@ def test_flags_methods_and_absent_models(
     apportion("rl", *rl_flags, *arguments).assert_refused(*pieces)
 
 
+@pytest.mark.long  # test_corpus.py has such files, in forked processes
 @pytest.mark.parametrize(
     ("content", "pieces"),
     one_of(
@@ -89,6 +90,7 @@ def test_tables_of_reviews(apportion: Command, tmp_path: Path, world: Path, cont
     done.assert_refused(*pieces)
 
 
+@pytest.mark.long  # test_corpus.py has such tables, one of them in a new process
 @pytest.mark.parametrize(
     ("content", "pieces"),
     one_of(

@@ -66,5 +66,5 @@ def test_the_benchmark_counts_examples_and_reports_failures(monkeypatch: pytest.
 @pytest.mark.long
 def test_the_command(tmp_path: Path) -> None:
     done = run_benchmark("fuzz", "--target", "readers", "--minutes", 0.2, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["examples"] > 100
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["examples"] > 100

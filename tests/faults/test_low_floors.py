@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-import two_processes
+from commands import Server
 from safetensors import SafetensorError
+from two_processes import run_pair
 
 from apportion import Rollouts, credit, segments
 from apportion.distributed import collectives, error_relay, launch
@@ -45,9 +46,8 @@ def batch(mask: torch.Tensor, **evidence: torch.Tensor) -> Rollouts:
     )
 
 
-def test_a_failure_of_the_main_process_is_its_own_error(tmp_path: Path) -> None:
-    done = two_processes.launch([*two_processes.TORCHRUN, two_processes.SUPPORT / "barrier_worker.py", tmp_path])
-    assert done.returncode == 0, done.stderr
+def test_a_failure_of_the_main_process_is_its_own_error(heavy: Server, tmp_path: Path) -> None:
+    run_pair(heavy, "barrier_worker.py", tmp_path, folder=tmp_path)
     main, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     for case in ("main", "both"):
         assert main[case] == {"class": "DataError", "text": main["both"]["text"], "own": True}

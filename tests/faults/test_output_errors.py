@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Server
 
 Command = Callable[..., Any]
 
@@ -115,19 +114,17 @@ def test_evaluate_works_on_it(model_command: Command, finished: Path, world: Pat
 
 
 def test_a_killed_run_resumes_without_gap_or_repetition(
-    model_command: Command, tmp_path: Path, rl_flags: list[str]
+    heavy: Server, model_command: Command, tmp_path: Path, rl_flags: list[str]
 ) -> None:
     flags = [*rl_flags, "--steps", "40", "--checkpoint_every", "3"]
-    command = [sys.executable, "-m", "apportion", "rl", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    killed = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("run/checkpoints/step-6/progress.json")) and time.monotonic() < deadline:
-        assert killed.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
     run = tmp_path / "run"
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(heavy.fork, "rl", *flags, cwd=tmp_path)
+        while not (run / "checkpoints" / "step-6" / "progress.json").is_file():
+            assert not killed.done(), ("the run ended before it could be killed", killed.result())
+            time.sleep(0.005)
+        heavy.kill()
+        assert killed.result().code == -signal.SIGKILL
     assert not (run / "final").exists() and json.loads((run / "status.json").read_text())["status"] == "running"
     with (run / "metrics.jsonl").open("a") as file:  # as if it had been killed in the middle of a line
         file.write('{"step": 99, "obj')

@@ -17,18 +17,19 @@ from benchmarks.faults.harness import clear, enough, plans
 from benchmarks.faults.kills import UnexpectedEnd
 from benchmarks.faults.settings import FaultsConfig, SoakConfig
 from benchmarks.soak import growth
+from commands import Server
 from scripts import run_benchmark
 
 QUICK = ("--kills", "3", "--model_kills", "0", "--steps", "8", "--checkpoint_every", "2")
 
 
-def test_three_kills_change_nothing(tmp_path: Path) -> None:
+def test_three_kills_change_nothing(heavy: Server, tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     # in a process of its own: it forks, which a process with threads should not
     flags = ["--tokenizer", tmp_path / "tokenizer", "--json", "--out", tmp_path / "result.json"]
-    done = run_benchmark("faults", *QUICK, *flags, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    done = run_benchmark("faults", *QUICK, *flags, folder=tmp_path, heavy=heavy)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (
         result["kills"] == result["bit_identical"] == 3 and result["log_rows_lost"] == result["log_rows_doubled"] == 0
@@ -161,5 +162,5 @@ def test_a_short_soak(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     flags = ["--batches", 300, "--judge_after", 100, "--tokenizer", tmp_path / "tokenizer", "--json"]
     done = run_benchmark("soak", *flags, folder=tmp_path)
-    result = json.loads(done.stdout)
+    result = json.loads(done.out)
     assert result["batches"] == 300 and result["handles"]["least"] > 0

@@ -19,6 +19,7 @@ from benchmarks.harness.operations import FORMULAS
 from benchmarks.harness.ours import rl_config
 from benchmarks.harness.recorder import Recorder, peak_rss
 from benchmarks.harness.settings import PEERS, SpeedConfig, Work, check, shaped
+from commands import Result
 from scripts import run_benchmark
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -369,7 +370,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def command(world: Path, cache: Path, *flags: object) -> subprocess.CompletedProcess[str]:
+def command(world: Path, cache: Path, *flags: object) -> Result:
     """Run the real command on the tiny model."""
     shape = ["--threads", 1, "--device", "cpu", "--prompt_tokens", 3, "--new_tokens", 5, "--output", cache / "out.json"]
     inputs = ["--model", world / "model", "--prompts", world / "prompts.jsonl"]
@@ -389,9 +390,9 @@ def command(world: Path, cache: Path, *flags: object) -> subprocess.CompletedPro
 )
 def test_both_sides_do_the_same_work(world: Path, cache: Path, peer: str, flags: list[object], steps: int) -> None:
     done = command(world, cache, "--peer", peer, *flags, "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert done.stdout.count("\n") == 1 and result == json.loads((cache / "out.json").read_text())
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert done.out.count("\n") == 1 and result == json.loads((cache / "out.json").read_text())
     for name in ("time_ratio", "memory_ratio"):
         assert set(result[name]) == {"median", "min", "max"}
         assert 0 < result[name]["min"] <= result[name]["median"] <= result[name]["max"]
@@ -414,12 +415,12 @@ def test_both_sides_do_the_same_work(world: Path, cache: Path, peer: str, flags:
 def test_a_difference_in_work_is_refused_and_a_table_is_printed_otherwise(world: Path, cache: Path) -> None:
     flags = ["--batch", 4, "--epochs", 1, "--batches", 1, "--rounds", 1, "--peer_precision", "float32"]
     done = command(world, cache, *flags, "--ours_settings", "[sampling.max_new_tokens=3]")
-    assert done.returncode == 2 and done.stdout == ""
-    assert "generated tokens: ours 12, peer 20" in done.stderr and "No ratio is given" in done.stderr
+    assert done.code == 2 and done.out == ""
+    assert "generated tokens: ours 12, peer 20" in done.err and "No ratio is given" in done.err
     stored = json.loads((cache / "out.json").read_text())
     assert "time_ratio" not in stored and "ours 12, peer 20" in stored["refused"]
     done = command(world, cache, *flags)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     for piece in ("ours (full)", "trl-ppo (float32)", "weights changed", "time_ratio", "Fewer than 5 timed batches"):
-        assert piece in done.stdout
-    assert "Traceback" not in done.stderr
+        assert piece in done.out
+    assert "Traceback" not in done.err

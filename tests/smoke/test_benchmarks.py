@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import abc_cost
+from commands import Server
 from scripts import run_benchmark
 
 from apportion.models.attention.row import attention_row
@@ -95,23 +96,23 @@ def test_runs_are_interleaved_and_their_interval_is_the_medians() -> None:
     assert abc_cost.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
 
-def test_the_script_prints_a_table(tmp_path: Path) -> None:
-    done = run_benchmark("abc_cost", *TINY, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "llama-tiny, float32, 1 threads" in done.stdout and done.stdout.count("no T×T tensor") == 2
-    assert "Traceback" not in done.stderr
+def test_the_script_prints_a_table(heavy: Server, tmp_path: Path) -> None:
+    done = run_benchmark("abc_cost", *TINY, folder=tmp_path, heavy=heavy)
+    assert done.code == 0, done.err
+    assert "llama-tiny, float32, 1 threads" in done.out and done.out.count("no T×T tensor") == 2
+    assert "Traceback" not in done.err
 
 
-def test_the_updates_rate_and_numbers(tmp_path: Path) -> None:
+def test_the_updates_rate_and_numbers(heavy: Server, tmp_path: Path) -> None:
     """Operations counted by hand, and the small numerical effect of the shortcuts."""
     import tiny
 
     folder = tiny.save_policy(tmp_path / "policy")
     words = ["--model", folder, "--rows", 4, "--prompt", 5, "--response", 7, "--repeats", 1, "--micro_tokens", 24]
     words += ["--matmul_sizes", 128]
-    done = run_benchmark("update_speed", *words, "--threads", 1, "--json", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    done = run_benchmark("update_speed", *words, "--threads", 1, "--json", folder=tmp_path, heavy=heavy)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     attention, gated, head = 32 * (32 + 16 + 16 + 32), 3 * 32 * 64, 400 * 32  # weights of a layer's parts
     tokens, layers = 4 * 12, 2
     full = 6 * tokens * layers * (attention + gated) + 6 * 4 * 7 * head

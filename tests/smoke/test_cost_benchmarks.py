@@ -11,6 +11,7 @@ import tiny
 import torch
 from benchmarks import abc_batch, length
 from benchmarks.harness import measuring
+from commands import Server
 from scripts import run_benchmark
 
 from apportion.models.reward import load_reward
@@ -136,8 +137,10 @@ def test_the_registry_is_restored() -> None:
         ),  # its figures are tested in this process
     ],
 )
-def test_the_scripts_print_tables(model: str, tmp_path: Path, name: str, more: list[str], line: str) -> None:
-    done = run_benchmark(name, *TINY, "--model", model, *more, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert line in done.stdout and "Traceback" not in done.stderr
+def test_the_scripts_print_tables(
+    heavy: Server, model: str, tmp_path: Path, name: str, more: list[str], line: str
+) -> None:
+    done = run_benchmark(name, *TINY, "--model", model, *more, folder=tmp_path, heavy=heavy)
+    assert done.code == 0, done.err
+    assert line in done.out and "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from commands import Server
 
 from apportion.cli import credit as credit_command
 from apportion.cli.main import COMMANDS, main
@@ -40,30 +41,20 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in found if name == language]
 
 
-def python(*arguments: object, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a new Python process with `path` first on PYTHONPATH."""
-    paths = os.pathsep.join(filter(None, [str(path or ""), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+def python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a new Python process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def train(folder: Path, path: Path, *flags: str, here: pytest.MonkeyPatch | None = None) -> list[dict[str, Any]]:
-    """Run `apportion rl` on tiny models in `folder`, with `path` on PYTHONPATH; return the logged rollouts.
-
-    With `here`, run in this process, which saves a start.
-    """
+def train(heavy: Server, folder: Path, path: Path, *flags: str) -> list[dict[str, Any]]:
+    """Run `apportion rl` on tiny models in `folder`, with `path` on PYTHONPATH; return the logged rollouts."""
     tiny.save_policy(folder / "policy")
     tiny.save_reward(folder / "reward")
     tiny.save_prompts(folder / "prompts.jsonl")
     models = ["--policy", "policy", "--reward_model", "reward", "--prompts", "prompts.jsonl", "--output", "run"]
-    if here is None:
-        done = python("-m", "apportion", "rl", *models, *STEPS, *flags, cwd=folder, path=path)
-        assert done.returncode == 0, done.stderr
-    else:
-        here.chdir(folder)
-        here.syspath_prepend(path)
-        assert main(["rl", *models, *STEPS, *flags]) == 0
+    heavy.run("rl", *models, *STEPS, *flags, cwd=folder, PYTHONPATH=str(path)).assert_done()
     return [json.loads(line) for line in (folder / "run" / "rollouts.jsonl").read_text().split("\n") if line]
 
 
@@ -75,12 +66,12 @@ def test_the_python_example_prints_the_readmes_output(tmp_path: Path) -> None:
     assert done.stdout and done.stdout in blocks("")
 
 
-def test_my_credit_spreads_by_the_power_of_attention(tmp_path: Path) -> None:
+def test_my_credit_spreads_by_the_power_of_attention(heavy: Server, tmp_path: Path) -> None:
     _, module = blocks("python")
     code = tmp_path / "code"
     code.mkdir()
     (code / "my_credit.py").write_text(module, encoding="utf-8")
-    rows = train(tmp_path, code, "--credit", "my_credit:sharp", "--credit.power", "3")
+    rows = train(heavy, tmp_path, code, "--credit", "my_credit:sharp", "--credit.power", "3")
     assert len(rows) == 16
     for row in rows:
         shares = torch.tensor(row["alpha"]).double() ** 3
@@ -116,8 +107,8 @@ def own_credit() -> ModuleType:
     return module
 
 
-def test_own_credit_gives_punctuation_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = train(tmp_path, ROOT / "examples", "--credit", "own_credit:words", "--credit.mix", "1.0", here=monkeypatch)
+def test_own_credit_gives_punctuation_nothing(heavy: Server, tmp_path: Path) -> None:
+    rows = train(heavy, tmp_path, ROOT / "examples", "--credit", "own_credit:words", "--credit.mix", "1.0")
     for row in rows:
         letters = [any(c.isalpha() for c in token) for token in row["tokens"]]
         count = sum(letters)
@@ -139,9 +130,9 @@ def test_own_credit_charges_for_repeated_pairs() -> None:
     assert (float(total), float(count)) == (6, 14)
 
 
-def test_own_credit_stands_in_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_credit_stands_in_a_chain(heavy: Server, tmp_path: Path) -> None:
     chain = "[attention, {own_credit:repetition: {cost: 0.2}}, kl_penalty]"
-    rows = train(tmp_path, ROOT / "examples", "--credit", chain, here=monkeypatch)
+    rows = train(heavy, tmp_path, ROOT / "examples", "--credit", chain)
     assert len(rows) == 16 and "credit/repetition/rate" in (tmp_path / "run" / "metrics.jsonl").read_text()
     page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])

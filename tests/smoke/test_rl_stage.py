@@ -346,6 +346,7 @@ def test_the_same_seed_gives_the_same_run_in_separate_processes(world: Path, tmp
         assert (done.returncode, done.stdout) == (0, "out/run\n"), done.stderr
         assert "Traceback" not in done.stderr and "Warning" not in done.stderr
         run = tmp_path / name / "out" / "run"
+        assert json.loads((run / "status.json").read_text())["threads"] == 2
         metrics = [untimed(row) for row in tiny_runs.read_lines(run / "metrics.jsonl")]
         results.append(((run / "final" / "model.safetensors").read_bytes(), metrics))
     assert results[0] == results[1]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks.harness.environment import environment
+from commands import Result, Server, run_python
+from examples import LONG
 
 
-def run_benchmark(name: str, *words: object, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Return the finished process of benchmark `name`, run in `folder` offline on one thread."""
-    return subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *map(str, words)],
-        cwd=folder,
-        env=environment(1) | {"HF_HUB_OFFLINE": "1", **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_benchmark(name: str, *words: object, folder: Path, heavy: Server | None = None, **variables: str) -> Result:
+    """Return the result of benchmark `name`, run in `folder` offline on one thread: a fork of `heavy`, or a new process
+    without it and in the long tests."""
+    chosen = environment(1) | {"HF_HUB_OFFLINE": "1", **variables}
+    if heavy is None or LONG:
+        return run_python("-m", f"benchmarks.{name}", *words, cwd=folder, timeout=300, **chosen)
+    return heavy.fork(f"benchmarks.{name}", *words, cwd=folder, program="module", **chosen)

@@ -1,4 +1,8 @@
-"""Launchers of two processes, and the comparison of their run with that of one process."""
+"""Launchers of two processes, and the comparison of their run with that of one process.
+
+A launcher and its two processes import torch and more, 15 seconds of a core: where a test is not about the launcher,
+two forked processes get the variables that it sets (`commands.Server.pair`).
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Server
 
 REPO = Path(__file__).parents[2]
 SUPPORT = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
 MACHINE = ("time/", "memory/")  # metrics that say how fast and how large, not what
 
@@ -24,6 +28,13 @@ def launch(words: list[Any], **environment: str) -> subprocess.CompletedProcess[
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "MASTER_"))}
     settings = plain | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=settings, timeout=240)
+
+
+def run_pair(heavy: Server, name: str, *arguments: Any, folder: Path, **environment: str) -> None:
+    """Run the program `name` of tests/support in two processes, which both have to succeed."""
+    words = [SUPPORT / name, *arguments]
+    both = heavy.pair(*words, cwd=folder, program="file", PYTHONPATH=str(SUPPORT), **environment)
+    assert [done.code for done in both] == [0, 0], [done.err for done in both]
 
 
 def differences(one: dict[str, Any], two: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -38,6 +49,7 @@ def differences(one: dict[str, Any], two: dict[str, Any], other: dict[str, Any])
     if not (apart[0] < 1e-5 and max(apart) < 1e-3):
         result.append(f"gradients: {apart}")
     for step, (mine, theirs) in enumerate(zip(one["metrics"], two["metrics"], strict=True)):
+        rounding = 1e-5 if step else 2e-6
         if mine.keys() != theirs.keys():
             result.append(f"names of metrics at step {step}: {sorted(mine.keys() ^ theirs.keys())}")
         rounding = 1e-5 if step else 2e-6  # a KL is a mean of differences, near zero, of weights that have moved

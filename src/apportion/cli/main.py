@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
-from apportion.distributed import collectives
+from apportion.distributed import launcher
 from apportion.errors import ApportionError, ConfigError, Interrupted, unknown_name
 from apportion.system import stderr
 from apportion.system.heartbeat import heartbeat
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     quiet_libraries()
     try:
-        with heartbeat(collectives.is_log_rank()):
+        with heartbeat(launcher.is_log_rank()):
             return run(arguments[0], arguments[1:])
     except ApportionError as error:
         write_error(f"apportion: {error}\n")
@@ -67,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_error(f"apportion: interrupted; {after_interrupt(arguments[0])}.\n")
         return 130
     finally:
-        collectives.stop()
+        if launcher.group_rank is not None:
+            from apportion.distributed import collectives
+
+            collectives.stop()
 
 
 def after_interrupt(name: str) -> str:
@@ -80,13 +83,13 @@ def after_interrupt(name: str) -> str:
 def resume_command(arguments: Sequence[str]) -> str:
     """Return the command that resumes an interrupted run: the same one, without --fresh."""
     command = shlex.join(["apportion", *(word for word in arguments if word != "--fresh")])
-    processes = collectives.launched()
+    processes = launcher.launched()
     return command if processes == 1 else f"{command}    (in {processes} processes, through the same launcher)"
 
 
 def write_error(text: str) -> None:
     """Write `text` to stderr, in only one of several processes."""
-    if collectives.is_log_rank():
+    if launcher.is_log_rank():
         stderr.write(text)
 
 
@@ -97,8 +100,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
         raise ConfigError("command", name, "a command; the benchmarks are no part of the package", fix)
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
-    if collectives.launched() > 1 and name not in PARALLEL:
-        got = f"`apportion {name}` in {collectives.launched()} processes"
+    if launcher.launched() > 1 and name not in PARALLEL:
+        got = f"`apportion {name}` in {launcher.launched()} processes"
         fix = "Start it without accelerate launch and torchrun."
         raise ConfigError("command", got, f"one process; {' and '.join(PARALLEL)} can share their work", fix)
     module = importlib.import_module(f"apportion.cli.{COMMANDS[name][0]}")

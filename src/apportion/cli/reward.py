@@ -9,7 +9,7 @@ from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import bar, interval, note
 from apportion.cli.threads import configure_threads
 from apportion.config import RewardConfig
-from apportion.distributed import collectives
+from apportion.distributed import launcher
 
 EXAMPLES = """examples:
   apportion reward                                  # IMDb on SmolLM2-135M
@@ -24,12 +24,12 @@ def run(arguments: list[str]) -> int:
     """Parse, train, evaluate, and print the run folder."""
     parsed = parse(RewardConfig, "reward", arguments, EXAMPLES)
     if parsed.dry_run:
-        if collectives.is_log_rank():
+        if launcher.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
     configure_threads(parsed.config, "" if parsed.fresh else "reward")
     finished = train(parsed)
-    if not collectives.is_log_rank():
+    if not launcher.is_log_rank():
         return 0
     figures = finished.read("evaluation.json")
     note(f"held-out accuracy {interval(figures['accuracy'], 3)}, calibration error {figures['ece']:.3f}")
@@ -42,7 +42,7 @@ def train(parsed: Parsed[RewardConfig], label: str = "reward model") -> Any:
     from apportion.stages.reward.train import train as train_reward
 
     total = -(-parsed.config.excerpts // parsed.config.batch_size)
-    if not collectives.is_log_rank():  # one bar for all processes
+    if not launcher.is_log_rank():  # one bar for all processes
         return train_reward(parsed.config, fresh=parsed.fresh)
     with bar(label, total, SHOWN) as progress:
         return train_reward(parsed.config, fresh=parsed.fresh, on_step=progress.on_step)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import bar, note
 from apportion.cli.threads import configure_threads
-from apportion.compatibility import discount_warning
 from apportion.config import RLConfig
-from apportion.distributed import collectives
-from apportion.types import Method
+from apportion.distributed import launcher
+
+if TYPE_CHECKING:  # needs torch, which the help does not
+    from apportion.types import Method
 
 EXAMPLES = """examples:
   apportion rl --reward_model runs/reward/final --steps 40
@@ -27,23 +28,24 @@ def run(arguments: list[str]) -> int:
     parsed = parse(RLConfig, "rl", arguments, EXAMPLES)
     check_method(parsed.config)
     if parsed.dry_run:
-        if collectives.is_log_rank():
+        if launcher.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
     configure_threads(parsed.config, "" if parsed.fresh else "rl")
     finished = train(parsed)
-    if collectives.is_log_rank():
+    if launcher.is_log_rank():
         sys.stdout.write(f"{finished.path}\n")
     return 0
 
 
 def check_method(config: RLConfig) -> Method:
     """Return the run's method; warn when γ < 1 meets a redistributing credit. Raises ConfigError."""
+    from apportion.compatibility import discount_warning
     from apportion.stages.method import build_method
 
     method = build_method(config)
     warning = discount_warning(method)
-    if warning is not None and collectives.is_log_rank():
+    if warning is not None and launcher.is_log_rank():
         note(f"warning: {warning}")
     return method
 
@@ -52,7 +54,7 @@ def train(parsed: Parsed[RLConfig], label: str = "rl") -> Any:
     """Run the stage under a progress bar and return its run folder."""
     from apportion.stages.rl.train import train as train_rl
 
-    if not collectives.is_log_rank():  # one bar for all processes
+    if not launcher.is_log_rank():  # one bar for all processes
         return train_rl(parsed.config, fresh=parsed.fresh)
     with bar(label, parsed.config.steps, SHOWN) as progress:
         return train_rl(parsed.config, fresh=parsed.fresh, on_step=progress.on_step, warn=note)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.data.formats import Row, Unreadable
-from apportion.distributed import collectives
+from apportion.distributed import collectives, launcher
 from apportion.errors import DataError
 from apportion.system import stderr
 from apportion.system.disk import explain_disk_errors
@@ -88,7 +88,7 @@ def leaving_out(folder: Path, wanted: bool, name: str = NAME) -> Iterator[BadRow
         yield bad
     finally:
         bad.flush()
-        if bad.count and collectives.is_log_rank():
+        if bad.count and launcher.is_log_rank():
             stderr.write(
                 f"warning: {bad.count} bad row{'s' * (bad.count > 1)} left out; {path} lists them with the reasons.\n"
             )

@@ -12,7 +12,7 @@ from apportion.data.bad_rows import BadRows
 from apportion.data.label_rows import Labelled, Layout, Render, RowReader
 from apportion.data.labels import label_of
 from apportion.data.tables import iter_rows, usable
-from apportion.distributed import collectives
+from apportion.distributed import launcher
 from apportion.errors import ConfigError, DataError
 from apportion.system import stderr
 
@@ -73,7 +73,7 @@ def _report_equal(source: str, field: str, equal: int, different: int) -> None:
     if not different:
         got, fix = f"{source}: {equal} pairs, all of two equal texts", "Give pairs whose texts differ."
         raise DataError(field, got, "a pair of different texts", fix)
-    if collectives.is_log_rank():
+    if launcher.is_log_rank():
         text = f"{equal} of {equal + different} pairs have two equal texts: they teach nothing and are left out"
         stderr.write(f"warning: {field}: {source}: {text}.\n")
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apportion import errors
+from apportion.distributed import launcher
 from apportion.errors import ApportionError, ConfigError
 
 T = TypeVar("T")
@@ -31,16 +32,6 @@ _control: Any = None  # the gloo group of small messages, while a process group 
 
 class ProcessError(ApportionError):
     """Another process failed: raised in those that did not."""
-
-
-def launched() -> int:
-    """Return how many processes the launcher started, 1 without one; the process group need not be open."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-
-
-def is_log_rank() -> bool:
-    """Whether this process prints: the main one, or before a group is open the first one of each machine."""
-    return is_main() if _control is not None else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def world_size() -> int:
@@ -67,13 +58,14 @@ def start(device: torch.device) -> None:
         ConfigError: fewer GPUs than processes, or another device than the launcher's.
     """
     global _control
-    if launched() == 1 or _control is not None:
+    if launcher.launched() == 1 or _control is not None:
         return
     _check_device(device)
     from accelerate import PartialState
 
     PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
     _control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    launcher.group_rank = dist.get_rank()
 
 
 def _check_device(device: torch.device) -> None:
@@ -82,7 +74,7 @@ def _check_device(device: torch.device) -> None:
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         fix = "Pass --device cpu, or launch without --cpu."
         raise ConfigError("device", device.type, "cpu, as `accelerate launch --cpu` says", fix)
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", launched())), torch.cuda.device_count()
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", launcher.launched())), torch.cuda.device_count()
     if here > gpus:
         fix = f"Launch at most {gpus} on this machine, or pass --device cpu."
         raise ConfigError("processes", f"{here} on a machine with {gpus} GPUs", "one GPU a process", fix)
@@ -96,7 +88,7 @@ def stop() -> None:
         return
     with suppress(RuntimeError):  # a process is gone or still busy
         dist.monitored_barrier(_control, timeout=STOP_TIMEOUT)
-    _control = None
+    _control = launcher.group_rank = None
     dist.destroy_process_group()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from apportion import monitors
 from apportion.config.monitors import MonitorsConfig
-from apportion.distributed import collectives
+from apportion.distributed import launcher
 from apportion.errors import MonitorError, ScoreError, format_problem
 from apportion.monitors import Alert
 from apportion.system import stderr
@@ -100,7 +100,7 @@ def _parts(alert: Alert, step: int) -> tuple[str, str, str, str]:
 
 def warn(text: str) -> None:
     """Write a warning to stderr, from the log rank only."""
-    if collectives.is_log_rank():
+    if launcher.is_log_rank():
         stderr.write(f"warning: {text}\n")
 
 

@@ -15,7 +15,7 @@ import yaml
 from filelock import FileLock
 
 from apportion.config.renamed import check_renamed
-from apportion.distributed import collectives
+from apportion.distributed import launcher
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError
 from apportion.system import disk, safe_yaml, stderr
 from apportion.system.disk import explain_disk_errors as explain_disk_errors
@@ -293,7 +293,7 @@ class RunFolder:
 
     def warn(self, line: str) -> None:
         """Write a line about this run to stderr, from the log rank only."""
-        if collectives.is_log_rank():
+        if launcher.is_log_rank():
             stderr.write(line)
 
     def _write(self, name: str, text: str) -> None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from apportion.errors import ModelError
-from apportion.models.lora import bare
-from apportion.models.pretrained import reason
-from apportion.models.stored_head import head_of
 from apportion.models.text.render import embedding_count, position_limit
 from apportion.system.memory import is_out_of_memory
 
+HEADS = ("score", "classifier")
 LENGTH, PADS = 8, 3  # tokens of the text that is tried, and pads beside it
+PLACES = ("first", "last", "pooled")
 # largest difference, relative to the largest logit, that is rounding; a wrong position or visible padding is far above
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6}
 COARSE = 0.1  # of 16-bit models
@@ -67,7 +66,8 @@ def read_model(model: Any, field: str = "reward_model") -> Reading:
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        got = f"{bare(model).__class__.__name__}, which cannot score {LENGTH} tokens ({reason(error)})"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        got = f"{core(model).__class__.__name__}, which cannot score {LENGTH} tokens ({reason})"
         raise ModelError(field, got, "a sequence classifier that scores any text", FIX) from error
 
 
@@ -115,7 +115,7 @@ def _watched(model: Any, ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     def keep_scores(module: nn.Module, args: Any, output: Any) -> None:
         seen["scores"] = output.detach() if isinstance(output, Tensor) else None
 
-    handles = [bare(model).base_model.register_forward_hook(keep_states)]
+    handles = [core(model).base_model.register_forward_hook(keep_states)]
     head = head_of(model)
     if head is not None:
         handles.append(head.register_forward_hook(keep_scores))
@@ -155,11 +155,10 @@ def _place(places: list[list[int]] | None, length: int, causal: bool) -> str:
 
 @torch.no_grad()
 def _reads_padded(model: Any, rows: Tensor, alone: Tensor, causal: bool, position_ids: bool) -> bool:
-    """Whether the text rows[0] scores as alone[0] when padded: on the right, and a decoder on the left too.
+    """Whether the text rows[0] scores as `alone[0]` when padded: on the right, and a decoder on the left too.
 
-    Args:
-        alone: (rows, labels), the logits of each text without padding; the largest is the scale of what is rounding,
-            as one of them may be near zero.
+    `alone` (n,labels) are the logits of all rows: one near 0 is the difference of large numbers, and says nothing of
+    how large rounding is; the largest of several texts does.
     """
     text, length = rows[0].tolist(), rows.shape[1]
     fill = fill_id(model, rows, torch.ones_like(rows, dtype=torch.bool)) or 0
@@ -172,13 +171,13 @@ def _reads_padded(model: Any, rows: Tensor, alone: Tensor, causal: bool, positio
     ids, mask = (torch.tensor(values, device=rows.device) for values in (padded, real))
     try:
         with pad_set_to(model, fill):
-            logits = model(**inputs_of(model, ids, mask, position_ids)).logits[:count].float()
+            logits = model(**inputs_of(model, ids, mask, position_ids)).logits.float()
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         return False
     largest = float(torch.cat([logits, alone.float()]).abs().max())
-    return bool((logits - alone[0].float()).abs().max() <= ROUNDING.get(alone.dtype, COARSE) * largest)
+    return bool((logits[:count] - alone[0].float()).abs().max() <= ROUNDING.get(alone.dtype, COARSE) * largest)
 
 
 def inputs_of(model: Any, ids: Tensor, mask: Tensor, position_ids: bool = False) -> dict[str, Tensor]:
@@ -234,6 +233,16 @@ def _unused(model: Any, ids: Tensor) -> int | None:
     return int(free.int().argmax()) if bool(free.any()) else None
 
 
+def core(model: Any) -> Any:
+    """Return the classifier without an adapter's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """Return the module named as classifiers name their head, or None."""
+    return next((module for name, module in core(model).named_children() if name in HEADS), None)
+
+
 def declared_causal(model: Any) -> bool:
     """Whether the model's attention modules say that they are causal; only where running it tells nothing."""
     causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
@@ -254,7 +263,7 @@ def _learning(model: Any) -> Iterator[None]:
 
 
 def _accepts(model: Any, name: str) -> bool:
-    parameters = inspect.signature(bare(model).forward).parameters.values()
+    parameters = inspect.signature(core(model).forward).parameters.values()
     return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 

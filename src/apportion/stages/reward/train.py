@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from apportion.config import RewardConfig, to_dict
-from apportion.distributed import collectives
+from apportion.distributed import collectives, launcher
 from apportion.distributed.launch import check_launch
 from apportion.errors import ConfigError
 from apportion.models.fast import use_packed_weights
@@ -97,8 +97,8 @@ def _train(session: TrainingSession, run: RunFolder, config: RewardConfig) -> No
 def check_shares(config: RewardConfig) -> None:
     """Raise ConfigError for a launcher's request that would be ignored, and where a process would get no clip."""
     check_launch()
-    if config.batch_size < collectives.launched():
-        expected = f"at least {collectives.launched()}, an excerpt a process"
+    if config.batch_size < launcher.launched():
+        expected = f"at least {launcher.launched()}, an excerpt a process"
         raise ConfigError("batch_size", config.batch_size, expected, "Raise it, or launch fewer.")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apportion.compatibility import check_processes
 from apportion.config import PPOConfig, RLConfig
-from apportion.distributed import collectives
+from apportion.distributed import collectives, launcher
 from apportion.distributed.launch import check_launch
 from apportion.evidence.process import SOURCE_ROW
 from apportion.generation.prompts import PromptStream
@@ -105,7 +105,7 @@ def reseed(generator: torch.Generator | None, seed: int, step: int) -> None:
 def check_shares(config: RLConfig) -> None:
     """Raise ConfigError where there are fewer prompts or rollouts than processes."""
     check_launch()
-    check_processes(config, collectives.launched())
+    check_processes(config, launcher.launched())
 
 
 def gather_batch(
