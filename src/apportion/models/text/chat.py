@@ -13,6 +13,7 @@ from apportion.errors import ConfigError, DataError, unknown_name
 
 # templates may leave the thoughts of earlier turns out; the answer after them has to be there
 THOUGHTS_END = ("</think>", "</thinking>", "[/THINK]", "◁/think▷")
+ROLES = 8  # that a message lists
 ASSISTANT = "assistant"  # a conversation that ends with this role is continued, not answered
 
 
@@ -58,20 +59,21 @@ def render_conversation(
         DataError: the template fails, or shows less than there is; it names the location, the turn, and its text.
     """
     given = _as_conversation(conversation)
-    first: DataError | None = None
+    dropped: list[DataError] = []
+    refused: list[DataError] = []
     for turns in _forms(given):
         try:
             text = apply_template(tokenizer, turns, generation=generation)
         except Exception as error:  # a template is a program that may raise anything
-            first = first or _failed(field, error, where)
+            meant = type(error).__name__ == "TemplateError"  # its `raise_exception`, no error of its code
+            refused.insert(0 if meant else len(refused), failed(field, error, turns, where))
             continue
         missing = missing_pieces(tokenizer, turns, text, generation)
         lost = next((piece for piece in missing if piece.required), None)
         if lost is None:
             return Rendered(text, turns, [f"{piece.what} {piece.text!r:.60}" for piece in missing])
-        first = first or _lost(field, lost, turns[lost.turn]["role"], where)
-    assert first is not None
-    raise first
+        dropped.append(_lost(field, lost, turns[lost.turn]["role"], where))
+    raise [*dropped, *refused][0]  # what is lost of one form says more than that another fails
 
 
 def apply_template(tokenizer: Any, turns: Sequence[Turn], *, generation: bool) -> str:
@@ -220,6 +222,11 @@ def _copied(value: Any) -> Any:
     return [_copied(one) for one in value] if isinstance(value, list) else value
 
 
+def after_thoughts(text: str) -> str:
+    """Return the answer behind the thoughts of `text`, without white space around it."""
+    return text[_answer_start(text) :].strip()
+
+
 def _answer_start(text: str) -> int:
     """Return where the answer begins after thoughts, 0 without any."""
     return max((text.rfind(end) + len(end) for end in THOUGHTS_END if end in text), default=0)
@@ -259,11 +266,19 @@ def _joined(content: Any) -> str:
     return content or ""
 
 
-def _failed(field: str, error: Exception, where: str) -> DataError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    got = f"{where}{': ' * bool(where)}a conversation ({reason})"
+def failed(field: str, error: Exception, turns: Sequence[Mapping[str, Any]], where: str) -> DataError:
+    """Return the error of a template that refused `turns`, with the row, its roles, and the template's own reason."""
+    got = f"{where}{': ' * bool(where)}{in_words(turns, error)}"
     fix = "Give prompts as text, or use a policy whose tokenizer has a chat template for such turns."
-    return DataError(field, got, "one that the policy's chat template renders", fix)
+    return DataError(field, got, "one that the chat template renders", fix)
+
+
+def in_words(turns: Sequence[Mapping[str, Any]], error: Exception) -> str:
+    """Return a conversation that a template refused in words: the roles in their order, and the reason."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    roles = [str(turn.get("role")) for turn in turns]
+    some = ", ".join(roles[:ROLES]) + ", …" * (len(roles) > ROLES)
+    return f"a conversation of the roles {some} ({reason})"
 
 
 def _lost(field: str, piece: Piece, role: str, where: str) -> DataError:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
+from apportion.data.conversations import Conversation, conversation
 from apportion.data.formats import Row
 from apportion.data.label_rows import Labelled, Messages, Render
 from apportion.errors import DataError, ModelError
+from apportion.models.text.chat import (
+    ASSISTANT,
+    after_thoughts,
+    apply_template,
+    as_text,
+    failed,
+    render_conversation,
+)
+from apportion.models.text.template import opening
 
 # a placeholder for the answer; no suffix of it is also a prefix of it, so that it is found where it begins only
 MARK = "ANSWER{}"
@@ -41,56 +51,42 @@ def chat_renderer(load: Callable[[], Any]) -> Render:
 
 def _split(tokenizer: Any, messages: Messages, row: Row, field: str) -> tuple[str, str]:
     """Return (the rendered text before the answer, the answer and what follows it)."""
-    *before, last = messages
-    answer = last.get("content")
-    if last["role"] != "assistant" or not isinstance(answer, str) or not answer.strip():
+    last = messages[-1]
+    turns = (
+        conversation(messages, row, "messages", field) if last["role"] == ASSISTANT and last.get("content") else None
+    )
+    answer = "" if turns is None else as_text(turns)[-1]["content"]
+    if turns is None or not answer.strip():
         got = f"{row.where}: the last message is {last!r:.80}"
         fix = "End each conversation with the answer that the label judges."
         raise DataError(field, got, "a text of role 'assistant'", fix)
-    mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(one) for one in messages))
-    text = _rendered(tokenizer, messages, row, field)
-    marked = _rendered(tokenizer, [*before, {**last, "content": mark}], row, field)
-    start = marked.find(mark)
-    if marked.count(mark) != 1 or not text.startswith(marked[:start]) or answer.strip() not in text[start:]:
+    text, shown, _ = render_conversation(field, tokenizer, turns, where=row.where, generation=False)
+    mark = next(mark for mark in map(MARK.format, count()) if not any(mark in str(one) for one in shown))
+    content = [{"type": "text", "text": mark}] if isinstance(shown[-1].get("content"), list) else mark
+    marked_turns = shown.with_turns([*shown[:-1], {**shown[-1], "content": content}])
+    marked = _rendered(tokenizer, marked_turns, row, field)
+    start = _start(tokenizer, shown, text, marked[: marked.find(mark)])
+    if marked.count(mark) != 1 or start is None or after_thoughts(answer) not in text[start:]:
         got = f"{row.where}: message {len(messages)} (assistant), which the chat template changes or leaves out"
         fix = "Give rows as prompt and completion in text, or use a model whose template renders the answer as it is."
         raise DataError(field, got, "an answer that the template renders once and unchanged", fix)
-    _check_rendered(text[:start], before, row, field)
     return text[:start], text[start:]
 
 
-def _check_rendered(text: str, messages: Messages, row: Row, field: str) -> None:
-    """Raise DataError for a message whose text is not in the rendered `text`, as often as messages have it."""
-    contents = [one["content"].strip() if isinstance(one.get("content"), str) else "" for one in messages]
-    for number, (message, content) in enumerate(zip(messages, contents, strict=True), 1):
-        if content and text.count(content) < contents.count(content):  # templates may move a system message
-            got = f"{row.where}: message {number} ({message['role']}), which the chat template leaves out or changes"
-            fix = "Use roles that the template of this model knows, or a model whose template renders them."
-            raise DataError(field, got, "every message's text in the rendered conversation", fix)
+def _start(tokenizer: Any, turns: Conversation, text: str, before: str) -> int | None:
+    """Return where the answer begins in the rendered `text`; None where that is not certain.
+
+    `before` is what the template writes before an answer without thoughts; one with thoughts may begin earlier.
+    """
+    found = before if text.startswith(before) else opening(tokenizer, turns.with_turns(turns[:-1]), before, text)
+    return None if found is None else len(found)
 
 
-def _rendered(tokenizer: Any, messages: Messages, row: Row, field: str) -> str:
-    given = {name: row[name] for name in ("tools",) if row.get(name)}
-    more = row.get("chat_template_kwargs")
+def _rendered(tokenizer: Any, turns: Conversation, row: Row, field: str) -> str:
     try:
-        given |= more if isinstance(more, Mapping) else {}
-        cleaned = [_without_nulls(message) for message in messages]
-        return str(tokenizer.apply_chat_template(cleaned, tokenize=False, add_generation_prompt=False, **given))
+        return apply_template(tokenizer, turns, generation=False)
     except Exception as error:  # a template is a program that may raise anything
-        got = f"{row.where}: a conversation ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        fix = "Give prompt and completion as text, or messages that the template of this model knows."
-        raise DataError(field, got, "one that the model's chat template renders", fix) from error
-
-
-def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message without the keys that are null because another row of an Arrow column has them."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cleaned(inner) for key, inner in value.items() if inner is not None}
-        return [cleaned(inner) for inner in value] if isinstance(value, list) else value
-
-    return {key: cleaned(value) for key, value in message.items() if value is not None or key == "content"}
+        raise failed(field, error, turns, row.where) from error
 
 
 def token_rows(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> tuple[list[list[int]], list[int]]:

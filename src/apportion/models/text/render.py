@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from apportion.errors import ModelError
+from apportion.models.pretrained import named_positions
 from apportion.models.text.template import answer
 from apportion.models.text.token_spans import PolicyText, Span
 
@@ -131,8 +132,7 @@ def position_limit(model: Any) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1  # RoBERTa's positions start after the pad's id
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    return named_positions(model.config.get_text_config(), "max_position_embeddings")
 
 
 def embedding_count(model: Any) -> int:
