@@ -76,7 +76,7 @@ def render_conversation(
     raise [*dropped, *refused][0]  # what is lost of one form says more than that another fails
 
 
-def apply_template(tokenizer: Any, turns: Sequence[Turn], *, generation: bool) -> str:
+def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
     """Return the turns as the chat template renders them, with the tools and variables of a `Conversation`.
 
     With `generation` the text ends where the response begins: after the generation prompt, or within a last turn of the

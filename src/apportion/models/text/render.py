@@ -136,5 +136,9 @@ def position_limit(model: Any) -> int | None:
 
 
 def embedding_count(model: Any) -> int:
-    """Return the number of ids that the model has an embedding for."""
-    return len(model.get_input_embeddings().weight)  # not num_embeddings: I-BERT's layer has none
+    """Return the number of ids that the model has an embedding for. Raises ModelError where it has no such table."""
+    try:
+        return len(model.get_input_embeddings().weight)  # not num_embeddings: I-BERT's layer has none
+    except (AttributeError, NotImplementedError) as error:  # CANINE hashes characters, Perceiver embeds latents
+        got = f"{type(model).__name__}, which has no table with an embedding for each id"
+        raise ModelError("model", got, "a model of token ids", "Use a model of another family.") from error
