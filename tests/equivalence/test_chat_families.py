@@ -30,7 +30,7 @@ Turns = list[dict[str, Any]]
 TOOL = {"type": "function", "function": {"name": "weather", "description": "knows", "parameters": {"type": "object"}}}
 
 
-def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
@@ -40,29 +40,29 @@ def calling(content: Any, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [call], **({} if content is ... else {"content": content}), **more}
 
 
-ASK, REPLY, MORE = said("user", "plomvit wants"), said("assistant", "grelsk answers"), said("user", "dranfo again")
-RESULT = said("tool", "minus vrelt degrees", name="weather", tool_call_id="abcdefghi")
+ASK, REPLY, MORE = turn("user", "plomvit wants"), turn("assistant", "grelsk answers"), turn("user", "dranfo again")
+RESULT = turn("tool", "minus vrelt degrees", name="weather", tool_call_id="abcdefghi")
 CASES: dict[str, Turns] = {
     "user": [ASK],
-    "white space around": [said("user", "\n  plomvit wants \n")],
+    "white space around": [turn("user", "\n  plomvit wants \n")],
     "user, assistant, user": [ASK, REPLY, MORE],
-    "system": [said("system", "be zuntly"), ASK],
-    "developer": [said("developer", "be zuntly"), ASK],
-    "system and developer": [said("system", "be zuntly"), said("developer", "harmle it"), ASK],
-    "later system": [ASK, REPLY, said("system", "be zuntly"), MORE],
-    "empty system": [said("system", ""), ASK],
+    "system": [turn("system", "be zuntly"), ASK],
+    "developer": [turn("developer", "be zuntly"), ASK],
+    "system and developer": [turn("system", "be zuntly"), turn("developer", "harmle it"), ASK],
+    "later system": [ASK, REPLY, turn("system", "be zuntly"), MORE],
+    "empty system": [turn("system", ""), ASK],
     "two users": [ASK, MORE],
-    "human": [said("human", "plomvit wants")],
-    "function": [ASK, said("function", "minus vrelt degrees", name="weather")],
+    "human": [turn("human", "plomvit wants")],
+    "function": [ASK, turn("function", "minus vrelt degrees", name="weather")],
     "tool result": [ASK, calling(""), RESULT],
     "tool result, null": [ASK, calling(None), RESULT],
     "tool result, absent": [ASK, calling(...), RESULT],
     "tool result, text beside the call": [ASK, calling("skurvo first"), RESULT],
-    "tool result, question after": [ASK, calling(""), RESULT, said("assistant", "grelsk answers"), MORE],
-    "parts": [said("user", [{"type": "text", "text": "plomvit wants"}, {"type": "text", "text": " qualdo too"}])],
-    "system, then parts": [said("system", "be zuntly"), said("user", [{"type": "text", "text": "plomvit wants"}])],
-    "thoughts of an earlier answer": [ASK, said("assistant", "<think>\nhmm\n</think>\n\ngrelsk answers"), MORE],
-    "prefilled": [ASK, said("assistant", "grelsk beg")],
+    "tool result, question after": [ASK, calling(""), RESULT, turn("assistant", "grelsk answers"), MORE],
+    "parts": [turn("user", [{"type": "text", "text": "plomvit wants"}, {"type": "text", "text": " qualdo too"}])],
+    "system, then parts": [turn("system", "be zuntly"), turn("user", [{"type": "text", "text": "plomvit wants"}])],
+    "thoughts of an earlier answer": [ASK, turn("assistant", "<think>\nhmm\n</think>\n\ngrelsk answers"), MORE],
+    "prefilled": [ASK, turn("assistant", "grelsk beg")],
 }
 TOOLS = {name for name in CASES if name.startswith("tool result")}
 CALLS = {*TOOLS}
@@ -161,7 +161,7 @@ def test_every_text_of_a_prompt_arrives_or_is_refused(name: str, tmp_path: Path)
     tokenizer = templated(name)
     lost = set()
     for case, turns in CASES.items():
-        rows = [row(case, [said("user", "an ordinary one")]), row(case, turns)]
+        rows = [row(case, [turn("user", "an ordinary one")]), row(case, turns)]
         file = write(tmp_path / "p.jsonl", rows)
         prompts = read_prompts(str(file))
         found: list[str] = []
@@ -190,7 +190,7 @@ def test_every_text_of_labelled_ones_and_pairs_arrives_or_is_refused(name: str, 
     for case, turns in CASES.items():
         if turns[-1]["role"] == "assistant":
             continue
-        good, bad = [*turns, said("assistant", "flondry good")], [*turns, said("assistant", "smerk bad")]
+        good, bad = [*turns, turn("assistant", "flondry good")], [*turns, turn("assistant", "smerk bad")]
         kinds = {
             "messages": [row(case, good, label=1), row(case, bad, label=0)],
             "pairs": [row(case, good, "chosen", rejected=bad)],
@@ -224,7 +224,7 @@ THOUGHTFUL = "<think>\nhmm\n</think>\n\nflondry good"
 def test_a_labelled_answer_that_thinks_first(name: str, tmp_path: Path) -> None:
     """Shown whole, in the template's own spacing, or without its thoughts; the prompt is the conversation before it."""
     tokenizer = templated(name)
-    file = write(tmp_path / "l.jsonl", [row("", [ASK, said("assistant", THOUGHTFUL)], label=1)])
+    file = write(tmp_path / "l.jsonl", [row("", [ASK, turn("assistant", THOUGHTFUL)], label=1)])
     (one,) = labelled(str(file), render=chat_renderer(lambda: tokenizer))
     before, after = one.text[: one.prompt], one.text[one.prompt :]
     assert ASK["content"] in before and "think" not in before and "flondry good" not in before

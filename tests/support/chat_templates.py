@@ -1,4 +1,4 @@
-"""Chat templates of widely used model families, written anew for the tests with the habits of the originals."""
+"""Chat templates of widely used model families, written for the tests with the habits of the originals."""
 
 # ruff: noqa: E501
 from __future__ import annotations
