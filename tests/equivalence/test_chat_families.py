@@ -27,7 +27,8 @@ from apportion.stages.diagnose.diagnose import open_models
 from apportion.stages.doctor.rl import check_rl
 
 Turns = list[dict[str, Any]]
-TOOL = {"type": "function", "function": {"name": "weather", "description": "knows", "parameters": {"type": "object"}}}
+FUNCTION = {"name": "weather", "description": "knows of storms", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": FUNCTION}
 
 
 def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -59,13 +60,14 @@ CASES: dict[str, Turns] = {
     "tool result, absent": [ASK, calling(...), RESULT],
     "tool result, text beside the call": [ASK, calling("skurvo first"), RESULT],
     "tool result, question after": [ASK, calling(""), RESULT, turn("assistant", "grelsk answers"), MORE],
+    "tools": [ASK],
     "parts": [turn("user", [{"type": "text", "text": "plomvit wants"}, {"type": "text", "text": " qualdo too"}])],
     "system, then parts": [turn("system", "be zuntly"), turn("user", [{"type": "text", "text": "plomvit wants"}])],
     "thoughts of an earlier answer": [ASK, turn("assistant", "<think>\nhmm\n</think>\n\ngrelsk answers"), MORE],
     "prefilled": [ASK, turn("assistant", "grelsk beg")],
 }
-TOOLS = {name for name in CASES if name.startswith("tool result")}
-CALLS = {*TOOLS}
+TOOLS = {name for name in CASES if name.startswith("tool")}  # whose rows have the column tools
+CALLS = TOOLS - {"tools"}
 OTHERS = {"developer", "function", "human", "system and developer"}  # roles that no template of before 2025 knows
 TURNS = {"developer", "human", "later system", "system and developer", "two users"}  # against strict alternation
 SYSTEM = {"system", "empty system", "system, then parts"}
@@ -164,13 +166,13 @@ def test_every_text_of_a_prompt_arrives_or_is_refused(name: str, tmp_path: Path)
         rows = [row(case, [turn("user", "an ordinary one")]), row(case, turns)]
         file = write(tmp_path / "p.jsonl", rows)
         prompts = read_prompts(str(file))
-        found: list[str] = []
+        found, hidden = list[str](), list[str]()
 
-        def encode(prompts: Any = prompts, found: list[str] = found) -> None:
-            made = encode_prompts(
-                prompts, tokenizer, SamplingConfig(prompt_tokens=None, max_prompt_tokens=4000), 0, 1 << 20
-            )
+        def encode(prompts: Any = prompts, found: list[str] = found, hidden: list[str] = hidden) -> None:
+            sampling = SamplingConfig(prompt_tokens=None, max_prompt_tokens=4000)
+            made = encode_prompts(prompts, tokenizer, sampling, 0, 1 << 20)
             found += [tokenizer.decode(ids) for ids in made.rows]
+            hidden += made.hidden
 
         if refused(encode, turns, "p.jsonl, line 2"):
             lost.add(case)
@@ -179,6 +181,12 @@ def test_every_text_of_a_prompt_arrives_or_is_refused(name: str, tmp_path: Path)
             assert text in found[1], f"{case}: {role}'s {text!r} is not in {found[1]!r}"
         if case == "prefilled":
             assert found[1].endswith("grelsk beg"), found[1]
+        if case in TOOLS:  # shown, or listed with the row for the run's own warning
+            listed = [one for one in hidden if "p.jsonl, line 2: the tool 'weather'" in one]
+            assert ("knows of storms" in found[1]) != bool(listed), f"{case}: {found[1]!r}, {hidden}"
+        if case in CALLS:
+            listed = [one for one in hidden if "p.jsonl, line 2: the argument 'Brenwick'" in one]
+            assert ("Brenwick" in found[1]) != bool(listed), f"{case}: {found[1]!r}, {hidden}"
     assert lost == REFUSED[name], sorted(lost ^ REFUSED[name])
 
 

@@ -23,7 +23,7 @@ class Rendered(NamedTuple):
     Attributes:
         text: the rendered text, with the template's own special tokens.
         turns: the conversation in the form that was rendered: contents as given, or as text, or as parts of text.
-        hidden: texts in arguments of tool calls that the template leaves out, in words.
+        hidden: tools, and texts in arguments of their calls, that the template leaves out, in words.
     """
 
     text: str
@@ -71,7 +71,8 @@ def render_conversation(
         missing = missing_pieces(tokenizer, turns, text, generation)
         lost = next((piece for piece in missing if piece.required), None)
         if lost is None:
-            return Rendered(text, turns, [f"{piece.what} {piece.text!r:.60}" for piece in missing])
+            hidden = [f"{piece.what} {piece.text!r:.60}" for piece in missing]
+            return Rendered(text, turns, hidden + _unseen_tools(tokenizer, turns, text, generation))
         dropped.append(_lost(field, lost, turns[lost.turn]["role"], where))
     raise [*dropped, *refused][0]  # what is lost of one form says more than that another fails
 
@@ -158,6 +159,18 @@ def missing_pieces(tokenizer: Any, turns: Conversation, text: str, generation: b
         or not _is_in(piece.text, shown)
         or not (again is None or _is_in(piece.marked, again))
     ]
+
+
+def _unseen_tools(tokenizer: Any, turns: Conversation, text: str, generation: bool) -> list[str]:
+    """Return the tools of a conversation in words, where the rendered `text` is the same without them."""
+    if not turns.tools:
+        return []
+    try:
+        if apply_template(tokenizer, Conversation(turns, None, turns.template_kwargs), generation=generation) != text:
+            return []
+    except Exception:  # a template that fails without tools uses them
+        return []
+    return [f"the tool {tool.get('function', tool).get('name')!r:.60}" for tool in turns.tools]
 
 
 def _is_in(text: str, shown: str) -> bool:
