@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import family_configs
@@ -338,15 +338,14 @@ def saved(policy: Policy, base: Path, target: Path, batch: Any) -> None:
 
 
 def adapters(folder: Path, batch: Any, options: dict[str, Any]) -> str:
-    """Train adapters by one backward pass and save them merged: on the default layers, else on all; or the refusal."""
-    answers = []
+    """Train adapters by one backward pass and save them merged, on the default layers and on all; or the refusals."""
+    answers = {}
     for targets in ("attention", "all"):
         error = error_of(lambda targets=targets: adapted(folder, batch, options, targets), (ApportionError,))
-        if error is None:
-            return "right" if targets == "attention" else "right with lora.targets: all"
-        assert isinstance(error, ApportionError)
-        answers.append(refusal(error))
-    return answers[0]
+        answers[targets] = "right" if error is None else refusal(cast(ApportionError, error))
+    if answers["attention"] == answers["all"] == "right":
+        return "right"
+    return "; ".join(f"{targets} {answer.removesuffix(f': {targets}')}" for targets, answer in answers.items())
 
 
 def adapted(folder: Path, batch: Any, options: dict[str, Any], targets: str) -> None:

@@ -14,9 +14,10 @@ from apportion.models.families import text_modules
 from apportion.models.fast import has_fast_kernels, use_fast_linear
 from apportion.models.pretrained import reason
 
-# Mamba's kernels read the weights of these layers without calling them, so that an adapter would do nothing
-MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-FUSED = ("conv1d", "out_proj")
+# a state-space layer (one with these parameters) multiplies with the weights of some of its layers without calling
+# them, in its kernels or always, so that an adapter on them would do nothing
+STATE_SPACE = ("A_log", "D")
+UNCALLED = ("conv1d", "dt_proj", "out_proj", "x_proj")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -40,8 +41,7 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
     head = find_head()
     owners = Counter(id(getattr(module, "weight", None)) for _, module in model.named_modules(remove_duplicate=False))
     linear = [name for name in linear if owners[id(modules[name].weight)] == 1]
-    fused = FUSED if getattr(getattr(model, "config", None), "model_type", "") in MAMBA else ()
-    linear = [name for name in linear if modules[name] is not head and name.split(".")[-1] not in fused]
+    linear = [name for name in linear if modules[name] is not head and not _is_uncalled(modules, name)]
     if targets == "attention":
         inside = {name for name, module in modules.items() if "attention" in type(module).__name__.lower()}
         chosen = [name for name in linear if any(name.startswith(f"{parent}.") for parent in inside)]
@@ -59,6 +59,12 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
             "lora.targets", targets, f"layers of this model: {', '.join(known) or 'it has none to adapt'}", fix
         )
     return chosen
+
+
+def _is_uncalled(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether the layer `name` belongs to a state-space layer that reads its weight without calling it."""
+    parent, _, last = name.rpartition(".")
+    return last in UNCALLED and all(hasattr(modules[parent], one) for one in STATE_SPACE)
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None) -> Any:
