@@ -187,7 +187,7 @@ def test_a_last_turn_of_the_assistant_is_continued(template: str, begun: str) ->
 
 
 def test_a_template_that_fails_is_named_with_the_row() -> None:
-    with pytest.raises(DataError, match=r"p\.jsonl, line 2: a conversation \(no such role\)"):
+    with pytest.raises(DataError, match=r"p\.jsonl, line 2: a conversation of the roles user \(no such role\)"):
         render_conversation(
             "prompts", templated("{{ raise_exception('no such role') }}"), [ASK], where="p.jsonl, line 2"
         )

@@ -139,17 +139,17 @@ def test_a_label_of_another_scale_is_never_left_out(tmp_path: Path) -> None:
 def test_a_message_or_an_answer_that_the_template_drops_is_named(tmp_path: Path) -> None:
     lost = [{"role": "developer", "content": "Be brief."}, *TALK]
     source = write(tmp_path / "a.jsonl", [{"messages": TALK, "label": 1}, {"messages": lost, "label": 0}])
-    with pytest.raises(DataError, match=r"line 2: turn 1 \(role 'developer'\): the chat template drops the text"):
+    with pytest.raises(DataError, match=r"line 2: turn 1 \(role \\?'developer\\?'\): the chat template drops the text"):
         labelled(source, render=renderer(FORGETS))
     twice = [{"role": "developer", "content": "How was it?"}, *TALK]  # its text is there, from another message
     source = write(tmp_path / "a.jsonl", [{"messages": twice, "label": 1}])
-    with pytest.raises(DataError, match=r"turn 1 \(role 'developer'\)"):
+    with pytest.raises(DataError, match=r"turn 1 \(role \\?'developer\\?'\)"):
         labelled(source, render=renderer(FORGETS))
     shouts = CHAT.replace("m.content }}", "m.content if m.role == 'user' else m.content | upper }}")
     for template in (shouts, CHAT + "{{ messages[-1].content }}"):
         with pytest.raises(DataError, match=r"turn 2 \(role 'assistant'\)"):
             labelled(write(tmp_path / "a.jsonl", [{"messages": TALK, "label": 1}]), render=renderer(template))
-    with pytest.raises(DataError, match=r"line 1: a conversation \(no such role"):
+    with pytest.raises(DataError, match=r"line 1: a conversation of the roles user, assistant \(no such role"):
         labelled(source, render=renderer("{{ raise_exception('no such role') }}"))
     with pytest.raises(ModelError, match="without a chat template, and conversations in data"):
         labelled(source, render=renderer(None))

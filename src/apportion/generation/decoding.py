@@ -19,7 +19,7 @@ from apportion.generation.decode import left_pad
 from apportion.generation.llama import LlamaStepModel, is_llama
 from apportion.generation.recompute import RecomputeStepModel
 from apportion.generation.step_model import StepModel, extra_padding
-from apportion.models.families import OTHERS
+from apportion.models.families import OTHERS, forward_errors
 from apportion.models.fast import has_fast_kernels
 from apportion.models.lora import bare
 from apportion.models.policy import Policy, width_of
@@ -96,7 +96,8 @@ def decoding(policy: Policy, model: Any) -> Decoding:
     if name in KNOWN:
         return Decoding(StepModel)
     if name not in policy.decoding:
-        policy.decoding[name] = tried(policy, model)
+        with forward_errors("policy", bare(model), "compute a few tokens", "a causal language model", OTHERS):
+            policy.decoding[name] = tried(policy, model)
     known: Decoding = policy.decoding[name]
     return known
 

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from apportion.errors import ModelError
+from apportion.errors import ApportionError, ModelError
+from apportion.system.memory import is_out_of_memory
 
-# what a batch of padded rows would need, and these do not have
+# families that cannot be sampled from and trained in batches of padded rows, and why
+LATER = "it attends to later tokens, and is no causal language model"
+SHIFTED = "its positions count padding, so that a text's log-probabilities depend on the batch"
 REFUSED = {
-    "rwkv": "it ignores the attention mask, so that padding changes its state",
+    "blt": "it cuts bytes into patches of its own, and has no cache of one kind",
+    "cpmant": LATER,
+    "deepseek_v4": "it joins tokens into blocks, and padding moves their borders",
+    "prophetnet": LATER,
     "recurrent_gemma": "its convolutions read padding as text",
-    "xlnet": "it attends to later tokens, and is no causal language model",
-}
+    "reformer": "its backward pass runs with dropout only",
+    "rwkv": "it ignores the attention mask, so that padding changes its state",
+    "xlnet": LATER,
+    "xlstm": "it ignores the attention mask, so that padding changes its state",
+} | dict.fromkeys(
+    (
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "marian", "mbart",
+        "mvp", "pegasus", "plbart", "roberta", "roberta-prelayernorm", "roformer", "trocr", "xlm", "xlm-roberta",
+        "xlm-roberta-xl", "xmod",
+    ),
+    SHIFTED,
+)  # fmt: skip
 OTHERS = "Use a causal language model such as Llama, Qwen, Gemma, Mistral, GPT-2, Mamba or Falcon."
 
 
@@ -23,6 +41,23 @@ def check_family(field: str, folder: str, settings: Any) -> None:
     if why is not None:
         got = f"{folder}, a model of the family {settings.model_type}: {why}"
         raise ModelError(field, got, "a causal language model that can be sampled from in batches", OTHERS)
+
+
+@contextmanager
+def forward_errors(field: str, model: Any, what: str, expected: str, fix: str) -> Iterator[None]:
+    """Turn an error of the model's own code inside the block into a ModelError: `model`, which cannot `what` (reason).
+
+    Classes of transformers raise many types for inputs, and for settings, that they cannot work with. Errors of this
+    package, and of lack of memory, stay as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ApportionError) or is_out_of_memory(error):
+            raise
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(field, f"{type(base).__name__}, which cannot {what} ({reason})", expected, fix) from error
 
 
 def has_other_parts(settings: Any) -> bool:

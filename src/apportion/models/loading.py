@@ -15,8 +15,16 @@ from apportion.models.adapters import widen_embeddings, with_adapter
 from apportion.models.families import check_family, policy_class, refuse_left_out
 from apportion.models.fast import use_fast_kernels
 from apportion.models.files import ADAPTER_SETTINGS, has_weights, is_adapter, without_adapter
-from apportion.models.pretrained import NO_CODE, adapter_settings, base_of, fix_of, load_settings, with_reason
-from apportion.models.stored_head import head_of, label_count
+from apportion.models.pretrained import (
+    NO_CODE,
+    adapter_settings,
+    base_of,
+    fix_of,
+    load_settings,
+    named_positions,
+    with_reason,
+)
+from apportion.models.stored_head import label_count
 from apportion.system import cpu
 from apportion.system.paths import local_path
 
@@ -213,10 +221,20 @@ def load_classifier(
     if new_head is None:
         _refuse_missing(field, folder, info)
     else:
-        head: Any = head_of(model)
-        width = head.weight.shape[1]
-        torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
+        head = _new_head(field, folder, model)
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return prepared(model.to(device).eval(), fast_kernels)
+
+
+def _new_head(field: str, folder: str, model: nn.Module) -> nn.Linear:
+    """Return the layer that gives the logits of a classifier. Raises ModelError where it is not one linear layer."""
+    head = head_of(model)
+    if isinstance(head, nn.Linear):
+        return head
+    what = "none by a known name" if head is None else f"a {type(head).__name__}"
+    got = f"{folder}, a {type(model).__name__}, whose head is {what}"
+    fix = "Start from a model of another family, such as Llama, Qwen, GPT-2 or BERT."
+    raise ModelError(field, got, "a classifier whose head is one linear layer", fix)
 
 
 def stored_labels(field: str, folder: str, *, download: bool = True) -> int:
@@ -236,4 +254,4 @@ def context_of(folder: str, field: str = "policy") -> int:
         ModelError: settings that cannot be read.
     """
     config: Any = load_settings(field, folder).get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 30)
+    return named_positions(config, "max_position_embeddings", "n_positions") or 1 << 30

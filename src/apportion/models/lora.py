@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from apportion.models.families import text_modules
 from apportion.models.fast import has_fast_kernels, use_fast_linear
 from apportion.models.pretrained import reason
 
-# Mamba's kernels read the weights of these layers without calling them, so that an adapter would do nothing
-MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-FUSED = ("conv1d", "out_proj")
+# a state-space layer (one with these parameters) multiplies with the weights of some of its layers without calling
+# them, in its kernels or always, so that an adapter on them would do nothing
+STATE_SPACE = ("A_log", "D")
+UNCALLED = ("conv1d", "dt_proj", "out_proj", "x_proj")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -32,7 +34,8 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
     """Return the full names of the layers to adapt: every linear layer inside an attention module, or in any block.
 
     A model with parts beside its text (vision) is adapted in its language model only. The output layer is never
-    adapted: log-probabilities are computed from its stored weights.
+    adapted: log-probabilities are computed from its stored weights. Nor is a layer whose weight is another's too
+    (Zamba's blocks share theirs): each would learn an adapter of its own, and one weight cannot hold two.
 
     Raises:
         ConfigError: `targets` is neither "attention", "all" nor a list of names that occur.
@@ -41,8 +44,9 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
     linear = [name for name, module in modules.items() if is_linear(module) and module in text]
     find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = find_head()
-    fused = FUSED if getattr(getattr(model, "config", None), "model_type", "") in MAMBA else ()
-    linear = [name for name in linear if modules[name] is not head and name.split(".")[-1] not in fused]
+    owners = Counter(id(getattr(module, "weight", None)) for _, module in model.named_modules(remove_duplicate=False))
+    linear = [name for name in linear if owners[id(modules[name].weight)] == 1]
+    linear = [name for name in linear if modules[name] is not head and not _is_uncalled(modules, name)]
     if targets == "attention":
         inside = {name for name, module in modules.items() if "attention" in type(module).__name__.lower()}
         chosen = [name for name in linear if any(name.startswith(f"{parent}.") for parent in inside)]
@@ -60,6 +64,12 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
             "lora.targets", targets, f"layers of this model: {', '.join(known) or 'it has none to adapt'}", fix
         )
     return chosen
+
+
+def _is_uncalled(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether the layer `name` belongs to a state-space layer that reads its weight without calling it."""
+    parent, _, last = name.rpartition(".")
+    return last in UNCALLED and all(hasattr(modules[parent], one) for one in STATE_SPACE)
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None) -> Any:
@@ -100,12 +110,14 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None
 
 def merged_copy(adapted: Any, base: nn.Module) -> nn.Module:
     """Return `base` (float32, freshly loaded) with the adapters and trained head of `adapted` merged into it."""
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model
 
-    config = adapted.peft_config["default"]
-    fresh = get_peft_model(base, config, autocast_adapter_dtype=True)
-    state = {k: v.float().cpu() for k, v in get_peft_model_state_dict(adapted).items()}
-    set_peft_model_state_dict(fresh, state)
+    fresh = get_peft_model(base, adapted.peft_config["default"], autocast_adapter_dtype=True)
+    target = dict(fresh.named_parameters())
     with torch.no_grad():
+        # by the parameters' own names: peft's state dict loses those of a layer such as `weight_proj`, without a word
+        for name, value in adapted.named_parameters():
+            if any(part in name for part in (".lora_", ".modules_to_save.")):
+                target[name].copy_(value)
         merged: nn.Module = fresh.merge_and_unload()
         return merged

@@ -17,7 +17,7 @@ from apportion.config.sections import LoraConfig
 from apportion.distributed.sharding import Sharded, Weights
 from apportion.losses import entropy_of
 from apportion.masking import last_index
-from apportion.models.families import check_family, freeze_other_parts
+from apportion.models.families import OTHERS, check_family, forward_errors, freeze_other_parts
 from apportion.models.fast.onednn import linear
 from apportion.models.fast.token_logprobs import token_logprobs
 from apportion.models.loading import load_causal, locate, pick_device, pick_dtype, use_fastest_attention
@@ -75,8 +75,9 @@ class Policy:
     def __post_init__(self) -> None:
         if self.model is not None:
             check_family("policy", type(self.model).__name__, self.model.config)
-        self.plain = self.model is not None and plain_head(self.model)
-        self.shares = self.plain and has_past(self.model) and can_share(self.model)
+        with forward_errors("policy", self.model, "compute two tokens of text", "a causal language model", OTHERS):
+            self.plain = self.model is not None and plain_head(self.model)
+            self.shares = self.plain and has_past(self.model) and can_share(self.model)
         if not self.ends and self.tokenizer.eos_token_id is not None:
             self.ends = (self.tokenizer.eos_token_id,)
 

@@ -44,6 +44,12 @@ def load_settings(field: str, folder: str) -> Any:
     return settings
 
 
+def named_positions(settings: Any, *names: str) -> int | None:
+    """Return the number of positions that `settings` name by one of `names`; None where they name no limit (or −1)."""
+    found = (getattr(settings, name, None) for name in names)
+    return next((int(one) for one in found if one is not None and int(one) > 0), None)
+
+
 def _refuse_quantised(field: str, folder: str, settings: Any) -> None:
     """Raise ModelError for quantised weights: they can neither be trained nor saved exactly."""
     both = (getattr(one, "quantization_config", None) for one in (settings, settings.get_text_config()))

@@ -35,7 +35,11 @@ def _replace(module: Any, kind: type) -> None:
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[-1], generator=generator).to(weight)
-    expected, original = module(x), type(module)
+    original = type(module)
+    try:
+        expected = module(x)
+    except Exception:  # a module of the same attributes that takes other inputs
+        return
     module.__class__ = kind
     if not torch.equal(module(x), expected):
         module.__class__ = original

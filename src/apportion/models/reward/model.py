@@ -15,6 +15,7 @@ from apportion.credit import AttentionSpec
 from apportion.errors import ConfigError, ScoreError
 from apportion.masking import check_finite, first_index, last_index
 from apportion.models.attention.row import attention_row, needed_layers
+from apportion.models.families import forward_errors
 from apportion.models.reward.reading import Reading, fill_id, inputs_of, own_pad, pad_set_to, read_model
 from apportion.models.shared_prompt import Shared, prefill_prompts, response_inputs
 from apportion.models.text.render import embedding_count
@@ -79,9 +80,18 @@ class RewardModel:
         positions = self.positions(ids, mask)
         tapped: Any = attention_row(self.model, needed_layers(specs)) if specs else contextlib.nullcontext()
         with pad_set_to(self.model, fill_id(self.model, ids, mask)), tapped as tap:
-            logits = self.model(**inputs).logits
+            logits = self._logits(inputs)
         scores = self.scores_of(logits)
         return scores, [] if tap is None else [tap.attention(spec, positions) for spec in specs], positions
+
+    def _logits(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the logits of one forward. Raises ModelError where the model's own code fails on such a text."""
+        rows, length = inputs["input_ids"].shape
+        what, expected = f"score {rows} texts of up to {length} tokens", "a classifier that scores these texts"
+        fix = "Give texts that it can read, through the tokenizer that it was trained with, or use another model."
+        with forward_errors("reward_model", self.model, what, expected, fix):
+            logits: Tensor = self.model(**inputs).logits
+        return logits
 
     def reads_alone(self, ids: Tensor, mask: Tensor) -> bool:
         """Whether the rows of ids and mask, both (B,K), have to be read one at a time, without padding."""

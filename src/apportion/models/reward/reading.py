@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apportion.errors import ModelError
+from apportion.models.families import forward_errors
 from apportion.models.text.render import embedding_count, position_limit
 from apportion.system.memory import is_out_of_memory
 
@@ -60,15 +60,9 @@ def read_model(model: Any, field: str = "reward_model") -> Reading:
     Raises:
         ModelError: it cannot score a few tokens at all.
     """
-    try:
-        with torch.enable_grad():
-            return _read(model)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        got = f"{core(model).__class__.__name__}, which cannot score {LENGTH} tokens ({reason})"
-        raise ModelError(field, got, "a sequence classifier that scores any text", FIX) from error
+    expected = "a sequence classifier that scores any text"
+    with forward_errors(field, core(model), f"score {LENGTH} tokens", expected, FIX), torch.enable_grad():
+        return _read(model)
 
 
 def _read(model: Any) -> Reading:
@@ -167,7 +161,7 @@ def _reads_padded(model: Any, rows: Tensor, alone: Tensor, causal: bool, positio
         padded, real = [*padded, [fill] * PADS + text], [*real, [False] * PADS + [True] * length]
     count = len(padded)
     if not _has_decoder(model):  # a row that fills the batch, so that no column is padding in every row
-        padded, real = [*padded, rows[-1].tolist() + text[:PADS]], [*real, [True] * (length + PADS)]
+        padded, real = [*padded, rows[-1].tolist() + (text * PADS)[:PADS]], [*real, [True] * (length + PADS)]
     ids, mask = (torch.tensor(values, device=rows.device) for values in (padded, real))
     try:
         with pad_set_to(model, fill):

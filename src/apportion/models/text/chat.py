@@ -14,6 +14,7 @@ from apportion.models.pretrained import reason
 
 # templates may leave the thoughts of earlier turns out; the answer after them has to be there
 THOUGHTS_END = ("</think>", "</thinking>", "[/THINK]", "◁/think▷")
+ROLES = 8  # that a message lists
 ASSISTANT = "assistant"  # a conversation that ends with this role is continued, not answered
 
 
@@ -27,7 +28,7 @@ class Rendered(NamedTuple):
     Attributes:
         text: the rendered text, with the template's own special tokens.
         turns: the conversation in the form that was rendered: contents as given, or as text, or as parts of text.
-        hidden: texts in arguments of tool calls that the template leaves out, in words.
+        hidden: tools, and texts in arguments of their calls, that the template leaves out, in words.
     """
 
     text: str
@@ -63,20 +64,22 @@ def render_conversation(
         DataError: the template fails, or shows less than there is; it names the location, the turn, and its text.
     """
     given = _as_conversation(conversation)
-    first: DataError | None = None
+    dropped: list[DataError] = []
+    refused: list[DataError] = []
     for turns in _forms(given):
         try:
             text = apply_template(tokenizer, turns, generation=generation)
         except TemplateError as error:
-            first = first or _failed(field, error, where)
+            meant = type(error.__cause__).__name__ == "TemplateError"  # its `raise_exception`, no error of its code
+            refused.insert(0 if meant else len(refused), failed(field, error, turns, where))
             continue
         missing = missing_pieces(tokenizer, turns, text, generation)
         lost = next((piece for piece in missing if piece.required), None)
         if lost is None:
-            return Rendered(text, turns, [f"{piece.what} {piece.text!r:.60}" for piece in missing])
-        first = first or _lost(field, lost, turns[lost.turn]["role"], where)
-    assert first is not None
-    raise first
+            hidden = [f"{piece.what} {piece.text!r:.60}" for piece in missing]
+            return Rendered(text, turns, hidden + _unseen_tools(tokenizer, turns, text, generation))
+        dropped.append(_lost(field, lost, turns[lost.turn]["role"], where))
+    raise [*dropped, *refused][0]  # what is lost of one form says more than that another fails
 
 
 def apply_template(tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, generation: bool) -> str:
@@ -172,6 +175,18 @@ def missing_pieces(tokenizer: Any, turns: Conversation, text: str, generation: b
     ]
 
 
+def _unseen_tools(tokenizer: Any, turns: Conversation, text: str, generation: bool) -> list[str]:
+    """Return the tools of a conversation in words, where the rendered `text` is the same without them."""
+    if not turns.tools:
+        return []
+    try:
+        if apply_template(tokenizer, Conversation(turns, None, turns.template_kwargs), generation=generation) != text:
+            return []
+    except TemplateError:  # a template that fails without tools uses them
+        return []
+    return [f"the tool {tool.get('function', tool).get('name')!r:.60}" for tool in turns.tools]
+
+
 def _is_in(text: str, shown: str) -> bool:
     """Whether `shown`, with single spaces, holds `text`, as it is or as JSON or Python write it inside quotes."""
     forms: tuple[Callable[[str], str], ...] = (
@@ -233,6 +248,11 @@ def _copied(value: Any) -> Any:
     return [_copied(one) for one in value] if isinstance(value, list) else value
 
 
+def after_thoughts(text: str) -> str:
+    """Return the answer behind the thoughts of `text`, without white space around it."""
+    return text[_answer_start(text) :].strip()
+
+
 def _answer_start(text: str) -> int:
     """Return where the answer begins after thoughts, 0 without any."""
     return max((text.rfind(end) + len(end) for end in THOUGHTS_END if end in text), default=0)
@@ -272,10 +292,18 @@ def _joined(content: Any) -> str:
     return content or ""
 
 
-def _failed(field: str, error: TemplateError, where: str) -> DataError:
-    got = f"{where}{': ' * bool(where)}a conversation ({error})"
+def failed(field: str, error: TemplateError, turns: Sequence[Mapping[str, Any]], where: str) -> DataError:
+    """Return the error of a template that refused `turns`, with the row, its roles, and the template's own reason."""
+    got = f"{where}{': ' * bool(where)}{in_words(turns, error)}"
     fix = "Give prompts as text, or use a model whose tokenizer has a chat template for such turns."
-    return DataError(field, got, "one that the model's chat template renders", fix)
+    return DataError(field, got, "one that the chat template renders", fix)
+
+
+def in_words(turns: Sequence[Mapping[str, Any]], error: TemplateError) -> str:
+    """Return a conversation that a template refused in words: the roles in their order, and the reason."""
+    roles = [str(turn.get("role")) for turn in turns]
+    some = ", ".join(roles[:ROLES]) + ", …" * (len(roles) > ROLES)
+    return f"a conversation of the roles {some} ({error})"
 
 
 def _lost(field: str, piece: Piece, role: str, where: str) -> DataError:

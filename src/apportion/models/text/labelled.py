@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from apportion.data.conversations import Conversation
 from apportion.data.label_rows import Labelled, Render
 from apportion.errors import DataError, ModelError
-from apportion.models.text.chat import TemplateError, apply_template, as_text, render_conversation, unused_word
+from apportion.models.text.chat import (
+    ASSISTANT,
+    TemplateError,
+    after_thoughts,
+    apply_template,
+    as_text,
+    render_conversation,
+    unused_word,
+)
+from apportion.models.text.template import opening
 
 MARK = "ANSWER"  # in the place of the answer; no suffix of it begins it, so that it is found where it stands only
 CHARACTERS = 400  # of a text for each token that an excerpt may have: what a few windows need
@@ -41,23 +49,36 @@ def chat_renderer(load: Callable[[], Any]) -> Render:
 def _split(tokenizer: Any, turns: Conversation, where: str, field: str) -> tuple[str, str]:
     """Return (the rendered text before the answer, the answer and what follows it)."""
     last = as_text(turns)[-1]
-    answer = last["content"].strip()
-    if last["role"] != "assistant" or not answer:
+    answer = last["content"]
+    if last["role"] != ASSISTANT or not answer.strip():
         got = f"{where}: the last turn is {turns[-1]!r:.80}"
         fix = "End each conversation with the answer that the label judges."
         raise DataError(field, got, "a text of role 'assistant'", fix)
     text, shown, _ = render_conversation(field, tokenizer, turns, where=where, generation=False)
-    mark = unused_word(MARK, turns)
-    in_parts = isinstance(shown[-1]["content"], list)
-    marked_turn = {**shown[-1], "content": [{"type": "text", "text": mark}] if in_parts else mark}
-    with suppress(TemplateError):  # it may judge what the answer is
-        marked = apply_template(tokenizer, shown.with_turns([*shown[:-1], marked_turn]), generation=False)
-        start = marked.find(mark)
-        if marked.count(mark) == 1 and text.startswith(marked[:start]) and answer in text[start:]:
-            return text[:start], text[start:]
-    got = f"{where}: turn {len(turns)} (role 'assistant'), which the chat template changes, or does not render once"
-    fix = "Give rows as prompt and completion in text, or use a model whose template renders the answer as it is."
-    raise DataError(field, got, "an answer that the template renders once and unchanged", fix)
+    start = _start(tokenizer, shown, text)
+    if start is None or after_thoughts(answer) not in text[start:]:
+        got = f"{where}: turn {len(turns)} (role 'assistant'), which the chat template changes, or does not render once"
+        fix = "Give rows as prompt and completion in text, or use a model whose template renders the answer as it is."
+        raise DataError(field, got, "an answer that the template renders once and unchanged", fix)
+    return text[:start], text[start:]
+
+
+def _start(tokenizer: Any, shown: Conversation, text: str) -> int | None:
+    """Return where the answer begins in the rendered `text`; None where that is not certain."""
+    mark = unused_word(MARK, shown)
+    content = [{"type": "text", "text": mark}] if isinstance(shown[-1]["content"], list) else mark
+    try:
+        marked = apply_template(
+            tokenizer, shown.with_turns([*shown[:-1], {**shown[-1], "content": content}]), generation=False
+        )
+    except TemplateError:  # it may judge what the answer is
+        return None
+    before = marked[: marked.find(mark)]
+    if marked.count(mark) != 1:
+        return None
+    # `before` is what the template writes before an answer without thoughts; one with thoughts may begin earlier
+    found = before if text.startswith(before) else opening(tokenizer, shown.with_turns(shown[:-1]), before, text)
+    return None if found is None else len(found)
 
 
 def token_rows(rows: Sequence[Labelled], tokenizer: Any, longest: int) -> tuple[list[list[int]], list[int]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from apportion.errors import ModelError
+from apportion.models.pretrained import named_positions
 from apportion.models.text.template import answer
 from apportion.models.text.token_spans import PolicyText, Span
 
@@ -131,10 +132,13 @@ def position_limit(model: Any) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1  # RoBERTa's positions start after the pad's id
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else int(limit)
+    return named_positions(model.config.get_text_config(), "max_position_embeddings")
 
 
 def embedding_count(model: Any) -> int:
-    """Return the number of ids that the model has an embedding for."""
-    return len(model.get_input_embeddings().weight)  # not num_embeddings: I-BERT's layer has none
+    """Return the number of ids that the model has an embedding for. Raises ModelError where it has no such table."""
+    try:
+        return len(model.get_input_embeddings().weight)  # not num_embeddings: I-BERT's layer has none
+    except (AttributeError, NotImplementedError) as error:  # CANINE hashes characters, Perceiver embeds latents
+        got = f"{type(model).__name__}, which has no table with an embedding for each id"
+        raise ModelError("model", got, "a model of token ids", "Use a model of another family.") from error

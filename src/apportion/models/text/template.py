@@ -8,7 +8,14 @@ from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 from apportion.errors import ModelError, ScoreError
-from apportion.models.text.chat import TemplateError, apply_template, unused_word, with_response
+from apportion.models.text.chat import (
+    TemplateError,
+    apply_template,
+    in_words,
+    missing_pieces,
+    unused_word,
+    with_response,
+)
 from apportion.models.text.token_spans import PolicyText, Span
 
 Turns = Sequence[Mapping[str, Any]]
@@ -67,10 +74,8 @@ def answer(tokenizer: Any, turns: Turns, response: str, row: int = 0) -> Answer:
         raise ModelError("reward_model's chat template", got, "one that renders it once", fix)
     before, after = marked.split(mark)
     text = _rendered(tokenizer, turns, response)
-    if not text.startswith(before):  # such as an empty <think> part, where the response has its own
-        before = next(
-            (one for one in _openings(tokenizer, turns) if before.startswith(one) and text.startswith(one)), before
-        )
+    if not text.startswith(before):
+        before = opening(tokenizer, turns, before, text) or before
     length = len(text) - len(before) - len(after)
     if length < 0 or not (text.startswith(before) and text.endswith(after)):
         expected = "a response that the reward model's chat template renders in its place"
@@ -80,13 +85,18 @@ def answer(tokenizer: Any, turns: Turns, response: str, row: int = 0) -> Answer:
     return Answer(before, shown, after, *_places(response, shown))
 
 
-def _openings(tokenizer: Any, turns: Turns) -> list[str]:
-    """Return the rendered conversation with and without a generation prompt, before any answer."""
-    openings = []
-    for prompt in (True, False):
+def opening(tokenizer: Any, turns: Turns, before: str, text: str) -> str | None:
+    """Return the rendered conversation, with or without a generation prompt, that both `before` and `text` begin with.
+
+    Templates write an empty <think> part before an answer without thoughts, so that one with thoughts begins earlier.
+    None where neither is.
+    """
+    for generation in (True, False):
         with contextlib.suppress(TemplateError):
-            openings.append(apply_template(tokenizer, turns, generation=prompt))
-    return openings
+            one = apply_template(tokenizer, turns, generation=generation)
+            if before.startswith(one) and text.startswith(one):
+                return one
+    return None
 
 
 def _places(response: str, shown: str) -> tuple[list[int], list[int]]:
@@ -127,8 +137,8 @@ def _rendered(tokenizer: Any, turns: Turns, response: str) -> str:
     try:
         return apply_template(tokenizer, with_response(turns, response), generation=False)
     except TemplateError as error:
-        got = f"a conversation ({error})"
         fix = "Give prompts as text, or turns that this reward model's template knows."
+        got = in_words(turns, error)
         raise ModelError("reward_model's chat template", got, "turns that it can render", fix) from error
 
 
@@ -138,13 +148,15 @@ def check_template(field: str, tokenizer: Any, policy: PolicyText) -> str | None
     One conversation of each order of roles is rendered, with a plain answer and with one that thinks first.
 
     Raises:
-        ModelError: it renders no such conversation, changes a plain answer, or moves thoughts out of the answer.
+        ModelError: it renders no such conversation, leaves a turn's text out, changes a plain answer, or moves thoughts
+            out of the answer.
     """
     note: str | None = None
     for turns in one_of_each(policy.conversations.values()):
         if answer(tokenizer, turns, PLAIN).shown != PLAIN:
             fix = "Give prompts as text, or fix the template: credit could not be traced to the policy's tokens."
             raise ModelError(f"{field}'s chat template", "one that changes a plain answer", "one that keeps it", fix)
+        _check_shown(field, tokenizer, turns)
         try:
             if any(answer(tokenizer, turns, thinking).shown != thinking for thinking in THINKING):
                 note = CHANGES
@@ -153,6 +165,20 @@ def check_template(field: str, tokenizer: Any, policy: PolicyText) -> str | None
             fix = "Give prompts as text, or use a template that keeps thoughts in their answer."
             raise ModelError(f"{field}'s chat template", got, "one that renders an answer in one place", fix) from error
     return note
+
+
+def _check_shown(field: str, tokenizer: Any, turns: Turns) -> None:
+    """Raise ModelError where the template leaves the text of one of `turns` out, so that it would not be scored."""
+    whole = with_response(turns, PLAIN)
+    lost = next(
+        (one for one in missing_pieces(tokenizer, whole, apply_template(tokenizer, whole, generation=False), False)
+         if one.required), None,
+    )  # fmt: skip
+    if lost is not None:
+        role = whole[lost.turn]["role"]
+        got = f"one that drops {lost.what} {lost.text!r:.80} (role {role!r}, turn {lost.turn + 1}) of a prompt"
+        fix = "The score would not see it: use roles that this reward model's template knows, or give prompts as text."
+        raise ModelError(f"{field}'s chat template", got, "every turn's text in what it renders", fix)
 
 
 def renders_alike(policy: PolicyText, tokenizer: Any) -> bool:
@@ -171,11 +197,11 @@ def renders_alike(policy: PolicyText, tokenizer: Any) -> bool:
 
 
 def one_of_each(conversations: Iterable[Turns]) -> list[Turns]:
-    """Return one conversation of each order of roles, with and without tools, and of each switch; the first."""
+    """Return one conversation of each order of roles, with and without text, calls and tools, and of each switch."""
     kinds: dict[Any, Turns] = {}
     for turns in conversations:
         variables = getattr(turns, "template_kwargs", {})
         switches = frozenset((name, value if isinstance(value, bool) else None) for name, value in variables.items())
-        roles = tuple(str(turn.get("role")) for turn in turns)
-        kinds.setdefault((roles, bool(getattr(turns, "tools", None)), switches), turns)
+        shapes = tuple((turn.get("role"), bool(turn.get("content")), bool(turn.get("tool_calls"))) for turn in turns)
+        kinds.setdefault((shapes, bool(getattr(turns, "tools", None)), switches), turns)
     return list(kinds.values())

@@ -114,11 +114,11 @@ def chat_template(case: Case) -> Result:
 
 
 def arguments(hidden: Sequence[str]) -> Result:
-    """Check that the texts in arguments of tool calls are rendered; `hidden` are those that are not, in words."""
+    """Check that tools and arguments of their calls are rendered; `hidden` are those that are not, in words."""
     if not hidden:
         return ok("")
-    message = f"{len(hidden)} texts in arguments of tool calls are not rendered, the first {hidden[0]}"
-    return warn(message, "The policy does not see them: use a chat template that shows arguments, if they matter.")
+    message = f"{len(hidden)} tools or texts in arguments of tool calls are not rendered, the first {hidden[0]}"
+    return warn(message, "The policy does not see them: use a chat template that shows them, if they matter.")
 
 
 def generation_prompt(tokenizer: Any, turns: Sequence[Any], texts: Sequence[str]) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from apportion.models.pretrained import named_positions
 from apportion.models.reward import STATISTICS
 from apportion.models.reward.loading import same_vocabulary
 from apportion.models.text.render import encode, render
@@ -60,7 +61,7 @@ def as_ids(case: Case) -> Result:
     embeddings = embedded(own, int(text.vocab_size), [*known, *case.rows], "reward model")
     if embeddings.level == FAIL:
         return embeddings
-    limit = int(getattr(text, "max_position_embeddings", None) or UNLIMITED)
+    limit = named_positions(text, "max_position_embeddings") or UNLIMITED
     message = f"the policy's vocabulary ({len(own)} tokens): it scores ids, up to {case.longest} of its {limit}"
     if case.longest > limit:
         return fail(message, "Lower sampling.max_new_tokens or max_prompt_tokens: its positions end there.")
@@ -83,7 +84,7 @@ def as_text(case: Case, foreign: bool = True) -> Result:
     answer = case.tokenizer("a", add_special_tokens=False)["input_ids"]
     rows = sorted(case.rows, key=len)[-SAMPLE:]
     longest = max((len(encode(own, render(own, policy, row, answer), count).ids) for row in rows), default=0)
-    positions = int(getattr(text, "max_position_embeddings", None) or UNLIMITED)
+    positions = named_positions(text, "max_position_embeddings") or UNLIMITED
     limit, most = min(positions, own.model_max_length), longest - 1 + case.config.sampling.max_new_tokens
     message = f"{message}, up to about {most} tokens" + (f" of its {limit}" if limit < UNLIMITED else "")
     full = "Shorten the prompts, or lower sampling.max_new_tokens: a longer text is not truncated, but stops the run."
