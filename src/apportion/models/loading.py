@@ -24,7 +24,7 @@ from apportion.models.pretrained import (
     named_positions,
     with_reason,
 )
-from apportion.models.stored_head import label_count
+from apportion.models.stored_head import head_of, label_count
 from apportion.system import cpu
 from apportion.system.paths import local_path
 
