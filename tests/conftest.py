@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 SLOW_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
 # "default" draws the same examples every time, so that a red run can be repeated; "long" draws new ones
 settings.register_profile(
-    "default", max_examples=25, deadline=None, derandomize=True, suppress_health_check=SLOW_CHECKS
+    "default", max_examples=50, deadline=None, derandomize=True, suppress_health_check=SLOW_CHECKS
 )
 settings.register_profile("long", max_examples=200, deadline=None, print_blob=True, suppress_health_check=SLOW_CHECKS)
 settings.load_profile("long" if os.environ.get("APPORTION_LONG") == "1" else "default")

@@ -129,13 +129,12 @@ def test_every_kind_of_algorithm_resumes_and_repeats_from_its_saved_settings(
         "algorithm": algorithm,
         "sampling.batch_size": 8,
         "optim.weight_decay": 0.1,
-        "steps": 3,
-        "checkpoint_every": 1,
+        "steps": 4,
         "credit": "null",
     }
     whole = train(settings(world, tmp_path / "whole", **changes))
     with pytest.raises(Interrupted):
-        train(settings(world, tmp_path / "parts", **changes), on_step=stop_after(2))
+        train(settings(world, tmp_path / "parts", **changes), on_step=stop_after(3))
     parts = train(settings(world, tmp_path / "parts", **changes))
     stored = str(whole.path / "config.yaml")
     assert main(["rl", "--config", stored, "--output", str(tmp_path / "again")]) == 0
