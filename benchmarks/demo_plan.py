@@ -2,11 +2,12 @@
 
     python -m benchmarks.demo_plan                          # about a minute in bfloat16, two in float32
     python -m benchmarks.demo_plan --dtype float32 --threads 1
+    python -m benchmarks.demo_plan --folder /tmp/plan       # stages that are finished there are left out
     python -m benchmarks.demo_plan --steps 30 --excerpts 8000 --probe 2000 --texts 1000 --prompts 128   # a whole demo
 
-Runs the stages of `apportion demo`, with its settings, in a temporary folder. The constants are those of
+Runs the stages of `apportion demo`, with its settings, in a temporary folder or in --folder. The constants are those of
 `apportion.stages.demo.cost`: efficiencies from the time of each kind of work (the median batch of PPO without its
-first), fixed seconds from what is left of each part.
+first), fixed seconds from what is left of each part. What did not run, or was interrupted, has none.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from apportion.cli.demo import Stages, stages, train, write_report
 from apportion.cli.main import quiet_libraries
 from apportion.config import DemoConfig
+from apportion.errors import Interrupted
 from apportion.stages.demo import cost
 from apportion.stages.demo.cost import Amounts, Cost
 from apportion.stages.demo.plan import EVALUATION, PAGE, POLICY, REWARD, Plan, lines_of
@@ -32,7 +34,7 @@ from apportion.system.progress import activity, running
 from apportion.system.rates import measure
 from apportion.system.schedule import Schedule
 
-SMALL = {"excerpts": 160, "steps": 3, "prompts": 32, "probe": 256, "texts": 128}
+SMALL = {"excerpts": 128, "steps": 3, "prompts": 32, "probe": 128, "texts": 64}
 
 
 class Recorder(Schedule):
@@ -40,12 +42,12 @@ class Recorder(Schedule):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__("demo", plan.parts)
-        self.seconds: dict[tuple[str, ...], float] = defaultdict(float)
+        self.spent: dict[tuple[str, ...], float] = defaultdict(float)
 
     def ended(self, labels: tuple[str, ...], seconds: float) -> None:
         """Keep the seconds."""
         super().ended(labels, seconds)
-        self.seconds[labels] += seconds
+        self.spent[labels] += seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,18 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--folder", default=None, help="keeps the stages, and resumes them")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     quiet_libraries()
     cpu.keep_freed_memory()
     threads = cpu.configure_threads(options.threads).count
     amounts = Amounts(**{name: getattr(options, name) for name in SMALL})
-    with TemporaryDirectory() as folder, heartbeat.heartbeat():
-        config = DemoConfig(output=folder, dtype=options.dtype, threads=threads)
+    with TemporaryDirectory() as temporary, heartbeat.heartbeat():
+        config = DemoConfig(output=options.folder or temporary, dtype=options.dtype, threads=threads)
         plan = small_plan(options.dtype, amounts)
         recorder = Recorder(plan)
         chosen = stages(config, amounts)
-        with running(recorder):
+        with suppress(Interrupted), running(recorder):
             reward_run, rl_run, _ = train(chosen)
             with activity(PAGE):
                 write_report(config, reward_run, rl_run)
@@ -92,36 +95,39 @@ def small_plan(dtype: str, amounts: Amounts) -> Plan:
 
 def batches_of(chosen: Stages) -> list[dict[str, float]]:
     """Return the metrics of each batch of PPO but the first."""
-    lines = (Path(chosen.rl.output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    log = Path(chosen.rl.output) / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     return [json.loads(line) for line in lines[1:]]
 
 
-def measured(recorder: Recorder, plan: Plan, batches: list[dict[str, float]]) -> dict[str, Any]:
-    """Return the constants of `cost` that give the seconds that were taken."""
-    amounts, seconds = plan.amounts, recorder.seconds
-    ideal = Ideal(plan.rates, plan.dtype)
-    phase = {name: median(batch[f"time/{name}"] for batch in batches) for name in ("generate", "score", "update")}
-    probing = seconds[REWARD, "loading", "probing the head"]
-    judging = seconds[REWARD, "evaluating", "held-out texts"]
-    sampling = seconds[EVALUATION, "generating from fresh prompts"]
-    taken = {(part.stage, part.within): time or 0.0 for part, time in zip(plan.parts, recorder.taken, strict=True)}
-    whole = sum(phase.values())
-    return {
-        "read": (ideal.probing(amounts) + ideal.judging(amounts)) / (probing + judging),
-        "train": ideal.reward_training(amounts) / taken[REWARD, "training"],
-        "generate": ideal.generation(amounts.rows) / phase["generate"],
-        "score": ideal.scoring(amounts.rows) / phase["score"],
-        "update": ideal.update(amounts) / phase["update"],
-        "batch": whole,
-        "other in a batch": median(batch["time/total"] for batch in batches) - whole,
-        "sampling": sampling,
-        "reward": taken[REWARD, "loading"] - probing,
-        "save": taken[REWARD, ""] - judging,
-        "policy": taken[POLICY, "loading"],
-        "save policy": taken[POLICY, ""],
-        "evaluation": taken[EVALUATION, ""] - sampling,
-        "page": taken[PAGE, ""],
+def measured(recorder: Recorder, plan: Plan, batches: list[dict[str, float]]) -> dict[str, float]:
+    """Return the constants of `cost` that give the seconds that were taken, of the parts that ended."""
+    amounts, spent, ideal = plan.amounts, recorder.spent, Ideal(plan.rates, plan.dtype)
+    taken = {
+        (part.stage, part.within): seconds
+        for part, seconds in zip(plan.parts, recorder.taken, strict=True)
+        if seconds is not None and seconds > 1.0  # less is a stage that was finished before
     }
+    found: dict[str, float] = {}
+    for name, whole, label, operations in (
+        ("reward", (REWARD, "loading"), (REWARD, "loading", "probing the head"), ideal.probing(amounts)),
+        ("save", (REWARD, ""), (REWARD, "evaluating", "held-out texts"), ideal.judging(amounts)),
+        ("evaluation", (EVALUATION, ""), (EVALUATION, "generating from fresh prompts"), 0.0),
+    ):
+        if whole in taken and label in spent:
+            found[name] = taken[whole] - spent[label]
+            found |= {f"read ({name})": operations / spent[label]} if operations else {"sampling": spent[label]}
+    if (REWARD, "training") in taken:
+        found["train"] = ideal.reward_training(amounts) / taken[REWARD, "training"]
+    if batches and (POLICY, "training") in taken:
+        phase = {name: median(batch[f"time/{name}"] for batch in batches) for name in ("generate", "score", "update")}
+        found["generate"] = ideal.generation(amounts.rows) / phase["generate"]
+        found["score"] = ideal.scoring(amounts.rows) / phase["score"]
+        found["update"] = ideal.update(amounts) / phase["update"]
+        found |= {f"seconds of {name}": value for name, value in phase.items()}
+        found["seconds of a batch"] = median(batch["time/total"] for batch in batches)
+    fixed = {"policy": (POLICY, "loading"), "save policy": (POLICY, ""), "page": (PAGE, "")}
+    return found | {name: taken[part] for name, part in fixed.items() if part in taken}
 
 
 class Ideal(Cost):
@@ -132,12 +138,14 @@ class Ideal(Cost):
         return 1.0
 
 
-def shown(constants: dict[str, Any], dtype: str) -> list[str]:
+def shown(constants: dict[str, float], dtype: str) -> list[str]:
     """Return a line for each constant: as it is, and as measured."""
     present: dict[str, float] = {**cost.EFFICIENCY[dtype], **cost.FIXED}
-    before = {name: f"{value:.2f}" for name, value in present.items()}
-    head = f"  {'constant':<17} {'now':>8} {'measured':>8}"
-    return [head, *(f"  {name:<17} {before.get(name, ''):>8} {value:>8.2f}" for name, value in constants.items())]
+    lines = [f"  {'constant':<20} {'now':>8} {'measured':>8}"]
+    for name, value in constants.items():
+        now = present.get(name.partition(" (")[0])
+        lines.append(f"  {name:<20} {'' if now is None else f'{now:.2f}':>8} {value:>8.2f}")
+    return lines
 
 
 if __name__ == "__main__":

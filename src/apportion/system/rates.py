@@ -41,11 +41,10 @@ def product_rate(dtype: str, device: str = "cpu", seconds: float = SECONDS) -> f
     weights = [torch.full(shape, 0.01, dtype=kind, device=device) for shape in SHAPES for _ in range(LAYERS)]
     inputs = {width: torch.ones(ROWS, width, dtype=kind, device=device) for width, _ in SHAPES}
 
-    def layers() -> None:
-        for weight in weights:
-            inputs[weight.shape[0]] @ weight
+    def layers() -> Any:
+        return [inputs[weight.shape[0]] @ weight for weight in weights][-1]
 
-    return 2 * ROWS * sum(weight.numel() for weight in weights) / median_seconds(layers, device, seconds)
+    return 2 * ROWS * sum(weight.numel() for weight in weights) / median_seconds(layers, seconds)
 
 
 def reading_rate(device: str = "cpu", seconds: float = SECONDS) -> float:
@@ -53,24 +52,17 @@ def reading_rate(device: str = "cpu", seconds: float = SECONDS) -> float:
     import torch
 
     buffer = torch.ones(BUFFER // 4, device=device)
-    return BUFFER / median_seconds(buffer.sum, device, seconds)
+    return BUFFER / median_seconds(buffer.sum, seconds)
 
 
-def median_seconds(work: Callable[[], Any], device: str = "cpu", seconds: float = SECONDS) -> float:
-    """Return the median time of `work`, repeated for `seconds` and at least a few times, after one to warm up."""
-    work()
+def median_seconds(work: Callable[[], Any], seconds: float = SECONDS) -> float:
+    """Return the median time of `work`, repeated for `seconds` and at least a few times, after one to warm up.
+
+    `work` returns a tensor; that a number of it is read makes a GPU end what it was given.
+    """
     times: list[float] = []
-    while len(times) < LEAST or sum(times) < seconds:
+    while len(times) <= LEAST or sum(times) < seconds:
         began = time.perf_counter()
-        work()
-        wait_for(device)
+        work().flatten()[0].item()
         times.append(time.perf_counter() - began)
-    return median(times)
-
-
-def wait_for(device: str) -> None:
-    """Wait until a GPU has done what it was given; a processor has."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    return median(times[1:])
