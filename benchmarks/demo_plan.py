@@ -122,7 +122,10 @@ def measured(recorder: Recorder, plan: Plan, batches: list[dict[str, float]]) ->
     if batches and (POLICY, "training") in taken:
         phase = {name: median(batch[f"time/{name}"] for batch in batches) for name in ("generate", "score", "update")}
         found["generate"] = ideal.generation(amounts.rows) / phase["generate"]
-        found["score"] = ideal.scoring(amounts.rows) / phase["score"]
+        # the scores are in float32 in either precision
+        low = plan.dtype != "float32"
+        scores = Cost(plan.rates, plan.dtype).scores(amounts.rows) if low else 0.0
+        found["score"] = (ideal.scoring(amounts.rows) - low * ideal.scores(amounts.rows)) / (phase["score"] - scores)
         found["update"] = ideal.update(amounts) / phase["update"]
         found |= {f"seconds of {name}": value for name, value in phase.items()}
         found["seconds of a batch"] = median(batch["time/total"] for batch in batches)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from benchmarks import demo_plan
 
-from apportion.stages.demo.cost import CONVERSION, FIXED, Amounts, Cost, fetching
-from apportion.stages.demo.plan import EVALUATION, POLICY, REWARD, SIZES, as_json, make_plan
+from apportion.stages.demo.cost import CONVERSION, EFFICIENCY, FIXED, Amounts, Cost, fetching
+from apportion.stages.demo.plan import EVALUATION, POLICY, REWARD, SIZES, Plan, as_json, lines_of, make_plan
 from apportion.stages.demo.table import describe, table
 from apportion.system import progress
 from apportion.system.progress import Activity, activity, running
@@ -89,7 +90,7 @@ def test_the_table() -> None:
     assert beside[0].split() == ["planned", "taken"] and beside[1].endswith("1 min 01 s")
     assert beside[-2].endswith("–") and beside[-1].endswith("7 min 07 s")
     slow = describe(make_plan(SLOW, "float32"), 1)
-    assert "longer than the 15 min 00 s it aims at, and the least work" in slow
+    assert "longer than the 16 min 00 s it aims at, and the least work" in slow
     assert "smaller --excerpts" in describe(make_plan(SLOW, "float32", steps=100), 1)
 
 
@@ -139,6 +140,30 @@ def test_time_left_of_planned_work() -> None:
     assert schedule.taken[-1] == 0.0
     with activity("another"):  # outside of a schedule nothing is added
         assert progress.left_of_all(progress.current()) == ""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_benchmark_finds_the_constants_of_a_run_that_kept_to_its_plan(dtype: str) -> None:
+    rates, amounts = Rates(2e11, 8e11, 1e12), Amounts(excerpts=64, steps=3)
+    cost, plan = Cost(rates, dtype), Plan(amounts, dtype, rates, 1.0, lines_of(amounts, Cost(rates, dtype)))
+    recorder = demo_plan.Recorder(plan)
+    recorder.ended((REWARD, "loading", "probing the head"), cost.probing(amounts))
+    recorder.ended((REWARD, "evaluating", "held-out texts"), cost.judging(amounts))
+    recorder.ended((EVALUATION, "generating from fresh prompts"), 3.0)
+    recorder.taken = [part.seconds for part in plan.parts]
+    phases = {"generate": cost.generation(32), "score": cost.scoring(32), "update": cost.update(amounts)}
+    batch = {f"time/{name}": seconds for name, seconds in phases.items()} | {"time/total": sum(phases.values())}
+    found = demo_plan.measured(recorder, plan, [batch])
+    share = EFFICIENCY[dtype]
+    assert found["read (reward)"] == pytest.approx(share["read"]) == pytest.approx(found["read (save)"])
+    work = ("train", "generate", "score", "update")
+    assert [found[name] for name in work] == pytest.approx([share[name] for name in work])
+    assert found["evaluation"] == pytest.approx(plan.parts[-2].seconds - 3.0)
+    fixed = [name for name in FIXED if name != "evaluation"]
+    assert [found[name] for name in fixed] == pytest.approx([FIXED[name] for name in fixed])
+    assert len(demo_plan.shown(found, dtype)) == len(found) + 1
+    recorder.taken = [None] * len(plan.parts)
+    assert demo_plan.measured(recorder, plan, []) == {}
 
 
 def test_measured_rates() -> None:

@@ -16,7 +16,7 @@ class DemoConfig(Section):
     output: Name = "runs/demo"
     """folder of the stages, the report and summary.json."""
     minutes: Positive | None = None
-    """minutes that it may take, without the install; null is 7.5 in bfloat16 and 15 in float32."""
+    """minutes that it may take, without the install; null is 7.5 in bfloat16 and 16 in float32."""
     steps: Count | None = None
     """batches of PPO; null takes from 20 to 30, as many as fit the minutes."""
     credit: Spec = "attention"

@@ -18,18 +18,17 @@ BY_LENGTH, LENGTHS = 500, 10 + 20 + 40  # texts that are also judged by their st
 PROMPT, NEW = 6, 24  # tokens of a prompt, in the mean, and of a response
 FORWARD, STEP = 2, 4  # operations a weight and token: forward; with the backward pass of frozen weights
 
-# Share of the machine's product rate that each kind of work reaches, and seconds that do not depend on it.
-# 2 cores of an AMD EPYC (Zen 4, AVX512-BF16), idle.
+# Share of the machine's product rate that each kind of work reaches, and seconds that do not depend on it: docs/demo.md.
 EFFICIENCY: Mapping[str, Mapping[str, float]] = {
-    "float32": {"read": 0.80, "train": 0.60, "generate": 0.30, "score": 0.60, "update": 0.55},
-    "bfloat16": {"read": 0.60, "train": 0.50, "generate": 0.30, "score": 0.40, "update": 0.45},
+    "float32": {"read": 0.80, "train": 0.65, "generate": 0.30, "score": 0.80, "update": 0.60},
+    "bfloat16": {"read": 0.64, "train": 0.57, "generate": 0.40, "score": 0.66, "update": 0.58},
 }
 FIXED: Mapping[str, float] = {
     "reward": 15.0,
-    "save": 10.0,
+    "save": 6.0,
     "policy": 8.0,
-    "save policy": 8.0,
-    "evaluation": 22.0,
+    "save policy": 6.0,
+    "evaluation": 18.0,
     "page": 3.0,
 }
 CONVERSION, MEGABYTES_A_SECOND = 15.0, 5.0  # of what is fetched: seconds to convert it, and a modest network
@@ -116,10 +115,16 @@ class Cost(NamedTuple):
         return max(self._products("generate", work), reading)
 
     def scoring(self, rows: int) -> float:
-        """Return the seconds of a forward pass each of policy and reference, and of the reward model in float32."""
-        tokens = rows * (PROMPT + NEW)
-        both = self._products("score", 2 * FORWARD * (BLOCKS * tokens + HEAD * rows * NEW))
-        return both + self._products("score", FORWARD * BLOCKS * tokens, "float32")
+        """Return the seconds of the log-probabilities and of the scores of `rows` responses."""
+        return self.logprobs(rows) + self.scores(rows)
+
+    def logprobs(self, rows: int) -> float:
+        """Return the seconds of a forward pass each of policy and reference."""
+        return self._products("score", 2 * FORWARD * rows * (BLOCKS * (PROMPT + NEW) + HEAD * NEW))
+
+    def scores(self, rows: int) -> float:
+        """Return the seconds of the reward model's forward pass, which is in float32."""
+        return self._products("score", FORWARD * rows * BLOCKS * (PROMPT + NEW), "float32")
 
     def update(self, amounts: Amounts) -> float:
         """Return the seconds of the passes over one batch."""
