@@ -46,10 +46,11 @@ def run(arguments: list[str]) -> int:
     parsed = parse(DemoConfig, "demo", arguments, EXAMPLES)
     config = parsed.config
     check_method(stages(config, Amounts(1, 1)).rl)
-    threads = configure_threads(config)
-    from apportion.stages.demo.folder import plan_demo
+    with activity("starting"):
+        threads = configure_threads(config)
+        from apportion.stages.demo.folder import plan_demo  # loads torch
 
-    plan = plan_demo(config, rl_folder(config), fresh=parsed.fresh)
+        plan = plan_demo(config, rl_folder(config), fresh=parsed.fresh)
     chosen = stages(config, plan.amounts)
     if parsed.dry_run:
         sys.stdout.write("---\n".join(map(show, (resolved(config, plan), *chosen))))

@@ -18,7 +18,7 @@ BY_LENGTH, LENGTHS = 500, 10 + 20 + 40  # texts that are also judged by their st
 PROMPT, NEW = 6, 24  # tokens of a prompt, in the mean, and of a response
 FORWARD, STEP = 2, 4  # operations a weight and token: forward; with the backward pass of frozen weights
 
-# Share of the machine's product rate that each kind of work reaches, and seconds that do not depend on it: docs/demo.md.
+# Share of the product rate that each kind of work reaches, and seconds that do not depend on it (docs/demo.md).
 EFFICIENCY: Mapping[str, Mapping[str, float]] = {
     "float32": {"read": 0.80, "train": 0.65, "generate": 0.30, "score": 0.80, "update": 0.60},
     "bfloat16": {"read": 0.64, "train": 0.57, "generate": 0.40, "score": 0.66, "update": 0.58},
