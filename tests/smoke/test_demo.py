@@ -16,7 +16,7 @@ from apportion.cli import demo
 from apportion.cli.main import main
 from apportion.config import DemoConfig, LoraConfig, PPOConfig, SamplingConfig
 from apportion.stages.demo.cost import Amounts
-from apportion.stages.demo.folder import plan_demo
+from apportion.stages.demo.folder import plan_demo, store
 from apportion.stages.demo.plan import FETCH, Plan
 from apportion.system import heartbeat
 
@@ -79,14 +79,22 @@ def test_a_demo_is_never_silent_and_shows_its_plan_beside_what_it_took(
     assert figures["prompts"] == 4 and (tmp_path / "demo" / "report.html").is_file()
     assert rl_run.finished and reward_run.finished
 
-    # the same command again: the amounts are those of the folder, what is finished takes no time, an arm shares them
-    same = plan_demo(DemoConfig(output=config.output, dtype="float32", count=4), demo.rl_folder(config))
-    assert same.amounts.excerpts == 24 and same.amounts.steps == 2
+    # the same command again: the amounts are those of the folder, what is finished takes no time
+    again = DemoConfig(output=config.output, dtype="float32", count=4, steps=2)
+    same = plan_demo(again, demo.rl_folder(config))
+    assert (same.amounts.excerpts, same.amounts.steps) == (24, 2)
     assert {part.seconds for part in same.parts if part.stage != "page"} == {0.0}
     arm = DemoConfig(output=config.output, dtype="float32", credit="uniform", count=4)
     other = plan_demo(arm, demo.rl_folder(arm))
-    assert other.amounts == same.amounts
     assert {part.stage for part in other.parts if part.seconds == 0} == {"1/3 reward model"}
+    assert other.amounts.excerpts == 24 and other.amounts.steps >= 20  # 2 was set for the other one
+    # a plan without a number that was set gives the next credit as many batches
+    store(other, arm, {})
+    assert (
+        plan_demo(arm.model_copy(update={"credit": "sparse"}), tmp_path / "demo" / "rl-sparse").amounts == other.amounts
+    )
+    (tmp_path / "demo" / "reward" / "config.yaml").write_text("excerpts: [")
+    assert plan_demo(arm, demo.rl_folder(arm)).amounts.excerpts >= 3000  # opening the run says what is wrong with it
     fresh = plan_demo(arm, demo.rl_folder(arm), fresh=True)
     assert fresh.amounts.excerpts >= 3000 and all(part.seconds > 0 for part in fresh.parts)
 

@@ -83,14 +83,10 @@ def make_plan(
 
 def lines_of(amounts: Amounts, cost: Cost, megabytes: float = 0.0, finished: Collection[str] = ()) -> tuple[Line, ...]:
     """Return the lines of a plan for `amounts`."""
+    training = f"{amounts.reward_steps} steps of {amounts.batch} excerpts"
     rows: list[tuple[str, str, float, str]] = [
         (REWARD, "loading", cost.reward_start(amounts), f"load, start its head on {amounts.probe:,} excerpts"),
-        (
-            REWARD,
-            "training",
-            cost.reward_training(amounts),
-            f"{amounts.reward_steps} steps of {amounts.batch} excerpts",
-        ),
+        (REWARD, "training", cost.reward_training(amounts), training),
         (REWARD, "", cost.reward_end(amounts), f"save, evaluate on {amounts.texts:,} texts"),
         (POLICY, "loading", cost.policy_start(), "load policy and reward model"),
         (POLICY, "training", cost.policy_training(amounts), f"{amounts.steps} batches of {amounts.rows} responses"),
@@ -98,12 +94,14 @@ def lines_of(amounts: Amounts, cost: Cost, megabytes: float = 0.0, finished: Col
         (EVALUATION, "", cost.evaluation(amounts), f"{amounts.prompts} prompts before and after, the judge"),
         (PAGE, "", cost.page(), "write the page"),
     ]
-    kept = [
-        (s, w, 0.0 if s in finished else t, f"{words}: done" if s in finished else words) for s, w, t, words in rows
-    ]
     if megabytes:
-        kept.insert(0, (FETCH, "", fetching(megabytes), f"fetch the model and the reviews, {megabytes:.0f} MB"))
-    return tuple(Line(Part(stage, within, seconds), words) for stage, within, seconds, words in kept)
+        rows.insert(0, (FETCH, "", fetching(megabytes), f"fetch the model and the reviews, {megabytes:.0f} MB"))
+    return tuple(
+        Line(Part(stage, within, 0.0), f"{words}: done")
+        if stage in finished
+        else Line(Part(stage, within, seconds), words)
+        for stage, within, seconds, words in rows
+    )
 
 
 def as_json(plan: Plan, taken: Mapping[Part, float | None]) -> dict[str, Any]:
