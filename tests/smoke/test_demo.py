@@ -21,6 +21,7 @@ from apportion.stages.demo.plan import FETCH, Plan
 from apportion.system import heartbeat
 
 SILENCE = 0.1  # seconds, where a command has 25
+ROOM = 30 - heartbeat.SILENCE  # for a thread that holds Python's lock meanwhile
 AMOUNTS = Amounts(excerpts=24, steps=2, prompts=4, batch=8, probe=8, texts=8, rows=4, epochs=1)
 
 
@@ -64,14 +65,13 @@ def test_a_demo_is_never_silent_and_shows_its_plan_beside_what_it_took(
         chosen = tiny_stages(world, config, AMOUNTS)
         taken, reward_run, rl_run, figures = demo.run_plan(plan, config, chosen)
     times = [began, *(when for when, text in written if text.strip()), time.monotonic()]
-    # as 30 s are to 25, with room for a machine that has other work
-    assert max(after - before for before, after in pairwise(times)) < 10 * SILENCE
+    assert max(after - before for before, after in pairwise(times)) < SILENCE + ROOM
     lines = "".join(text for _, text in written).splitlines()
     assert any(line.startswith("measuring the machine") for line in lines)
     for stage in ("1/3 reward model", "2/3 PPO", "3/3 evaluation", "page"):
         assert any(line.startswith(stage) for line in lines), stage
     beats = [line for line in lines if " so far" in line and not line.startswith("measuring")]
-    assert beats and all("demo" in line and " left" in line for line in beats)
+    assert len(beats) > 10 and all("demo" in line and " left" in line for line in beats)
 
     stored = json.loads((tmp_path / "demo" / "plan.json").read_text())
     assert [part["taken_seconds"] for part in stored["parts"]] == [round(taken[p] or 0, 1) for p in plan.parts]
