@@ -7,9 +7,9 @@ from apportion.config.section import Section
 
 
 class DemoConfig(Section):
-    """`apportion demo`: reward model, PPO with dense credit, an independent judge, and a page that shows it. It measures
-    the machine for a second, fits the amounts of work to `minutes`, and prints each part with its time before anything is
-    loaded; `--dry_run` prints that, and stops."""
+    """`apportion demo`: reward model, PPO with dense credit, an independent judge, and a page that shows it. It
+    measures the machine for a second, fits the amounts of work to `minutes`, and prints each part with its time before
+    anything is loaded; `--dry_run` prints that, and stops."""
 
     output: Name = "runs/demo"
     """folder of the stages, the report and summary.json."""
