@@ -20,6 +20,7 @@ from apportion.stages.demo.folder import plan_demo, store
 from apportion.stages.demo.plan import FETCH, Plan
 from apportion.system import heartbeat
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SILENCE = 0.1  # seconds, where a command has 25
 ROOM = 30 - heartbeat.SILENCE  # for a thread that holds Python's lock meanwhile
 AMOUNTS = Amounts(excerpts=24, steps=2, prompts=4, batch=8, probe=8, texts=8, rows=4, epochs=1)
@@ -78,6 +79,12 @@ def test_a_demo_is_never_silent_and_shows_its_plan_beside_what_it_took(
     assert None not in taken.values() and (stored["excerpts"], stored["steps"]) == (24, 2)
     assert figures["prompts"] == 4 and (tmp_path / "demo" / "report.html").is_file()
     assert rl_run.finished and reward_run.finished
+    judged = {f"judge_{when}": {"mean": 0.5, "low": 0.4, "high": 0.6} for when in ("before", "after")}
+    report = tmp_path / "demo" / "report.html"
+    summary = demo.write_summary(config, plan, reward_run, rl_run, figures | judged, report, 1.0, 2.0)
+    written_there = json.loads(summary.read_text())
+    assert written_there["excerpts"] == 24 and written_there["planned_seconds"] == round(plan.seconds, 1)
+    assert [key for key in written_there if f"`{key}`" not in README] == []
 
     # the same command again: the amounts are those of the folder, what is finished takes no time
     again = DemoConfig(output=config.output, dtype="float32", count=4, steps=2)
