@@ -10,8 +10,9 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-long check shape coverage docs licences audit clean
 
+# Progress and results in one stream: `make demo > file` has a line at least every 30 seconds.
 demo: $(STAMP)
-	$(BIN)/apportion demo
+	$(BIN)/apportion demo 2>&1
 
 test: $(STAMP)-dev
 	$(BIN)/python -m pytest -m "not long" -n $(JOBS) --dist loadfile
@@ -55,6 +56,7 @@ audit:
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock -r requirements-dev.lock
 
 $(STAMP): pyproject.toml requirements.lock
+	@echo "Installing the locked packages in .venv: 2 to 4 minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

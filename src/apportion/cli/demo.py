@@ -6,88 +6,158 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from apportion.cli import reward as reward_command
 from apportion.cli import rl as rl_command
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.evaluate import summary as evaluation_lines
+from apportion.cli.rl import check_method
 from apportion.cli.terminal import interval, note
 from apportion.cli.threads import configure_threads
-from apportion.config import DemoConfig, EvaluateConfig, OptimConfig, PPOConfig, RewardConfig, RLConfig
+from apportion.config import (
+    DemoConfig,
+    EvaluateConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    RLConfig,
+    SamplingConfig,
+)
+from apportion.stages.demo.cost import Amounts
+from apportion.stages.demo.plan import EVALUATION, FETCH, PAGE, POLICY, REWARD, Plan
+from apportion.stages.demo.table import describe, table
 from apportion.system.memory import PeakMemory
+from apportion.system.progress import activity, running
+from apportion.system.schedule import Part, Schedule
 from apportion.training.run_folder import RunFolder
 
 EXAMPLES = """examples:
+  apportion demo --dry-run                       # what it will do on this machine, and for how long
   apportion demo
+  apportion demo --minutes 30
   apportion demo --credit uniform --output runs/demo-uniform
   apportion demo --steps 100 --fresh
 """
 
 
 def run(arguments: list[str]) -> int:
-    """Run the stages that are not finished, write report.html and summary.json, and print the path of the latter."""
+    """Plan, run the stages that are not finished, write report.html and summary.json, and print the latter's path."""
     parsed = parse(DemoConfig, "demo", arguments, EXAMPLES)
-    reward, rl = stages(parsed.config)
-    rl_command.check_method(rl)
+    config = parsed.config
+    check_method(stages(config, Amounts(1, 1)).rl)
+    with activity("starting"):
+        threads = configure_threads(config)
+        from apportion.stages.demo.folder import plan_demo  # loads torch
+
+        plan = plan_demo(config, rl_folder(config), fresh=parsed.fresh)
+    chosen = stages(config, plan.amounts)
     if parsed.dry_run:
-        sys.stdout.write(show(parsed.config) + "---\n" + show(reward) + "---\n" + show(rl))
+        sys.stdout.write("---\n".join(map(show, (resolved(config, plan), *chosen))))
+        sys.stdout.flush()
+    note(describe(plan, threads.count))
+    if parsed.dry_run:
         return 0
-    configure_threads(parsed.config)
     start = time.perf_counter()
     with PeakMemory() as memory:
-        reward_run, rl_run, figures = train(parsed, reward, rl)
-        report = write_report(parsed.config, reward_run, rl_run)
-    path = write_summary(
-        parsed.config, reward_run, rl_run, figures, report, time.perf_counter() - start, memory.peak_mb
-    )
+        taken, reward_run, rl_run, figures = run_plan(plan, config, chosen, fresh=parsed.fresh)
+    report = Path(config.output).expanduser() / "report.html"
+    seconds = time.perf_counter() - start
+    path = write_summary(config, plan, reward_run, rl_run, figures, report, seconds, memory.peak_mb)
+    note("\n".join(["", *table(plan, taken), ""]))
     sys.stdout.write(evaluation_lines(figures))
     sys.stdout.write(f"report: {report}\n{path}\n")
     return 0
 
 
-def stages(config: DemoConfig) -> tuple[RewardConfig, RLConfig]:
-    """Return the settings of the two training stages: extrapolated from runs on validation prompts (LOG.md)."""
-    root = Path(config.output).expanduser()
+class Stages(NamedTuple):
+    """The settings of the demo's stages."""
+
+    reward: RewardConfig
+    rl: RLConfig
+    evaluation: EvaluateConfig
+
+
+def stages(config: DemoConfig, amounts: Amounts) -> Stages:
+    """Return the settings of the stages for `amounts`: extrapolated from runs on validation prompts (LOG.md)."""
+    root, rl_output = Path(config.output).expanduser(), str(rl_folder(config))
+    shared: dict[str, Any] = {"threads": config.threads, "dtype": config.dtype}
     reward = RewardConfig(
-        output=str(root / "reward"), excerpts=config.excerpts, seed=config.seed, threads=config.threads
+        output=str(root / "reward"),
+        excerpts=amounts.excerpts,
+        batch_size=amounts.batch,
+        probe_excerpts=amounts.probe,
+        test_texts=amounts.texts,
+        seed=config.seed,
+        **shared,
     )
     rl = RLConfig(
         reward_model=str(root / "reward" / "final"),
-        output=str(root / rl_folder(config)),
+        output=rl_output,
         credit=config.credit,
-        steps=config.steps,
+        steps=amounts.steps,
         seed=config.seed,
-        threads=config.threads,
+        sampling=SamplingConfig(batch_size=amounts.rows),
         # two epochs, not four: the KL budget is used up before more passes over a batch are worth their time
-        ppo=PPOConfig(epochs=2),
+        ppo=PPOConfig(epochs=amounts.epochs),
         optim=OptimConfig(lr=config.lr),
+        **shared,
     )
-    return reward, rl
+    evaluation = EvaluateConfig(run=rl_output, count=amounts.prompts, seed=config.seed + 1, **shared)
+    return Stages(reward, rl, evaluation)
 
 
-def rl_folder(config: DemoConfig) -> str:
-    """Return the folder of the PPO stage: one for each credit and number of steps."""
+def resolved(config: DemoConfig, plan: Plan) -> DemoConfig:
+    """Return the settings with the plan's amounts in the place of null."""
+    chosen = {"excerpts": plan.amounts.excerpts, "steps": plan.amounts.steps, "minutes": plan.minutes}
+    return config.model_copy(update=chosen)
+
+
+def rl_folder(config: DemoConfig) -> Path:
+    """Return the folder of the PPO stage: one for each credit, and for each number of steps that is set."""
     parts = ["rl", re.sub(r"[^\w.]+", "-", str(config.credit)).strip("-")]
-    return "-".join([*parts, str(config.steps)] if config.steps != DemoConfig().steps else parts)
+    return Path(config.output).expanduser() / "-".join([*parts, *([] if config.steps is None else [str(config.steps)])])
 
 
-def train(
-    parsed: Parsed[DemoConfig], reward: RewardConfig, rl: RLConfig
-) -> tuple[RunFolder, RunFolder, dict[str, Any]]:
+def run_plan(
+    plan: Plan, config: DemoConfig, chosen: Stages, *, fresh: bool = False
+) -> tuple[dict[Part, float | None], RunFolder, RunFolder, dict[str, Any]]:
+    """Run the parts of the plan; return the seconds that each took, both runs, and the figures of the evaluation.
+
+    plan.json is written before, so that a demo that is interrupted keeps its amounts, and after.
+    """
+    from apportion.stages.demo.folder import fetch, store
+
+    store(plan, config, {})
+    taken: dict[Part, float | None] = {}
+    for line in plan.lines:
+        if line.part.stage == FETCH:
+            with activity(FETCH) as entry:
+                fetch()
+            taken[line.part] = entry.seconds
+    schedule = Schedule("demo", plan.parts)
+    with running(schedule):
+        reward_run, rl_run, figures = train(chosen, fresh=fresh)
+        with activity(PAGE):
+            write_report(config, reward_run, rl_run)
+    taken |= dict(zip(schedule.parts, schedule.taken, strict=True))
+    store(plan, config, taken)
+    return taken, reward_run, rl_run, figures
+
+
+def train(chosen: Stages, *, fresh: bool = False) -> tuple[RunFolder, RunFolder, dict[str, Any]]:
     """Run reward model, PPO and evaluation, each if it is not finished; return their runs and the figures."""
     from apportion.stages.evaluate.evaluate import evaluate
 
-    reward_run = reward_command.train(Parsed(reward, parsed.fresh, False), "1/3 reward model")
+    reward, rl, wanted = chosen
+    reward_run = reward_command.train(Parsed(reward, fresh, False), REWARD)
     accuracy = reward_run.read("evaluation.json")["accuracy"]
     note(f"reward model: held-out accuracy {interval(accuracy, 3)} on excerpts of {reward.excerpt_tokens} tokens")
-    rl_run = rl_command.train(Parsed(rl, parsed.fresh, False), "2/3 PPO")
+    rl_run = rl_command.train(Parsed(rl, fresh, False), POLICY)
     figures = rl_run.read("evaluation.json")
-    wanted = EvaluateConfig(
-        run=str(rl_run.path), count=parsed.config.count, seed=parsed.config.seed + 1, threads=parsed.config.threads
-    )
     if figures.get("prompts") != wanted.count or figures.get("seed") != wanted.seed:
-        figures = evaluate(wanted, on_progress=lambda line: note(f"3/3 evaluation: {line}"))
+        with activity(EVALUATION):
+            figures = evaluate(wanted, on_progress=lambda line: note(f"{EVALUATION}: {line}"))
     return reward_run, rl_run, figures
 
 
@@ -102,6 +172,7 @@ def write_report(config: DemoConfig, reward_run: RunFolder, rl_run: RunFolder) -
 
 def write_summary(
     config: DemoConfig,
+    plan: Plan,
     reward_run: RunFolder,
     rl_run: RunFolder,
     figures: dict[str, Any],
@@ -121,9 +192,12 @@ def write_summary(
             "kl": figures["kl"]["mean"],  # nats a sequence
             "kl_interval": figures["kl"],
             "credit": config.credit,
-            "steps": config.steps,
+            "excerpts": plan.amounts.excerpts,
+            "steps": plan.amounts.steps,
             "seed": config.seed,
+            "dtype": plan.dtype,
             "seconds": round(seconds, 1),
+            "planned_seconds": round(plan.seconds, 1),
             "peak_rss_mb": round(peak),
             "policy": str(rl_run.path / "final"),
             "reward_model": str(reward_run.path / "final"),

@@ -21,18 +21,19 @@ def console() -> Console:
 class Bar:
     """One bar; `on_step(done, total, metrics)` moves it. Without a terminal it prints about ten lines."""
 
-    def __init__(self, progress: Progress, label: str, total: int, shown: Mapping[str, str]) -> None:
-        self._progress, self._label, self._total, self._shown = progress, label, total, shown
+    def __init__(self, screen: Progress, label: str, total: int, shown: Mapping[str, str]) -> None:
+        self._progress, self._label, self._total, self._shown = screen, label, total, shown
         self._pace: Activity | None = None
-        self._task = progress.add_task(label, total=total, numbers="")
+        self._task = screen.add_task(label, total=total, numbers="")
 
     def on_step(self, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Move the bar to `done` of `total` and show the chosen metrics."""
         self._total = total
         numbers = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in self._shown.items() if key in metrics)
-        self._progress.update(self._task, completed=done, total=self._total, numbers=numbers)
+        whole = progress.left_of_all(progress.current())
+        self._progress.update(self._task, completed=done, total=self._total, numbers=numbers + whole)
         every = max(1, self._total // 10)
-        left = self._left(done)
+        left = self._left(done) + whole
         if not self._progress.console.is_terminal and (done % every == 0 or done == self._total):
             stderr.write(f"{self._label} {done}/{self._total}  {numbers}{left}\n")
             heartbeat.touch()

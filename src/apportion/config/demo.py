@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from apportion.config.rules import Count, Name, Positive, Seed, Spec
+from apportion.config.rules import Count, Dtype, Name, Positive, Seed, Spec
 from apportion.config.section import Section
 
 
 class DemoConfig(Section):
-    """`apportion demo`: reward model, PPO with dense credit, an independent judge, and a page that shows it."""
+    """`apportion demo`: reward model, PPO with dense credit, an independent judge, and a page that shows it. It
+    measures the machine for a second, fits the amounts of work to `minutes`, and prints each part with its time before
+    anything is loaded; `--dry_run` prints that, and stops."""
 
     output: Name = "runs/demo"
     """folder of the stages, the report and summary.json."""
-    steps: Count = 30
-    """batches of PPO."""
+    minutes: Positive | None = None
+    """minutes that it may take, without the install; null is 7.5 in bfloat16 and 16 in float32."""
+    steps: Count | None = None
+    """batches of PPO; null takes from 20 to 30, as many as fit the minutes."""
     credit: Spec = "attention"
     """the credit method: attention (ABC), uniform, sparse, policy_attention, or a spec."""
-    excerpts: Count = 8000
-    """training excerpts of the reward model."""
+    excerpts: Count | None = None
+    """training excerpts of the reward model; null takes from 3,000 to 8,000, as many as fit the minutes."""
     count: Count = 128
     """fresh prompts for the evaluation before and after."""
     lr: Positive = 4e-4
     """learning rate of PPO."""
     seed: Seed = 0
     """random seed."""
+    dtype: Dtype = "auto"
+    """of policy and reward model: auto (bfloat16 where the processor has it), float32, bfloat16."""
     threads: Count | None = None
     """processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free."""

@@ -63,6 +63,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "apportion"
 
 
+def missing_megabytes(*names: str) -> int:
+    """Return how much has to be downloaded for built-in models and data that are not in the cache yet, MB."""
+    return sum(
+        asset.megabytes
+        for name in names
+        for asset, suffix in ((_MODELS.get(name), ""), (_DATA.get(name), ".csv"))
+        if asset is not None and not (cache_dir() / f"{name}-{asset.version}{suffix}").exists()
+    )
+
+
 def builtin_model(name: str) -> Path:
     """Return the folder of a built-in model with its tokenizer (safetensors, float32), downloaded at the first call.
 

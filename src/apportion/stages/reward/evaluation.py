@@ -62,7 +62,7 @@ def scored(reward: RewardModel, excerpts: Sequence[Excerpt], batch_size: int = 3
     order = sorted(range(len(excerpts)), key=lambda i: len(excerpts[i].ids))
     device = next(reward.model.parameters()).device
     starts = range(0, len(order), batch_size)
-    for first in counted(starts, "evaluating on held-out texts", len(starts), unit="batch"):
+    for first in counted(starts, "held-out texts", len(starts), unit="batch"):
         chosen = order[first : first + batch_size]
         ids, mask, _ = right_pad([excerpts[i] for i in chosen], reward.model.config.get_text_config().pad_token_id)
         out[chosen] = reward.score(ids.to(device), mask.to(device))[0].cpu()

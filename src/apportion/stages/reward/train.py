@@ -28,6 +28,7 @@ from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, flat, right_p
 from apportion.stages.reward.inputs import Inputs, prepare
 from apportion.stages.reward.learner import RewardLearner
 from apportion.stages.reward.losses import summed_loss
+from apportion.system.progress import activity
 from apportion.training.monitoring import warn
 from apportion.training.optimizer import learning_rate, zero_with_grad
 from apportion.training.run_folder import RunFolder
@@ -116,7 +117,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Return the evaluation of the model in `folder`, and write the mean and sd of R there."""
     learner.release()
-    evaluation = evaluate(folder, test_rows, config)
+    with activity("evaluating"):
+        evaluation = evaluate(folder, test_rows, config)
     statistics = json.dumps({"mean": evaluation["score_mean"], "sd": evaluation["score_sd"]})
     run.retry_when_full(lambda: (folder / STATISTICS).write_text(statistics), len(statistics))
     return evaluation

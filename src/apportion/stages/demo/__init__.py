@@ -1,0 +1,1 @@
+"""The plan of `apportion demo`: amounts of work that fit the machine, and the seconds of each part."""

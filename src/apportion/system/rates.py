@@ -1,0 +1,68 @@
+"""Rates of this machine, measured in about a second: matrix products of a training step, and reading of memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any, NamedTuple
+
+ROWS = 512  # positions of a micro-batch
+SHAPES = ((576, 576), (576, 1536), (1536, 576))  # of the linear layers of a small model (SmolLM2-135M)
+LAYERS = 8  # of each shape: more than a processor's caches hold, as in a model
+BUFFER = 128 << 20  # bytes that are read
+SECONDS = 0.4  # of each measurement, at least
+LEAST = 5  # repetitions
+
+
+class Rates(NamedTuple):
+    """What a machine does a second: operations of float32 and of bfloat16 products, and bytes that it reads."""
+
+    float32: float
+    bfloat16: float | None
+    reading: float
+
+    def products(self, dtype: str) -> float:
+        """Return the rate of products in "float32" or "bfloat16"."""
+        return self.bfloat16 if dtype == "bfloat16" and self.bfloat16 is not None else self.float32
+
+
+def measure(dtype: str, device: str = "cpu", seconds: float = SECONDS) -> Rates:
+    """Return the rates of `device` with torch's present threads; that of bfloat16 only where `dtype` is it."""
+    low = product_rate("bfloat16", device, seconds) if dtype == "bfloat16" else None
+    return Rates(product_rate("float32", device, seconds), low, reading_rate(device, seconds))
+
+
+def product_rate(dtype: str, device: str = "cpu", seconds: float = SECONDS) -> float:
+    """Return operations/s of a micro-batch through linear layers of a small model, two for each weight and position."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    weights = [torch.full(shape, 0.01, dtype=kind, device=device) for shape in SHAPES for _ in range(LAYERS)]
+    inputs = {width: torch.ones(ROWS, width, dtype=kind, device=device) for width, _ in SHAPES}
+
+    def layers() -> Any:
+        return [inputs[weight.shape[0]] @ weight for weight in weights][-1]
+
+    return 2 * ROWS * sum(weight.numel() for weight in weights) / median_seconds(layers, seconds)
+
+
+def reading_rate(device: str = "cpu", seconds: float = SECONDS) -> float:
+    """Return bytes/s of summing numbers that no cache holds."""
+    import torch
+
+    buffer = torch.ones(BUFFER // 4, device=device)
+    return BUFFER / median_seconds(buffer.sum, seconds)
+
+
+def median_seconds(work: Callable[[], Any], seconds: float = SECONDS) -> float:
+    """Return the median time of `work`, repeated for `seconds` and at least a few times, after one to warm up.
+
+    `work` returns a tensor; that a number of it is read makes a GPU end what it was given.
+    """
+    times: list[float] = []
+    while len(times) <= LEAST or sum(times) < seconds:
+        began = time.perf_counter()
+        work().flatten()[0].item()
+        times.append(time.perf_counter() - began)
+    return median(times[1:])
