@@ -75,17 +75,21 @@ class _TokenLogprobs(torch.autograd.Function):
         gradient = gradients[0].float() / ctx.temperature  # (n,)
         to_states, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if to_states else None
-        d_weight = torch.zeros_like(weight) if to_weight else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if to_bias else None
         for number, block in enumerate(_blocks(len(states), len(weight), BLOCK_ELEMENTS)):
             logits = saved[number] if saved else block_logits(states[block], weight, bias, banned)
             d_logits = logits_gradient(logits, ids[block], normaliser[block], gradient[block], ctx.temperature)
             if d_states is not None:
                 d_states[block] = product(d_logits, weight)
-            if d_weight is not None:
+            if to_weight and d_weight is None:  # no zeros first: the largest weight of all
+                d_weight = d_logits.T @ states[block]
+            elif d_weight is not None:
                 d_weight.addmm_(d_logits.T, states[block])
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0, dtype=torch.float32)
+        if to_weight and d_weight is None:  # no position
+            d_weight = torch.zeros_like(weight)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_states, d_weight, d_bias, None, None, None, None
 
