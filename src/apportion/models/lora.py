@@ -15,7 +15,7 @@ from apportion.models.fast import has_fast_kernels, use_fast_linear
 from apportion.models.pretrained import reason
 
 # a state-space layer (one with these parameters) multiplies with the weights of some of its layers without calling
-# them, in its kernels or always, so that an adapter on them would do nothing
+# them, in its kernels or always, so that an adapter on them would do nothing; so does LongCat's router
 STATE_SPACE = ("A_log", "D")
 UNCALLED = ("conv1d", "dt_proj", "out_proj", "x_proj")
 
@@ -67,9 +67,10 @@ def target_names(model: nn.Module, targets: Any) -> list[str]:
 
 
 def _is_uncalled(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether the layer `name` belongs to a state-space layer that reads its weight without calling it."""
+    """Whether the layer `name` is part of a state-space layer or router that reads its weight without calling it."""
     parent, _, last = name.rpartition(".")
-    return last in UNCALLED and all(hasattr(modules[parent], one) for one in STATE_SPACE)
+    router = type(modules[parent]).__name__.endswith("Router")
+    return router or (last in UNCALLED and all(hasattr(modules[parent], one) for one in STATE_SPACE))
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None) -> Any:
