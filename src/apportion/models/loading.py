@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apportion.errors import ModelError
-from apportion.models.adapters import ADAPTER, widen_embeddings, with_adapter
+from apportion.models.adapters import ADAPTER, adapter_rows, widen_embeddings, with_adapter
 from apportion.models.families import check_family, policy_class, refuse_left_out
 from apportion.models.fast import use_fast_kernels
 from apportion.models.pretrained import (
@@ -21,6 +21,7 @@ from apportion.models.pretrained import (
     fix_of,
     is_adapter,
     load_settings,
+    quiet,
     with_reason,
     without_adapter,
 )
@@ -30,6 +31,7 @@ from apportion.system.paths import local_path
 
 SAFE_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 NO_SDPA = "does not support an attention implementation through torch.nn.functional.scaled_dot_product_attention"
+MODEL_FILES = ("config.json", "adapter_config.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -58,7 +60,9 @@ def locate(field: str, name: str) -> str:
 def _check_folder(field: str, path: Path) -> None:
     adapter = (path / "adapter_config.json").is_file()
     if not adapter and not (path / "config.json").is_file():
-        fix = "Point to the folder that `save_pretrained` wrote, such as RUN/final."
+        inside = sorted(one.parent for name in MODEL_FILES for one in path.glob(f"*/{name}"))
+        named = str(max(inside, key=os.path.getmtime)) if inside else "RUN/final"
+        fix = f"Point to the folder that `save_pretrained` wrote, such as {named}."
         raise ModelError(field, str(path), "a folder with config.json and weights", fix)
     # an adapter's weights have one name; beside other safetensors, peft would unpickle adapter_model.bin
     patterns = (ADAPTER,) if adapter and not any(path.glob("model*.safetensors")) else SAFE_WEIGHTS
@@ -140,10 +144,12 @@ def load_causal(
 
 def _adapted(field: str, folder: str, auto: Any, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
     """Return (float32 model with the adapter in `folder` merged, loading info: weights missing in both, and unused)."""
-    # not peft's own Auto classes, which instantiate any class of transformers that the adapter's settings name
-    model, info = _from_pretrained(field, auto, folder, torch.float32, **kwargs)
+    # not peft's own Auto classes, which instantiate any class of transformers that the adapter's settings name; a head
+    # of the adapter's own takes the place of the base's, which may have another number of labels
+    model, info = _from_pretrained(field, auto, folder, torch.float32, ignore_mismatched_sizes=True, **kwargs)
     merged, stored = with_adapter(field, folder, model)
-    missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
+    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    missing = [key for key in absent if f"base_model.model.{key}" not in stored]
     return merged, {"missing_keys": missing, "unexpected_keys": list(info["unexpected_keys"])}
 
 
@@ -156,7 +162,7 @@ def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **k
         if base != folder:
             expected = "an adapter whose base model can be loaded"
             loading["revision"] = adapter_settings(folder).get("revision")
-        with without_adapter(base) as where:
+        with quiet(), without_adapter(base) as where:
             loaded = _by_kernel(auto, where, loading | kwargs)
         loaded[0].name_or_path = loaded[0].config.name_or_path = base
         return loaded
@@ -239,6 +245,15 @@ def stored_labels(field: str, folder: str, *, download: bool = True) -> int:
     """
     settings = load_settings(field, folder)  # first: it refuses an adapter that names no base model
     return label_count(field, folder, base_of(folder), settings, download=download)
+
+
+def embeddings_of(folder: str, settings: Any) -> int:
+    """Return the number of ids that the model in `folder` with these `settings` has an embedding for.
+
+    An adapter may store embeddings of its own, for tokens that were added. Loads no weights.
+    """
+    count = int(settings.get_text_config().vocab_size)
+    return (adapter_rows(folder) or count) if folder and is_adapter(folder) else count
 
 
 def context_of(folder: str, field: str = "policy") -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from apportion.models.pretrained import load_settings
 from apportion.models.reward.model import RewardModel
 from apportion.models.reward.reading import read_model
 from apportion.models.stored_head import positive_label
-from apportion.models.text.render import check_embeddings, check_tokenizer, embedding_count
+from apportion.models.text.render import check_embeddings, check_tokenizer, embedding_count, position_limit
 from apportion.models.text.template import check_template, renders_alike
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import read_tokenizer, with_pad
@@ -99,21 +100,39 @@ def same_vocabulary(policy: Any, own: Any) -> bool:
     return policy.pad_token not in mine and {t: i for t, i in theirs.items() if t != policy.pad_token} == mine
 
 
-def check_width(field: str, reward: RewardModel, policy: Any, count: int) -> None:
+def check_width(
+    field: str, reward: RewardModel, policy: Any, count: int, prompts: Iterable[Sequence[int]] = ()
+) -> None:
     """Raise ModelError for a model that scores the policy's ids and has no embedding for one that may occur.
 
     Args:
         policy: the policy's tokenizer; count: the number of ids that the policy itself has an embedding for.
+        prompts: ids of the prompts, which may have the pad token that the policy never generates.
     """
     if reward.text is not None:
         return
     width = embedding_count(reward.model)
-    spare = {policy.pad_token_id} - {policy.eos_token_id}  # never generated
+    pad = policy.pad_token_id
+    spare = {pad} - {policy.eos_token_id}  # never generated
+    if pad is not None and pad >= width and any(pad in row for row in prompts):
+        spare = set()
     used = [i for i in policy.get_vocab().values() if i < count and i not in spare]
     if max(used, default=0) >= width:
         got = f"a model of {width} embeddings, which reads the policy's ids up to {max(used)}"
         fix = "Use a reward model as wide as the policy's tokenizer, or call `resize_token_embeddings` and train it."
         raise ModelError(field, got, "an embedding for every token that the policy may generate", fix)
+
+
+def check_length(field: str, reward: RewardModel, longest: int) -> None:
+    """Raise ModelError for a model that scores the policy's ids and has no position for the last of `longest` tokens.
+
+    What a model that scores text will read is not known before.
+    """
+    limit = position_limit(reward.model) if reward.text is None else None
+    if limit is not None and longest > limit:
+        got = f"a model of {limit} positions, which reads the policy's ids, up to {longest} with the longest prompt"
+        fix = "Lower sampling.max_new_tokens, shorten the prompts, or use a reward model with a longer context."
+        raise ModelError(field, got, "a position for every token of prompt and response", fix)
 
 
 def read_statistics(folder: Path) -> dict[str, float]:
