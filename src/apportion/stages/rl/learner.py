@@ -18,22 +18,23 @@ from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
 from apportion.evidence.process import check_columns, user_functions, wanted_columns
-from apportion.evidence.scoring import BASE_EVIDENCE
+from apportion.evidence.scoring import BASE_EVIDENCE, score
 from apportion.generation.decoding import SLOW, decoding
 from apportion.generation.prompts import PromptStream, load_prompts
 from apportion.losses._ratios import LIMIT
 from apportion.models.families import check_family
-from apportion.models.loading import context_of, locate
+from apportion.models.loading import context_of, embeddings_of, locate
 from apportion.models.pretrained import load_settings
-from apportion.models.reward import adjust, check_width, load_reward
+from apportion.models.reward import adjust, check_length, check_width, load_reward
 from apportion.models.text.render import check_embeddings, embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import load_tokenizer
 from apportion.registry import EvidenceKey
+from apportion.stages.attention import check_attention
 from apportion.stages.doctor.findings import WARN, Finding
 from apportion.stages.doctor.rl import preflight
 from apportion.stages.method import comparisons
-from apportion.stages.rl.compared import available, check_attention
+from apportion.stages.rl.compared import Compared, available
 from apportion.stages.rl.policy import make_policy
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import OldOutputs, Targets, update
@@ -53,7 +54,7 @@ class Learner:
 
     Attributes:
         models: policy and reward model. policy: the first of them. method: credit, segmenter, estimator and loss.
-        source: where rollouts come from. needs: all evidence to produce; `base_evidence`: and what every run produces.
+        source: where rollouts come from.
         generator: the run's only randomness after loading. compare: credits whose rewards are logged as well.
         single_step: one optimizer step a batch, so the update's forward supplies the old log-probabilities.
         monitoring: monitors and skipped updates. crash_dump: saves the batch of a failed step.
@@ -68,12 +69,14 @@ class Learner:
         generator: torch.Generator,
         compare: Mapping[str, Credit],
         run: RunFolder | None = None,
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self.models, self.policy, self.method = config, models, models.policy, method
-        self.prompts, self.generator, self.compare = prompts, generator, compare
+        self.prompts, self.generator = prompts, generator
         self.source: Source = PolicySource(models.policy, prompts, config, generator, models.generator)
-        self.needs = method.needs.union({"reference_logprobs"}, *(c.needs for c in compare.values()))
-        self.needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
+        self._needed = method.needs | {"reference_logprobs"}
+        self._needed |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
+        self.compare = Compared(compare, self._needed | BASE_EVIDENCE, warn)
         self.single_step = single_step_on_policy(config, self.needs)
         self.optimizer = make_optimizer(self.policy.trainable(), self.policy.remainders, config.optim)
         self.credit_state: State = method.credit.init()
@@ -83,6 +86,11 @@ class Learner:
         columns = {"credit": self.rewards_before_kl, "ratio": self.ratios}
         tokenizer, nonfinite = self.policy.tokenizer, self.monitoring.nonfinite
         self.crash_dump: CrashDump | None = CrashDump(run, tokenizer, models.user_code, modules, nonfinite, columns)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """All evidence to produce beside `base_evidence`."""
+        return self._needed | self.compare.needs
 
     @property
     def base_evidence(self) -> frozenset[str]:
@@ -136,6 +144,11 @@ class Learner:
         """Return the models whose kernels and devices the run's numbers depend on."""
         models = {"policy": self.policy.model, "reward": self.models.reward.model, "value": self.policy.value_trunk}
         return {name: model for name, model in models.items() if model is not None}
+
+    def score(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts with scores and all evidence; what only the log needs may be absent (`compared`)."""
+        scores, compare = self.config.scores, self.compare
+        return score(self.models, rollouts, self.needs, scores, self.base_evidence, compare.logged, compare.fail)
 
     def add_credit_share(self, rollouts: Rollouts) -> Rollouts:
         """Return the rollouts with evidence "credit_share" (B,T) where the estimator needs it and the credit has it."""
@@ -240,8 +253,10 @@ def make_learner(
     output = Path(config.output).expanduser()
     require_space(output, 200_000_000)
     folder, reward_path = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    compared = comparisons(config.compare) if config.log_rollouts else {}
-    tokenizer, prompts = open_prompts(config, method.needs.union(*(one.needs for one in compared.values())), folder)
+    lines: list[str] = []
+    compared = comparisons(config.compare, lines.append) if config.log_rollouts else {}
+    logged = frozenset[str]().union(*(one.needs for one in compared.values()))
+    tokenizer, prompts = open_prompts(config, method.needs, folder, logged)
     findings = preflight(config, folder, tokenizer, prompts.encoded.texts, prompts.rows, prompts.encoded.hidden)
     text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
@@ -250,7 +265,8 @@ def make_learner(
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics it needs are not there
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
-    check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
+    check_width("reward_model", reward, tokenizer, embedding_count(policy.model), prompts.rows)
+    check_length("reward_model", reward, max(map(len, prompts.rows)) + config.sampling.max_new_tokens)
     if (why := decoding(policy, policy.model).why_slow) is not None:
         warn(f"warning: policy: {config.policy} {SLOW}: {why}")
     user_code = UserCode(config.monitors.timeout)
@@ -264,23 +280,33 @@ def make_learner(
     check_attention(models, method.needs)
     findings += [Finding("reward model", WARN, note) for note in reward.notes]
     record_warnings(findings, run, warn)  # after loading, so that a model error is reported first
+    for line in lines:
+        warn(line)
     compare = available(models, compare, warn)
-    return Learner(config, models, method, prompts, generator, compare, run)
+    return Learner(config, models, method, prompts, generator, compare, run, warn)
 
 
-def open_prompts(config: RLConfig, needs: frozenset[str], folder: str) -> tuple[Any, PromptStream]:
+def open_prompts(
+    config: RLConfig, needs: frozenset[str], folder: str, logged: frozenset[str] = frozenset()
+) -> tuple[Any, PromptStream]:
     """Return (the tokenizer of the policy in `folder`, the prompts with the columns that functions in `needs` take).
 
+    Args:
+        logged: evidence that only the log has; columns that its functions take are kept where they are there.
+
     Raises:
-        DataError: as `load_prompts` and `encode_prompts`, or a column that a function needs is not there.
+        DataError: as `load_prompts` and `encode_prompts`, or a column that a function in `needs` takes is not there.
     """
     functions = user_functions(needs)
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
-        loaded = load_prompts(config.prompts, "rl", bad, wanted_columns(functions))
+        columns = wanted_columns(user_functions(needs | logged))
+        loaded = load_prompts(config.prompts, "rl", bad, columns, config.split)
         check_columns(functions, [prompt.columns for prompt in loaded])
-        check_family("policy", folder, load_settings("policy", folder))
+        settings = load_settings("policy", folder)
+        check_family("policy", folder, settings)
         tokenizer = load_tokenizer("policy", folder, config.pad_token)
-        return tokenizer, PromptStream(loaded, tokenizer, config.sampling, config.seed, context_of(folder), bad)
+        limits: dict[str, Any] = {"context": context_of(folder), "embeddings": embeddings_of(folder, settings)}
+        return tokenizer, PromptStream(loaded, tokenizer, config.sampling, config.seed, bad=bad, **limits)
 
 
 def record_warnings(findings: Any, run: RunFolder | None, warn: Callable[[str], None]) -> None:
