@@ -11,6 +11,7 @@ import foreign_models
 import pytest
 import tiny
 import tiny_runs
+import tiny_tokenizers
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, ModernBertConfig
 
@@ -163,8 +164,14 @@ def test_a_reward_model_with_too_few_positions_is_refused_at_the_start(world: Pa
         if positions == longest:
             tiny_runs.one_batch(learner(world, [], **changes))
             continue
-        with pytest.raises(ModelError, match=rf"a model of {positions} positions, which reads .* up to {longest} with"):
+        text = rf"a model of {positions} positions, which scores .* up to {longest} with"
+        with pytest.raises(ModelError, match=text):
             learner(world, [], **changes)
+    words = tiny_tokenizers.byte_fallback()  # one that scores text: its prompts alone have to fit
+    alone = len(words(tiny.tokenizer().decode(list(range(60, 69))) + "a")["input_ids"]) - 1
+    foreign_models.save_model(tmp_path / "text", words, foreign_models.decoder(max_position_embeddings=alone))
+    with pytest.raises(ModelError, match=rf"a model of {alone} positions, and a prompt of {alone} tokens in its own"):
+        learner(world, [], **changes | {"reward_model": tmp_path / "text"})
 
 
 def test_tokens_that_the_policy_cannot_write_need_no_embedding(world: Path) -> None:

@@ -14,11 +14,20 @@ from apportion.models.pretrained import load_settings
 from apportion.models.reward.model import RewardModel
 from apportion.models.reward.reading import read_model
 from apportion.models.stored_head import positive_label
-from apportion.models.text.render import check_embeddings, check_tokenizer, embedding_count, position_limit
+from apportion.models.text.render import (
+    check_embeddings,
+    check_tokenizer,
+    context_limit,
+    embedding_count,
+    encode,
+    position_limit,
+    render,
+)
 from apportion.models.text.template import check_template, renders_alike
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import read_tokenizer, with_pad
 
+LONGEST = 16  # prompts that are tried in a reward model's own tokenizer
 STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text
 ALONE = "padding changes its score, or it takes no padded batch: rows are scored one at a time, which is slow"
 OWN_TEMPLATE = (
@@ -123,16 +132,29 @@ def check_width(
         raise ModelError(field, got, "an embedding for every token that the policy may generate", fix)
 
 
-def check_length(field: str, reward: RewardModel, longest: int) -> None:
-    """Raise ModelError for a model that scores the policy's ids and has no position for the last of `longest` tokens.
+def check_length(field: str, reward: RewardModel, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raise ModelError for a model without positions for the longest of `prompts` (ids) and `new` tokens of a response.
 
-    What a model that scores text will read is not known before.
+    How many tokens a text has is not known before, for a model that scores text: the longest prompts alone have to fit.
     """
-    limit = position_limit(reward.model) if reward.text is None else None
+    fix = "Lower sampling.max_new_tokens, shorten the prompts, or use a reward model with a longer context."
+    expected, limit = "a position for every token of prompt and response", position_limit(reward.model)
+    if reward.text is None:
+        longest = max(map(len, prompts), default=0) + new
+        got = f"a model of {limit} positions, which scores the policy's ids, up to {longest} with the longest prompt"
+    else:
+        limit = context_limit(reward.model, reward.tokenizer)
+        longest = max((_text_length(reward, row) for row in sorted(prompts, key=len)[-LONGEST:]), default=0)
+        got = f"a model of {limit} positions, and a prompt of {longest - 1} tokens in its own tokenizer"
     if limit is not None and longest > limit:
-        got = f"a model of {limit} positions, which reads the policy's ids, up to {longest} with the longest prompt"
-        fix = "Lower sampling.max_new_tokens, shorten the prompts, or use a reward model with a longer context."
-        raise ModelError(field, got, "a position for every token of prompt and response", fix)
+        raise ModelError(field, got, expected, fix)
+
+
+def _text_length(reward: RewardModel, prompt: Sequence[int]) -> int:
+    """Return the number of tokens of a prompt and a short answer in the model's own tokenizer."""
+    assert reward.text is not None
+    answer = reward.text.tokenizer("a", add_special_tokens=False)["input_ids"]
+    return len(encode(reward.tokenizer, render(reward.tokenizer, reward.text, prompt, answer)).ids)
 
 
 def read_statistics(folder: Path) -> dict[str, float]:

@@ -137,7 +137,7 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tup
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(judge, **settings, policy=policy_text, positive=config.positive_label)
     check_width("reward_model", reward, tokenizer, embedding_count(policy.model), prompts.rows)
-    check_length("reward_model", reward, max(map(len, prompts.rows)) + config.sampling.max_new_tokens)
+    check_length("reward_model", reward, prompts.rows, config.sampling.max_new_tokens)
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
     models = Models(policy, reward, segment, config.sampling, generator, columns=prompts.columns)

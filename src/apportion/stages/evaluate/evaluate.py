@@ -60,7 +60,7 @@ def evaluate(
     stored = settings.get("positive_label")
     loading["positive"] = config.positive_label or (None if stored is None else str(stored))
     reward = load_reward(settings["reward_model"], **loading, policy=policy_text)
-    check_length("reward_model", reward, max(map(len, prompts)) + sampling.max_new_tokens)
+    check_length("reward_model", reward, prompts, sampling.max_new_tokens)
     for line in reward.notes:
         on_progress(f"note: {line}.")
     policy, start = _policies(config, run, settings, sampling)

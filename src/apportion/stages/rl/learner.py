@@ -266,7 +266,7 @@ def make_learner(
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
     check_width("reward_model", reward, tokenizer, embedding_count(policy.model), prompts.rows)
-    check_length("reward_model", reward, max(map(len, prompts.rows)) + config.sampling.max_new_tokens)
+    check_length("reward_model", reward, prompts.rows, config.sampling.max_new_tokens)
     if (why := decoding(policy, policy.model).why_slow) is not None:
         warn(f"warning: policy: {config.policy} {SLOW}: {why}")
     user_code = UserCode(config.monitors.timeout)
