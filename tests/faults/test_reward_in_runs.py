@@ -172,6 +172,12 @@ def test_a_reward_model_with_too_few_positions_is_refused_at_the_start(world: Pa
     foreign_models.save_model(tmp_path / "text", words, foreign_models.decoder(max_position_embeddings=alone))
     with pytest.raises(ModelError, match=rf"a model of {alone} positions, and a prompt of {alone} tokens in its own"):
         learner(world, [], **changes | {"reward_model": tmp_path / "text"})
+    foreign_models.save_model(tmp_path / "text", words, foreign_models.decoder(max_position_embeddings=alone + 1))
+    longer = learner(world, [], **changes | {"reward_model": tmp_path / "text"})  # its responses are not known yet
+    with pytest.raises(
+        ScoreError, match=rf"at most {alone + 1}, the reward model's context. Texts are never truncated"
+    ):
+        tiny_runs.one_batch(longer)
 
 
 def test_tokens_that_the_policy_cannot_write_need_no_embedding(world: Path) -> None:
