@@ -124,8 +124,11 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tup
         check_columns(functions, [prompt.columns for prompt in loaded])
         check_count(len(loaded))
         tokenizer = load_tokenizer("policy", folder, config.pad_token)
-        context, rows = context_of(folder), embeddings_of(folder, load_settings("policy", folder))
-        prompts = encode_prompts(loaded, tokenizer, config.sampling, config.seed, context, bad, config.count, rows)
+        context = context_of(folder)
+        embeddings = embeddings_of(folder, load_settings("policy", folder))
+        prompts = encode_prompts(
+            loaded, tokenizer, config.sampling, config.seed, context, bad, config.count, embeddings
+        )
     check_count(len(prompts.rows))
     device = pick_device(config.device)
     policy = frozen_policy(

@@ -48,11 +48,12 @@ def evaluate(
     with leaving_out(run.path, config.skip_bad_rows, "evaluate_bad_rows.jsonl") as bad:
         loaded = load_prompts(config.prompts, part, bad, split=config.split)
         folder = locate("policy", settings["policy"])
-        context, rows = context_of(folder), embeddings_of(folder, load_settings("policy", folder))
+        context = context_of(folder)
+        embeddings = embeddings_of(folder, load_settings("policy", folder))
         tokenizer = load_tokenizer("run", str(run.path / "final"))
         if all(isinstance(prompt.content, str) for prompt in loaded):  # a run on conversations may be tried on texts
             sampling = sampling.model_copy(update={"chat_template_kwargs": None})
-        encoded = encode_prompts(loaded, tokenizer, sampling, config.seed, context, bad, config.count, rows)
+        encoded = encode_prompts(loaded, tokenizer, sampling, config.seed, context, bad, config.count, embeddings)
     prompts = encoded.rows
     policy_text = PolicyText(tokenizer, encoded.conversations, cuts=sampling.stop == "eos")
     loading = {"dtype": "float32", "device": config.device, "pad_token": settings["pad_token"]}
