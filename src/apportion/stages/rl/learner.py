@@ -54,7 +54,7 @@ class Learner:
 
     Attributes:
         models: policy and reward model. policy: the first of them. method: credit, segmenter, estimator and loss.
-        source: where rollouts come from.
+        source: where rollouts come from. needed: the evidence that the method needs, and every run.
         generator: the run's only randomness after loading. compare: credits whose rewards are logged as well.
         single_step: one optimizer step a batch, so the update's forward supplies the old log-probabilities.
         monitoring: monitors and skipped updates. crash_dump: saves the batch of a failed step.
@@ -74,9 +74,9 @@ class Learner:
         self.config, self.models, self.policy, self.method = config, models, models.policy, method
         self.prompts, self.generator = prompts, generator
         self.source: Source = PolicySource(models.policy, prompts, config, generator, models.generator)
-        self._needed = method.needs | {"reference_logprobs"}
-        self._needed |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
-        self.compare = Compared(compare, self._needed | BASE_EVIDENCE, warn)
+        self.needed = method.needs | {"reference_logprobs"}
+        self.needed |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
+        self.compare = Compared(compare, self.needed | BASE_EVIDENCE, warn)
         self.single_step = single_step_on_policy(config, self.needs)
         self.optimizer = make_optimizer(self.policy.trainable(), self.policy.remainders, config.optim)
         self.credit_state: State = method.credit.init()
@@ -90,7 +90,7 @@ class Learner:
     @property
     def needs(self) -> frozenset[str]:
         """All evidence to produce beside `base_evidence`."""
-        return self._needed | self.compare.needs
+        return self.needed | self.compare.needs
 
     @property
     def base_evidence(self) -> frozenset[str]:
