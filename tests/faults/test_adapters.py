@@ -130,6 +130,25 @@ def test_no_class_that_an_adapter_names_is_made(adapters: Path, tmp_path: Path) 
     assert type(load("policy", folder)).__name__ == "LlamaForCausalLM"
 
 
+def test_a_new_head_takes_the_place_of_any_and_nothing_else_may_lack(
+    adapters: Path, world: Path, tmp_path: Path
+) -> None:
+    """A reward model is trained on a language model, its adapter, or a classifier of other labels."""
+    tiny.save_reward(tmp_path / "three", labels=3)
+    for folder, under in ((adapters / "policy", "policy"), (tmp_path / "three", ""), (adapters / "reward", "reward")):
+        found: Any = load_classifier("model", str(folder), torch.float32, CPU, new_head=2)
+        assert found.score.weight.shape == (2, 32)
+        states = found.base_model(IDS).last_hidden_state
+        expected = load(under, folder) if under else AutoModelForSequenceClassification.from_pretrained(folder)
+        torch.testing.assert_close(states, expected.base_model(IDS).last_hidden_state, rtol=0, atol=1e-5)
+    weights = load_file(world / "policy" / "model.safetensors")
+    shutil.copytree(world / "policy", tmp_path / "renamed")
+    renamed = {f"module.{key}": weight for key, weight in weights.items()}
+    save_file(renamed, tmp_path / "renamed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"renamed without \['model\.embed_tokens\.weight'"):
+        load_classifier("model", str(tmp_path / "renamed"), torch.float32, CPU, new_head=2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(adapters: Path, world: Path, kind: str) -> None:
     """peft stores none."""
@@ -168,6 +187,9 @@ def test_embeddings_of_a_new_size_that_are_trained_are_read_although_peft_stores
     new = torch.tensor([[50, rows, 70, rows + 1]])
     with torch.no_grad():
         torch.testing.assert_close(load("policy", folder)(new).logits, adapted(new).logits, rtol=0, atol=1e-5)
+        states = load_classifier("model", str(folder), torch.float32, CPU, new_head=2).base_model(new).last_hidden_state
+        expected = adapted.base_model.model.model(new).last_hidden_state  # a reward model is trained on it: no lm_head
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
     assert adapter_rows(str(folder)) == rows + 2
     (tmp_path / "p.jsonl").write_text('{"prompt": "<|user|>a film<|end|>"}\n' * 2)
     changes = {"policy": folder, "prompts": tmp_path / "p.jsonl", "steps": 1, "sampling.prompt_tokens": "null"}

@@ -19,6 +19,7 @@ from apportion.models.pretrained import fix_of, quiet, with_reason
 # input embeddings: Llama and its like, GPT-2, GPT-NeoX, BLOOM and Falcon, encoders, T5
 EMBEDDINGS = re.compile(r"\.(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared)(\.base_layer)?\.weight$")
 ADAPTER = "adapter_model.safetensors"
+OUTPUT = re.compile(r"\.(lm_head|embed_out)\.")
 MERGED = 1e-4  # largest difference in a logit that merging may make, in units of the largest logit or 1
 PROBED = 12  # tokens on which the merged model is compared with the adapter
 
@@ -66,17 +67,21 @@ class _Expected:
 
 def _merge(field: str, folder: str, model: Any, stored: Mapping[str, Tensor]) -> tuple[nn.Module, _Expected]:
     """Return (the model with the adapter merged, its logits before), after every weight was found."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    settings = PeftConfig.from_pretrained(folder)
+    if settings.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+        settings.task_type = None  # a language model's adapter, under a classifier that is to be trained on it
     with quiet():
-        adapted = PeftModel.from_pretrained(model, folder)
+        adapted = PeftModel.from_pretrained(model, folder, config=settings)
     if not callable(getattr(adapted, "merge_and_unload", None)):
         got = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
         fix = "Merge it into its base model with the library that made it, and give the result."
         raise ModelError(field, got, "an adapter that can be merged, such as LoRA", fix)
     with quiet():
         result = adapted.load_adapter(folder, "default", torch_device="cpu")  # a second time: only this reports keys
-    unmatched = sorted({*result.missing_keys, *(key for key in result.unexpected_keys if not _is_copy(key, stored))})
+    unused = (key for key in result.unexpected_keys if not (_is_copy(key, stored) or _is_output(key, model)))
+    unmatched = sorted({*result.missing_keys, *unused})
     if unmatched:
         got = f"{folder}, whose {ADAPTER} and layers differ in {len(unmatched)} weights: {', '.join(unmatched[:3])}"
         fix = "It was saved under other names or for another model: save it again with `save_pretrained`."
@@ -93,6 +98,11 @@ def _is_copy(key: str, stored: Mapping[str, Tensor]) -> bool:
     layer, _, end = key.rpartition(".")
     whole, _, copy_of = layer.rpartition(".")
     return copy_of in ("modules_to_save", "original_module") and f"{whole}.{end}" in stored
+
+
+def _is_output(key: str, model: Any) -> bool:
+    """Whether a weight is of a language model's output layer, which a classifier does not have."""
+    return model.get_output_embeddings() is None and OUTPUT.search(key) is not None
 
 
 def _probe_ids(model: Any, adapted: Any) -> Tensor:

@@ -222,15 +222,20 @@ def load_classifier(
 
     labels = stored_labels(field, folder) if new_head is None else new_head
     # left out where the configuration says the same, since it would take the labels' names away
-    kwargs = {} if new_head is None and load_settings(field, folder).num_labels == labels else {"num_labels": labels}
+    named = new_head is None and load_settings(field, folder).num_labels == labels
+    kwargs: dict[str, Any] = {} if named else {"num_labels": labels}
     if is_adapter(folder):
         model, info = _adapted(field, folder, AutoModelForSequenceClassification, **kwargs)
         model = model.to(dtype)
     else:
+        kwargs |= {"ignore_mismatched_sizes": True} if new_head is not None else {}
         model, info = _from_pretrained(field, AutoModelForSequenceClassification, folder, dtype, **kwargs)
+    absent = [*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))]
     if new_head is None:
         _refuse_missing(field, folder, info)
-    else:
+    else:  # the stored head, of whatever size, is not used; nor need what is between it and the last states be there
+        inside = [key for key in absent if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+        _refuse_missing(field, folder, {"missing_keys": inside})
         head = next(m for name, m in model.named_children() if name in ("score", "classifier"))
         width = head.weight.shape[1]
         torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)

@@ -172,9 +172,9 @@ def with_reason(folder: str, error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of a library's error that is not blank, or its type."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    """Return the first line of a library's error, and the next where it announces one; without any its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def fix_of(error: Exception) -> str:
