@@ -106,8 +106,8 @@ def _check_three(name: str, function: Function) -> None:
     if len(places) < 3 and not any(one.kind is one.VAR_POSITIONAL for one in parameters):
         got = f"({', '.join(one.name for one in parameters)})"
         fix = "It is called with these three, and with the columns that its further parameters name."
-        raise ConfigError(name, got, "a function of (texts, rollouts, prompts), or, as evidence, of "
-                          "(models, rollouts, texts)", fix)  # fmt: skip
+        expected = "a function of (texts, rollouts, prompts), or, as evidence, of (models, rollouts, texts)"
+        raise ConfigError(name, got, expected, fix)
 
 
 def _check_required(name: str, lacking: frozenset[str]) -> None:

@@ -69,10 +69,10 @@ def _merge(field: str, folder: str, model: Any, stored: Mapping[str, Tensor]) ->
     """Return (the model with the adapter merged, its logits before), after every weight was found."""
     from peft import PeftConfig, PeftModel
 
-    settings = PeftConfig.from_pretrained(folder)
-    if settings.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
-        settings.task_type = None  # a language model's adapter, under a classifier that is to be trained on it
     with quiet():
+        settings = PeftConfig.from_pretrained(folder)
+        if settings.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+            settings.task_type = None  # a language model's adapter, under a classifier that is to be trained on it
         adapted = PeftModel.from_pretrained(model, folder, config=settings)
     if not callable(getattr(adapted, "merge_and_unload", None)):
         got = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
