@@ -230,7 +230,8 @@ def load_classifier(
     else:
         kwargs |= {"ignore_mismatched_sizes": True} if new_head is not None else {}
         model, info = _from_pretrained(field, AutoModelForSequenceClassification, folder, dtype, **kwargs)
-    absent = [*info["missing_keys"], *(key for key, *_ in info.get("mismatched_keys", ()))]
+    others: Any = info.get("mismatched_keys", ())  # (name, its two shapes) each
+    absent = [*info["missing_keys"], *(key for key, *_ in others)]
     if new_head is None:
         _refuse_missing(field, folder, info)
     else:  # the stored head, of whatever size, is not used; nor need what is between it and the last states be there
