@@ -132,7 +132,7 @@ def select_credit(bench: Bench, name: str) -> None:
     """Select credit `name` for the learner's next batch."""
     method = bench.methods[name]
     bench.learner.method, bench.learner.credit_state = method, method.credit.init()
-    bench.learner.needs = method.needs | {"reference_logprobs"}
+    bench.learner.needed = method.needs | {"reference_logprobs"}
 
 
 def one_batch(bench: Bench, name: str, step: int = 1) -> Rollouts:

@@ -13,8 +13,11 @@ import torch
 
 from apportion.errors import ConfigError
 from apportion.models.reward import RewardModel, load_reward
+from apportion.models.text.render import embedding_count
 from apportion.models.value_head import score_layer
+from apportion.stages.method import build_method
 from apportion.stages.rl import train
+from apportion.stages.rl.learner import make_learner
 from apportion.stages.rl.models import make_policy
 
 RESPONSES = [[50, 60, 70, 80, 90], [33, tiny_runs.EOS], [tiny_runs.EOS], [21, 22, 23, tiny_runs.EOS]]
@@ -56,6 +59,23 @@ def test_values_begin_as_the_reward_of_the_text_so_far(
         assert torch.allclose(after[row], expected[-1], atol=1e-5)
         assert (values[row, len(response) :] == 0).all()
     assert expected.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_pad_token_that_was_added_to_the_policy_has_no_embedding_in_the_critic(
+    world: Path, tmp_path: Path, rank: int
+) -> None:
+    """The policy is widened for it; the reward model scores the policy's ids, and so does the critic made of it."""
+    changes = {"policy": world / "ending", "pad_token": "[NEW]", "ppo.value_model": "reward", "sampling.stop": "eos"}
+    config = tiny_runs.config(world, tmp_path / "run", **changes | {"lora.rank": rank, "log_rollouts": 6})
+    learner = make_learner(config, build_method(config))
+    reward, embeddings = learner.models.reward, embedding_count(learner.policy.model)
+    assert reward.text is None and learner.policy.pad == embeddings - 1 == embedding_count(reward.model)
+    _, records = tiny_runs.one_batch(learner)
+    assert len({len(record["response_ids"]) for record in records}) > 1  # some are padded
+    for record in records:
+        expected = prefix_scores(reward, record["prompt_ids"], record["response_ids"])[:-1]
+        assert record["value"] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_the_critic_learns_and_the_reward_model_stays(world: Path) -> None:

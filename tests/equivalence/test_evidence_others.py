@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -176,11 +177,15 @@ class TestProcess:
     @pytest.mark.parametrize(
         "rows",
         [[0.5, -1, 3], (0.5, np.float32(-1), True), np.array([0.5, -1, 3]), torch.tensor([0.5, -1, 3]).bfloat16(),
-         [torch.tensor(0.5), np.int8(-1), 0]],
+         [torch.tensor(0.5), np.int8(-1), 0], [Decimal("0.5"), Fraction(-1), 0]],
     )  # fmt: skip
     @pytest.mark.parametrize("steps", [None, torch.tensor([[0, 1, 1, -1], [0, -1, 0, 0], [-1] * 4])])
     def test_one_number_a_response_is_on_its_last_token(self, rows: object, steps: torch.Tensor | None) -> None:
         assert to_tokens(rows, MASK, steps, "f").tolist() == [[0, 0, 0.5, 0], [0, 0, 0, -1], [0] * 4]
+
+    @pytest.mark.parametrize("rows", [torch.tensor([[0.5], [-1], [3]]), np.array([[0.5], [-1], [3]])])
+    def test_an_output_layers_column_is_one_number_a_response(self, rows: object) -> None:
+        assert to_tokens(rows, MASK, None, "f").tolist() == [[0, 0, 0.5, 0], [0, 0, 0, -1], [0] * 4]
 
     @pytest.mark.parametrize(
         ("made", "error", "text"),
@@ -210,6 +215,8 @@ class TestProcess:
             (torch.ones(3, 5), ScoreError, "from f of rollout 0: got '5 numbers'; expected 3 numbers"),
             ([None, [1, 2, 3], []], ScoreError, "from f of rollout 0: got None; expected a list of numbers"),
             ([None] * 3, ScoreError, "from f of rollout 0: got None"),
+            ([1.0, 10**400, 0.0], ScoreError, "from f of rollout 1: got an integer of 1329 bits; expected a finite"),
+            ([1.0, Decimal("NaN"), 0.0], ScoreError, "from f of rollout 1: got Decimal"),
             ([1.0, None, 0.0], ScoreError, "from f of rollout 1: got None; expected a finite number"),
             ([1.0, 2.0, float("nan")], ScoreError, "from f of rollout 2: got nan"),
             (np.array([1.0, np.inf, 0.0]), ScoreError, "from f of rollout 1: got inf"),

@@ -32,12 +32,12 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("biased", [False, True])
 def test_values_and_gradients_are_those_of_float64(rows: int, biased: bool) -> None:
     x, weight, bias = numbers(rows, IN), numbers(OUT, IN, seed=1), numbers(OUT, seed=2) if biased else None
-    learned = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
     out = linear(x, weight, bias)
     assert out.grad_fn is not None and type(out.grad_fn).__name__ == "PlainLinearBackward"
     upstream = numbers(rows, OUT, seed=3)
-    got = torch.autograd.grad(out, learned, upstream)
-    wide = [t.detach().double().requires_grad_() for t in learned]
+    got = torch.autograd.grad(out, leaves, upstream)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
     expected = functional.linear(*wide)
     wanted = torch.autograd.grad(expected, wide, upstream.double())
     for mine, right in zip((out, *got), (expected, *wanted), strict=True):

@@ -72,6 +72,10 @@ def test_reductions_and_gathering(ranks: list[dict[str, Any]]) -> None:
     assert [r["main"] for r in ranks] == [0, 0]
 
 
+def test_evidence_that_fails_in_one_process_is_left_out_in_all(ranks: list[dict[str, Any]]) -> None:
+    assert [batch["compare/left_out"] for rank in ranks for batch in rank["columns"]["metrics"]] == [1.0] * 4
+
+
 def test_processes_skip_an_update_together(ranks: list[dict[str, Any]]) -> None:
     alone = parallel_worker.skips()
     assert alone["told"] == [False, True, False] and alone["total"] == 3

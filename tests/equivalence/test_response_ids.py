@@ -226,10 +226,13 @@ def test_a_run_with_a_new_pad_token_can_be_loaded_evaluated_and_resumed(world: P
 
 def test_runs_of_a_policy_without_a_pad_token(world: Path, tmp_path: Path) -> None:
     folder = saved(tmp_path / "policy", bare(), rows=WIDE, stops=[1, 7])
+    refused = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "num_beams": 1, "early_stopping": True}
+    edited(folder / "generation_config.json", **refused)  # transformers would not write such settings itself
     config = tiny_runs.config(world, tmp_path / "run", policy=folder, **{"sampling.stop": "eos", "steps": 1})
     train(config)
     rows = tiny_runs.read_lines(tmp_path / "run" / "rollouts.jsonl")
     assert rows and all(row["ended"] == (row["response_ids"][-1] in (1, 7)) for row in rows)
     assert all(i < 400 for row in rows for i in row["response_ids"])
     assert json.loads((tmp_path / "run" / "final" / "config.json").read_text())["pad_token_id"] == 1
-    assert json.loads((tmp_path / "run" / "final" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
+    stored = json.loads((tmp_path / "run" / "final" / "generation_config.json").read_text())
+    assert stored["eos_token_id"] == [1, 7] and stored.items() >= refused.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,26 @@ def test_an_adapters_own_head_counts(tmp_path: Path, labels: int) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "adapter")
     found = logits(adapted)
     assert score(tmp_path / "adapter") == pytest.approx(found[-1] - (found[0] if labels == 2 else 0.0), abs=1e-5)
+
+
+@pytest.mark.parametrize(("before", "labels"), [(3, 1), (1, 2)])
+def test_an_adapters_own_head_takes_the_place_of_one_of_another_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: int, labels: int
+) -> None:
+    """The base is a classifier of other labels; nothing is printed of the head that is not used."""
+    tiny.save_reward(tmp_path / "base", labels=before)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=labels, ignore_mismatched_sizes=True
+    )
+    settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["q_proj"], modules_to_save=["score"])
+    adapted = get_peft_model(model, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    found = logits(adapted)
+    logging.getLogger("transformers").propagate = True
+    caplog.clear()
+    assert score(tmp_path / "adapter") == pytest.approx(found[-1] - (found[0] if labels == 2 else 0.0), abs=1e-5)
+    assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_head_of_three_rows_is_refused_whatever_the_settings_say(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import tiny_runs
 import torch
 from malformed_models import edited
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
@@ -15,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from apportion.errors import ModelError
+from apportion.models.adapters import adapter_rows
 from apportion.models.files import ADAPTER
 from apportion.models.loading import load_causal, load_classifier
+from apportion.models.tokenizers import read_tokenizer
+from apportion.stages.rl.train import train
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[50, 60, 70, 80]])
@@ -124,6 +129,72 @@ def test_no_class_that_an_adapter_names_is_made(adapters: Path, tmp_path: Path) 
     named = {"base_model_class": "AutoTokenizer", "parent_library": "transformers"}
     edited(folder / "adapter_config.json", task_type=None, auto_mapping=named)
     assert type(load("policy", folder)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_new_head_takes_the_place_of_any_and_nothing_else_may_lack(
+    adapters: Path, world: Path, tmp_path: Path
+) -> None:
+    """A reward model is trained on a language model, its adapter, or a classifier of other labels."""
+    tiny.save_reward(tmp_path / "three", labels=3)
+    for folder, under in ((adapters / "policy", "policy"), (tmp_path / "three", ""), (adapters / "reward", "reward")):
+        found: Any = load_classifier("model", str(folder), torch.float32, CPU, new_head=2)
+        assert found.score.weight.shape == (2, 32)
+        states = found.base_model(IDS).last_hidden_state
+        expected = load(under, folder) if under else AutoModelForSequenceClassification.from_pretrained(folder)
+        torch.testing.assert_close(states, expected.base_model(IDS).last_hidden_state, rtol=0, atol=1e-5)
+    weights = load_file(world / "policy" / "model.safetensors")
+    shutil.copytree(world / "policy", tmp_path / "renamed")
+    renamed = {f"module.{key}": weight for key, weight in weights.items()}
+    save_file(renamed, tmp_path / "renamed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"renamed without \['model\.embed_tokens\.weight'"):
+        load_classifier("model", str(tmp_path / "renamed"), torch.float32, CPU, new_head=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(adapters: Path, world: Path, kind: str) -> None:
+    """peft stores none."""
+    assert not list((adapters / kind).glob("*token*"))
+    found, base = (read_tokenizer(kind, str(folder / kind)) for folder in (adapters, world))
+    assert found.get_vocab() == base.get_vocab() and found.eos_token_id == base.eos_token_id
+
+
+@pytest.mark.parametrize("base", ["/no/such/model", "../runs/base", "owner/name/checkpoint"])
+def test_a_base_that_is_gone_is_named(adapters: Path, tmp_path: Path, base: str) -> None:
+    folder = shutil.copytree(adapters / "policy", tmp_path / "adapter")
+    edited(folder / "adapter_config.json", base_model_name_or_path=base)
+    with pytest.raises(ModelError, match=rf"adapter, whose base model {base} is not there") as error:
+        load("policy", folder)
+    assert "base_model_name_or_path" in error.value.fix
+
+
+def test_embeddings_of_a_new_size_that_are_trained_are_read_although_peft_stores_them_thrice(
+    world: Path, tmp_path: Path
+) -> None:
+    """As a chat format is set up: tokens are added, and embeddings and output layer are modules to save."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    model = AutoModelForCausalLM.from_pretrained(world / "policy")
+    rows = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(rows + 2)
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"], "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **whole)).eval()
+    with torch.no_grad():
+        for parameter in (p for p in adapted.parameters() if p.requires_grad):
+            parameter += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path / "adapter"
+    adapted.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert any("modules_to_save.weight" in key for key in load_file(folder / ADAPTER)), "peft no longer does so"
+    new = torch.tensor([[50, rows, 70, rows + 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(load("policy", folder)(new).logits, adapted(new).logits, rtol=0, atol=1e-5)
+        states = load_classifier("model", str(folder), torch.float32, CPU, new_head=2).base_model(new).last_hidden_state
+        expected = adapted.base_model.model.model(new).last_hidden_state  # a reward model is trained on it: no lm_head
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    assert adapter_rows(str(folder)) == rows + 2
+    (tmp_path / "p.jsonl").write_text('{"prompt": "<|user|>a film<|end|>"}\n' * 2)
+    changes = {"policy": folder, "prompts": tmp_path / "p.jsonl", "steps": 1, "sampling.prompt_tokens": "null"}
+    train(tiny_runs.config(world, tmp_path / "run", **changes))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -51,7 +51,7 @@ def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
         (
             "reward_model",
             "short-encoder",
-            ["text of rollout", "at most 6, the reward model's context", "never truncated"],
+            ["reward_model: got 'a model of 6 positions, and a prompt of", "Lower sampling.max_new_tokens"],
         ),
         ("reward_model", "damaged-statistics", ["reward.json: got", '{"mean": number', "Delete the file"]),
         ("policy", "nan-policy", ["policy's log-probabilities in rollout 0: got nan", "Check its weights"]),

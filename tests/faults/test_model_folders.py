@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from apportion.errors import ModelError
 from apportion.models import adapters
 from apportion.models.files import ADAPTER
-from apportion.models.loading import load_causal, load_classifier
+from apportion.models.loading import load_causal, load_classifier, locate
 from apportion.models.pretrained import QUANTISATION_PACKAGES, fix_of, load_settings, reason
 from apportion.stages.rl.train import train
 
@@ -36,6 +37,15 @@ def adapter(folder: Path, base: Path, *, seed: int = 4, auto: Any = AutoModelFor
             parameter += 0.3 * torch.randn_like(parameter)
     adapted.save_pretrained(folder)
     return adapted
+
+
+def test_a_folder_of_checkpoints_names_the_newest(world: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("checkpoint-9", "checkpoint-100")):
+        shutil.copytree(world / "reward", tmp_path / "out" / name)
+        os.utime(tmp_path / "out" / name, (number, number))
+    with pytest.raises(ModelError, match="a folder with config.json and weights") as error:
+        locate("reward_model", str(tmp_path / "out"))
+    assert f"such as {tmp_path / 'out' / 'checkpoint-100'}." in error.value.fix
 
 
 @pytest.mark.parametrize("base", ["there", "gone", "settings without weights"])

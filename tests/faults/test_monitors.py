@@ -318,7 +318,6 @@ STEPS = {"process": {"function": "rewards:plain", "keep": True, "unit": "step"}}
             },
             "methods:slow_credit",
         ),
-        ({"credit": "[sparse]", "compare": "[methods:slow_credit]"}, "methods:slow_credit"),
         (estimator("slow stats"), "methods:estimate"),
         ({"segments": "methods:slow", "credit": json.dumps([STEPS])}, "methods:slow"),  # in the evidence
         ({"segments": "methods:slow", "credit": "[shapley: {spans: segments}]"}, "methods:slow"),
@@ -330,6 +329,16 @@ def test_every_call_has_its_time(rl: Command, tmp_path: Path, flags: dict[str, A
     assert_stopped(done, f"{name}: got 'no answer after 0.5 s'", "run/stopped/step-1")
     assert_saved(tmp_path / "run", 1)
     assert "time.sleep(30)" in (tmp_path / "run" / "stopped" / "step-1" / "traceback.txt").read_text()
+
+
+def test_a_credit_that_is_only_compared_is_left_out_when_it_is_slow(rl: Command, tmp_path: Path) -> None:
+    done = rl(credit="[sparse]", compare="[methods:slow_credit, sparse]", **{"monitors.timeout": 0.5})
+    assert done.code == 0, done.err
+    line = "compare: methods:slow_credit is left out of the log where it fails (compare/left_out counts)"
+    assert done.err.count(f"{line}: methods:slow_credit: got 'no answer after 0.5 s'") == 1
+    batches = rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(batches) > 1 and all(batch["compare/left_out"] == 1 for batch in batches)  # not tried again
+    assert set(rows(tmp_path / "run" / "rollouts.jsonl")[-1]["methods"]) == {"sparse"}
 
 
 @pytest.mark.parametrize("listed", [False, True])

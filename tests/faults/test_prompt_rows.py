@@ -78,6 +78,33 @@ def test_rows_that_do_not_fit_are_left_out_and_the_others_columns_reach_the_func
     assert found["level"] == "warn" and "6 prompts" in found["message"] and "2 rows skipped" in found["message"]
 
 
+def test_a_prompt_with_a_token_that_the_policy_has_no_embedding_for(
+    model_command: Command, tiny: ModuleType, tmp_path: Path, flags: list[str]
+) -> None:
+    """A tokenizer may have more tokens than the model; the prompt that uses one is named, or left out."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = STRICT
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(tmp_path / "policy")
+    rows(tmp_path, [user("a film")], [user("a <image> story")], [user("a cast")])
+    done = model_command("rl", *flags)
+    done.assert_refused("prompts: got \"'<image>' (400) in prompts that the policy cannot read: 1 of 3: prompt 2",
+                        "p.jsonl, line 2", "400 embeddings", "skip_bad_rows: true")  # fmt: skip
+    done = model_command("rl", *flags, "--skip_bad_rows", "--fresh")
+    done.assert_done()
+    assert "1 bad row left out" in done.err
+
+
+def test_a_function_that_cannot_be_called_is_known_before_the_models(
+    model_command: Command, tmp_path: Path, flags: list[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("def give(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    rows(tmp_path, [user("a film")])
+    credit = ("--credit", "[{process: {function: 'mine:give'}}]")
+    done = model_command("rl", *flags, *credit, PYTHONPATH=str(tmp_path))
+    done.assert_refused("mine:give: got '(completions, columns)'", "a function of (texts, rollouts, prompts)")
+
+
 def test_a_column_that_a_function_needs_is_known_before_the_models(
     model_command: Command, tmp_path: Path, flags: list[str]
 ) -> None:

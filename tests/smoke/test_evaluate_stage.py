@@ -152,3 +152,36 @@ def test_distinct_counts_bigrams_within_rows_only() -> None:
     assert distinct([[1, 2, 1, 2], [2, 1]]) == pytest.approx(2 / 4)
     assert distinct([[1], [2]]) == 0.0 and distinct([[1, 2], [3, 4]]) == 1.0
     assert distinct([[1, 2, 3, 1, 2, 3]], n=3) == pytest.approx(3 / 4)
+
+
+def test_prompts_are_those_of_the_split_that_is_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In rl, diagnose and evaluate alike; without a name it is train. The error of an absent one lists those there."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    texts = {name: [f"{name} film {i}" for i in range(8)] for name in ("train", "test")}
+    for name, rows in texts.items():
+        file = folder / f"{name}-00000-of-00001.jsonl"
+        file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in rows))
+    words: dict[str, Any] = {"prompts": folder, "sampling.prompt_tokens": "null", "compare": "[]", "log_rollouts": 4}
+    for split, expected in ((None, "train"), ("test", "test")):
+        named = {} if split is None else {"split": split}
+        run = run_of(world, tmp_path / expected, steps=1, **words | named)
+        assert {row["prompt"] for row in tiny_runs.read_lines(run / "rollouts.jsonl")} <= set(texts[expected])
+    flags = ["--prompts", str(folder), "--judge", "false", "--device", "cpu", "--dtype", "float32", "--count", "3"]
+    assert main(["evaluate", "--run", str(run), *flags, "--split", "eval"]) == 0  # another word for test
+    assert [row["prompt"] for row in tiny_runs.read_lines(run / "prompts.jsonl")] == texts["test"][:3]
+    models = ["--policy", str(world / "ending"), "--reward_model", str(world / "reward"), "--device", "cpu"]
+    where = ["--prompts", str(folder), "--split", "dev"]
+    for command in (
+        ["evaluate", "--run", str(run), *flags, "--split", "dev"],
+        ["rl", *models, *where, "--output", str(tmp_path / "none")],
+        ["diagnose", *models, *where, "--output", str(tmp_path / "none")],
+    ):
+        capsys.readouterr()
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert f"got '{folder} with the splits test, train'; expected a split 'dev'. Name one of its splits" in message
+    assert main(["rl", *models, "--split", "test", "--output", str(tmp_path / "none")]) == 2
+    assert "got \"imdb with split 'test'\"; expected data with splits. Leave the split out." in capsys.readouterr().err

@@ -142,6 +142,16 @@ def test_nulls_of_arrow_are_absent_and_those_of_json_stay(tmp_path: Path) -> Non
     assert kept[1] == {"role": "assistant", "tool_calls": [null]}
 
 
+def test_nulls_of_tools_that_are_json_text_stay(tmp_path: Path) -> None:
+    """Arrow has put none into a text, alone or in a list."""
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"town": {"default": None}}}}
+    for name, cell in (("text", json.dumps([tool])), ("texts", [json.dumps(tool)])):
+        path = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": [ASK], "tools": cell}]), path)
+        (found,) = prompts(str(path))
+        assert found.tools == [tool]  # type: ignore[union-attr]
+
+
 def test_columns_are_kept_where_they_are_wanted(tmp_path: Path) -> None:
     path = json_lines(tmp_path / "a.jsonl", {"prompt": "one", "answer": 3, "x": [1]}, {"prompt": "two", "answer": 4})
     every = [prompt.columns for prompt in read_prompts(path, columns=None)]

@@ -31,8 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
     "gae": ENDING | {"credit": ADAPTIVE, "ppo.whiten_rewards": True, "sampling.batch_size": 7},
     # 3 prompts of 2 samples: one process has one group, the other two
     "grpo": ENDING | {"algorithm": "grpo", "sampling.samples_per_prompt": 2, "ppo.epochs": 2},
-    # columns of each prompt's row
-    "columns": {"credit": "[{process: {function: 'reward_functions:of_its_row'}}]", "compare": "[]"},
+    # columns of each prompt's row; a compared credit whose evidence fails in one process
+    "columns": {
+        "credit": "[{process: {function: 'reward_functions:of_its_row'}}]",
+        "compare": "[sparse, reward_functions:needs_lost]",
+    },
     "reinforce_pp": ENDING | {"advantages": "reinforce_pp", "credit": "[uniform, kl_penalty]", "lora.rank": 0},
     "bootstrap": ENDING
     | {"algorithm": "ppo", "ppo.truncated": "bootstrap", "ppo.value_model": "separate"}

@@ -1,4 +1,4 @@
-"""User-supplied process rewards, which runs of the tests import by their path: a sound one and one that fails."""
+"""User-supplied rewards and evidence, which runs of the tests import by their path: sound ones and some that fail."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from apportion import Rollouts
+from torch import Tensor
+
+from apportion import Credit, Rollouts
+from apportion.errors import ScoreError
 
 CALLS: list[int] = []  # texts of each call of `failing` in this process
 
@@ -31,3 +34,17 @@ def failing(texts: Sequence[str], rollouts: Rollouts, prompts: Sequence[str]) ->
     if os.environ.get("RANK") == "1" and len(CALLS) == 2 and Path(os.environ["FAIL_WHILE"]).exists():
         raise RuntimeError("the reward service is down")
     return [[0.1 * (i % 3) for i in range(n)] for n in rollouts.mask.sum(dim=1).tolist()]
+
+
+def lost(models: object, rollouts: Rollouts, texts: Sequence[str]) -> Tensor:
+    """Fail where the rollouts of the batch's first prompt are: of several processes in one."""
+    if bool((rollouts.group == 0).any()):
+        row = int((rollouts.group == 0).int().argmax())
+        raise ScoreError("the first prompt", "nothing", "a number", "Ask again.", row=row)
+    return rollouts.mask.float()
+
+
+def needs_lost() -> Credit:
+    """Return a credit that leaves the rewards where they are, and needs `lost`."""
+    needs = frozenset({"reward_functions:lost"})
+    return Credit(dict, lambda rollouts, rewards, state: (rewards, state), needs, True, False)

@@ -13,6 +13,8 @@ class EvaluateConfig(Section):
     """the folder of a finished `apportion rl` run."""
     prompts: Name = "imdb"
     """`imdb` (reviews that no stage was trained on), a file or folder, or a hub id."""
+    split: Name | None = None
+    """the split of `prompts` to read, of a folder or hub set with splits; null for train."""
     skip_bad_rows: Switch = False
     """skip unusable rows, count them and write them to evaluate_bad_rows.jsonl; off, the first is an error."""
     count: Count = 128

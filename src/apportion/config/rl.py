@@ -71,6 +71,8 @@ class RLConfig(Section):
     """any sequence classifier with 1 or 2 labels: a folder or a hub id."""
     prompts: Name = "imdb"
     """`imdb`, a file or folder with a column prompt, messages or text (or chosen and rejected), or a hub id."""
+    split: Name | None = None
+    """the split of `prompts` to read, of a folder or hub set with splits; null for train."""
     skip_bad_rows: Switch = False
     """skip unusable rows, count them and write them to bad_rows.jsonl; off, the first of them is an error."""
     output: Name = "runs/rl"

@@ -153,16 +153,18 @@ def _variables(row: Row, field: str) -> dict[str, Any]:
 def _tools(row: Row, field: str, arrow: bool) -> list[dict[str, Any]] | None:
     """Return the JSON schemas in the column tools, None without any."""
     value = row.get("tools")
+    arrow = arrow and not isinstance(value, str)  # nulls of a text are its own
     value = _parsed(value) if isinstance(value, str) and value.strip() else value
     if not value:
         return None
     listed = value if isinstance(value, list) else [None]
-    schemas: list[Any] = [_parsed(one) if isinstance(one, str) else one for one in listed]
+    texts = [isinstance(one, str) for one in listed]
+    schemas: list[Any] = [_parsed(one) if text else one for one, text in zip(listed, texts, strict=True)]
     if not all(isinstance(one, dict) for one in schemas):
         got = f"{row.where}: tools = {row['tools']!r:.60}"
         fix = "Write a list of JSON schemas, or rename the column."
         raise DataError(field, got, "a list of JSON schemas of functions", fix)
-    return [without_nulls(one) if arrow else one for one in schemas]
+    return [without_nulls(one) if arrow and not text else one for one, text in zip(schemas, texts, strict=True)]
 
 
 def _parsed(text: str) -> Any:

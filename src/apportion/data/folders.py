@@ -131,7 +131,7 @@ def _chosen(groups: Mapping[str, list[Path]], split: str | None, folder: Path, f
     if len(alike) == 1:
         return groups[alike[0]]
     got = f"{folder} with the split{'s' * (len(groups) != 1)} {', '.join(sorted(groups)) or '(none)'}"
-    fix = "Name one of its splits (split, test_split of `apportion reward`), or give the files of one."
+    fix = "Name one of its splits (split; test_split for test_data), or give the files of one."
     raise DataError(field, got, f"a split {wanted!r}", fix)
 
 

@@ -24,6 +24,7 @@ _COMPRESSED = {
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
+_WIDE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _INVALID = re.compile("[\0\udc80-\udcff]")  # a NUL, or a byte that is not UTF-8
 _PHYSICAL = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
@@ -138,7 +139,11 @@ def too_long(where: str, got: str, field: str) -> DataError:
 def not_utf8(path: Path, line: Line, start: int, field: str) -> DataError:
     """Return the error for byte `start` of a line, which is not UTF-8."""
     got = f"{path}, line {line.number}: byte {line.raw[start]:#04x} at offset {line.offset + start}"
-    fix = "Convert the file, for example with `iconv -f latin1 -t utf-8`."
+    wide = next((name for mark, name in _WIDE.items() if line.offset == 0 and line.raw.startswith(mark)), None)
+    wide = wide or ("utf-16" if b"\0" in line.raw else None)
+    if wide is not None:
+        got = f"{got}, a file in {wide.upper()}"
+    fix = f"Convert the file, for example with `iconv -f {wide or 'latin1'} -t utf-8`."
     return DataError(field, got, "text in UTF-8", fix)
 
 

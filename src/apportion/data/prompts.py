@@ -52,6 +52,7 @@ def read_prompts(
     field: str = "prompts",
     bad: BadRows | None = None,
     columns: Collection[str] | None = (),
+    split: str | None = None,
 ) -> list[Prompt]:
     """Read prompts.
 
@@ -64,17 +65,21 @@ def read_prompts(
         field: the configuration key that gave `source`, for error messages.
         bad: the log of invalid rows of a table; None makes the first of them an error.
         columns: names of the columns to keep beside each prompt; None keeps all.
+        split: of a folder or a hub dataset, as `read_rows` takes it.
 
     Raises:
-        DataError: the errors of `read_rows` and `conversation`, an empty prompt, a part without rows.
+        DataError: the errors of `read_rows` and `conversation`, an empty prompt, a part without rows, a split of the
+            built-in set.
         ConfigError: an unknown part.
     """
     if part is not None:
         splits.bounds(part)
     if source in BUILTIN_DATA:
+        if split is not None:
+            raise DataError(field, f"{source} with split {split!r}", "data with splits", "Leave the split out.")
         texts = [row.text for row in labelled(source, part, field=field) if len(row.text) > _SHORTEST]
         return [Prompt(text) for text in sorted(texts, key=_shuffled)]
-    rows = _table(source, field, bad, columns)
+    rows = _table(source, field, bad, columns, split)
     if part is None:
         return rows
     chosen = splits.part(rows, part, text=_key)
@@ -84,7 +89,9 @@ def read_prompts(
     return chosen
 
 
-def _table(source: str, field: str, bad: BadRows | None, columns: Collection[str] | None) -> list[Prompt]:
+def _table(
+    source: str, field: str, bad: BadRows | None, columns: Collection[str] | None, split: str | None
+) -> list[Prompt]:
     column = ""  # of the first row that has one; a row without any lacks the first
 
     def row_of(row: Row) -> Prompt:
@@ -95,7 +102,7 @@ def _table(source: str, field: str, bad: BadRows | None, columns: Collection[str
         others = {name: row[name] for name in row if columns is None or name in columns}
         return Prompt(content, row.where, others)
 
-    return list(usable(source, row_of, field=field, bad=bad))
+    return list(usable(source, row_of, field=field, bad=bad, split=split))
 
 
 def _content(row: Row, column: str, field: str) -> str | Conversation:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from apportion import registry
 from apportion.data import BadRows, Prompt
-from apportion.errors import ConfigError, DataError, ScoreError
+from apportion.errors import ConfigError, DataError, ScoreError, Shown
 from apportion.evidence.models import Models
 from apportion.generation.prompts import load_prompts
 from apportion.registry import EvidenceKey
@@ -52,22 +54,43 @@ def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) 
                 fix = "Use unit: token, or give Models the segmenter of the run."
                 raise ConfigError("process.unit", "step", "a run with segments", fix)
             segments = check(models.segment(rollouts), rollouts.mask)
-        rows = models.user_code.call(name, function, texts, rollouts, prompts)
+        rows = models.user_code.call(name, listed(function), texts, rollouts, prompts)
         rewards[need] = to_tokens(rows, rollouts.mask, segments, name)
     return rewards
+
+
+def listed(function: Function) -> Function:
+    """Return `function` with what it yields, or returns as another iterator, as a list, within its own time."""
+
+    def call(*args: Any) -> Any:
+        result = function(*args)
+        return list(result) if isinstance(result, Iterator) else result
+
+    return call
 
 
 # columns of the prompts' rows
 
 
-def prompts_for(needs: Iterable[str], source: str, bad: BadRows | None = None) -> list[Prompt]:
+def prompts_for(
+    needs: Iterable[str],
+    source: str,
+    bad: BadRows | None = None,
+    split: str | None = None,
+    logged: Iterable[str] = (),
+) -> list[Prompt]:
     """Return the prompts of a run with the columns of their rows that the functions in its `needs` take.
 
+    Args:
+        bad, split: as `load_prompts` takes them.
+        logged: evidence that only the log has: columns that its functions take are kept where they are there.
+
     Raises:
-        DataError: as `load_prompts`; a function has to be given a column that no row has.
+        ConfigError, DataError: as `load_prompts` and `check_columns`.
     """
     functions = user_functions(needs)
-    found = load_prompts(source, "rl", bad, wanted_columns(functions))
+    wanted = wanted_columns(functions | user_functions(logged))
+    found = load_prompts(source, "rl", bad, wanted, split)
     check_columns(functions, [prompt.columns for prompt in found])
     return found
 
@@ -88,10 +111,28 @@ def wanted_columns(functions: Mapping[str, Function]) -> frozenset[str] | None:
 
 
 def check_columns(functions: Mapping[str, Function], columns: Sequence[Mapping[str, Any]]) -> None:
-    """Raise DataError where a function has to be given a column that no prompt's row has; names both."""
+    """Raise DataError where a function has to be given a column that no prompt's row has; names both.
+
+    Raises:
+        ConfigError: a function that cannot be called with three arguments.
+    """
     present = frozenset[str]().union(*columns)
     for name, function in functions.items():
+        _check_three(name, function)
         _check_required(name, keyword_names(function).required - present)
+
+
+def _check_three(name: str, function: Function) -> None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a compiled function
+        return
+    places = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    if len(places) < 3 and not any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        got = f"({', '.join(one.name for one in parameters)})"
+        fix = "It is called with these three, and with the columns that its further parameters name."
+        expected = "a function of (texts, rollouts, prompts), or, as evidence, of (models, rollouts, texts)"
+        raise ConfigError(name, got, expected, fix)
 
 
 def _check_required(name: str, lacking: frozenset[str]) -> None:
@@ -126,13 +167,17 @@ def to_tokens(rows: Any, mask: Tensor, segments: Tensor | None, source: str) -> 
     Args:
         rows: B lists of one number a token of the row, or, with `segments` (B,T) ids, one a segment, which falls on the
             segment's last token; or of pairs (token, number), the token counted among the row's own. Or B numbers,
-            each on its row's last token. Or, without segments, an array (B,T), whose numbers off the mask are ignored.
+            each on its row's last token, also as an array (B,1). Or, without segments, an array (B,T), whose numbers
+            off the mask are ignored.
         source: the name used in errors.
 
     Raises:
         DataError, ScoreError: as `process_evidence`.
     """
-    whole = tuple(getattr(rows, "shape", ())) == tuple(mask.shape) and segments is None
+    shape = tuple(getattr(rows, "shape", ()))
+    whole = shape == tuple(mask.shape) and segments is None
+    if shape == (len(mask), 1) and not whole and segments is None:  # a model's output layer of one row
+        rows = rows[:, 0]
     rows = plain(rows)
     if not _is_list(rows) or len(rows) != len(mask):
         got = f"{len(rows)} rows" if _is_list(rows) else type(rows).__name__
@@ -140,7 +185,7 @@ def to_tokens(rows: Any, mask: Tensor, segments: Tensor | None, source: str) -> 
         raise DataError(f"the result of {source}", got, f"a list of {len(mask)} rows", fix)
     field = f"process rewards from {source}"
     numbers_only = len(rows) > 0 and not any(_is_list(given) for given in rows)
-    alone = numbers_only and any(isinstance(given, Real) for given in rows)
+    alone = numbers_only and any(isinstance(given, Real | Decimal) for given in rows)
     out = torch.zeros(mask.shape, device=mask.device)
     for row, given in enumerate(rows):
         own = mask[row].nonzero()[:, 0]
@@ -172,11 +217,16 @@ def _is_list(value: object) -> bool:
 
 
 def _number(field: str, row: int, place: int | None, value: object) -> float:
-    if not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, Real | Decimal) else math.nan
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
+    if not math.isfinite(number):
         fix = "A failure never becomes a reward: return a number for it, or raise an error."
         where = field if place is None else f"{field}, number {place}"
-        raise ScoreError(where, value, "a finite number", fix, row=row)
-    return float(value)
+        shown = Shown(f"an integer of {value.bit_length()} bits") if isinstance(value, int) else value
+        raise ScoreError(where, shown, "a finite number", fix, row=row)
+    return number
 
 
 def _last_of_each(ids: Tensor, places: Tensor) -> Tensor:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from apportion.batching import micro_batches, trim, untrimmed
 from apportion.config.sections import ScoreConfig
-from apportion.errors import DataError, ScoreError
-from apportion.evidence import Models, plan
+from apportion.errors import ApportionError, ConfigError, DataError, ModelError, ScoreError, UserCodeError
+from apportion.evidence import Models, Producer, plan
 from apportion.evidence.prefix import PREFIX
 from apportion.models.reward import RewardModel, adjust
 from apportion.registry import EvidenceKey
 from apportion.types import Rollouts
 
 BASE_EVIDENCE = frozenset({"scores", "old_logprobs", "entropy"})
+Failures: TypeAlias = Mapping[str, ApportionError]
+LEFT_OUT = (ConfigError, DataError, ModelError, ScoreError, UserCodeError)  # where evidence is only logged
 
 
 def score(
@@ -27,6 +30,8 @@ def score(
     needs: Iterable[str],
     config: ScoreConfig,
     always: frozenset[str] = BASE_EVIDENCE,
+    logged: frozenset[str] = frozenset(),
+    on_failure: Callable[[Failures], None] = lambda failures: None,
 ) -> Rollouts:
     """Return the rollouts with scores and all evidence in `needs` and `always`.
 
@@ -34,27 +39,61 @@ def score(
     after centring, scaling and clipping; evidence "raw_scores" (B,) is the reward model's own. Evidence in units of the
     score, such as "prefix_scores", is transformed equally.
 
+    Args:
+        logged: needs that only the log has. One that fails in a row is absent from the result.
+        on_failure: called with {need: error} of those that failed.
+
     Raises:
         ConfigError: a need that no producer provides. ScoreError: a score that is not finite.
     """
     passes = plan(always | frozenset(needs))
     parts: dict[str, list[Tensor]] = {}
+    failures: dict[str, ApportionError] = {}
     everyone = torch.arange(len(rollouts), device=rollouts.mask.device)
     groups = micro_batches(rollouts, everyone, config.micro_batch, config.micro_tokens)
     for rows in groups:
         some = trim(rollouts.select(rows))
         for producer, wanted in passes:
-            with renumbered(rows):
-                produced = producer.produce(models, some, wanted)
+            produced = _produced(producer, models, some, wanted - failures.keys(), rows, logged, failures)
             some = some.with_evidence(**{k: v for k, v in produced.items() if k not in ("scores", "old_logprobs")})
             for name, value in untrimmed(produced, some.mask.shape[1], rollouts.mask.shape[1]).items():
                 parts.setdefault(name, []).append(value)
     back = torch.cat(groups).argsort()  # micro-batches are sorted by length
-    evidence = {name: torch.cat(values)[back] for name, values in parts.items()}
+    if failures:
+        on_failure(failures)
+    evidence = {name: torch.cat(values)[back] for name, values in parts.items() if name not in failures}
     raw, old = evidence.pop("scores"), evidence.pop("old_logprobs", rollouts.old_logprobs)
     evidence |= in_score_units(evidence, models.reward, config)
     scored = replace(rollouts, scores=adjust(raw, models.reward, config), old_logprobs=old)
     return scored.with_evidence(**evidence, raw_scores=raw)
+
+
+def _produced(
+    producer: Producer,
+    models: Models,
+    rollouts: Rollouts,
+    wanted: frozenset[str],
+    rows: Tensor,
+    logged: frozenset[str],
+    failures: dict[str, ApportionError],
+) -> dict[str, Tensor]:
+    """Return the evidence `wanted` of one pass; errors of what it cannot give of the `logged` go to `failures`."""
+    if not wanted:
+        return {}
+    try:
+        with renumbered(rows):
+            return dict(producer.produce(models, rollouts, wanted))
+    except LEFT_OUT as error:
+        apart = wanted & logged
+        if not apart:
+            raise
+        if len(wanted) == 1:
+            failures |= dict.fromkeys(wanted, error)
+            return {}
+    produced: dict[str, Tensor] = {}
+    for some in (wanted - apart, *(frozenset({need}) for need in sorted(apart))):  # which of them was it?
+        produced |= _produced(producer, models, rollouts, some, rows, logged, failures)
+    return produced
 
 
 @contextmanager

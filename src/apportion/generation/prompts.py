@@ -19,13 +19,18 @@ SHOWN = 5  # prompts that one error names
 
 
 def load_prompts(
-    source: str, part: str, bad: BadRows | None = None, columns: Collection[str] | None = ()
+    source: str,
+    part: str,
+    bad: BadRows | None = None,
+    columns: Collection[str] | None = (),
+    split: str | None = None,
 ) -> list[Prompt]:
     """Return prompts: texts or conversations, with their rows; `part` is for the built-in set only.
 
     `bad` records invalid rows; None makes the first of them an error. `columns` are kept beside the prompts, None: all.
+    `split` is that of a folder or a hub dataset; None is "train", or the only one.
     """
-    return read_prompts(source, part if source == "imdb" else None, bad=bad, columns=columns)
+    return read_prompts(source, part if source == "imdb" else None, bad=bad, columns=columns, split=split)
 
 
 class PromptStream:
@@ -93,22 +98,26 @@ def encode_prompts(
     context: int | None,
     bad: BadRows | None = None,
     count: int | None = None,
+    embeddings: int | None = None,
 ) -> PromptStream:
     """Return the first `count` usable prompts (None: all) as ids, each checked.
 
     A conversation is rendered by the chat template; prompts are truncated to a seeded number of tokens if configured.
 
     Args:
-        context: tokens that the policy has positions for; None checks neither lengths nor beginnings.
+        context: tokens that the policy has positions for; None checks nothing of the ids.
+        embeddings: ids that it has an embedding for; None: of every one.
         bad: records the prompts that cannot be used, and leaves them out; None makes them an error.
 
     Raises:
-        DataError: as `render_conversation`; prompts that are empty, longer than the limit or the context allows, or
-            begin with BOS twice: one error counts them and names the first, with their tokens and rows. With `bad`:
-            more such prompts than usable ones.
+        DataError: as `render_conversation`; prompts that are empty, longer than the limit or the context allows, have
+            a token without an embedding, or begin with BOS twice: one error counts them and names the first, with their
+            tokens and rows. With `bad`: more such prompts than usable ones.
         ConfigError: max_new_tokens leaves no room, or variables that the chat template does not have.
     """
-    checks = None if context is None else _Checks(tokenizer, sampling, limit_of(sampling, context), context)
+    checks = None
+    if context is not None:
+        checks = _Checks(tokenizer, sampling, limit_of(sampling, context), context, embeddings)
     _check_variables(prompts, tokenizer, sampling)
     found, generator = PromptStream(seed), torch.Generator().manual_seed(seed)
     problems: list[DataError] = []
@@ -188,10 +197,14 @@ class _Unusable(NamedTuple):
 
 
 class _Checks:
-    """What makes a prompt's ids usable: at least one, room for the response, and BOS once."""
+    """What makes a prompt's ids usable: at least one, room for the response, embeddings, and BOS once."""
 
-    def __init__(self, tokenizer: Any, sampling: SamplingConfig, limit: int, context: int) -> None:
+    def __init__(
+        self, tokenizer: Any, sampling: SamplingConfig, limit: int, context: int, embeddings: int | None = None
+    ) -> None:
         self.tokenizer, self.limit = tokenizer, limit
+        pad = tokenizer.pad_token_id  # one that a setting adds gets an embedding
+        self.embeddings = None if embeddings is None else max(embeddings, (pad or 0) + 1)
         self.expected = (
             f"1 to {limit} tokens (max_prompt_tokens {sampling.max_prompt_tokens}, context {context}, "
             f"max_new_tokens {sampling.max_new_tokens})"
@@ -200,13 +213,18 @@ class _Checks:
     def accepts(self, row: Sequence[int]) -> bool:
         """Whether a prompt of these ids can be used."""
         bos = self.tokenizer.bos_token_id
-        return 1 <= len(row) <= self.limit and (bos is None or list(row[:2]) != [bos, bos])
+        return 1 <= len(row) <= self.limit and self._known(row) and (bos is None or list(row[:2]) != [bos, bos])
+
+    def _known(self, row: Sequence[int]) -> bool:
+        """Whether the policy has an embedding for every id."""
+        return self.embeddings is None or max(row, default=0) < self.embeddings
 
     def error(self, unusable: Sequence[_Unusable], total: int) -> DataError:
         """Return the error for prompts, of `total`: for those that do not fit, else for the others."""
         misfits = [one for one in unusable if not 1 <= len(one.row) <= self.limit]
+        unknown = [one for one in unusable if not self._known(one.row)]
         if not misfits:
-            return self._doubled(unusable, total)
+            return self._unknown(unknown, total) if unknown else self._doubled(unusable, total)
         number, prompt, row = misfits[0]
         got = f"{len(row)} tokens: {str(prompt.content)[:40]}…{f' ({prompt.where})' * bool(prompt.where)}"
         if len(misfits) > 1:
@@ -214,6 +232,14 @@ class _Checks:
             got = f"{got}; {len(misfits)} of {total} do not fit, also {', '.join(others)}"
         fix = "Shorten it, set sampling.prompt_tokens to keep only its beginning, or leave such rows out with "
         return DataError(f"prompt {number}", got, self.expected, f"{fix}skip_bad_rows: true.")
+
+    def _unknown(self, unusable: Sequence[_Unusable], total: int) -> DataError:
+        token = max(unusable[0].row)
+        names = ", ".join(map(str, unusable[:SHOWN]))
+        got = f"{self.tokenizer.convert_ids_to_tokens(token)!r} ({token}) in prompts that the policy cannot read: "
+        got += f"{len(unusable)} of {total}: {names}{', …' * (len(unusable) > SHOWN)}"
+        fix = "Use the tokenizer that it was trained with, or leave such rows out with skip_bad_rows: true."
+        return DataError("prompts", got, f"ids below the policy's {self.embeddings} embeddings", fix)
 
     def _doubled(self, unusable: Sequence[_Unusable], total: int) -> DataError:
         bos = f"BOS {self.tokenizer.bos_token!r} ({self.tokenizer.bos_token_id})"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from apportion.errors import ModelError
 from apportion.models.files import ADAPTER, stored_shapes
-from apportion.models.pretrained import fix_of, with_reason
+from apportion.models.pretrained import fix_of, quiet, with_reason
 
+# input embeddings: Llama and its like, GPT-2, GPT-NeoX, BLOOM and Falcon, encoders, T5
+EMBEDDINGS = re.compile(r"\.(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|shared)(\.base_layer)?\.weight$")
+OUTPUT = re.compile(r"\.(lm_head|embed_out)\.")
 MERGED = 1e-4  # largest difference in a logit that merging may make, in units of the largest logit or 1
 PROBED = 12  # tokens on which the merged model is compared with the adapter
 
@@ -33,11 +36,11 @@ def with_adapter(field: str, folder: str, model: Any) -> tuple[nn.Module, Contai
         stored = stored_shapes(folder)
         _widen(model, stored)
         spare = copy.deepcopy(model) if _changes_tied(model, stored) else None
-        merged, expected = _merge(field, folder, model)
+        merged, expected = _merge(field, folder, model, stored)
         gap = _gap(merged, expected)
         if gap > MERGED and spare is not None:
             untie(spare)
-            merged, _ = _merge(field, folder, spare)
+            merged, _ = _merge(field, folder, spare, stored)
             gap = _gap(merged, expected)
     except ModelError:
         raise
@@ -60,28 +63,44 @@ class _Expected:
         self.ids, self.logits = ids, logits
 
 
-def _merge(field: str, folder: str, model: Any) -> tuple[nn.Module, _Expected]:
+def _merge(field: str, folder: str, model: Any, stored: Container[str]) -> tuple[nn.Module, _Expected]:
     """Return (the model with the adapter merged, its logits before), after every weight was found."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-    with _quiet():
-        adapted = PeftModel.from_pretrained(model, folder)
+    with quiet():
+        settings = PeftConfig.from_pretrained(folder)
+        if settings.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+            settings.task_type = None  # a language model's adapter, under a classifier that is to be trained on it
+        adapted = PeftModel.from_pretrained(model, folder, config=settings)
     if not callable(getattr(adapted, "merge_and_unload", None)):
         got = f"{folder}, an adapter of the kind {adapted.active_peft_config.peft_type.value}"
         fix = "Merge it into its base model with the library that made it, and give the result."
         raise ModelError(field, got, "an adapter that can be merged, such as LoRA", fix)
-    with _quiet():
+    with quiet():
         result = adapted.load_adapter(folder, "default", torch_device="cpu")  # a second time: only this reports keys
-    unmatched = sorted({*result.missing_keys, *result.unexpected_keys})
+    unused = (key for key in result.unexpected_keys if not (_is_copy(key, stored) or _is_output(key, model)))
+    unmatched = sorted({*result.missing_keys, *unused})
     if unmatched:
         got = f"{folder}, whose {ADAPTER} and layers differ in {len(unmatched)} weights: {', '.join(unmatched[:3])}"
         fix = "It was saved under other names or for another model: save it again with `save_pretrained`."
         raise ModelError(field, got, "an adapter that fits its base model", fix)
     ids = _probe_ids(model, adapted)
     expected = _Expected(ids, _logits(adapted.eval(), ids))
-    with _quiet():
+    with quiet():
         merged: nn.Module = adapted.merge_and_unload()
     return merged, expected
+
+
+def _is_copy(key: str, stored: Container[str]) -> bool:
+    """Whether a weight is stored under its usual name as well: peft writes embeddings of a new size three times."""
+    layer, _, end = key.rpartition(".")
+    whole, _, copy_of = layer.rpartition(".")
+    return copy_of in ("modules_to_save", "original_module") and f"{whole}.{end}" in stored
+
+
+def _is_output(key: str, model: Any) -> bool:
+    """Whether a weight is of a language model's output layer, which a classifier does not have."""
+    return model.get_output_embeddings() is None and OUTPUT.search(key) is not None
 
 
 def _probe_ids(model: Any, adapted: Any) -> Tensor:
@@ -155,6 +174,18 @@ def _widen(model: Any, stored: Mapping[str, tuple[int, ...]]) -> None:
         model.resize_token_embeddings(rows)
 
 
+def adapter_rows(folder: str) -> int | None:
+    """Return the number of embeddings that the adapter in `folder` stores, for added tokens; None where it has none.
+
+    The names of layers of embeddings are those of transformers' models.
+    """
+    try:
+        shapes = stored_shapes(folder, lambda name: EMBEDDINGS.search(name) is not None)
+    except (SafetensorError, OSError):  # said where it is loaded
+        return None
+    return max((shape[0] for shape in shapes.values()), default=None)
+
+
 @torch.no_grad()
 def widen_embeddings(model: Any, rows: int) -> None:
     """Give `model` at least `rows` embeddings; the new ones are the mean of the others, in the output layer too.
@@ -164,26 +195,9 @@ def widen_embeddings(model: Any, rows: int) -> None:
     count = model.get_input_embeddings().weight.shape[0]
     if rows <= count:
         return
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         model.resize_token_embeddings(rows, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         for tensor in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
             if tensor is not None and len(tensor) == rows:
                 tensor[count:] = tensor[:count].float().mean(dim=0).to(tensor.dtype)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the warnings of peft and transformers about what is an error here: missing weights, tied embeddings."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-            warnings.filterwarnings("ignore", message=".*tied weights")
-            yield
-    finally:
-        logging.set_verbosity(level)

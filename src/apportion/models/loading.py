@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apportion.errors import ModelError
-from apportion.models.adapters import widen_embeddings, with_adapter
+from apportion.models.adapters import adapter_rows, widen_embeddings, with_adapter
 from apportion.models.families import check_family, policy_class, refuse_left_out
 from apportion.models.fast import use_fast_kernels
 from apportion.models.files import ADAPTER_SETTINGS, has_weights, is_adapter, without_adapter
@@ -22,6 +22,7 @@ from apportion.models.pretrained import (
     fix_of,
     load_settings,
     named_positions,
+    quiet,
     with_reason,
 )
 from apportion.models.stored_head import head_of, label_count
@@ -29,6 +30,7 @@ from apportion.system import cpu
 from apportion.system.paths import local_path
 
 NO_SDPA = "does not support an attention implementation through torch.nn.functional.scaled_dot_product_attention"
+MODEL_FILES = ("config.json", ADAPTER_SETTINGS)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -55,8 +57,10 @@ def locate(field: str, name: str) -> str:
 
 
 def _check_folder(field: str, path: Path) -> None:
-    if not any((path / name).is_file() for name in (ADAPTER_SETTINGS, "config.json")):
-        fix = "Point to the folder that `save_pretrained` wrote, such as RUN/final."
+    if not any((path / name).is_file() for name in MODEL_FILES):
+        inside = sorted(one.parent for name in MODEL_FILES for one in path.glob(f"*/{name}"))
+        named = str(max(inside, key=os.path.getmtime)) if inside else "RUN/final"
+        fix = f"Point to the folder that `save_pretrained` wrote, such as {named}."
         raise ModelError(field, str(path), "a folder with config.json and weights", fix)
     if not has_weights(path):
         fix = "Save it again with `model.save_pretrained(folder)`; pickled weights (.bin) are not loaded."
@@ -136,10 +140,12 @@ def load_causal(
 
 def _adapted(field: str, folder: str, auto: Any, **kwargs: Any) -> tuple[Any, dict[str, list[str]]]:
     """Return (float32 model with the adapter in `folder` merged, loading info: weights missing in both, and unused)."""
-    # not peft's own Auto classes, which instantiate any class of transformers that the adapter's settings name
-    model, info = _from_pretrained(field, auto, folder, torch.float32, **kwargs)
+    # not peft's own Auto classes, which instantiate any class of transformers that the adapter's settings name; a head
+    # of the adapter's own takes the place of the base's, which may have another number of labels
+    model, info = _from_pretrained(field, auto, folder, torch.float32, ignore_mismatched_sizes=True, **kwargs)
     merged, stored = with_adapter(field, folder, model)
-    missing = [key for key in info["missing_keys"] if f"base_model.model.{key}" not in stored]
+    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    missing = [key for key in absent if f"base_model.model.{key}" not in stored]
     return merged, {"missing_keys": missing, "unexpected_keys": list(info["unexpected_keys"])}
 
 
@@ -152,7 +158,7 @@ def _from_pretrained(field: str, auto: Any, folder: str, dtype: torch.dtype, **k
         if base != folder:
             expected = "an adapter whose base model can be loaded"
             loading["revision"] = adapter_settings(folder).get("revision")
-        with without_adapter(base) as where:
+        with quiet(), without_adapter(base) as where:
             loaded = _by_kernel(auto, where, loading | kwargs)
         loaded[0].name_or_path = loaded[0].config.name_or_path = base
         return loaded
@@ -212,15 +218,21 @@ def load_classifier(
 
     labels = stored_labels(field, folder) if new_head is None else new_head
     # left out where the configuration says the same, since it would take the labels' names away
-    kwargs = {} if new_head is None and load_settings(field, folder).num_labels == labels else {"num_labels": labels}
+    named = new_head is None and load_settings(field, folder).num_labels == labels
+    kwargs: dict[str, Any] = {} if named else {"num_labels": labels}
     if is_adapter(folder):
         model, info = _adapted(field, folder, AutoModelForSequenceClassification, **kwargs)
         model = model.to(dtype)
     else:
+        kwargs |= {"ignore_mismatched_sizes": True} if new_head is not None else {}
         model, info = _from_pretrained(field, AutoModelForSequenceClassification, folder, dtype, **kwargs)
+    others: Any = info.get("mismatched_keys", ())  # (name, its two shapes) each
+    absent = [*info["missing_keys"], *(key for key, *_ in others)]
     if new_head is None:
         _refuse_missing(field, folder, info)
-    else:
+    else:  # the stored head, of whatever size, is not used; nor need what is between it and the last states be there
+        inside = [key for key in absent if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+        _refuse_missing(field, folder, {"missing_keys": inside})
         head = _new_head(field, folder, model)
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return prepared(model.to(device).eval(), fast_kernels)
@@ -245,6 +257,15 @@ def stored_labels(field: str, folder: str, *, download: bool = True) -> int:
     """
     settings = load_settings(field, folder)  # first: it refuses an adapter that names no base model
     return label_count(field, folder, base_of(folder), settings, download=download)
+
+
+def embeddings_of(folder: str, settings: Any) -> int:
+    """Return the number of ids that the model in `folder` with these `settings` has an embedding for.
+
+    An adapter may store embeddings of its own, for tokens that were added. Loads no weights.
+    """
+    count = int(settings.get_text_config().vocab_size)
+    return (adapter_rows(folder) or count) if folder and is_adapter(folder) else count
 
 
 def context_of(folder: str, field: str = "policy") -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -252,13 +252,21 @@ def contiguous_head(model: Any, *, first_only: bool = False) -> Iterator[list[Te
 
 
 def trunk_states(trunk: Any, rollouts: Rollouts, shared: Shared | None = None) -> Tensor:
-    """Return the last states (B,T+1,d) of a model without a head, as `response_states` does."""
+    """Return the last states (B,T+1,d) of a model without a head, as `response_states` does.
+
+    A pad token that was added to the policy has no embedding in a trunk that began as the reward model: such pads are
+    written with id 0, which nothing attends to.
+    """
 
     def run(keep: int, **inputs: Any) -> Tensor:
         states: Tensor = trunk(**inputs).last_hidden_state
         return states[:, -keep:]
 
-    return _states(run, rollouts, shared)
+    count = len(trunk.get_input_embeddings().weight)
+    prompts, responses = rollouts.prompt_ids, rollouts.response_ids
+    prompts = prompts.masked_fill(~rollouts.prompt_mask & (prompts >= count), 0)
+    responses = responses.masked_fill(~rollouts.valid & (responses >= count), 0)
+    return _states(run, replace(rollouts, prompt_ids=prompts, response_ids=responses), shared)
 
 
 def _states(run: Run, rollouts: Rollouts, shared: Shared | None) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ def load_settings(field: str, folder: str) -> Any:
     """
     from transformers import AutoConfig
 
+    _check_base(field, folder)
     try:
         settings = AutoConfig.from_pretrained(base_of(folder), **NO_CODE)
     except Exception as error:  # transformers and the hub's client raise many types, ImportError among them
@@ -42,6 +46,18 @@ def load_settings(field: str, folder: str) -> Any:
         raise ModelError(field, with_reason(folder, error), expected, fix_of(error)) from error
     _refuse_quantised(field, folder, settings)
     return settings
+
+
+def _check_base(field: str, folder: str) -> None:
+    """Raise ModelError for an adapter whose base model is a path that leads nowhere."""
+    try:
+        base = base_of(folder)
+    except (OSError, ValueError):  # said where it is loaded
+        return
+    if base == folder or os.path.isdir(base) or (base.count("/") < 2 and not base.startswith(("/", "~", "."))):
+        return
+    fix = "Write the base model's folder or hub id into base_model_name_or_path of its adapter_config.json."
+    raise ModelError(field, f"{folder}, whose base model {base} is not there", "an adapter with its base model", fix)
 
 
 def named_positions(settings: Any, *names: str) -> int | None:
@@ -116,15 +132,32 @@ def adapter_settings(folder: str) -> dict[str, Any]:
     return settings
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress what transformers and peft print about weights: what is wrong with them is an error of ours."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+            warnings.filterwarnings("ignore", message=".*tied weights")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def with_reason(folder: str, error: Exception) -> str:
     """Return the folder with the first line of the library's error."""
     return f"{folder} ({reason(error)})"
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of a library's error that is not blank, or its type."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    """Return the first line of a library's error, and the next where it announces one; without any its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def fix_of(error: Exception) -> str:

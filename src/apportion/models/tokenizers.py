@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from apportion.errors import ModelError
-from apportion.models.pretrained import FIX, NO_CODE, generation_stops, with_reason
+from apportion.models.files import is_adapter
+from apportion.models.pretrained import FIX, NO_CODE, base_of, generation_stops, with_reason
+
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 
 
 def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any:
@@ -20,11 +24,16 @@ def load_tokenizer(field: str, folder: str, pad_token: str | None = None) -> Any
 
 
 def read_tokenizer(field: str, folder: str) -> Any:
-    """Return the tokenizer in `folder` (or hub id) as stored. Raises ModelError when there is none."""
+    """Return the tokenizer in `folder` (or hub id) as stored, or that of the base model of an adapter without one.
+
+    Raises:
+        ModelError: there is none.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        own = not is_adapter(folder) or any(next(Path(folder).glob(name), None) for name in TOKENIZER_FILES)
+        tokenizer = AutoTokenizer.from_pretrained(folder if own else base_of(folder), **NO_CODE)
         _check_templates(tokenizer.chat_template)
         return tokenizer
     except Exception as error:  # the tokenizers library raises plain Exceptions

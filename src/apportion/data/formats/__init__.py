@@ -21,6 +21,8 @@ READERS: dict[str, Callable[[Path, str, Sequence[str]], Items]] = {
     ".arrow": read_arrow,
 }
 
+PACKED = frozenset({".zst", ".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4"})
+
 __all__ = [
     "MAX_DEPTH",
     "READERS",
@@ -45,6 +47,8 @@ def check_reader(path: Path, field: str) -> None:
     """Raise DataError for a file whose name has no extension of a table."""
     if not has_reader(path):
         fix = "Convert it to one of these, or rename it if it already is one."
+        if path.suffix.lower() in PACKED:
+            fix = f"Unpack it first: of compressed files only gzip is read, not {path.suffix.lower()}."
         expected = "a file that ends in " + ", ".join(READERS) + ", or one of them and .gz"
         raise DataError(field, str(path), expected, fix)
 

@@ -55,8 +55,8 @@ class PlainLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return (m,n) for x (m,k)."""
-        learns = weight.requires_grad
-        ctx.save_for_backward(x if learns else None, weight)
+        trains = weight.requires_grad
+        ctx.save_for_backward(x if trains else None, weight)
         return onednn_product(x, weight, bias)
 
     @staticmethod

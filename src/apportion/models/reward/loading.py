@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,20 @@ from apportion.models.pretrained import load_settings
 from apportion.models.reward.model import RewardModel
 from apportion.models.reward.reading import read_model
 from apportion.models.stored_head import positive_label
-from apportion.models.text.render import check_embeddings, check_tokenizer, embedding_count
+from apportion.models.text.render import (
+    check_embeddings,
+    check_tokenizer,
+    context_limit,
+    embedding_count,
+    encode,
+    position_limit,
+    render,
+)
 from apportion.models.text.template import check_template, renders_alike
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import read_tokenizer, with_pad
 
+LONGEST = 16  # prompts that are tried in a reward model's own tokenizer
 STATISTICS = "reward.json"  # beside the weights: mean and sd of R on held-out text
 ALONE = "padding changes its score, or it takes no padded batch: rows are scored one at a time, which is slow"
 OWN_TEMPLATE = (
@@ -99,21 +109,52 @@ def same_vocabulary(policy: Any, own: Any) -> bool:
     return policy.pad_token not in mine and {t: i for t, i in theirs.items() if t != policy.pad_token} == mine
 
 
-def check_width(field: str, reward: RewardModel, policy: Any, count: int) -> None:
+def check_width(
+    field: str, reward: RewardModel, policy: Any, count: int, prompts: Iterable[Sequence[int]] = ()
+) -> None:
     """Raise ModelError for a model that scores the policy's ids and has no embedding for one that may occur.
 
     Args:
         policy: the policy's tokenizer; count: the number of ids that the policy itself has an embedding for.
+        prompts: ids of the prompts, which may have the pad token that the policy never generates.
     """
     if reward.text is not None:
         return
     width = embedding_count(reward.model)
-    spare = {policy.pad_token_id} - {policy.eos_token_id}  # never generated
+    pad = policy.pad_token_id
+    spare = {pad} - {policy.eos_token_id}  # never generated
+    if pad is not None and pad >= width and any(pad in row for row in prompts):
+        spare = set()
     used = [i for i in policy.get_vocab().values() if i < count and i not in spare]
     if max(used, default=0) >= width:
         got = f"a model of {width} embeddings, which reads the policy's ids up to {max(used)}"
         fix = "Use a reward model as wide as the policy's tokenizer, or call `resize_token_embeddings` and train it."
         raise ModelError(field, got, "an embedding for every token that the policy may generate", fix)
+
+
+def check_length(field: str, reward: RewardModel, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raise ModelError for a model without positions for the longest of `prompts` (ids) and `new` tokens of a response.
+
+    How many tokens a text has is not known before, for a model that scores text: the longest prompts alone have to fit.
+    """
+    fix = "Lower sampling.max_new_tokens, shorten the prompts, or use a reward model with a longer context."
+    expected, limit = "a position for every token of prompt and response", position_limit(reward.model)
+    if reward.text is None:
+        longest = max(map(len, prompts), default=0) + new
+        got = f"a model of {limit} positions, which scores the policy's ids, up to {longest} with the longest prompt"
+    else:
+        limit = context_limit(reward.model, reward.tokenizer)
+        longest = max((_text_length(reward, row) for row in sorted(prompts, key=len)[-LONGEST:]), default=0)
+        got = f"a model of {limit} positions, and a prompt of {longest - 1} tokens in its own tokenizer"
+    if limit is not None and longest > limit:
+        raise ModelError(field, got, expected, fix)
+
+
+def _text_length(reward: RewardModel, prompt: Sequence[int]) -> int:
+    """Return the number of tokens of a prompt and a short answer in the model's own tokenizer."""
+    assert reward.text is not None
+    answer = reward.text.tokenizer("a", add_special_tokens=False)["input_ids"]
+    return len(encode(reward.tokenizer, render(reward.tokenizer, reward.text, prompt, answer)).ids)
 
 
 def read_statistics(folder: Path) -> dict[str, float]:

@@ -25,12 +25,14 @@ from apportion.evidence.scoring import score
 from apportion.generation import sample
 from apportion.generation.prompts import encode_prompts
 from apportion.masking import Moments, last_index
-from apportion.models.loading import context_of, locate, pick_device, pick_dtype
+from apportion.models.loading import context_of, embeddings_of, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, frozen_policy, response_logits
-from apportion.models.reward import check_width, load_reward
+from apportion.models.pretrained import load_settings
+from apportion.models.reward import check_length, check_width, load_reward
 from apportion.models.text.render import embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import load_tokenizer
+from apportion.stages.attention import check_attention
 from apportion.stages.diagnose import gradients
 from apportion.stages.diagnose.candidates import Candidate, candidates
 from apportion.stages.diagnose.gradients import Gradients, Interval
@@ -109,15 +111,22 @@ def diagnose(
 
 
 def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tuple[Models, list[list[int]]]:
-    """Return the models, for sampling and scoring, and the prompts' ids."""
+    """Return the models, for sampling and scoring, and the prompts' ids.
+
+    Raises:
+        ModelError: as the loaders do, or a model cannot give attention that a method needs.
+    """
     folder, reward_folder = locate("policy", config.policy), locate("reward_model", config.reward_model)
     needs = frozenset[str]().union(*(method.needs for method in methods.values()))
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
-        loaded = prompts_for(needs, config.prompts, bad)
+        loaded = prompts_for(needs, config.prompts, bad, config.split)
         check_count(len(loaded))
         tokenizer = load_tokenizer("policy", folder, config.pad_token)
         context = context_of(folder)
-        prompts = encode_prompts(loaded, tokenizer, config.sampling, config.seed, context, bad, config.count)
+        embeddings = embeddings_of(folder, load_settings("policy", folder))
+        prompts = encode_prompts(
+            loaded, tokenizer, config.sampling, config.seed, context, bad, config.count, embeddings
+        )
     check_count(len(prompts.rows))
     device = pick_device(config.device)
     policy = frozen_policy(
@@ -128,10 +137,13 @@ def open_models(config: DiagnoseConfig, methods: Mapping[str, Candidate]) -> tup
     policy_text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     settings: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     reward = load_reward(reward_folder, **settings, policy=policy_text, positive=config.positive_label)
-    check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
+    check_width("reward_model", reward, tokenizer, embedding_count(policy.model), prompts.rows)
+    check_length("reward_model", reward, prompts.rows, config.sampling.max_new_tokens)
     generator = torch.Generator(device=device).manual_seed(config.seed)
     segment = next((m.segment for m in methods.values() if "vine_values" in m.needs), None)
-    return Models(policy, reward, segment, config.sampling, generator, columns=prompts.columns), prompts.rows
+    models = Models(policy, reward, segment, config.sampling, generator, columns=prompts.columns)
+    check_attention(models, needs)
+    return models, prompts.rows
 
 
 def check_count(prompts: int) -> None:

@@ -16,14 +16,14 @@ from apportion.errors import ApportionError, ConfigError, DataError, DiskError
 from apportion.evidence.process import prompts_for
 from apportion.generation.prompts import encode_prompts, load_prompts
 from apportion.models.families import check_family
-from apportion.models.loading import context_of, locate, stored_labels
+from apportion.models.loading import context_of, embeddings_of, locate, stored_labels
 from apportion.models.pretrained import generation_stops, load_settings, reason
 from apportion.models.stored_head import positive_label
 from apportion.models.text.labelled import chat_renderer
 from apportion.models.tokenizers import read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
-from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, ok, warn
+from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, combine, ok, warn
 from apportion.stages.method import build_method, comparisons
 from apportion.system import safe_yaml
 
@@ -31,9 +31,12 @@ from apportion.system import safe_yaml
 def open_method(case: Case) -> Result:
     """The method can be built, and its parts are compatible."""
     case.method = build_method(case.config)
-    needs = (compared.needs for compared in comparisons(case.config.compare).values())
-    case.notes["needs"] = frozenset(case.method.needs).union(*needs)
-    return method.unusual(case)
+    lines: list[str] = []
+    compared = comparisons(case.config.compare, lines.append)
+    case.notes["needs"] = frozenset(case.method.needs).union(*(one.needs for one in compared.values()))
+    result = method.unusual(case)
+    left_out = [warn(line.removeprefix("warning: "), "Leave it out of compare.") for line in lines]
+    return combine(result, *left_out) if left_out else result
 
 
 def open_policy(case: Case) -> Result:
@@ -110,10 +113,12 @@ def stored_reward_config(stored: dict[str, Any]) -> RewardConfig:
 def open_prompts(case: Case) -> Result:
     """Prompts can be read, the chat template shows all of each, and each leaves room for its response."""
     bad, config = bad_row_counter(case.config), case.config
-    loaded = prompts_for(case.notes.get("needs", ()), config.prompts, bad)
+    needs = case.method.needs if case.method is not None else ()
+    loaded = prompts_for(needs, config.prompts, bad, config.split)
     # without a context every prompt stays, for the checks to count what is wrong
     context = None if bad is None else case.context
-    found = encode_prompts(loaded, case.tokenizer, config.sampling, config.seed, context, bad)
+    embeddings = embeddings_of(case.policy_folder, case.policy_settings)
+    found = encode_prompts(loaded, case.tokenizer, config.sampling, config.seed, context, bad, embeddings=embeddings)
     case.texts, case.rows = found.texts, found.rows
     case.notes |= {"conversations": found.conversations, "hidden": found.hidden}
     if case.evaluation is None and config.prompts in BUILTIN_DATA:

@@ -17,9 +17,10 @@ from apportion.evidence.reward import reward_evidence
 from apportion.generation import sample
 from apportion.generation.prompts import encode_prompts, load_prompts
 from apportion.intervals import distinct, mean_interval
-from apportion.models.loading import context_of, locate, pick_device, pick_dtype
+from apportion.models.loading import context_of, embeddings_of, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, frozen_policy
-from apportion.models.reward import RewardModel, load_reward
+from apportion.models.pretrained import load_settings
+from apportion.models.reward import RewardModel, check_length, load_reward
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import load_tokenizer
 from apportion.stages.evaluate.judge import fit_judge
@@ -45,12 +46,14 @@ def evaluate(
     run, settings = _open(config)
     sampling = SamplingConfig(**settings["sampling"])
     with leaving_out(run.path, config.skip_bad_rows, "evaluate_bad_rows.jsonl") as bad:
-        loaded = load_prompts(config.prompts, part, bad)
-        context = context_of(locate("policy", settings["policy"]))
+        loaded = load_prompts(config.prompts, part, bad, split=config.split)
+        folder = locate("policy", settings["policy"])
+        context = context_of(folder)
+        embeddings = embeddings_of(folder, load_settings("policy", folder))
         tokenizer = load_tokenizer("run", str(run.path / "final"))
         if all(isinstance(prompt.content, str) for prompt in loaded):  # a run on conversations may be tried on texts
             sampling = sampling.model_copy(update={"chat_template_kwargs": None})
-        encoded = encode_prompts(loaded, tokenizer, sampling, config.seed, context, bad, config.count)
+        encoded = encode_prompts(loaded, tokenizer, sampling, config.seed, context, bad, config.count, embeddings)
     prompts = encoded.rows
     policy_text = PolicyText(tokenizer, encoded.conversations, cuts=sampling.stop == "eos")
     loading = {"dtype": "float32", "device": config.device, "pad_token": settings["pad_token"]}
@@ -58,6 +61,7 @@ def evaluate(
     stored = settings.get("positive_label")
     loading["positive"] = config.positive_label or (None if stored is None else str(stored))
     reward = load_reward(settings["reward_model"], **loading, policy=policy_text)
+    check_length("reward_model", reward, prompts, sampling.max_new_tokens)
     for line in reward.notes:
         on_progress(f"note: {line}.")
     policy, start = _policies(config, run, settings, sampling)

@@ -16,13 +16,13 @@ from apportion.config import RLConfig
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
-from apportion.evidence.scoring import BASE_EVIDENCE
+from apportion.evidence.scoring import BASE_EVIDENCE, score
 from apportion.generation.prompts import PromptStream
 from apportion.losses._ratios import LIMIT
 from apportion.registry import EvidenceKey
 from apportion.stages.doctor.findings import Finding
 from apportion.stages.method import comparisons
-from apportion.stages.rl.compared import available
+from apportion.stages.rl.compared import Compared, available
 from apportion.stages.rl.models import open_models
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import OldOutputs, Targets, update
@@ -42,7 +42,7 @@ class Learner:
 
     Attributes:
         models: policy and reward model. policy: the first of them. method: credit, segmenter, estimator and loss.
-        source: where rollouts come from. needs: all evidence to produce; `base_evidence`: and what every run produces.
+        source: where rollouts come from. needed: the evidence that the method needs, and every run.
         generator: the run's only randomness after loading. compare: credits whose rewards are logged as well.
         single_step: one optimizer step a batch, so the update's forward supplies the old log-probabilities.
         monitoring: monitors and skipped updates. crash_dump: saves the batch of a failed step.
@@ -57,12 +57,14 @@ class Learner:
         generator: torch.Generator,
         compare: Mapping[str, Credit],
         run: RunFolder | None = None,
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self.models, self.policy, self.method = config, models, models.policy, method
-        self.prompts, self.generator, self.compare = prompts, generator, compare
+        self.prompts, self.generator = prompts, generator
         self.source: Source = PolicySource(models.policy, prompts, config, generator, models.generator)
-        self.needs = method.needs.union({"reference_logprobs"}, *(c.needs for c in compare.values()))
-        self.needs |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
+        self.needed = method.needs | {"reference_logprobs"}
+        self.needed |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
+        self.compare = Compared(compare, self.needed | BASE_EVIDENCE, warn)
         self.single_step = single_step_on_policy(config, self.needs)
         self.optimizer = make_optimizer(self.policy.trainable(), self.policy.remainders, config.optim)
         self.credit_state: State = method.credit.init()
@@ -72,6 +74,11 @@ class Learner:
         columns = {"credit": self.rewards_before_kl, "ratio": self.ratios}
         tokenizer, nonfinite = self.policy.tokenizer, self.monitoring.nonfinite
         self.crash_dump: CrashDump | None = CrashDump(run, tokenizer, models.user_code, modules, nonfinite, columns)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """All evidence to produce beside `base_evidence`."""
+        return self.needed | self.compare.needs
 
     @property
     def base_evidence(self) -> frozenset[str]:
@@ -125,6 +132,11 @@ class Learner:
         """Return the models whose kernels and devices the run's numbers depend on."""
         models = {"policy": self.policy.model, "reward": self.models.reward.model, "value": self.policy.value_trunk}
         return {name: model for name, model in models.items() if model is not None}
+
+    def score(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts with scores and all evidence; what only the log needs may be absent (`compared`)."""
+        scores, compare = self.config.scores, self.compare
+        return score(self.models, rollouts, self.needs, scores, self.base_evidence, compare.logged, compare.fail)
 
     def add_credit_share(self, rollouts: Rollouts) -> Rollouts:
         """Return the rollouts with evidence "credit_share" (B,T) where the estimator needs it and the credit has it."""
@@ -229,16 +241,20 @@ def make_learner(
     require_space(Path(config.output).expanduser(), 200_000_000)
     user_code = UserCode(config.monitors.timeout)
     method = guard_method(method, user_code)
-    compared = comparisons(config.compare) if config.log_rollouts else {}
+    lines: list[str] = []
+    compared = comparisons(config.compare, lines.append) if config.log_rollouts else {}
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
-    needs = method.needs.union(*(one.needs for one in compare.values()))
-    models, prompts, findings = open_models(config, method, needs, user_code)
+    logged = frozenset[str]().union(*(one.needs for one in compare.values()))
+    models, prompts, findings = open_models(config, method, logged, user_code)
     generator = torch.Generator(device=models.policy.device).manual_seed(config.seed)
     # vine draws a different number of random values in each process: with several, each has its own generator for it
     alone = collectives.world_size() == 1
     models.generator = generator if alone else torch.Generator(device=models.policy.device)
     record_warnings(findings, run, warn)  # after loading, so that a model error is reported first
-    return Learner(config, models, method, prompts, generator, available(models, compare, warn), run)
+    for line in lines:
+        warn(line)
+    compare = available(models, compare, warn)
+    return Learner(config, models, method, prompts, generator, compare, run, warn)
 
 
 def record_warnings(findings: Sequence[Finding], run: RunFolder | None, warn: Callable[[str], None]) -> None:

@@ -24,7 +24,7 @@ def batch_metrics(
     learner: Learner, rollouts: Rollouts, rewards: Tensor, targets: Targets, config: ScoreConfig
 ) -> dict[str, float]:
     """Return the batch's metrics: estimator statistics, scores, KL, lengths, advantages by position, the learning rate,
-    clipped scores."""
+    clipped scores, compared credits that the log lacks."""
     method, metrics, segments = learner.method, dict[str, float](), targets.segments
     if hasattr(method.estimate, "stats"):
         metrics |= means(method.specs, "advantages", method.estimate.stats(rewards, segments, rollouts))
@@ -34,6 +34,8 @@ def batch_metrics(
     if config.clip is not None and rollouts.scores is not None:
         clipped = rollouts.scores.abs() >= config.clip * (1 - 1e-6)
         metrics["objective/scores_clipped"] = float(clipped.float().mean())
+    if learner.compare.left_out:
+        metrics["compare/left_out"] = float(learner.compare.left_out)
     return metrics
 
 

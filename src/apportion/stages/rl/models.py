@@ -14,35 +14,35 @@ from apportion.evidence.process import prompts_for
 from apportion.generation.decoding import SLOW, decoding
 from apportion.generation.prompts import PromptStream, encode_prompts
 from apportion.models.families import check_family
-from apportion.models.loading import context_of, locate
+from apportion.models.loading import context_of, embeddings_of, locate
 from apportion.models.policy import Policy, load_policy
 from apportion.models.pretrained import load_settings
-from apportion.models.reward import RewardModel, adjust, check_width, load_reward
+from apportion.models.reward import RewardModel, adjust, check_length, check_width, load_reward
 from apportion.models.text.render import check_embeddings, embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import load_tokenizer
 from apportion.models.value_head import ValueStart
+from apportion.stages.attention import check_attention
 from apportion.stages.doctor.findings import WARN, Finding
 from apportion.stages.doctor.rl import preflight
-from apportion.stages.rl.compared import check_attention
 from apportion.types import Method
 from apportion.user_code import UserCode
 
 
 def open_models(
-    config: RLConfig, method: Method, needs: frozenset[str], user_code: UserCode
+    config: RLConfig, method: Method, logged: frozenset[str], user_code: UserCode
 ) -> tuple[Models, PromptStream, list[Finding]]:
     """Return (the run's models, its prompts, what the user should know of them).
 
     Args:
-        method: guarded. needs: the evidence of the method and of all that it is compared with.
+        method: guarded. logged: the evidence of what it is compared with.
 
     Raises:
         ConfigError, ModelError, DataError: each names the fix. Files, settings and prompts are checked before any
             weights are loaded, and what only the loaded models tell (embeddings, decoding, attention) before sampling.
     """
     folder, reward_folder = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    tokenizer, prompts = open_prompts(config, needs, folder)
+    tokenizer, prompts = open_prompts(config, method.needs, folder, logged)
     findings = preflight(config, folder, tokenizer, prompts.texts, prompts.rows, prompts.hidden)
     text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
@@ -51,7 +51,8 @@ def open_models(
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics that it needs are not there
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
-    check_width("reward_model", reward, tokenizer, embedding_count(policy.model))
+    check_width("reward_model", reward, tokenizer, embedding_count(policy.model), prompts.rows)
+    check_length("reward_model", reward, prompts.rows, config.sampling.max_new_tokens)
     if (why := decoding(policy, policy.model).why_slow) is not None:
         findings.append(Finding("policy", WARN, f"{config.policy} {SLOW}: {why}"))
     models = Models(policy, reward, method.segment, config.sampling, scores=config.scores, user_code=user_code)
@@ -60,17 +61,24 @@ def open_models(
     return models, prompts, [*findings, *(Finding("reward model", WARN, note) for note in reward.notes)]
 
 
-def open_prompts(config: RLConfig, needs: frozenset[str], folder: str) -> tuple[Any, PromptStream]:
+def open_prompts(
+    config: RLConfig, needs: frozenset[str], folder: str, logged: frozenset[str] = frozenset()
+) -> tuple[Any, PromptStream]:
     """Return (the tokenizer of the policy in `folder`, the prompts with the columns that functions in `needs` take).
 
+    Args:
+        logged: evidence that only the log has, as `prompts_for` takes it.
+
     Raises:
-        DataError: as `prompts_for` and `encode_prompts`.
+        ConfigError, DataError: as `prompts_for` and `encode_prompts`.
     """
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
-        loaded = prompts_for(needs, config.prompts, bad)
-        check_family("policy", folder, load_settings("policy", folder))
+        loaded = prompts_for(needs, config.prompts, bad, config.split, logged)
+        settings = load_settings("policy", folder)
+        check_family("policy", folder, settings)
         tokenizer = load_tokenizer("policy", folder, config.pad_token)
-        return tokenizer, encode_prompts(loaded, tokenizer, config.sampling, config.seed, context_of(folder), bad)
+        limits: dict[str, Any] = {"context": context_of(folder), "embeddings": embeddings_of(folder, settings)}
+        return tokenizer, encode_prompts(loaded, tokenizer, config.sampling, config.seed, bad=bad, **limits)
 
 
 def make_policy(config: RLConfig, reward: RewardModel | None = None) -> Policy:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion.credit import REWARD_ATTENTION
-from apportion.masking import normalise, place_on_last
+from apportion.masking import normalise
 from apportion.registry import EvidenceKey
 from apportion.stages.rl.learner import Learner
 from apportion.training.crash_dump import DECIMALS
@@ -23,11 +23,7 @@ def rollout_records(
     some = rollouts.select(torch.arange(min(count, len(rollouts)), device=rollouts.mask.device))
     rows = len(some)
     kl = torch.where(some.mask, some.logprobs - some.evidence["reference_logprobs"], 0.0)
-    assert some.scores is not None
-    # not `credit.apply`, which refuses some credits where a critic's value stands for what a cut left out: these are
-    # only logged
-    placed = place_on_last(some.scores.float(), some.mask)
-    by_method = {name: method.assign(some, placed, method.init())[0] for name, method in learner.compare.items()}
+    by_method = learner.compare.rewards(some)
     columns = {
         "credit": learner.rewards_before_kl(some),
         "kl": kl,

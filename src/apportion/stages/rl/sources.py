@@ -109,14 +109,33 @@ def check_shares(config: RLConfig) -> None:
 
 
 def gather_batch(
-    rollouts: Rollouts, rewards: Tensor, segments: Tensor, pad: int, config: PPOConfig
+    rollouts: Rollouts,
+    rewards: Tensor,
+    segments: Tensor,
+    pad: int,
+    config: PPOConfig,
+    logged: frozenset[str] = frozenset(),
 ) -> tuple[Rollouts, Tensor, Tensor]:
-    """Return (rollouts, rewards (B,T), segments (B,T)) of all processes; rewards whitened where `config` says."""
-    rollouts = gather_rollouts(rollouts, pad)
+    """Return (rollouts, rewards (B,T), segments (B,T)) of all processes; rewards whitened where `config` says.
+
+    `logged` is evidence that a process may lack; no process has it afterwards.
+    """
+    rollouts = gather_rollouts(without_partial(rollouts, logged), pad)
     rewards, segments = collectives.gather_rows(rewards), collectives.gather_rows(segments, fill=-1)
     if config.whiten_rewards:
         rewards = whiten(rewards, rollouts.mask, keep_mean=True)
     return rollouts, rewards, segments
+
+
+def without_partial(rollouts: Rollouts, logged: frozenset[str]) -> Rollouts:
+    """Return the rollouts without the evidence in `logged` (the same in all processes) that some process lacks."""
+    if collectives.world_size() == 1 or not logged:
+        return rollouts
+    names = sorted(logged)
+    present = torch.tensor([float(name in rollouts.evidence) for name in names], device=rollouts.mask.device)
+    counts = collectives.all_reduce_tensor(present).tolist()
+    lost = {name for name, count in zip(names, counts, strict=True) if count < collectives.world_size()}
+    return replace(rollouts, evidence={k: v for k, v in rollouts.evidence.items() if k not in lost})
 
 
 def gather_rollouts(rollouts: Rollouts, pad: int) -> Rollouts:

@@ -11,7 +11,6 @@ import torch
 
 from apportion import credit
 from apportion.config import PPOConfig, RLConfig, to_dict
-from apportion.evidence.scoring import score
 from apportion.models.loading import locate
 from apportion.models.saving import save_policy
 from apportion.stages.method import build_method
@@ -72,20 +71,22 @@ def train_batch(
 
     prompts -> rollouts -> scores -> rewards -> segments -> advantages -> update
     """
-    method, models = learner.method, learner.models
+    method = learner.method
     with learner.policy.weights.unsharded():  # sharded weights are gathered once, to generate and to score
         with session.phase("generate"):
             rollouts = learner.source.take(step)  # ids, mask, logprobs (B,T)
         with session.phase("score", local=rollouts):
             if rollouts.scores is None:  # a source may deliver scored rollouts
-                rollouts = score(models, rollouts, learner.needs, config.scores, learner.base_evidence)  # scores (B,)
+                rollouts = learner.score(rollouts)  # scores (B,) and all evidence
     with session.phase("credit", local=rollouts):
         rollouts = apply_truncation(rollouts, config.ppo)
         rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
         segments = method.segment(rollouts)  # (B,T) action ids from 0, -1 off the mask
         rollouts = learner.add_credit_share(rollouts)
     # from here on every process has the whole batch, so that its statistics are those of one process
-    rollouts, rewards, segments = gather_batch(rollouts, rewards, segments, learner.pad_token_id, config.ppo)
+    rollouts, rewards, segments = gather_batch(
+        rollouts, rewards, segments, learner.pad_token_id, config.ppo, learner.compare.logged
+    )
     with session.phase("credit", batch=rollouts, columns={"reward": rewards}):
         estimated = method.estimate(rewards, segments, rollouts)  # advantages, returns (B,T)
     columns = {"reward": rewards, "advantage": estimated.advantages, "return": estimated.returns}

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from apportion.models.loading import embeddings_of
 from apportion.models.text.chat import TemplateError, apply_template, with_response
 from apportion.models.text.render import beyond
 from apportion.models.tokenizers import check_ends, end_ids, needed_rows, pad_id, unnamed_ids, with_pad
@@ -136,7 +137,7 @@ def ending(case: Case) -> Result:
 
 def vocabulary(case: Case) -> Result:
     """Every id of the prompts and every special token has an embedding."""
-    rows = int(case.policy_settings.get_text_config().vocab_size)
+    rows = embeddings_of(case.policy_folder, case.policy_settings)
     rows = max(rows, needed_rows(case.tokenizer, case.config.pad_token))  # an added pad token gets an embedding
     result = embedded(case.tokenizer, rows, case.rows, "policy")
     unnamed = len(unnamed_ids(case.tokenizer, rows))
