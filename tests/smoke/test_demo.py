@@ -72,7 +72,7 @@ def test_a_demo_is_never_silent_and_shows_its_plan_beside_what_it_took(
     for stage in ("1/3 reward model", "2/3 PPO", "3/3 evaluation", "page"):
         assert any(line.startswith(stage) for line in lines), stage
     beats = [line for line in lines if " so far" in line and not line.startswith("measuring")]
-    assert len(beats) > 10 and all("demo" in line and " left" in line for line in beats)
+    assert beats and all("demo" in line and " left" in line for line in beats)
 
     stored = json.loads((tmp_path / "demo" / "plan.json").read_text())
     assert [part["taken_seconds"] for part in stored["parts"]] == [round(taken[p] or 0, 1) for p in plan.parts]
