@@ -89,7 +89,8 @@ def monitor(recorder: Recorder) -> None:
 
     sources = importlib.import_module("apportion.stages.rl.sources")
     recorder.wrap(sources, "sample", "generate", sampled)
-    recorder.wrap(rl, "score", "score", lambda rollouts, *_: recorder.scored(rollouts.evidence["raw_scores"]))
+    learner = importlib.import_module("apportion.stages.rl.learner")
+    recorder.wrap(learner, "score", "score", lambda rollouts, *_: recorder.scored(rollouts.evidence["raw_scores"]))
     recorder.wrap(Policy, "reference_logprobs", "reference")
     recorder.wrap(rl, "train_batch", "update")  # less what was timed inside it
     build = rl.build_method

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import tiny_runs
 from chat_templates import TEMPLATES
+from transformers import AutoModelForCausalLM
 
 from apportion.config import DiagnoseConfig, SamplingConfig
 from apportion.data import labelled
@@ -282,9 +283,11 @@ def test_doctor_and_diagnose_say_the_same(name: str, world: Path, tmp_path: Path
     """A file of all that arrives is read by both; a row behind them that loses a turn is named by both."""
     shutil.copytree(world / "policy", tmp_path / "policy")
     tokenizer = templated(name)
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    policy.resize_token_embeddings(len(tokenizer))  # for the tokens that the template adds
+    policy.config.max_position_embeddings = 8000
+    policy.save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
-    settings = tmp_path / "policy" / "config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_position_embeddings": 8000}))
     kept = [case for case in CASES if case not in REFUSED[name]]
     bad = sorted(REFUSED[name])[0]
     size = {"sampling.prompt_tokens": "null", "sampling.max_prompt_tokens": 4000, "credit": "sparse"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -138,11 +139,12 @@ def test_openmp_itself_reads_it(competitors: Callable[[], None]) -> None:
     command = [sys.executable, "-m", "apportion", "doctor"]
     with subprocess.Popen(command, env=base, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
-        read = process.stderr.readline()  # written when torch is loaded
+        # written when torch is loaded; read to its end, as `communicate` would lose what this stream has buffered
+        lines = list(itertools.takewhile(lambda line: "ENVIRONMENT END" not in line, process.stderr))
         competitors()
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in read + err and "threads sleep while they wait" in out
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in "".join(lines) and "threads sleep while they wait" in out
 
 
 @pytest.mark.parametrize(("others", "waiting"), [(0, "default"), (2, "default"), (3, "passive"), (9, "passive")])
