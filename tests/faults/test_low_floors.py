@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from two_processes import run_pair
 
 from apportion import Rollouts, credit, segments
+from apportion.config import RLConfig
 from apportion.distributed import collectives, error_relay, launch
 from apportion.errors import ConfigError, DataError, DiskError, ScoreError
 from apportion.intervals import proportion
@@ -25,10 +26,12 @@ from apportion.masking import previous_index
 from apportion.registry import EvidenceKey, call, find
 from apportion.segments import _boundaries
 from apportion.system import cpu, disk, stderr
+from apportion.system.heartbeat import _running as heartbeats
+from apportion.system.heartbeat import heartbeat
 from apportion.system.memory import PeakMemory, memory_mb
 from apportion.testing import cases, violation
 from apportion.types import Credit
-from apportion.user_code import UserCode, validate_evidence
+from apportion.user_code import UserCode, keyword_names, validate_evidence
 
 SHARES, STATISTICS = "shares sum to 1", "statistics are finite and add up"
 
@@ -54,7 +57,23 @@ def test_a_failure_of_the_main_process_is_its_own_error(heavy: Server, tmp_path:
         assert other[case]["class"] == "ProcessError" and "process 0 failed" in other[case]["text"]
     assert main["second"]["class"] == "DataError" and not main["second"]["own"] and "got 1" in main["second"]["text"]
     assert other["second"]["class"] == "ProcessError"
-    assert main["none"] == other["none"] == main["empty sum"] == other["empty sum"] == {}
+    assert main["none"] == other["none"] == main["empty sum"] == other["empty sum"] == main["relayed"] == {}
+    assert other["relayed"]["shared"] and "column: got 'words'" in other["relayed"]["said"][0]
+
+
+def test_the_heartbeat_without_a_terminal_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with heartbeat():
+        assert len(heartbeats) == 1
+    assert not heartbeats
+
+
+def test_a_compiled_function_says_nothing_of_its_keywords() -> None:
+    assert keyword_names(max) == (frozenset(), frozenset(), frozenset())
+
+
+def test_a_label_that_is_written_as_a_number() -> None:
+    assert RLConfig(positive_label=1).positive_label == "1"  # type: ignore[arg-type]
 
 
 def test_a_device_that_the_launcher_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def test_nothing_in_the_package_makes_code_of_what_it_reads() -> None:
 
 
 def test_every_model_is_loaded_without_its_code() -> None:
-    """Each from_pretrained and from_config passes NO_CODE, or is peft's own: it reads JSON, or adapts a model in memory."""
+    """Each from_pretrained and from_config passes NO_CODE, or is peft's own: it reads JSON or adapts a loaded model."""
     seen = 0
     for path in SOURCES:
         if path.name == "convert.py" or "bench" in path.parts:  # the built-in file, checked by SHA-256; our own models

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from apportion.distributed import collectives
+from apportion.distributed import collectives, error_relay
 from apportion.errors import DataError
 
 
@@ -28,6 +28,18 @@ def failing(ranks: tuple[int, ...]) -> dict[str, Any]:
     return {}
 
 
+def relayed() -> dict[str, Any]:
+    """Return what the second process says where it alone fails, while the first waits for nothing."""
+    said: list[str] = []
+    try:
+        with error_relay.relay_errors(said.append):
+            if collectives.rank() == 1:
+                raise DataError("column", "words", "a number", "Change it.")
+    except DataError as error:
+        return {"said": said, "shared": error.shared}  # type: ignore[attr-defined]
+    return {}
+
+
 def main() -> None:
     """Run every case and write the results."""
     collectives.start(torch.device("cpu"))
@@ -37,9 +49,11 @@ def main() -> None:
         "second": failing((1,)),
         "none": failing(()),
         "empty sum": collectives.all_reduce_sum({}),
+        "relayed": relayed(),
     }
     (Path(sys.argv[1]) / f"rank-{collectives.rank()}.json").write_text(json.dumps(found))
     collectives.stop()
+    collectives.stop()  # a second time: there is nothing to close
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def tree_mb(process: psutil.Process) -> float:
     for one in (process, *process.children(recursive=True)):
         try:
             total += one.memory_info().rss
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue  # it ended since it was listed
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):  # pragma: no cover (it ended since it was listed: chance)
+            continue
     return total / 1e6
 
 
