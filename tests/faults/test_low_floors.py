@@ -58,7 +58,7 @@ def test_a_failure_of_the_main_process_is_its_own_error(heavy: Server, tmp_path:
     assert main["second"]["class"] == "DataError" and not main["second"]["own"] and "got 1" in main["second"]["text"]
     assert other["second"]["class"] == "ProcessError"
     assert main["none"] == other["none"] == main["empty sum"] == other["empty sum"] == main["relayed"] == {}
-    assert other["relayed"]["shared"] and "column: got 'words'" in other["relayed"]["said"][0]
+    assert other["relayed"]["shared"] and "column: got 'words'" in other["relayed"]["messages"][0]
 
 
 def test_the_heartbeat_without_a_terminal_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:

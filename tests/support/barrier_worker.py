@@ -30,13 +30,13 @@ def failing(ranks: tuple[int, ...]) -> dict[str, Any]:
 
 def relayed() -> dict[str, Any]:
     """Return what the second process says where it alone fails, while the first waits for nothing."""
-    said: list[str] = []
+    messages: list[str] = []
     try:
-        with error_relay.relay_errors(said.append):
+        with error_relay.relay_errors(messages.append):
             if collectives.rank() == 1:
                 raise DataError("column", "words", "a number", "Change it.")
     except DataError as error:
-        return {"said": said, "shared": error.shared}  # type: ignore[attr-defined]
+        return {"messages": messages, "shared": error.shared}  # type: ignore[attr-defined]
     return {}
 
 
