@@ -19,9 +19,8 @@ from apportion.generation.decode import left_pad
 from apportion.generation.llama import LlamaStepModel, is_llama
 from apportion.generation.recompute import RecomputeStepModel
 from apportion.generation.step_model import StepModel, extra_padding
-from apportion.models.families import OTHERS, forward_errors
+from apportion.models.families import OTHERS, bare, forward_errors
 from apportion.models.fast import has_fast_kernels
-from apportion.models.lora import bare
 from apportion.models.policy import Policy, width_of
 from apportion.models.shared_prompt import has_past
 from apportion.system.memory import is_out_of_memory

@@ -12,9 +12,9 @@ from torch.nn import functional
 from apportion.distributed.sharding import plain_class
 from apportion.generation.key_values import KeyValueBuffers, Pair
 from apportion.generation.step_model import StepModel
+from apportion.models.families import bare
 from apportion.models.fast.linear import linear_parts
 from apportion.models.fast.onednn import can_pack_to_sample, onednn_product, pack
-from apportion.models.lora import bare
 from apportion.models.policy import Policy
 
 Product = Callable[[Tensor], Tensor]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from apportion.errors import ApportionError, ModelError
+from apportion.models.pretrained import reason
 from apportion.system.memory import is_out_of_memory
 
 # families that cannot be sampled from and trained in batches of padded rows, and why
@@ -35,6 +36,11 @@ REFUSED = {
 OTHERS = "Use a causal language model such as Llama, Qwen, Gemma, Mistral, GPT-2, Mamba or Falcon."
 
 
+def bare(model: Any) -> Any:
+    """Return `model` without the wrapper of adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def check_family(field: str, folder: str, settings: Any) -> None:
     """Raise ModelError for a family that cannot be a policy, by its `settings`. Needs no weights."""
     why = REFUSED.get(str(getattr(settings, "model_type", "")))
@@ -55,9 +61,8 @@ def forward_errors(field: str, model: Any, what: str, expected: str, fix: str) -
     except Exception as error:
         if isinstance(error, ApportionError) or is_out_of_memory(error):
             raise
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(field, f"{type(base).__name__}, which cannot {what} ({reason})", expected, fix) from error
+        got = f"{type(bare(model)).__name__}, which cannot {what} ({reason(error)})"
+        raise ModelError(field, got, expected, fix) from error
 
 
 def has_other_parts(settings: Any) -> bool:

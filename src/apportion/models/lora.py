@@ -25,11 +25,6 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def bare(model: Any) -> Any:
-    """Return `model` without the wrapper of adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def target_names(model: nn.Module, targets: Any) -> list[str]:
     """Return the full names of the layers to adapt: every linear layer inside an attention module, or in any block.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from apportion.models.lora import bare
+from apportion.models.families import bare
 from apportion.types import Rollouts
 
 SAVING = 0.2  # least part of the positions that sharing must save to outweigh the second forward

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from apportion.errors import ConfigError, ModelError
+from apportion.models.families import bare
 from apportion.models.files import stored_shapes
-from apportion.models.lora import bare
 from apportion.models.pretrained import adapter_settings
 
 HEADS = ("score", "classifier")  # names of the module that gives the logits, in the classifiers of transformers

@@ -23,7 +23,7 @@ from apportion.distributed.sharding import plain_class
 from apportion.errors import ModelError
 from apportion.models.attention import bloom
 from apportion.models.attention.softmax import Call, is_causal, output_gap, softmax_rows
-from apportion.models.lora import bare
+from apportion.models.families import bare
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 scores at a time
 # keyword arguments that change the attention weights and are not supported here

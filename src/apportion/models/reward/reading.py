@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from apportion.models.families import forward_errors
+from apportion.models.families import bare, forward_errors
+from apportion.models.stored_head import head_of
 from apportion.models.text.render import embedding_count, position_limit
 from apportion.system.memory import is_out_of_memory
 
-HEADS = ("score", "classifier")
 LENGTH, PADS = 8, 3  # tokens of the text that is tried, and pads beside it
-PLACES = ("first", "last", "pooled")
 # largest difference, relative to the largest logit, that is rounding; a wrong position or visible padding is far above
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6}
 COARSE = 0.1  # of 16-bit models
@@ -61,7 +60,7 @@ def read_model(model: Any, field: str = "reward_model") -> Reading:
         ModelError: it cannot score a few tokens at all.
     """
     expected = "a sequence classifier that scores any text"
-    with forward_errors(field, core(model), f"score {LENGTH} tokens", expected, FIX), torch.enable_grad():
+    with forward_errors(field, bare(model), f"score {LENGTH} tokens", expected, FIX), torch.enable_grad():
         return _read(model)
 
 
@@ -109,7 +108,7 @@ def _watched(model: Any, ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | N
     def keep_scores(module: nn.Module, args: Any, output: Any) -> None:
         seen["scores"] = output.detach() if isinstance(output, Tensor) else None
 
-    handles = [core(model).base_model.register_forward_hook(keep_states)]
+    handles = [bare(model).base_model.register_forward_hook(keep_states)]
     head = head_of(model)
     if head is not None:
         handles.append(head.register_forward_hook(keep_scores))
@@ -227,16 +226,6 @@ def _unused(model: Any, ids: Tensor) -> int | None:
     return int(free.int().argmax()) if bool(free.any()) else None
 
 
-def core(model: Any) -> Any:
-    """Return the classifier without an adapter's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def head_of(model: Any) -> nn.Module | None:
-    """Return the module named as classifiers name their head, or None."""
-    return next((module for name, module in core(model).named_children() if name in HEADS), None)
-
-
 def declared_causal(model: Any) -> bool:
     """Whether the model's attention modules say that they are causal; only where running it tells nothing."""
     causal = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
@@ -257,7 +246,7 @@ def _learning(model: Any) -> Iterator[None]:
 
 
 def _accepts(model: Any, name: str) -> bool:
-    parameters = inspect.signature(core(model).forward).parameters.values()
+    parameters = inspect.signature(bare(model).forward).parameters.values()
     return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
