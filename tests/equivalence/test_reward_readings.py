@@ -18,6 +18,8 @@ from apportion.evidence.reward import reward_evidence
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.reward.loading import ALONE
 from apportion.models.reward.reading import own_pad, read_model
+from apportion.stages.reward.evaluation import start_scores
+from apportion.stages.reward.excerpts import TokenRows, first_tokens, flat
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 EDGES = {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
@@ -60,15 +62,6 @@ def family(name: str, pad: int | None = 0) -> Any:
     return model
 
 
-@torch.no_grad()
-def by_itself(model: Any, ids: Sequence[int]) -> float:
-    """Return the classifier's own score of one text, without any of our code."""
-    given = {"input_ids": torch.tensor([list(ids)])}
-    if "FNet" not in type(model).__name__:
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
-    return float(model(**given).logits[0, 0])
-
-
 def padded(texts: Sequence[Sequence[int]], *, left: bool = False, fill: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(map(len, texts)) + 1
     rows = [[fill] * (width - len(t)) + [*t] if left else [*t] + [fill] * (width - len(t)) for t in texts]
@@ -83,7 +76,7 @@ def test_a_padded_batch_scores_as_each_text_alone(name: str) -> None:
     causal, place, batched = FAMILIES[name][2]
     assert (reward.reading.causal, reward.reading.place) == (causal, place)
     assert reward.reading.batched == batched
-    expected = torch.tensor([by_itself(model, ids) for ids in TEXTS])
+    expected = torch.tensor([tiny_models.own_score(model, ids) for ids in TEXTS])
     assert expected.std() > 0.01, "the texts' scores hardly differ"
     for left in (False, True) if causal else (False,):
         scores, _, positions = reward.score(*padded(TEXTS, left=left))
@@ -139,9 +132,9 @@ def test_a_model_that_cannot_score_a_text_is_one_error() -> None:
 def test_attention_of_a_pooled_score_is_refused_by_name(name: str) -> None:
     reward, batch = RewardModel(family(name), None), tiny_runs.rollouts_of([[5, 6]], [[7, 8, 9]])
     found = reward_evidence(reward, batch, frozenset({"scores", "prefix_scores"}))
-    assert float(found["scores"]) == pytest.approx(by_itself(reward.model, [5, 6, 7, 8, 9]), abs=1e-5)
+    assert float(found["scores"]) == pytest.approx(tiny_models.own_score(reward.model, [5, 6, 7, 8, 9]), abs=1e-5)
     for t in range(3):
-        expected = by_itself(reward.model, [5, 6, 7, 8, 9][: 3 + t])
+        expected = tiny_models.own_score(reward.model, [5, 6, 7, 8, 9][: 3 + t])
         assert float(found["prefix_scores"][0, t]) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ModelError, match=r"reward_attention: got '\w+, whose score is pooled .*prefix_difference"):
         reward_evidence(reward, batch, frozenset({"scores", "reward_attention"}))
@@ -159,7 +152,7 @@ def test_masks_tell_padding_whatever_the_pad_id_is(name: str, pad: str) -> None:
     model = family(name, PADS[pad])
     model.config.eos_token_id = 3
     reward, before = RewardModel(model, None), model.config.pad_token_id
-    expected = [by_itself(model, ids) for ids in ENDING]
+    expected = [tiny_models.own_score(model, ids) for ids in ENDING]
     for left in (False, True):
         scores, rows, positions = reward.score(*padded(ENDING, left=left, fill=50), attention=True)
         assert scores.tolist() == pytest.approx(expected, abs=1e-5)
@@ -176,9 +169,9 @@ def test_masks_tell_padding_whatever_the_pad_id_is(name: str, pad: str) -> None:
     for row in range(2):
         prompt, response = tiny_runs.alone(batch, row)
         for t in range(len(response)):
-            score = by_itself(model, prompt + response[: t + 1])
+            score = tiny_models.own_score(model, prompt + response[: t + 1])
             assert float(found["prefix_scores"][row, t]) == pytest.approx(score, abs=1e-5)
-        assert float(found["prompt_score"][row]) == pytest.approx(by_itself(model, prompt), abs=1e-5)
+        assert float(found["prompt_score"][row]) == pytest.approx(tiny_models.own_score(model, prompt), abs=1e-5)
     assert model.config.pad_token_id == before and (own_pad(model) is None) == (pad != "EOS")
 
 
@@ -193,7 +186,7 @@ def test_shared_prompts_score_as_rows_of_their_own(pad: str) -> None:
         grouped = type(batch)(**{**vars(batch), "group": torch.zeros(4, dtype=torch.int64)})
         found = reward_evidence(reward, grouped, frozenset({"scores"}))["scores"]
         rows = [[i for part in tiny_runs.alone(batch, row) for i in part] for row in range(4)]
-        assert found.tolist() == pytest.approx([by_itself(model, ids) for ids in rows], abs=1e-5)
+        assert found.tolist() == pytest.approx([tiny_models.own_score(model, ids) for ids in rows], abs=1e-5)
 
 
 @pytest.mark.parametrize("pad", ["<eos>", None])
@@ -209,3 +202,21 @@ def test_reading_one_row_at_a_time_is_said(name: str, alone: bool, tmp_path: Pat
     family(name).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     assert (ALONE in load_reward(str(tmp_path), device="cpu").notes) is alone
+
+
+@pytest.mark.parametrize(("name", "behind", "forwards"), [("gpt2", [], 1), ("gpt2", [1], 3), ("bert", [], 3)])
+def test_starts_of_texts_are_scored_as_texts_of_their_own(name: str, behind: list[int], forwards: int) -> None:
+    """A decoder scores them on the way, unless special tokens stand behind each."""
+    reward = RewardModel(tiny_models.build(name), None)
+    texts = TokenRows([[*range(20, 20 + n)] for n in (3, 9, 14)], [0, 1, 1], [0, 2, 0], [([2], behind)] * 3, False)
+    starts = {length: flat(first_tokens(texts, 3, length)) for length in (2, 5, 10)}
+    seen: list[int] = []
+    handle = reward.model.base_model.register_forward_hook(lambda *args: seen.append(1))
+    assert reward.reading  # reads the model before forwards are counted
+    seen.clear()
+    found = start_scores(reward, starts)
+    handle.remove()
+    assert len(seen) == forwards
+    for length, cut in starts.items():
+        expected = [tiny_models.own_score(reward.model, one.ids) for one in cut]
+        assert found[length].tolist() == pytest.approx(expected, abs=1e-4)

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import family_configs
 import tiny
+import tiny_models
 import tiny_runs
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -103,7 +104,7 @@ def classifier(name: str, folder: Path) -> Row:
     except ModelError as error:
         return Row(name, refusal(error))
     texts = [ids for ids in texts if readable(own, reward, ids)]
-    alone = torch.tensor([score_of(own, ids) for ids in texts])
+    alone = torch.tensor([tiny_models.own_score(own, ids) for ids in texts])
     if not float(alone.std()) > 1e-4:
         raise Off(f"its scores hardly differ: {alone.tolist()}")
     for left in (False, True) if reward.reading.causal else (False,):
@@ -129,19 +130,10 @@ def refusal(error: ApportionError) -> str:
     return f"refused: {error.got}"
 
 
-@torch.no_grad()
-def score_of(model: Any, ids: Sequence[int]) -> float:
-    """Return the classifier's own score of one text, without any of our code."""
-    given = {"input_ids": torch.tensor([list(ids)])}
-    if "FNet" not in type(model).__name__:
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
-    return float(model(**given).logits[0, 0])
-
-
 def readable(own: Any, reward: RewardModel, ids: list[int]) -> bool:
     """Whether the classifier itself can score a text (Funnel cannot read short ones); where not, ours says so."""
     try:
-        score_of(own, ids)
+        tiny_models.own_score(own, ids)
     except RuntimeError:
         one = torch.tensor([ids])
         try:
@@ -170,7 +162,7 @@ def brute_position(model: Any, ids: Sequence[int]) -> str:
     source, call = source_of_states(model, ids)
     if source is None:
         return "pooled"
-    before, moved = score_of(model, ids), []
+    before, moved = tiny_models.own_score(model, ids), []
     for at in range(len(ids)):
         calls = iter(range(1 << 20))
 
@@ -180,7 +172,7 @@ def brute_position(model: Any, ids: Sequence[int]) -> str:
                 states[:, at] += torch.linspace(-1, 1, states.shape[-1])  # in place: a pooler in the model sees it too
 
         handle = source.register_forward_hook(hook)
-        if score_of(model, ids) != before:
+        if tiny_models.own_score(model, ids) != before:
             moved.append(at)
         handle.remove()
     if len(moved) != 1:
@@ -195,7 +187,7 @@ def source_of_states(model: Any, ids: Sequence[int]) -> tuple[nn.Module | None, 
         module.register_forward_hook(lambda module, args, output: seen.append((module, tensor_of(output))))
         for module in model.base_model.modules()
     ]
-    score_of(model, ids)
+    tiny_models.own_score(model, ids)
     for handle in handles:
         handle.remove()
     last = next(output for module, output in reversed(seen) if module is model.base_model)
@@ -216,7 +208,7 @@ def through_doors(reward: RewardModel, own: Any, folder: Path, texts: list[list[
     result = apportion_text(reward, "", WORDS, text_methods([("sparse", {})]))
     close(
         torch.tensor(result.score),
-        torch.tensor(score_of(own, reward.tokenizer(WORDS)["input_ids"])),
+        torch.tensor(tiny_models.own_score(own, reward.tokenizer(WORDS)["input_ids"])),
         "the score of `credit`",
     )
     judge = load_reward(str(folder), device="cpu", policy=PolicyText(tiny.tokenizer()))
@@ -225,7 +217,7 @@ def through_doors(reward: RewardModel, own: Any, folder: Path, texts: list[list[
     tokenizer = tokenizer_for(own.config)
     plain = [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts]
     whole = texts if judge.text is None else [tokenizer(text)["input_ids"] for text in plain]
-    close(found, torch.tensor([score_of(own, ids) for ids in whole]), "the scores of rollouts")
+    close(found, torch.tensor([tiny_models.own_score(own, ids) for ids in whole]), "the scores of rollouts")
 
 
 def split(texts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[int]]]:

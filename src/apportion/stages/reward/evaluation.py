@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ from torch import Tensor
 
 from apportion.config import RewardConfig
 from apportion.data import Labelled
+from apportion.errors import ScoreError
+from apportion.evidence.prefix import capture_head_outputs, scores_tokens
 from apportion.intervals import calibration, mean_interval, proportion
+from apportion.masking import check_finite
 from apportion.models.reward import RewardModel, load_reward
+from apportion.models.reward.reading import own_pad
 from apportion.models.text.bos import added_bos, special_around
 from apportion.models.text.labelled import token_rows
 from apportion.stages.reward.excerpts import Excerpt, TokenRows, first_tokens, flat, random_cuts, right_pad
@@ -38,11 +42,9 @@ def evaluate(folder: Path, rows: Sequence[Labelled], config: RewardConfig) -> di
     margins, truth = decisions(scores, excerpts)
     doubled, classes = both_orders(margins, truth, tokens.paired)
     bins, error = calibration(torch.sigmoid(doubled).tolist(), classes)
-    by_length = {}
-    for length in LENGTHS:
-        if length <= config.excerpt_tokens[1]:
-            cut = first_tokens(tokens, BY_LENGTH, length)
-            by_length[str(length)] = accuracy(*decisions(scored(reward, flat(cut)), cut))
+    starts = {n: first_tokens(tokens, BY_LENGTH, n) for n in LENGTHS if n <= config.excerpt_tokens[1]}
+    found = start_scores(reward, {length: flat(cut) for length, cut in starts.items()})
+    by_length = {str(length): accuracy(*decisions(found[length], cut)) for length, cut in starts.items()}
     return {
         "accuracy": accuracy(margins, truth),
         "by_length": by_length,
@@ -56,16 +58,48 @@ def evaluate(folder: Path, rows: Sequence[Labelled], config: RewardConfig) -> di
     } | ({"pairs": count} if tokens.paired else {})
 
 
-def scored(reward: RewardModel, excerpts: Sequence[Excerpt], batch_size: int = 32) -> Tensor:
-    """Return R (N,) float32 of the excerpts, on the CPU, computed in batches of like length."""
-    out = torch.zeros(len(excerpts))
+def start_scores(reward: RewardModel, starts: Mapping[int, Sequence[Excerpt]]) -> dict[int, Tensor]:
+    """Return {length: R (N,) float32} of the starts of N texts, {length: the starts}.
+
+    A decoder scores a text's shorter starts on the way to its longest one, in one forward.
+    """
+    if not starts:
+        return {}
+    longest, pad = starts[max(starts)], own_pad(reward.model)
+    pairs = [pair for cut in starts.values() for pair in zip(longest, cut, strict=True)]
+    nested = all(long.ids[: len(short.ids)] == short.ids for long, short in pairs)  # no special tokens behind them
+    ids, mask, _ = right_pad(longest, reward.model.config.get_text_config().pad_token_id)
+    padded = pad is not None and bool(((ids == pad) & mask).any())  # a score is then read before it
+    if not nested or padded or not scores_tokens(reward, ids, mask):
+        return {length: scored(reward, cut) for length, cut in starts.items()}
+    ends = torch.tensor([[len(one.ids) for one in cut] for cut in starts.values()]).T  # (N, lengths)
+    return dict(zip(starts, scored(reward, longest, ends).unbind(dim=1), strict=True))
+
+
+def scored(
+    reward: RewardModel, excerpts: Sequence[Excerpt], ends: Tensor | None = None, batch_size: int = 32
+) -> Tensor:
+    """Return R (N,) float32 of the excerpts, on the CPU, computed in batches of like length.
+
+    Args:
+        ends: (N,E) int64: return R (N,E) after so many of each excerpt's ids; for a model that scores every prefix.
+
+    Raises:
+        ScoreError: a score is not finite.
+    """
+    out = torch.zeros(len(excerpts) if ends is None else ends.shape)
     order = sorted(range(len(excerpts)), key=lambda i: len(excerpts[i].ids))
     device = next(reward.model.parameters()).device
     starts = range(0, len(order), batch_size)
     for first in counted(starts, "held-out texts", len(starts), unit="batch"):
         chosen = order[first : first + batch_size]
         ids, mask, _ = right_pad([excerpts[i] for i in chosen], reward.model.config.get_text_config().pad_token_id)
-        out[chosen] = reward.score(ids.to(device), mask.to(device))[0].cpu()
+        with capture_head_outputs(reward.model, ends is not None) as captured:
+            scores = reward.score(ids.to(device), mask.to(device))[0].cpu()
+        if ends is not None:
+            scores = reward.unchecked_scores(captured[-1]).cpu().gather(1, ends[chosen] - 1)
+            check_finite("score of a text's start", scores, "Check the model's weights and dtype.", error=ScoreError)
+        out[chosen] = scores
     return out
 
 
