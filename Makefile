@@ -55,15 +55,22 @@ audit:
 	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock -r requirements-dev.lock
 
+# Says every 20 seconds that pip is still at work, so that the log of an install is never silent for long.
+define pip_install
+@ticks() { while sleep 20 >/dev/null 2>&1; do n=$$((n + 20)); echo "still installing, $$n s so far"; done; }; \
+ticks & ticker=$$!; trap 'kill $$ticker' EXIT INT TERM; \
+$(BIN)/python -m pip install --quiet --disable-pip-version-check
+endef
+
 $(STAMP): pyproject.toml requirements.lock
 	@echo "Installing the locked packages in .venv: 2 to 4 minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(pip_install) --requirement requirements.lock
+	$(pip_install) --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(STAMP)-dev: $(STAMP) requirements-dev.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.lock
+	$(pip_install) --requirement requirements-dev.lock
 	touch $@
 
 clean:

@@ -3,7 +3,7 @@
     python -m benchmarks.demo_plan                          # about a minute in bfloat16, two in float32
     python -m benchmarks.demo_plan --dtype float32 --threads 1
     python -m benchmarks.demo_plan --folder runs/plan       # stages that are finished there are left out
-    python -m benchmarks.demo_plan --steps 30 --excerpts 8000 --probe 2000 --texts 1000 --prompts 128   # a whole demo
+    python -m benchmarks.demo_plan --steps 30 --excerpts 8000 --probe 1000 --texts 1000 --prompts 128   # a whole demo
 
 Runs the stages of `apportion demo`, with its settings, in a temporary folder or in --folder. The constants are those of
 `apportion.stages.demo.cost`: efficiencies from the time of each kind of work (the median batch of PPO without its

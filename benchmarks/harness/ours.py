@@ -86,6 +86,7 @@ def monitor(recorder: Recorder) -> None:
     def sampled(rollouts: Rollouts, policy: Policy, prompts: Sequence[Sequence[int]], *args: Any, **more: Any) -> None:
         tokens = int(rollouts.prompt_mask.sum())
         recorder.add(prompts=len(prompts), prompt_tokens=tokens, generated_tokens=int(rollouts.mask.sum()))
+        recorder.generated([ids[used].tolist() for ids, used in zip(rollouts.response_ids, rollouts.mask, strict=True)])
 
     sources = importlib.import_module("apportion.stages.rl.sources")
     recorder.wrap(sources, "sample", "generate", sampled)
@@ -108,10 +109,14 @@ def monitor(recorder: Recorder) -> None:
     rl.build_method = counting
 
 
-def logged(work: Work) -> dict[str, float]:
-    """Return the medians over the timed batches of the run's own `time/*` and `memory/*` metrics."""
+def metrics(work: Work) -> list[dict[str, float]]:
+    """Return the run's own metrics of each timed batch."""
     lines = (Path(work.folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines[work.warmup : work.warmup + work.batches]]
+    return [json.loads(line) for line in lines[work.warmup : work.warmup + work.batches]]
+
+
+def logged(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the medians over batches of the metrics `time/*` and `memory/*`."""
     names = [name for name in rows[0] if name.startswith(("time/", "memory/"))]
     return {name: median(row[name] for row in rows) for name in names}
 
@@ -134,7 +139,8 @@ def main() -> int:
         try:
             train(config, on_step=on_step)
         except LastBatch:
-            recorder.save(logged=logged(work))
+            rows = metrics(work)
+            recorder.save(logged=logged(rows), kl=[row["objective/kl"] for row in rows])
     except ApportionError as error:
         (Path(work.folder) / "error.txt").write_text(str(error))
         return 2

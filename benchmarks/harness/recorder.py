@@ -109,6 +109,11 @@ class Recorder:
         """Record the reward model's raw scores of the current batch."""
         self._scores += scores.detach().flatten().tolist()
 
+    def generated(self, responses: list[list[int]]) -> None:
+        """Record the ids of the current batch's responses, where the work asks for them."""
+        if self.work.responses:
+            self._responses += responses
+
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def batch_done(self) -> bool:
@@ -120,7 +125,8 @@ class Recorder:
             phases = {name: self._phases.get(name, 0.0) for name in LEFT}
             phases["other"] = wall - sum(phases.values())
             score = sum(self._scores) / len(self._scores) if self._scores else None
-            self.batches.append({"total": wall, "phases": phases, "work": dict(self._counts), "score": score})
+            batch = {"total": wall, "phases": phases, "work": dict(self._counts), "score": score}
+            self.batches.append(batch | ({"responses": self._responses} if work.responses else {}))
         self.done += 1
         if self.done == work.warmup + work.batches:
             self.peak = peak_memory(self._cuda)  # before anything of ours adds to it
@@ -139,6 +145,7 @@ class Recorder:
         self._flop: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
         self._scores: list[float] = []
+        self._responses: list[list[int]] = []
         self._began = self._now()
 
     def _now(self) -> float:

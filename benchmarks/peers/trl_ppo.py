@@ -61,6 +61,7 @@ def monitor(recorder: Recorder, trainer: PPOTrainer, work: Work) -> None:
     def generated(result: Any, model: Any, queries: Tensor, *args: Any) -> None:
         responses = result[0][:, queries.shape[1] :]
         distinct = len({tuple(row) for row in queries.tolist()})
+        recorder.generated([[i for i in row if i != pad] for row in responses.tolist()])
         tokens = int((queries != pad).sum())
         recorder.add(prompts=distinct, prompt_tokens=tokens, generated_tokens=int((responses != pad).sum()))
 
@@ -95,7 +96,8 @@ def main() -> int:
     monitor(recorder, trainer, work)
     trainer.add_callback(BatchEnd(recorder, 1))  # its callbacks are called once a batch
     trainer.train()
-    recorder.save(peer=str(Path(sys.modules["trl"].__file__ or "").parent.parent))
+    kl = [row["objective/kl"] for row in trainer.state.log_history if "objective/kl" in row][work.warmup :]
+    recorder.save(kl=kl[: work.batches], peer=str(Path(sys.modules["trl"].__file__ or "").parent.parent))
     return 0
 
 

@@ -29,8 +29,8 @@ def test_seconds_by_hand() -> None:
     cost, amounts = Half(Rates(2e11, None, 1e11), "float32"), Amounts(excerpts=1000, steps=10, prompts=64)
     # 106,168,320 weights in the blocks, 28,311,552 in the output layer; 1e11 operations a second
     assert cost.reward_training(amounts) == pytest.approx(4 * 106_168_320 * 36 * 1000 / 1e11)  # 152.9 s
-    assert cost.probing(amounts) == pytest.approx(2 * 106_168_320 * 36 * 2000 / 1e11)
-    assert cost.judging(amounts) == pytest.approx(2 * 106_168_320 * (36 * 1000 + 70 * 500) / 1e11)
+    assert cost.probing(amounts) == pytest.approx(2 * 106_168_320 * 36 * 1000 / 1e11)
+    assert cost.judging(amounts) == pytest.approx(2 * 106_168_320 * (36 * 1000 + 40 * 500) / 1e11)
     passes = 32 * (106_168_320 * 30 + 28_311_552 * 24)  # weights times tokens of one batch: 1.237e11
     assert cost.generation(32) == pytest.approx(2 * passes / 1e11)  # 2.47 s
     assert cost.scoring(32) == pytest.approx((4 * passes + 2 * 32 * 106_168_320 * 30) / 1e11)
@@ -84,7 +84,7 @@ def test_the_table() -> None:
     assert text.startswith("this machine: 200 GFLOP/s in float32, reads 20 GB/s (2 threads)\n")
     lines = table(plan)
     assert [line.split()[0] for line in lines] == ["1/3", "188", "save,", "2/3", "20", "save", "3/3", "page", "in"]
-    assert "load, start its head on 2,000 excerpts" in lines[0] and len({len(line) for line in lines}) == 1
+    assert "load, start its head on 1,000 excerpts" in lines[0] and len({len(line) for line in lines}) == 1
     taken: dict[Part, float | None] = dict.fromkeys(plan.parts, 61.0) | {plan.parts[-1]: None}
     beside = table(plan, taken)
     assert beside[0].split() == ["planned", "taken"] and beside[1].endswith("1 min 01 s")

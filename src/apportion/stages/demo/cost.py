@@ -14,7 +14,7 @@ from apportion.system.rates import Rates
 BLOCKS, HEAD = 106_168_320, 28_311_552  # weights of SmolLM2-135M in the blocks' linear layers, and in the output layer
 BYTES = {"float32": 4, "bfloat16": 2}
 EXCERPT = 36  # tokens, the mean of 8 to 64
-BY_LENGTH, LENGTHS = 500, 10 + 20 + 40  # texts that are also judged by their starts, and the tokens of these
+BY_LENGTH, LONGEST_START = 500, 40  # texts that are also judged by their starts, and the tokens of the longest
 PROMPT, NEW = 6, 24  # tokens of a prompt, in the mean, and of a response
 FORWARD, STEP = 2, 4  # operations a weight and token: forward; with the backward pass of frozen weights
 
@@ -48,7 +48,7 @@ class Amounts(NamedTuple):
     steps: int
     prompts: int = 128
     batch: int = 16
-    probe: int = 2000
+    probe: int = 1000
     texts: int = 1000
     rows: int = 32
     epochs: int = 2
@@ -105,7 +105,7 @@ class Cost(NamedTuple):
 
     def judging(self, amounts: Amounts) -> float:
         """Return the seconds of reading the held-out texts."""
-        tokens = EXCERPT * amounts.texts + LENGTHS * min(BY_LENGTH, amounts.texts)
+        tokens = EXCERPT * amounts.texts + LONGEST_START * min(BY_LENGTH, amounts.texts)
         return self._products("read", FORWARD * BLOCKS * tokens)
 
     def generation(self, rows: int) -> float:
