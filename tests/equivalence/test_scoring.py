@@ -16,6 +16,7 @@ import tiny_models
 import tiny_runs
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForSequenceClassification
 
@@ -250,3 +251,32 @@ def test_each_model_reads_each_token_once_a_batch(
         models = sum(rows[use] for use in ("policy", "reference", "reward", "generation", "update"))
         values = 6 + 6 * config.ppo.epochs if value_model == "separate" else 0
         assert rows["trunk"] == models + values
+
+
+@pytest.mark.parametrize(("rank", "value_model"), [(4, "shared"), (0, "separate")])
+@pytest.mark.parametrize("compare", ["[]", "[policy_attention]"])  # with the forward's attention captured and without
+def test_where_a_mini_batch_is_the_batch_the_update_begins_with_the_forward_of_scoring(
+    world: Path, tmp_path: Path, rank: int, value_model: str, compare: str
+) -> None:
+    """In float32, beside the same run whose scoring is in two micro-batches, and whose update computes it again."""
+    changes = {"lora.rank": rank, "ppo.value_model": value_model, "ppo.mini_batch": 6, "ppo.micro_batch": 6}
+    runs = []
+    for name, scored in (("kept", 8), ("again", 4)):
+        config = tiny_runs.config(
+            world, tmp_path / name, **changes, **{"scores.micro_batch": scored, "compare": compare, "steps": 3}
+        )
+        with counted() as seen:
+            run = train(config)
+        weights = load_file(run.path / "final" / "model.safetensors")
+        runs.append((dict(seen["rows"]), tiny_runs.read_lines(run.path / "metrics.jsonl"), weights))
+    (kept, kept_metrics, kept_weights), (again, metrics, weights) = runs
+    assert kept["update"] == again["update"] == 3 * 6 * 2  # two epochs; what is kept is computed with gradients
+    assert "policy" not in kept and again["policy"] == 3 * 6
+    assert kept["reference"] == again["reference"] == 3 * 6
+    for one, other in zip(kept_metrics, metrics, strict=True):
+        for key in ("loss/policy", "loss/value", "policy/grad_norm", "objective/kl", "objective/entropy"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6)
+    start = load_file(world / "policy" / "model.safetensors")
+    assert any((kept_weights[key] - start[key]).abs().max() > 1e-3 for key in start)  # something was learned
+    for key, weight in weights.items():
+        torch.testing.assert_close(kept_weights[key], weight, rtol=0, atol=2e-5)

@@ -47,10 +47,17 @@ def test_sides_are_added_to_what_was_run(
     assert all(math.isfinite(score) for score in one["curves"]["default"]["0"])
     two = run(world, monkeypatch, "--sides", "default", "prefix", "--seeds", "1", "--against", "prefix")
     assert two["curves"]["default"] == one["curves"]["default"] and two["cost"]["default"] == one["cost"]["default"]
-    assert two["lr"] == {"default": None, "prefix": 1e-3}
+    assert two["sides"] == {"default": ["default"], "prefix": ["default", "algorithm=red", "optim.lr=0.001"]}
+    # a response of 24 tokens each; the KL to itself is that of two ways to compute the same model
+    assert all(abs(kl) < 1e-3 for kl in (one["kl"]["default"]["0"][0], two["kl"]["prefix"]["0"][0]))
+    assert all(0 < p < 1 for p in two["judge"]["prefix"]["0"])
     # the same seed: the first batch is sampled before anything is learned
     assert two["curves"]["prefix"]["0"][0] == pytest.approx(one["curves"]["default"]["0"][0], abs=1e-4)
     assert two["cost"]["prefix"]["0"]["batch_s"] > 0 and two["cost"]["prefix"]["0"]["peak_mb"] > 50
+    named = run(world, monkeypatch, "--sides", "mine", "--against", "default", "--seeds", "1",
+                "--variant", "mine", "algorithm=ppo", "optim.eps=1e-8")  # fmt: skip
+    assert named["sides"]["mine"] == ["default", "algorithm=ppo", "optim.eps=1e-8"]
+    assert len(named["curves"]["mine"]["0"]) == 2 and named["curves"]["prefix"] == two["curves"]["prefix"]
     ends = [sum(two["curves"][side]["0"]) / 2 for side in ("default", "prefix")]
     assert two["compared"]["default"]["difference"]["mean"] == pytest.approx(ends[0] - ends[1])
     assert "default − prefix" in capsys.readouterr().out
@@ -61,7 +68,8 @@ def test_sides_are_added_to_what_was_run(
 def test_the_comparison_by_hand() -> None:
     ours = {"0": [0.0] * 5 + [2.0] * 5, "1": [0.0] * 9 + [5.0]}
     theirs = {"0": [1.0] * 10, "1": [0.5] * 10, "2": [9.0] * 10}
-    found = curves.compared({"full": ours, "peer": theirs}, "peer")
+    flat = {side: {seed: [0.5] * 10 for seed in "012"} for side in ("full", "peer")}
+    found = curves.compared({"curves": {"full": ours, "peer": theirs}, "kl": flat, "judge": flat}, "peer")
     assert found["end"]["full"] == {"0": 2.0, "1": 1.0}
     # differences 1 and 0.5: mean 0.75, sd 0.3536, t(1) = 12.706: half 12.706 · 0.3536/√2
     half = 12.706 * 0.35355339 / math.sqrt(2)
@@ -70,6 +78,26 @@ def test_the_comparison_by_hand() -> None:
     # the mean of the last five reaches 1.0 with three 2.0s in it, and 0.5 with the 5.0
     assert found["full"]["batches_to_reach"] == [8, 10]
     assert curves.first([0.0] * 10, 0.1) is None
+
+
+def test_the_judge_at_the_same_kl_by_hand() -> None:
+    # running means of 5: KL 2, 3, 4 with judge .5, .6, .7; KL 1, 2, 3 with judge .5, .55, .6: both reach 3
+    fast, slow = [2.0] * 5 + [7.0, 7.0], [1.0] * 5 + [6.0, 6.0]
+    quick, late = [0.5] * 5 + [1.0, 1.0], [0.5] * 5 + [0.75, 0.75]
+    level, one, other = curves.judge_at_kl([fast, slow], [quick, late])
+    assert (level, one, other) == pytest.approx((3.0, 0.6, 0.6))
+    # 2.5 is half way between the means 2 and 3
+    level, one, other = curves.judge_at_kl([fast, [2.5] * 7], [quick, late])
+    assert (level, one, other) == pytest.approx((2.5, 0.55, 0.5))
+
+
+def test_faulty_sides_are_named(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="--sides: nothing; expected one of default"):
+        run(world, monkeypatch, "--sides", "nothing")
+    with pytest.raises(SystemExit, match="--variant peer-x: .*expected lr="):
+        run(world, monkeypatch, "--sides", "peer-x", "--variant", "peer-x", "optim.lr=1e-3")
+    with pytest.raises(SystemExit, match="--variant mine: .*expected settings of apportion rl"):
+        run(world, monkeypatch, "--sides", "mine", "--variant", "mine", "fast")
 
 
 @pytest.mark.parametrize("labels", [1, 2])
@@ -84,6 +112,7 @@ def test_the_one_label_is_the_score(tmp_path: Path, labels: int) -> None:
 
 def test_each_side_has_its_rate() -> None:
     options = argparse.Namespace(lr=1e-4, adapters_lr=2e-3)
-    rates = {side: curves.rate(side, options) for side in curves.SIDES}
-    ours = {"default": None, "adapters": 2e-3, "prefix": 2e-3, "full": 1e-4, "full16": 1e-4}
-    assert rates == ours | {"peer": 1e-4, "peer16": 1e-4, "peer_as_is": 3e-6}
+    found = {name: curves.settings_of(side, options)[-1] for name, side in curves.SIDES.items()}
+    ours = {"default": "default", "adapters": "optim.lr=0.002", "prefix": "optim.lr=0.002"}
+    ours |= {"full": "optim.lr=0.0001", "full16": "optim.lr=0.0001"}
+    assert found == ours | {"peer": "lr=0.0001", "peer16": "lr=0.0001", "peer_as_is": "peer"}

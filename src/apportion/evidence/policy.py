@@ -10,7 +10,7 @@ from torch import Tensor
 from apportion.batching import without_holes
 from apportion.masking import last_index
 from apportion.models.attention.row import AttentionTap, attention_row
-from apportion.models.policy import Policy
+from apportion.models.policy import Outputs, Policy
 from apportion.types import Rollouts
 
 STEPS_AT_ONCE = 64  # attention rows in memory at a time
@@ -19,17 +19,35 @@ POLICY = frozenset(
 )
 
 
-@torch.no_grad()
 def policy_evidence(policy: Policy, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
-    """Return the needed ones of old_logprobs, values, entropy, policy_attention_* (B,T) and bootstrap_values (B,)."""
+    """Return the needed ones of old_logprobs, values, entropy, policy_attention_* (B,T) and bootstrap_values (B,).
+
+    Where `policy.keeps_forward`, its graph is kept for the update.
+    """
     tapped = any(name.startswith("policy_attention") for name in needs)
     unshared = policy.without_shared_prompts() if tapped else contextlib.nullcontext()
-    with unshared, attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
-        out = policy.forward(rollouts, values="values" in needs or "bootstrap_values" in needs, entropy=True)
+    valued, apart = bool(needs & {"values", "bootstrap_values"}), policy.value_trunk is not None
+    with torch.no_grad(), unshared, attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
+        with torch.set_grad_enabled(policy.keeps_forward):
+            out = policy.forward(rollouts, values=valued and not apart, entropy=True)
+        policy.kept = out if policy.keeps_forward else None
+        values, after = policy.values(rollouts) if valued and apart else (out.values, out.after)
+        return {name: value.detach() for name, value in _needed(tap, rollouts, needs, out, values, after).items()}
+
+
+def _needed(
+    tap: AttentionTap | None,
+    rollouts: Rollouts,
+    needs: frozenset[str],
+    out: Outputs,
+    values: Tensor | None,
+    after: Tensor | None,
+) -> dict[str, Tensor]:
+    """Return the needed evidence of one forward."""
     evidence: dict[str, Tensor | None] = {
         "old_logprobs": out.logprobs,
-        "values": out.values,
-        "bootstrap_values": out.after,
+        "values": values,
+        "bootstrap_values": after,
         "entropy": out.entropy,
     }
     if tap is not None and "policy_attention_mean" in needs:

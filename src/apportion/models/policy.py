@@ -56,6 +56,7 @@ class Policy:
         decoding: how a class of models is sampled from, once it was tried (`generation.decoding`).
         plain: whether the logits are the output layer's own, so that they can be computed in blocks.
         shares: whether a prompt with several responses is computed once (`models.shared_prompt`).
+        keeps_forward: whether scoring keeps the graph of its forward in `kept`: the update begins with the same one.
     """
 
     model: Any
@@ -71,6 +72,8 @@ class Policy:
     decoding: dict[str, Any] = field(default_factory=dict, init=False)
     plain: bool = field(init=False)
     shares: bool = field(init=False)
+    keeps_forward: bool = field(default=False, init=False)
+    kept: Outputs | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.model is not None:
@@ -134,6 +137,11 @@ class Policy:
         all_values = self.value_head(states.float()).squeeze(-1)  # (B,T+1)
         after = all_values.gather(1, (last_index(rollouts.valid) + 1)[:, None]).squeeze(1)
         return torch.where(rollouts.mask, all_values[:, :-1], 0.0), after
+
+    def take_kept(self) -> Outputs | None:
+        """Return the outputs that scoring kept, which are then no longer held; None where it kept none."""
+        kept, self.kept = self.kept, None
+        return kept
 
     @torch.no_grad()
     def reference_logprobs(self, rollouts: Rollouts) -> Tensor:

@@ -136,6 +136,7 @@ class Learner:
     def score(self, rollouts: Rollouts) -> Rollouts:
         """Return the rollouts with scores and all evidence; what only the log needs may be absent (`compared`)."""
         scores, compare = self.config.scores, self.compare
+        self.policy.keeps_forward = not self.single_step and starts_update(self.config, rollouts, self.needs)
         return score(self.models, rollouts, self.needs, scores, self.base_evidence, compare.logged, compare.fail)
 
     def add_credit_share(self, rollouts: Rollouts) -> Rollouts:
@@ -263,6 +264,21 @@ def record_warnings(findings: Sequence[Finding], run: RunFolder | None, warn: Ca
         run.update_status(doctor=[{"name": one.name, "message": one.message, "fix": one.fix} for one in findings])
     for one in findings:
         warn(f"warning: {one.name}: {one.message}. {one.fix}".rstrip())
+
+
+def starts_update(config: RLConfig, rollouts: Rollouts, needs: frozenset[str]) -> bool:
+    """Whether the policy's forward for scoring is the first one of the update as well, and its graph can be kept.
+
+    So it is where one mini-batch, of one micro-batch, is the whole batch: the weights have not changed in between.
+    """
+    ppo, scores = config.ppo, config.scores
+    rows, tokens = min(ppo.micro_batch, scores.micro_batch), min(ppo.micro_tokens, scores.micro_tokens)
+    everyone = torch.arange(len(rollouts), device=rollouts.mask.device)
+    whole = ppo.mini_batch >= len(rollouts) > 0 and len(micro_batches(rollouts, everyone, rows, tokens)) == 1
+    # a forward whose attention is captured shares no prompts, which would make the update's slower
+    tapped = any(need.startswith("policy_attention") for need in needs)
+    shares = tapped and len(rollouts.group.unique()) < len(rollouts)
+    return whole and collectives.world_size() == 1 and not shares
 
 
 def single_step_on_policy(config: RLConfig, needs: frozenset[str]) -> bool:

@@ -98,7 +98,7 @@ def update(
     """
     skips = SkippedUpdates() if skips is None else skips
     totals: dict[str, Tensor] = {}
-    steps, weights = 0, policy.weights
+    steps, weights, kept = 0, policy.weights, policy.take_kept()
     for _ in range(config.epochs or 1):
         order = torch.randperm(len(rollouts), generator=generator, device=generator.device).to(rollouts.mask.device)
         for rows in order.split(config.mini_batch):
@@ -107,7 +107,8 @@ def update(
             if not learns and old is None:
                 continue
             with collectives.error_barrier(), weights.relay_errors():
-                sums = _backward_mini_batch(policy, loss, rollouts, targets, config, rows, old)
+                sums = _backward_mini_batch(policy, loss, rollouts, targets, config, rows, old, kept)
+            kept = None
             if not learns:  # its forward has filled in `old`
                 optimizer.zero_grad(set_to_none=True)
                 continue
@@ -139,20 +140,26 @@ def _backward_mini_batch(
     config: PPOConfig,
     rows: Tensor,
     old: OldOutputs | None,
+    kept: Outputs | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics."""
+    """Add the gradient of this process's share of one mini-batch; return its part of the losses and statistics.
+
+    Args:
+        kept: outputs of all rollouts in their order, under the present weights; the mini-batch is then all of them.
+    """
     weights, critic = policy.weights, "values" in rollouts.evidence
     with weights.error_barrier():
         tokens = targets.policy_mask[rows].sum().clamp_min(1)
         actions = targets.value_mask[rows].sum().clamp_min(1)
         denominator = loss.denominator(targets.policy_mask[rows], targets.segments[rows]).clamp_min(1)
-        mine = collectives.shard(rows)
+        mine = collectives.shard(rows if kept is None else rows.sort().values)
         parts = micro_batches(rollouts, mine, config.micro_batch, config.micro_tokens) if len(mine) else []
     sums: dict[str, Tensor] = {}
     for part, counts in weights.pad_micro_batches(parts, rows[:1]):
         batch = trim(rollouts.select(part))
         advantages, returns, policy_mask, value_mask, segments = (t[part, : batch.mask.shape[1]] for t in targets)
-        out = policy.forward(batch, values=critic and policy.value_trunk is None, entropy=old is not None)
+        shared = critic and policy.value_trunk is None
+        out = policy.forward(batch, values=shared, entropy=old is not None) if kept is None else kept
         batch = batch if old is None else old.record(part, batch, out)
         with weights.error_barrier():
             terms = loss.terms(out.logprobs, batch, advantages, policy_mask, segments) if counts else None
