@@ -27,11 +27,11 @@ from apportion.config import DemoConfig
 from apportion.errors import Interrupted
 from apportion.stages.demo import cost
 from apportion.stages.demo.cost import Amounts, Cost
+from apportion.stages.demo.folder import machine_rates
 from apportion.stages.demo.plan import EVALUATION, PAGE, POLICY, REWARD, Plan, lines_of
 from apportion.stages.demo.table import describe, table
 from apportion.system import cpu, heartbeat
 from apportion.system.progress import activity, running
-from apportion.system.rates import measure
 from apportion.system.schedule import Schedule
 
 SMALL = {"excerpts": 128, "steps": 3, "prompts": 32, "probe": 128, "texts": 64}
@@ -89,7 +89,7 @@ def small_plan(dtype: str, amounts: Amounts) -> Plan:
     from apportion.models.loading import pick_device, pick_dtype
 
     name = str(pick_dtype(dtype, pick_device("auto"))).removeprefix("torch.")
-    rates = measure(name)
+    rates = machine_rates(name, "cpu")
     return Plan(amounts, name, rates, 60.0, lines_of(amounts, Cost(rates, name)))
 
 

@@ -15,9 +15,9 @@ defaults, or, where the name begins with "peer", `lr` and `precision` of TRL's. 
 as is --adapters_lr.
 
 A batch's reward is the mean raw score of its rollouts, its KL the mean over them of log π − log π_ref in nats a
-response, its judge the mean probability of good sentiment by word counts (`stages.evaluate.judge`), which has no part in
-training. A seed gives all sides the same prompts. Intervals are over seeds: Student's t, 95%. `judge_at_kl` compares the
-judge where both sides have the same KL: at the largest that both reached, by running means of 5 batches. Curves
+response, its judge the mean probability of good sentiment by word counts (`stages.evaluate.judge`), which has no part
+in training. A seed gives all sides the same prompts. Intervals are over seeds: Student's t, 95%. `judge_at_kl` compares
+the judge where both sides have the same KL: at the largest that both reached, by running means of 5 batches. Curves
 already in --output are not run again: an interrupted benchmark resumes, and sides and seeds can be added.
 """
 

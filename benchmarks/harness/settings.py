@@ -98,7 +98,7 @@ class Work:
     """The work of one process, passed to it as a file: paths, the shape of a batch, and the number of batches.
 
     `role` is "ours" or "peer"; `precision` is the peer's. The first `warmup` batches are not timed;
-    `count` adds an untimed one at the end under a counter of operations; `responses` adds the ids of each timed batch's.
+    `count` adds an untimed one at the end under a counter of operations; `responses` adds each timed batch's ids.
     """
 
     role: str

@@ -27,22 +27,30 @@ class Rates(NamedTuple):
         return self.bfloat16 if dtype == "bfloat16" and self.bfloat16 is not None else self.float32
 
 
-def measure(dtype: str, device: str = "cpu", seconds: float = SECONDS) -> Rates:
-    """Return the rates of `device` with torch's present threads; that of bfloat16 only where `dtype` is it."""
-    low = product_rate("bfloat16", device, seconds) if dtype == "bfloat16" else None
-    return Rates(product_rate("float32", device, seconds), low, reading_rate(device, seconds))
+def measure(
+    dtype: str, device: str = "cpu", seconds: float = SECONDS, product: Callable[[Any, Any], Any] | None = None
+) -> Rates:
+    """Return the rates of `device` with torch's present threads; that of bfloat16 only where `dtype` is it.
+
+    Args:
+        product: x (m,k), weight (n,k) -> x·weightᵀ (m,n), as the program multiplies; None is torch's own.
+    """
+    low = product_rate("bfloat16", device, seconds, product) if dtype == "bfloat16" else None
+    return Rates(product_rate("float32", device, seconds, product), low, reading_rate(device, seconds))
 
 
-def product_rate(dtype: str, device: str = "cpu", seconds: float = SECONDS) -> float:
+def product_rate(
+    dtype: str, device: str = "cpu", seconds: float = SECONDS, product: Callable[[Any, Any], Any] | None = None
+) -> float:
     """Return operations/s of a micro-batch through linear layers of a small model, two for each weight and position."""
     import torch
 
-    kind = getattr(torch, dtype)
+    kind, multiply = getattr(torch, dtype), product or torch.nn.functional.linear
     weights = [torch.full(shape, 0.01, dtype=kind, device=device) for shape in SHAPES for _ in range(LAYERS)]
-    inputs = {width: torch.ones(ROWS, width, dtype=kind, device=device) for width, _ in SHAPES}
+    inputs = {width: torch.ones(ROWS, width, dtype=kind, device=device) for _, width in SHAPES}
 
     def layers() -> Any:
-        return [inputs[weight.shape[0]] @ weight for weight in weights][-1]
+        return [multiply(inputs[weight.shape[1]], weight) for weight in weights][-1]
 
     return 2 * ROWS * sum(weight.numel() for weight in weights) / median_seconds(layers, seconds)
 

@@ -10,11 +10,12 @@ import yaml
 
 from apportion.config import DemoConfig
 from apportion.data.assets import builtin_model, builtin_table, missing_megabytes
+from apportion.models.fast.onednn import linear
 from apportion.models.loading import pick_device, pick_dtype
 from apportion.stages.demo.plan import EVALUATION, POLICY, REWARD, Plan, as_json, make_plan
 from apportion.system import safe_yaml
 from apportion.system.progress import activity
-from apportion.system.rates import measure
+from apportion.system.rates import Rates, measure
 from apportion.system.schedule import Part
 from apportion.training.run_folder import RunFolder, explain_disk_errors
 
@@ -40,7 +41,7 @@ def plan_demo(config: DemoConfig, rl: Path, *, fresh: bool = False) -> Plan:
     device = pick_device("auto")
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     with activity("measuring the machine"):
-        rates = measure(dtype, str(device))
+        rates = machine_rates(dtype, str(device))
     return make_plan(
         rates,
         dtype,
@@ -51,6 +52,11 @@ def plan_demo(config: DemoConfig, rl: Path, *, fresh: bool = False) -> Plan:
         megabytes=missing_megabytes(MODEL, DATA),
         finished=finished,
     )
+
+
+def machine_rates(dtype: str, device: str) -> Rates:
+    """Return the rates of the machine, by the products that models are computed with."""
+    return measure(dtype, device, product=lambda x, weight: linear(x, weight, None))
 
 
 def stored_count(run: RunFolder, name: str) -> int | None:
