@@ -16,11 +16,13 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from apportion.config import RewardConfig
 from apportion.errors import ModelError
 from apportion.models.adapters import adapter_rows
 from apportion.models.files import ADAPTER
 from apportion.models.loading import load_causal, load_classifier
 from apportion.models.tokenizers import read_tokenizer
+from apportion.stages.doctor.reward import check_reward
 from apportion.stages.rl.train import train
 
 CPU = torch.device("cpu")
@@ -208,3 +210,21 @@ def test_added_tokens_come_with_their_embeddings(world: Path, tmp_path: Path, ki
     new = torch.tensor([[50, rows - 1, 70]])
     with torch.no_grad():
         torch.testing.assert_close(load(kind, tmp_path / "adapter")(new).logits, adapted(new).logits)
+
+
+def test_the_doctor_counts_the_embeddings_that_an_adapter_stores(world: Path, tmp_path: Path) -> None:
+    """Its base's settings still name fewer ids than the texts have."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    model = AutoModelForCausalLM.from_pretrained(world / "policy")
+    rows = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(rows + 2)
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"], "task_type": "CAUSAL_LM"}
+    folder = tmp_path / "adapter"
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **whole)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    texts = [{"text": f"<|user|>{text} {i}<|end|>", "label": i % 2} for i, text in enumerate(tiny.TEXTS * 9)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    config = RewardConfig(model=str(folder), data=str(tmp_path / "t.jsonl"), test_texts=20, device="cpu")
+    found = {finding.name: finding for finding in check_reward(config)}
+    assert found["vocabulary"].level == "ok", (found["vocabulary"], found["labels"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from apportion.models.loading import pick_device
+from apportion.models.loading import embeddings_of, pick_device
 from apportion.models.text.bos import added_bos, special_around
 from apportion.models.text.labelled import token_rows
 from apportion.stages.doctor.case import Case
@@ -67,7 +67,7 @@ def repeated_pairs(texts: Sequence[str]) -> Result:
 
 def vocabulary(case: Case) -> Result:
     """Every id of the texts and every special token has an embedding."""
-    return embedded(case.tokenizer, int(case.policy_settings.get_text_config().vocab_size), rows_of(case), "model")
+    return embedded(case.tokenizer, embeddings_of(case.policy_folder, case.policy_settings), rows_of(case), "model")
 
 
 def rows_of(case: Case) -> Sequence[Sequence[int]]:

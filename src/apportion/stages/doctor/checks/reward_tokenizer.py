@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from apportion.models.loading import embeddings_of
 from apportion.models.pretrained import named_positions
 from apportion.models.reward import STATISTICS
 from apportion.models.reward.loading import same_vocabulary
@@ -56,9 +57,10 @@ def as_ids(case: Case) -> Result:
         message = f"it pads with {own.convert_ids_to_tokens(pad)!r} ({pad}), which the policy can generate"
         fix = "Set its pad_token_id to the policy's: the score is taken at the last token that is not padding."
         return fail(message, fix)
-    sampled = int(case.policy_settings.get_text_config().vocab_size)  # ids without a logit are never sampled
+    sampled = embeddings_of(case.policy_folder, case.policy_settings)  # ids without a logit are never sampled
     known = [[i for i in own.get_vocab().values() if i < sampled]]
-    embeddings = embedded(own, int(text.vocab_size), [*known, *case.rows], "reward model")
+    count = embeddings_of(case.reward_folder, case.reward_settings)
+    embeddings = embedded(own, count, [*known, *case.rows], "reward model")
     if embeddings.level == FAIL:
         return embeddings
     limit = named_positions(text, "max_position_embeddings") or UNLIMITED
@@ -76,7 +78,7 @@ def as_text(case: Case, foreign: bool = True) -> Result:
     message = message if foreign else "the policy's vocabulary and a chat template of its own: it scores text in that"
     if not own.is_fast:
         return fail(message, "Save it as a fast tokenizer, with a tokenizer.json.")
-    count = int(text.vocab_size)
+    count = embeddings_of(case.reward_folder, case.reward_settings)
     embeddings = embedded(own, count, (), "reward model")
     if embeddings.level == FAIL:
         return embeddings
