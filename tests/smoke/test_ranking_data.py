@@ -69,6 +69,7 @@ def test_every_source_gives_the_same_rankings(tmp_path: Path) -> None:
     ("row", "prompt", "completions"),
     [
         ({"chosen": "A", "rejected": "B"}, "", ("A", "B")),
+        ({"chosen": "How? A", "rejected": "How? B"}, "How?", (" A", " B")),
         ({"prompt": "How?", "chosen": "A", "rejected": "B"}, "How?", ("A", "B")),
         ({"chosen": ASK + GOOD, "rejected": ASK + BAD}, ASK, (GOOD, BAD)),
         ({"prompt": ASK, "chosen": ASK + GOOD, "rejected": ASK + BAD}, ASK, (GOOD, BAD)),

@@ -4,7 +4,7 @@ from apportion.config.demo import DemoConfig
 from apportion.config.diagnose import DiagnoseConfig
 from apportion.config.evaluate import EvaluateConfig
 from apportion.config.monitors import MonitorsConfig
-from apportion.config.reward import RewardConfig
+from apportion.config.reward import PreferenceConfig, RewardConfig
 from apportion.config.rl import PPOConfig, RLConfig
 from apportion.config.section import Section, to_dict
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
@@ -17,6 +17,7 @@ __all__ = [
     "MonitorsConfig",
     "OptimConfig",
     "PPOConfig",
+    "PreferenceConfig",
     "RLConfig",
     "RewardConfig",
     "SamplingConfig",

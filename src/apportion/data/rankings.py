@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from apportion.data.bad_rows import BadRows, ColumnError
 from apportion.data.conversations import Conversation, conversation, from_cell
@@ -20,6 +20,7 @@ from apportion.distributed import launcher
 from apportion.errors import DataError
 from apportion.system import stderr
 
+T = TypeVar("T")
 Text = str | Conversation  # a text, or turns
 COLUMNS = ("prompt", "completions", "ranks")
 LEAVE_OUT = "or leave such rows out with skip_bad_rows: true"
@@ -72,9 +73,20 @@ def holds_rankings(source: str, *, field: str = "data", split: str | None = None
     return "completions" in first_columns(source, field=field, split=split)
 
 
+@overload
 def read_rankings(
     source: str, *, field: str = "data", bad: BadRows | None = None, split: str | None = None
-) -> list[Ranking]:
+) -> list[Ranking]: ...
+@overload
+def read_rankings(
+    source: str,
+    *,
+    field: str = "data",
+    bad: BadRows | None = None,
+    split: str | None = None,
+    make: Callable[[Ranking], T],
+) -> list[T]: ...
+def read_rankings(source, *, field="data", bad=None, split=None, make=lambda ranking: ranking):  # type: ignore[no-untyped-def]
     """Return the rankings of `source`, in the order of the file.
 
     Args:
@@ -83,6 +95,7 @@ def read_rankings(
             rankings of two, with their margin in an optional column `margin`.
         field: the configuration key that gave `source`, for error messages.
         bad: the log of invalid rows; None makes the first of them an error.
+        make: makes something else of each ranking; a DataError that it raises makes the row invalid.
 
     A row that repeats another, without saying who ranked it, is left out, and a warning counts such rows.
 
@@ -91,10 +104,11 @@ def read_rankings(
             absent, of another number, no numbers, or two rankings of one item by one person; each with its row.
     """
     reader = _Reader(field)
-    found = [one for made in usable(source, reader, field=field, bad=bad, split=split) for one in made]
+    rows = usable(source, lambda row: [make(one) for one in reader(row)], field=field, bad=bad, split=split)
+    found = [one for made in rows for one in made]
     if reader.repeated and launcher.is_log_rank():
-        rows = "1 row repeats" if reader.repeated == 1 else f"{reader.repeated} rows repeat"
-        text = f"{rows} another, with the same ranks and no annotator: left out"
+        counted = "1 row repeats" if reader.repeated == 1 else f"{reader.repeated} rows repeat"
+        text = f"{counted} another, with the same ranks and no annotator: left out"
         stderr.write(f"warning: {field}: {source}: {text}.\n")
     return found
 
@@ -170,7 +184,10 @@ def of_pair(row: Row, field: str = "data") -> Ranking:
     given = None if row.get("prompt") is None else _text(row, "prompt", field)
     prompt: Text
     completions: tuple[Text, Text]
-    if isinstance(chosen, str) or isinstance(rejected, str):
+    if given is None and isinstance(chosen, str) and isinstance(rejected, str):
+        prompt = common_beginning(chosen, rejected)
+        completions = (chosen[len(prompt) :], rejected[len(prompt) :])
+    elif isinstance(chosen, str) or isinstance(rejected, str):
         prompt, completions = "" if given is None else given, (chosen, rejected)
     elif isinstance(given, Conversation) and not _begins(chosen, given) and not _begins(rejected, given):
         prompt, completions = given, (chosen, rejected)
