@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from apportion.data.bad_rows import BadRows
-from apportion.data.rankings import Ranking, holds_rankings, item_of, read_rankings
+from apportion.data.rankings import Ranking, item_of, kind_of, read_rankings
 from apportion.errors import DataError
 
 ASK = [{"role": "user", "content": "How?"}]
@@ -61,8 +61,12 @@ def test_every_source_gives_the_same_rankings(tmp_path: Path) -> None:
     write(tmp_path / "folder" / "test.jsonl", [ROW])
     assert without_place(read_rankings(str(tmp_path / "folder"))) == without_place(lines)
     assert len(read_rankings(str(tmp_path / "folder"), split="test")) == 1
-    assert holds_rankings(str(tmp_path / "folder")) and holds_rankings(str(tmp_path / "a.parquet"))
-    assert not holds_rankings(write(tmp_path / "b.jsonl", [{"text": "a", "label": 1}]))
+    assert {kind_of(str(tmp_path / name)) for name in ("folder", "a.parquet")} == {"rankings"}
+    pair = {"chosen": "a", "rejected": "b"}
+    kinds = [
+        kind_of(write(tmp_path / "b.jsonl", [row])) for row in ({"text": "a", "label": 1}, pair, pair | {"label": 1})
+    ]
+    assert kinds == ["other", "pairs", "other"] and kind_of("imdb") == "other"
 
 
 @pytest.mark.parametrize(

@@ -327,17 +327,17 @@ def test_conversations_are_rendered_and_long_answers_cut(
 ) -> None:
     tokens = tiny.tokenizer()
     tokens.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
-    ask = [{"role": "user", "content": "How?"}]
+    turn = [{"role": "user", "content": "How?"}]
     answers: list[Any] = ["Fine " * 40, "No"]
     turns = [[{"role": "assistant", "content": answer.strip()}] for answer in answers]
     source = write(
         tmp_path / "a.jsonl",
-        [{"prompt": ask, "completions": given, "ranks": [1, 2]} for given in (["Fine " * 39 + "Fine", "No"], turns)],
+        [{"prompt": turn, "completions": given, "ranks": [1, 2]} for given in (["Fine " * 39 + "Fine", "No"], turns)],
     )
     encoder = Encoder(config(world, preferences={"max_tokens": 20}), lambda: tokens, "data")
     one, two = read_rankings(source, make=encoder)
-    assert one.completions == two.completions and one.prompt == "<user>How?;<assistant>"
-    prompt = len(tokens(one.prompt)["input_ids"])
+    assert one.completions == two.completions and one.prompt == two.prompt
+    prompt = len(tokens("<user>How?;<assistant>")["input_ids"])
     assert one.lengths[0] == 20 and len(one.completions[0].ids) == prompt + 20 and encoder.cut == 2
     assert tokens.decode(one.completions[1].ids) == "<user>How?;<assistant>No;"
     words = flags(world, tmp_path / "run", **{"preferences.max_tokens": 3, "preferences.epochs": 1})

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
+from apportion.data.assets import BUILTIN_DATA
 from apportion.data.bad_rows import BadRows, ColumnError
 from apportion.data.conversations import Conversation, conversation, from_cell
 from apportion.data.formats import Row
 from apportion.data.formats.rows import listed
 from apportion.data.label_rows import PAIR
 from apportion.data.prompts import common_beginning
+from apportion.data.splits import bucket
 from apportion.data.tables import check_text, first_columns, require, usable
 from apportion.distributed import launcher
 from apportion.errors import DataError
@@ -57,6 +59,18 @@ class Ranking:
         judged = [rank for rank in self.ranks if rank is not None]
         return sum(a != b for i, a in enumerate(judged) for b in judged[:i])
 
+    @property
+    def key(self) -> str:
+        """What names the prompt, for splits and clusters; without a prompt the first completion."""
+        whole = self.prompt if isinstance(self.prompt, str) else canonical(self.prompt)
+        return whole if whole.strip() else canonical(self.completions[0])
+
+
+def split_by_prompt(rankings: Sequence[T], key: Callable[[T], str]) -> tuple[list[T], list[T]]:
+    """Return (training, held-out) rankings: a fixed tenth of their prompts is held out, by hash."""
+    buckets = [(one, bucket(key(one))) for one in rankings]
+    return [one for one, number in buckets if number >= 10], [one for one, number in buckets if number < 10]
+
 
 def canonical(value: Any) -> str:
     """Return the JSON that is the same for equal values: sorted keys, no spaces, characters as they are."""
@@ -68,9 +82,19 @@ def item_of(prompt: Any, completions: Sequence[Any]) -> str:
     return hashlib.sha256(canonical({"prompt": prompt, "completions": list(completions)}).encode()).hexdigest()
 
 
-def holds_rankings(source: str, *, field: str = "data", split: str | None = None) -> bool:
-    """Whether the first readable row of `source` has K completions. Raises DataError as `read_rows`."""
-    return "completions" in first_columns(source, field=field, split=split)
+def kind_of(source: str, *, field: str = "data", split: str | None = None, label: str = "label") -> str:
+    """Return what the first readable row of `source` is: "rankings", "pairs" or "other".
+
+    Args:
+        label: the column whose presence makes a row of chosen and rejected a labelled text.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    columns = [] if source in BUILTIN_DATA else first_columns(source, field=field, split=split)
+    if "completions" in columns:
+        return "rankings"
+    return "pairs" if set(columns) >= set(PAIR) and label not in columns else "other"
 
 
 @overload

@@ -37,7 +37,7 @@ class RankedExcerpts(NamedTuple):
         lengths: of each completion, tokens behind the prompt.
         ranks: of each ranking, K numbers: the lowest is best, NaN is "cannot judge".
         margins: of each ranking, K values.
-        prompt: what the completions answer, as text.
+        prompt: what names the prompt (`data.rankings.Ranking.key`).
     """
 
     completions: list[Excerpt]

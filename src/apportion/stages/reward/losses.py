@@ -76,7 +76,7 @@ def _ranked(batch: Sequence[Excerpt | ExcerptPair | RankedExcerpts]) -> list[Ran
 
 
 def micro_batches(batch: Sequence[Excerpt | ExcerptPair | RankedExcerpts], mine: Tensor, most: int) -> list[Tensor]:
-    """Return the rows `mine` (n,) of a batch in parts of at most `most` excerpts or pairs.
+    """Return the rows `mine` (n,) of a batch by at most `most` excerpts or pairs.
 
     Of rankings, a part has at most so many completions, or those of one prompt: they stay together.
     """

@@ -95,9 +95,9 @@ def pairs_of(held_out: Sequence[RankedExcerpts], scores: Sequence[Tensor]) -> li
 
 
 def _prompts(held_out: Sequence[RankedExcerpts]) -> list[int]:
-    """Return a number for the prompt of each ranking; those without one are each of their own."""
+    """Return a number for the prompt of each ranking."""
     known: dict[str, int] = {}
-    return [known.setdefault(unit.prompt.strip() or f" {i}", len(known)) for i, unit in enumerate(held_out)]
+    return [known.setdefault(unit.prompt, len(known)) for unit in held_out]
 
 
 def _figures(pairs: Sequence[Pair]) -> dict[str, Any]:

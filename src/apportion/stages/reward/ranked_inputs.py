@@ -11,15 +11,12 @@ from typing import Any, NamedTuple
 
 from apportion.config import PreferenceConfig, RewardConfig
 from apportion.data import BadRows, Labelled, Layout
-from apportion.data.assets import BUILTIN_DATA
-from apportion.data.label_rows import PAIR, RowReader
-from apportion.data.rankings import Ranking, Text, read_rankings
-from apportion.data.splits import bucket
-from apportion.data.tables import first_columns, usable
+from apportion.data.label_rows import RowReader
+from apportion.data.rankings import Ranking, kind_of, read_rankings, split_by_prompt
+from apportion.data.tables import usable
 from apportion.errors import ConfigError, DataError
 from apportion.models.loading import context_of, locate
-from apportion.models.text.chat import with_response
-from apportion.models.text.labelled import chat_renderer
+from apportion.models.text.labelled import chat_renderer, ranked_texts
 from apportion.stages.reward.evaluation import token_ids
 from apportion.stages.reward.excerpts import Excerpt, RankedExcerpts
 from apportion.stages.reward.ranked import merged
@@ -46,9 +43,9 @@ def reads_rankings(config: RewardConfig) -> bool:
     Raises:
         DataError: `data` cannot be read. ConfigError: settings of rankings that would be ignored.
     """
-    columns = [] if config.data in BUILTIN_DATA else first_columns(config.data, field="data", split=config.split)
-    paired = set(columns) >= set(PAIR) and (config.label_column or "label") not in columns
-    if "completions" in columns or (paired and config.preferences.whole):
+    kind = kind_of(config.data, split=config.split, label=config.label_column or "label")
+    paired = kind == "pairs"
+    if kind == "rankings" or (paired and config.preferences.whole):
         return True
     usual = PreferenceConfig()
     changed = [
@@ -84,18 +81,11 @@ class Encoder:
         Raises:
             DataError: a conversation that cannot be rendered, or a text longer than the context; with its row.
         """
-        rows = [self._labelled(ranking.prompt, one, ranking.where) for one in ranking.completions]
+        rows = ranked_texts(ranking, self._render, self.field)
         excerpts, lengths = self.encode(rows, ranking.where)
         ranks = tuple(math.nan if rank is None else rank for rank in ranking.ranks)
         margins = ranking.margins or (0.0,) * len(ranks)
-        return RankedExcerpts(excerpts, lengths, [ranks], [margins], rows[0].text[: rows[0].prompt])
-
-    def _labelled(self, prompt: Text, completion: Text, where: str) -> Labelled:
-        if isinstance(prompt, str):
-            return Labelled(prompt + str(completion), 0, len(prompt))
-        turns = with_response(prompt, completion) if isinstance(completion, str) else [*prompt, *completion]
-        before, answer = self._render(prompt.with_turns(turns), where, self.field)
-        return Labelled(before + answer, 0, len(before), rendered=True)
+        return RankedExcerpts(excerpts, lengths, [ranks], [margins], ranking.key)
 
     def encode(self, rows: Sequence[Labelled], where: str) -> tuple[list[Excerpt], list[int]]:
         """Return the texts as excerpts, each with at most `preferences.max_tokens` behind its prompt, and how many."""
@@ -122,15 +112,14 @@ def ranked_splits(config: RewardConfig, load: Callable[[], Any], bad: BadRows | 
     """
     everything = _encoded(config, load, config.data, "data", config.split, bad)
     if config.test_data is None:
-        training = [one for one in everything if bucket(_key(one)) >= 10]
-        held_out = [one for one in everything if bucket(_key(one)) < 10]
+        training, held_out = split_by_prompt(everything, lambda one: one.prompt)
     else:
         training = everything
         held_out = _encoded(config, load, config.test_data, "test_data", config.test_split, bad)
     ties = config.preferences.ties
     useful = [one for one in training if one.has_pair(ties)]
     held_out = sorted(
-        (one for one in held_out if one.pairs), key=lambda one: hashlib.sha256(_key(one).encode()).digest()
+        (one for one in held_out if one.pairs), key=lambda one: hashlib.sha256(one.prompt.encode()).digest()
     )
     if not useful or not held_out:
         which, count = ("train on", len(useful)) if not useful else ("hold out", len(held_out))
@@ -143,11 +132,6 @@ def ranked_splits(config: RewardConfig, load: Callable[[], Any], bad: BadRows | 
     if config.preferences.demonstrations is not None:
         centred, over = _demonstrations(config, load, bad), "demonstrations"
     return RankedSplits(merged(useful), held_out[: config.test_texts], centred, over)
-
-
-def _key(unit: RankedExcerpts) -> str:
-    """Return the text by whose hash a ranking is held out: its prompt, or its first completion's ids without one."""
-    return unit.prompt if unit.prompt.strip() else " ".join(map(str, unit.completions[0].ids))
 
 
 def _encoded(

@@ -8,10 +8,8 @@ the mean subtracted at the end, as in Ouyang et al. 2022 (arXiv 2203.02155).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +21,11 @@ from apportion.distributed.launch import check_launch
 from apportion.errors import ConfigError
 from apportion.models.fast import use_packed_weights
 from apportion.models.loading import pick_device, pick_dtype
-from apportion.models.reward import STATISTICS, load_reward
-from apportion.models.reward.mean import subtract_mean
-from apportion.models.saving import model_card, save_classifier
-from apportion.stages.reward.evaluation import evaluate
 from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, RankedExcerpts, flat, right_pad, shuffled_batches
+from apportion.stages.reward.final import evaluate_final, save_reward
 from apportion.stages.reward.inputs import Inputs, prepare
 from apportion.stages.reward.learner import RewardLearner
 from apportion.stages.reward.losses import MeanLoss, micro_batches
-from apportion.stages.reward.ranked_evaluation import evaluate_rankings, mean_reward
-from apportion.system.progress import activity
 from apportion.training.monitoring import warn
 from apportion.training.optimizer import learning_rate, zero_with_grad
 from apportion.training.run_folder import RunFolder
@@ -89,10 +82,10 @@ def _train(session: TrainingSession, run: RunFolder, config: RewardConfig) -> No
             session.log(step, metrics)
     evaluation: dict[str, Any] = {}
     session.save_final(
-        lambda part: _save(learner, config, given, part),
+        lambda part: save_reward(learner.model, config, given, part),
         learner,
         size=saved_bytes(learner.model),
-        evaluate=lambda part: evaluation.update(_evaluate(learner, run, config, given, part)),
+        evaluate=lambda part: evaluation.update(evaluate_final(learner, run, config, given, part)),
     )
     with collectives.error_barrier():
         if collectives.is_main():
@@ -106,51 +99,6 @@ def check_shares(config: RewardConfig) -> None:
     if config.batch_size < launcher.launched():
         expected = f"at least {launcher.launched()}, an excerpt a process"
         raise ConfigError("batch_size", config.batch_size, expected, "Raise it, or launch fewer.")
-
-
-def _save(learner: RewardLearner, config: RewardConfig, given: Inputs, folder: Path) -> None:
-    """Write the model to `folder`."""
-    text, loss = "R = logit(positive) − logit(negative).", "Bradley–Terry"
-    if given.ranked:
-        loss = "Plackett–Luce" if config.preferences.loss == "plackett_luce" else loss
-        text = f"R = logit. Trained on rankings of whole completions by the {loss} loss."
-    elif isinstance(given.excerpts[0], ExcerptPair):
-        text += f" Trained on preference pairs by the {loss} loss, which only differences of R have a part in."
-    card = model_card("Reward model", "reward-model", text, to_dict(config))
-    labels, lora = 1 if given.ranked else 2, config.lora.rank > 0
-    save_classifier(learner.model, given.tokenizer, given.folder, folder, card, lora=lora, labels=labels)
-
-
-def _evaluate(
-    learner: RewardLearner, run: RunFolder, config: RewardConfig, given: Inputs, folder: Path
-) -> dict[str, Any]:
-    """Return the evaluation of the model in `folder`, after its mean was subtracted; write its mean and sd there."""
-    learner.release()
-    centred = _centre(run, config, given, folder) if given.ranked and config.preferences.zero_mean else {}
-    with activity("evaluating"):
-        if given.ranked:
-            evaluation = evaluate_rankings(folder, given.test_rows, config) | centred
-        else:
-            evaluation = evaluate(folder, given.test_rows, config)
-    statistics = json.dumps({"mean": evaluation["score_mean"], "sd": evaluation["score_sd"]})
-    run.retry_when_full(lambda: (folder / STATISTICS).write_text(statistics), len(statistics))
-    return evaluation
-
-
-def _centre(run: RunFolder, config: RewardConfig, given: Inputs, folder: Path) -> dict[str, Any]:
-    """Subtract the mean reward from the model in `folder`, in float32; return the mean, and where it is subtracted."""
-    with activity("zero mean"):
-        reward = load_reward(str(folder), device=config.device, fast_kernels=config.fast_kernels, field="model")
-        mean, size = mean_reward(reward, given.centred), saved_bytes(reward.model)
-        del reward
-    place = ""
-
-    def write() -> None:
-        nonlocal place
-        place = subtract_mean(folder, mean, given.over)
-
-    run.retry_when_full(write, size)
-    return {"subtracted_mean": mean, "subtracted_in": place, "subtracted_over": given.over}
 
 
 def train_batch(
