@@ -6,10 +6,12 @@ from apportion.config.evaluate import EvaluateConfig
 from apportion.config.monitors import MonitorsConfig
 from apportion.config.reward import PreferenceConfig, RewardConfig
 from apportion.config.rl import PPOConfig, RLConfig
+from apportion.config.sample import AnswerSampling, SampleConfig
 from apportion.config.section import Section, to_dict
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
 
 __all__ = [
+    "AnswerSampling",
     "DemoConfig",
     "DiagnoseConfig",
     "EvaluateConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "PreferenceConfig",
     "RLConfig",
     "RewardConfig",
+    "SampleConfig",
     "SamplingConfig",
     "ScoreConfig",
     "Section",
