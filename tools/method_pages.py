@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from response_pictures import credit_picture, segments_picture
@@ -28,12 +27,14 @@ from apportion.registry import parse
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "methods"
-ROOMS: Mapping[str, tuple[str, ModuleType]] = {
-    "credit": ("Where does the reward land?", credit),
-    "segments": ("What counts as one action?", segments),
-    "advantages": ("How do returns become advantages?", advantages),
-    "loss": ("How do advantages become a gradient?", losses),
+ROOMS: Mapping[str, tuple[str, Mapping[str, Callable[..., Any]]]] = {
+    "credit": ("Where does the reward land?", credit.METHODS),
+    "segments": ("What counts as one action?", segments.METHODS),
+    "advantages": ("How do returns become advantages?", advantages.METHODS),
+    "loss": ("How do advantages become a gradient?", losses.METHODS),
+    "preference": ("What does a reward model learn from people's rankings?", losses.PREFERENCES),
 }
+MODULES = {"loss": "losses", "preference": "losses"}  # where the package differs from the name
 
 
 def main() -> int:
@@ -62,8 +63,8 @@ def _same(path: Path, text: str) -> bool:
 def pages() -> dict[str, str]:
     """Return {path in docs/methods: text} of every page and picture, the index too."""
     found = {"README.md": index()}
-    for field, (_, room) in ROOMS.items():
-        for name, factory in room.METHODS.items():
+    for field, (_, methods) in ROOMS.items():
+        for name, factory in methods.items():
             drawn_figure = picture(field, name)
             if drawn_figure is not None:
                 found[f"images/{field}-{name}.svg"] = drawn_figure
@@ -74,9 +75,9 @@ def pages() -> dict[str, str]:
 def index() -> str:
     """Return the list of all pages."""
     lines = ["# Methods", "", "Drawn from the docstrings by `python tools/method_pages.py`.", ""]
-    for field, (question, room) in ROOMS.items():
+    for field, (question, methods) in ROOMS.items():
         lines += [f"## `{field}`: {question}", "", "| name | what it is |", "|---|---|"]
-        lines += [f"| [`{n}`]({field}-{n}.md) | {purpose(f)} |" for n, f in room.METHODS.items()]
+        lines += [f"| [`{n}`]({field}-{n}.md) | {purpose(f)} |" for n, f in methods.items()]
         lines.append("")
     return "\n".join(lines)
 
@@ -88,8 +89,8 @@ def purpose(factory: Callable[..., Any]) -> str:
 
 def page(field: str, name: str, factory: Callable[..., Any], drawn: bool) -> str:
     """Return the page of one method; `drawn` says whether it has a picture."""
-    given = ", ".join(f"{p.name}={literal(p.default)}" for p in inspect.signature(factory).parameters.values())
-    room = "losses" if field == "loss" else field
+    given = ", ".join(argument(p) for p in inspect.signature(factory).parameters.values())
+    room = MODULES.get(field, field)
     parts = [
         f"# `{name}`",
         f"*{field}.* {purpose(factory)}",
@@ -100,6 +101,13 @@ def page(field: str, name: str, factory: Callable[..., Any], drawn: bool) -> str
         pictured(field, name) if drawn else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def argument(parameter: inspect.Parameter) -> str:
+    """Return a parameter as a call writes it: with its default, or the name of what is given in its place."""
+    if parameter.default is inspect.Parameter.empty:
+        return parameter.name
+    return f"{parameter.name}={literal(parameter.default)}"
 
 
 def literal(value: object) -> str:
@@ -143,6 +151,8 @@ def _listed(lines: list[str]) -> str:
 
 def used_by(field: str, name: str) -> str:
     """Return the named algorithms that hold this method."""
+    if field == "preference":
+        return ""
     users = [a for a, spec in ALGORITHMS.items() if name in [n for n, _ in parse(field, getattr(spec, field))]]
     return "**Algorithms that use it:** " + ", ".join(f"`{a}`" for a in users) if users else ""
 

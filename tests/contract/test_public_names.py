@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import apportion
-from apportion import Credit, Rollouts, advantages, credit, segments
+from apportion import Credit, Rollouts, advantages, credit, losses, segments
 from apportion.errors import ConfigError, DataError, DiskError, from_data
 
 # as the design writes them; "*" starts keyword-only parameters. Those that do not exist yet are checked once they do
@@ -124,6 +124,15 @@ def test_factories_are_callable_without_arguments_and_state_what_they_need(folde
 def test_chain_and_apply():
     assert bare(credit.chain) == "(*credits, allow_redistributing_penalties=False)"
     assert bare(credit.apply) == "(credit, rollouts, state=None)"
+
+
+def test_losses_on_rankings():
+    expected = "(scores, groups, ranks, *, margins=None, ties='skip', weight='prompt')"
+    assert {name: bare(loss) for name, loss in losses.PREFERENCES.items()} == {
+        "bradley_terry": expected,
+        "plackett_luce": expected,
+    }
+    assert all(getattr(losses, name) is loss for name, loss in losses.PREFERENCES.items())
 
 
 def test_the_flags_of_the_built_in_credits():

@@ -19,6 +19,7 @@ from apportion.config import (
     PPOConfig,
     RewardConfig,
     RLConfig,
+    SampleConfig,
     Section,
     to_dict,
 )
@@ -26,7 +27,7 @@ from apportion.config.renamed import check_renamed
 from apportion.config.section import rule_of, settings_of
 from apportion.errors import ConfigError
 
-STAGES = (RLConfig, RewardConfig, EvaluateConfig, DiagnoseConfig, DemoConfig)
+STAGES = (RLConfig, RewardConfig, EvaluateConfig, DiagnoseConfig, DemoConfig, SampleConfig)
 
 
 class OtherStage(Section):

@@ -205,6 +205,33 @@ def test_the_reward_stage_is_checked_as_well(model_command: Command, good: Path)
     assert {one["level"] for one in results.values()} == {"ok"}, results
 
 
+def ranked(path: Path, count: int, **more: Any) -> Path:
+    """Write rankings of two answers."""
+    rows = [{"prompt": f"Film {i}:", "completions": [f" good {i}", f" bad {i}"], "ranks": [1, 2]} for i in range(count)]
+    path.write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "check", "level", "piece"),
+    [
+        (40, {}, "labels", "ok", "held-out rankings with"),
+        (40, {}, "excerpts", "ok", "context 128; 0 of"),
+        (40, {"ranks": [1, 1]}, "labels", "fail", "have no pair (all tied, or not judged)"),
+        (40, {"prompt": "x" * 400}, "labels", "fail", "0 held-out rankings"),
+        (40, {"ranks": ["1", "2"]}, "labels", "fail", "ranks[0] = '1' (str)"),
+        (40, {"completions": ["a " * 30, "b"]}, "excerpts", "warn", "Raise preferences.max_tokens"),
+    ],
+)
+def test_rankings_are_checked_as_well(
+    model_command: Command, good: Path, tmp_path: Path, rows: int, more: Any, check: str, level: str, piece: str
+) -> None:
+    words = ["--model", good / "policy", "--data", ranked(tmp_path / "d.jsonl", rows, **more)]
+    words += ["--preferences.max_tokens", "20"]
+    one = findings(model_command("doctor", "--stage", "reward", *words, "--json"))[check]
+    assert one["level"] == level and piece in one["message"] + one["fix"], one
+
+
 def labelled(path: Path, rows: list[tuple[str, int]]) -> Path:
     """Write labelled texts as CSV."""
     path.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))

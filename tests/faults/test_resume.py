@@ -25,6 +25,7 @@ from apportion.cli.arguments import parse
 from apportion.cli.main import main, resume_command
 from apportion.config import RewardConfig
 from apportion.errors import ConfigError, DiskError, Interrupted
+from apportion.stages.reward import final
 from apportion.stages.reward import train as reward
 from apportion.stages.rl import train as rl
 from apportion.system import disk
@@ -385,20 +386,36 @@ def test_a_reward_model_resumes_too(models: Path, tmp_path: Path, changes: dict[
     assert json.loads((run / "status.json").read_text())["resumed_from"] == 2
 
 
+def test_a_reward_model_of_rankings_resumes_too(models: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Film {i}:", "completions": [" good", " so so", " bad"], "ranks": [1, 2, 3]} for i in range(40)]
+    for name, part in (("train", rows), ("test", rows[:4])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    changes = {"data": tmp_path / "train.jsonl", "test_data": tmp_path / "test.jsonl", "preferences.epochs": 2}
+    whole = reward.train(reward_config(models, tmp_path / "whole", **changes)).path
+    run = tmp_path / "run"
+    with pytest.raises(Stopped):
+        reward.train(reward_config(models, run, **changes), on_step=stop_after(7))
+    steps: list[int] = []
+    reward.train(reward_config(models, run, **changes), on_step=lambda step, *rest: steps.append(step))
+    assert steps == [7, 8, 9, 10] and difference(traces(whole), traces(run)) == SAME
+    for name in ("reward.json", "config.json", "model.safetensors"):
+        assert (whole / "final" / name).read_bytes() == (run / "final" / name).read_bytes()
+
+
 def test_a_reward_model_has_its_name_when_all_of_it_is_there(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, evaluate = tmp_path / "run", reward.evaluate
+    run, evaluate = tmp_path / "run", final.evaluate
 
     def killed(folder: Path, *rest: Any) -> Any:
         assert (folder / "model.safetensors").is_file() and folder != run / "final"
         raise Stopped
 
-    monkeypatch.setattr(reward, "evaluate", killed)
+    monkeypatch.setattr(final, "evaluate", killed)
     with pytest.raises(Stopped):
         reward.train(reward_config(models, run))
     assert not (run / "final").exists() and not RunFolder(run, "reward").finished
-    monkeypatch.setattr(reward, "evaluate", evaluate)
+    monkeypatch.setattr(final, "evaluate", evaluate)
     steps: list[int] = []
     reward.train(reward_config(models, run), on_step=lambda step, *rest: steps.append(step))
     assert steps == [5] and not (run / "final.tmp").exists() and (run / "final" / "reward.json").is_file()

@@ -13,6 +13,7 @@ from apportion import advantages, credit, losses, segments
 ROOT = Path(__file__).parents[2]
 ROOMS = {"credit": credit, "segments": segments, "advantages": advantages, "loss": losses}
 EVERY = [(field, name) for field, room in ROOMS.items() for name in room.METHODS]
+EVERY += [("preference", name) for name in losses.PREFERENCES]
 
 
 def test_the_pages_and_pictures_are_what_would_be_written() -> None:

@@ -95,6 +95,18 @@ def test_evaluation_alone_is_enough(tmp_path: Path) -> None:
     assert 'id="curves"' not in html
 
 
+def test_a_reward_model_of_rankings_stands_beside_length_alone(tmp_path: Path) -> None:
+    half, more = {"mean": 0.5, "low": 0.4, "high": 0.6}, {"mean": 0.75, "low": 0.7, "high": 0.8}
+    group = {"accuracy": more, "length_only": half, "pairs": 9}
+    evaluation = {"accuracy": more, "length_only": half, "gain_over_length": {"mean": 0.25, "low": 0.1, "high": 0.4}}
+    evaluation |= {"by_rank_gap": {"1": group}, "by_score_gap": {"0 to 0.5": group}}
+    evaluation |= {"by_length_difference": {"within 10%": group, "winner longer": group}}
+    run = make_run(tmp_path / "run", evaluation_json=evaluation, status_json={"stage": "reward"})
+    html = write_report([run], tmp_path / "r.html").read_text()
+    for text in ("Length alone", "Gain over length", "Accuracy by rank gap", "within 10%", "0 to 0.5"):
+        assert text in html, text
+
+
 def test_the_end_tokens_advantage_is_drawn_with_a_sentence(tmp_path: Path) -> None:
     key, note = "advantage/end_token_length_corr", "judged by the score alone"
     rows = [row | {key: -0.8, "advantage/quarter_1": 0.2} for row in METRICS]

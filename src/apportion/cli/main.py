@@ -17,7 +17,8 @@ from apportion.system.heartbeat import heartbeat
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("demo", "reward model, PPO with dense credit, an independent judge and a page, in minutes"),
-    "reward": ("reward", "train a reward model on labelled texts or preference pairs"),
+    "reward": ("reward", "train a reward model on labelled texts, preference pairs or rankings"),
+    "sample": ("sample", "write K answers to every prompt, for people to rank or a reward model to score"),
     "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
     "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
     "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def after_interrupt(name: str) -> str:
     """Return what running command `name` again does after an interrupt that came between checkpoints, or before one."""
+    if name == "sample":
+        return "the same command resumes after the last row that was written"
     if name in CHECKPOINTED:
         return "the same command resumes from the last checkpoint, or starts over where there is none yet"
     return f"`apportion {name}` writes no checkpoints: the same command starts over"

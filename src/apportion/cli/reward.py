@@ -1,4 +1,4 @@
-"""`apportion reward`: train a reward model on labelled texts or preference pairs."""
+"""`apportion reward`: train a reward model on labelled texts, preference pairs or rankings."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ EXAMPLES = """examples:
   apportion reward                                  # IMDb on SmolLM2-135M
   apportion reward --data reviews.csv --model my/base --output runs/my-reward
   apportion reward --data pairs.jsonl.gz --model my/base --excerpt_tokens '[16, 128]'
+  apportion reward --data rankings.jsonl --model my/sft --preferences.loss plackett_luce
+  apportion reward --data pairs.parquet --model my/sft --preferences.whole true
   apportion reward --lora.rank 0 --optim.lr 2e-5    # all weights
 """
 SHOWN = {"loss/reward": "loss", "accuracy": "accuracy", "time/total": "s"}
@@ -32,7 +34,8 @@ def run(arguments: list[str]) -> int:
     if not launcher.is_log_rank():
         return 0
     figures = finished.read("evaluation.json")
-    note(f"held-out accuracy {interval(figures['accuracy'], 3)}, calibration error {figures['ece']:.3f}")
+    beside = f", of length alone {interval(figures['length_only'], 3)}" if "length_only" in figures else ""
+    note(f"held-out accuracy {interval(figures['accuracy'], 3)}{beside}, calibration error {figures['ece']:.3f}")
     sys.stdout.write(f"{finished.path}\n")
     return 0
 

@@ -4,12 +4,14 @@ from apportion.config.demo import DemoConfig
 from apportion.config.diagnose import DiagnoseConfig
 from apportion.config.evaluate import EvaluateConfig
 from apportion.config.monitors import MonitorsConfig
-from apportion.config.reward import RewardConfig
+from apportion.config.reward import PreferenceConfig, RewardConfig
 from apportion.config.rl import PPOConfig, RLConfig
+from apportion.config.sample import AnswerSampling, SampleConfig
 from apportion.config.section import Section, to_dict
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
 
 __all__ = [
+    "AnswerSampling",
     "DemoConfig",
     "DiagnoseConfig",
     "EvaluateConfig",
@@ -17,8 +19,10 @@ __all__ = [
     "MonitorsConfig",
     "OptimConfig",
     "PPOConfig",
+    "PreferenceConfig",
     "RLConfig",
     "RewardConfig",
+    "SampleConfig",
     "SamplingConfig",
     "ScoreConfig",
     "Section",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from apportion.config.rules import Count, CountOrZero, Device, Dtype, Interval, Name, NotNegative, Seed, Switch, Word
@@ -9,13 +11,39 @@ from apportion.config.section import Section
 from apportion.config.sections import LoraConfig, OptimConfig
 
 
+class PreferenceConfig(Section):
+    """Learning from rankings of K completions, whole, by a head of one label: R is its logit."""
+
+    whole: Switch = False
+    """read preference pairs as rankings of two whole answers, instead of excerpts; rankings are always whole."""
+    loss: Literal["bradley_terry", "plackett_luce"] = "bradley_terry"
+    """all pairs of a ranking, or the likelihood of its whole order."""
+    ties: Literal["skip", "half"] = "skip"
+    """two equal ranks are no pair, or one that is half won by either."""
+    weight: Literal["prompt", "pair"] = "prompt"
+    """every ranking counts 1, or every pair."""
+    margins: Switch = True
+    """use the margins that rows have."""
+    epochs: Count = 1
+    """passes over the rankings; more overfit soon."""
+    max_tokens: Count = 512
+    """longest answer, tokens; a longer one is cut, and counted."""
+    center_coef: NotNegative = 0.0
+    """weight of a penalty on (2·mean R of a prompt)², which holds rewards near 0 in training; 0.01 is usual."""
+    zero_mean: Switch = True
+    """subtract the mean reward after training, over the completions of `data`."""
+    demonstrations: Word | None = None
+    """take that mean over these texts instead: text, messages, or prompt and completion."""
+
+
 class RewardConfig(Section):
-    """`apportion reward`: train a 2-class reward model, R = logit(positive) − logit(negative), on labels or pairs."""
+    """`apportion reward`: train a reward model on labelled texts, preference pairs or rankings of K completions."""
 
     model: Name = "smollm2"
     """start: `smollm2`, a folder, or a hub id."""
     data: Name = "imdb"
-    """`imdb`, a file (CSV, TSV, JSON, Parquet, Arrow) or folder of labelled texts or preference pairs, or a hub id."""
+    """`imdb`, a file (CSV, TSV, JSON, Parquet, Arrow) or folder of labelled texts, preference pairs or rankings, or a
+    hub id."""
     test_data: Word | None = None
     """held-out data of the same form; null holds out a fixed part of `data` by hash."""
     split: Name | None = None
@@ -33,17 +61,19 @@ class RewardConfig(Section):
     output: Name = "runs/reward"
     """run folder."""
     excerpts: Count = 10000
-    """training excerpts, each cut at random from a text; of preference pairs, pairs of them."""
+    """training excerpts, each cut at random from a text; of preference pairs, pairs of them; not of rankings."""
     excerpt_tokens: Interval = Field(default_factory=lambda: [8, 64])
-    """shortest and longest excerpt, tokens; behind a prompt, or what the texts of a pair have in common."""
+    """shortest and longest excerpt, tokens, behind a prompt or what the texts of a pair share; not of rankings."""
     probe_excerpts: CountOrZero = 2000
-    """excerpts to fit the head on by logistic regression before training; 0 starts from a random head."""
+    """excerpts, or ranked completions, to fit the head on by logistic regression before training; 0 starts from a
+    random head."""
     batch_size: Count = 16
-    """excerpts, or pairs of them, an optimizer step."""
+    """excerpts, pairs of them, or prompts with all their ranked completions, an optimizer step."""
     micro_batch: Count = 16
-    """excerpts a forward and backward pass (memory only; it does not change the result)."""
+    """excerpts a forward and backward pass (memory only; it does not change the result); a prompt's ranked completions
+    stay together."""
     test_texts: Count = 1000
-    """held-out texts to evaluate on."""
+    """held-out texts, pairs or rankings to evaluate on."""
     checkpoint_every: CountOrZero = 100
     """steps between checkpoints; 0 for none."""
     keep_checkpoints: Count = 2
@@ -66,3 +96,4 @@ class RewardConfig(Section):
     """faster layers, equal up to rounding; off, every layer is that of transformers and peft."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-3))
+    preferences: PreferenceConfig = Field(default_factory=PreferenceConfig)

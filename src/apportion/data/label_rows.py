@@ -64,13 +64,16 @@ class RowReader:
         field: the configuration key that gave the table, for error messages.
         render: renders conversations; None where there is no chat template.
         pairs: whether preference pairs are read as well.
+        labels: whether rows have a label; without, all texts are good ones.
 
     Attributes:
         equal: pairs of two equal texts so far. Their loss has no gradient, so they are no rows.
     """
 
-    def __init__(self, layout: Layout, field: str, render: Render | None = None, pairs: bool = False) -> None:
-        self.layout, self.field, self.render, self.pairs = layout, field, render, pairs
+    def __init__(
+        self, layout: Layout, field: str, render: Render | None = None, pairs: bool = False, labels: bool = True
+    ) -> None:
+        self.layout, self.field, self.render, self.pairs, self.labels = layout, field, render, pairs, labels
         self.form: tuple[str, ...] | None = None
         self.equal = 0
 
@@ -88,10 +91,12 @@ class RowReader:
         label_column = self.layout.label_column or "label"
         for column in form:
             self._require(row, column, "text" if column == form[-1] else "prompt")
-        self._require(row, label_column, "label")
+        if self.labels:
+            self._require(row, label_column, "label")
         values = [self._value(row, column) for column in form]
         prompt, text = self._texts(row, form, values)
-        label, rendered = label_of(row, label_column, self.field), not isinstance(values[-1], str)
+        label = label_of(row, label_column, self.field) if self.labels else 1
+        rendered = not isinstance(values[-1], str)
         return (Labelled(prompt + text, label, len(prompt), rendered=rendered),)
 
     def _form(self, row: Row) -> tuple[str, ...]:

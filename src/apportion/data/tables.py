@@ -51,6 +51,15 @@ def read_rows(
     return list(iter_rows(source, columns, field=field, bad=bad, split=split))
 
 
+def first_columns(source: str, *, field: str, split: str | None = None) -> list[str]:
+    """Return the columns of the first readable row of `source`; empty where there is none. Raises as `iter_rows`."""
+    for _, items in _tables(source, (), field, split):
+        for item in items:
+            if not isinstance(item, Unreadable):
+                return list(item)
+    return []
+
+
 def usable(
     source: str,
     make: Callable[[Row], T],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apportion.generation.draw import allowed_, check_logprobs, draw
 from apportion.generation.step_model import StepModel, extra_padding
+from apportion.generation.truncation import Truncation
 
 LEAVE = 8  # finished rows leave, and others enter, when one in this many has ended
 CHECK = 8  # steps between checks for finished rows on a device, where a check synchronises
@@ -25,12 +26,14 @@ class SamplingRules:
         temperature: divides the logits.
         ends: (k,) ids that end a response; none: every response has the full length.
         pad: the id after an ended response, which may be one of `ends`.
+        truncation: leaves tokens out of the distribution that is drawn from; None for plain sampling.
     """
 
     banned: Tensor
     temperature: float
     ends: Tensor
     pad: int
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,24 @@ class Rows:
 
 @dataclass
 class Responses:
-    """The generated ids and log-probabilities by rollout, (N,T+1); the last column absorbs the writes of ended rows."""
+    """The generated ids and log-probabilities by rollout, (N,T+1); the last column absorbs the writes of ended rows.
+
+    Attributes:
+        truncated: log-probabilities under the truncated distribution; None for plain sampling.
+    """
 
     ids: Tensor
     logprobs: Tensor
     mask: Tensor
+    truncated: Tensor | None = None
 
     @staticmethod
-    def empty(rollouts: int, tokens: int, pad: int, device: torch.device) -> Responses:
+    def empty(rollouts: int, tokens: int, pad: int, device: torch.device, truncated: bool = False) -> Responses:
         """Return empty responses."""
         ids = torch.full((rollouts, tokens + 1), pad, device=device)
         mask = torch.zeros(ids.shape, dtype=torch.bool, device=device)
-        return Responses(ids, torch.zeros(ids.shape, device=device), mask)
+        logprobs = torch.zeros(ids.shape, device=device)
+        return Responses(ids, logprobs, mask, torch.zeros_like(logprobs) if truncated else None)
 
     def finished(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return (ids, log-probabilities, mask), each (N,T), T the length of the longest response."""
@@ -97,7 +106,9 @@ class Decoder:
             ModelError: a log-probability is not finite.
         """
         total, tokens = self.uniforms.shape
-        self.out = Responses.empty(total, tokens, self.rules.pad, self.uniforms.device)
+        self.out = Responses.empty(
+            total, tokens, self.rules.pad, self.uniforms.device, self.rules.truncation is not None
+        )
         for prompt in range(len(self.prompts)):
             rollouts = range(prompt * self.copies, (prompt + 1) * self.copies)
             self.waiting.extend((prompt, rollouts[i : i + self.rows]) for i in range(0, self.copies, self.rows))
@@ -120,11 +131,17 @@ class Decoder:
         """Sample and record the next token of every row from `logits` (n,V); return the rows after it."""
         last = self.uniforms.shape[1]
         uniforms = self.uniforms[rows.rollout, rows.written.clamp_max(last - 1)]
-        ids, logprobs = draw(allowed_(logits, self.rules.banned, self.rules.temperature), uniforms)
+        allowed, truncation = allowed_(logits, self.rules.banned, self.rules.temperature), self.rules.truncation
+        ids, logprobs = draw(allowed if truncation is None else truncation(allowed), uniforms)
+        drawn_from = logprobs
+        if truncation is not None:  # the model's own, of a token drawn from a part of its distribution
+            logprobs = allowed.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
         if logits.device.type == "cpu":
             check_logprobs(logprobs.masked_fill(~rows.live, 0.0), rows.rollout)
         index = rows.rollout, torch.where(rows.live, rows.written, last)
         self.out.ids[index], self.out.logprobs[index], self.out.mask[index] = ids, logprobs, rows.live
+        if self.out.truncated is not None:
+            self.out.truncated[index] = drawn_from
         written = rows.written + 1
         live = rows.live & (written < last)
         if len(self.rules.ends):

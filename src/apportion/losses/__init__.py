@@ -1,18 +1,22 @@
-"""Policy and value losses: sums over a batch, which the caller divides by the declared denominator."""
+"""Policy, value and preference losses: sums over a batch, which the caller divides by the declared denominator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from apportion import registry
 from apportion.errors import ConfigError
 from apportion.losses._ratios import Sums, entropy_of
+from apportion.losses.bradley_terry import bradley_terry
 from apportion.losses.cispo import cispo
 from apportion.losses.dapo import dapo, overlong_penalty
 from apportion.losses.dr_grpo import dr_grpo
 from apportion.losses.grpo import grpo
 from apportion.losses.gspo import gspo
+from apportion.losses.plackett_luce import plackett_luce
 from apportion.losses.ppo import clipped_policy, ppo
 from apportion.losses.reinforce import reinforce
 from apportion.losses.value import clipped_value
@@ -21,9 +25,14 @@ from apportion.types import PolicyLoss
 METHODS: Mapping[str, Callable[..., PolicyLoss]] = {
     f.__name__: f for f in (ppo, grpo, dr_grpo, dapo, gspo, cispo, reinforce)
 }
+PREFERENCES: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    f.__name__: f for f in (bradley_terry, plackett_luce)
+}
 __all__ = [
     "METHODS",
+    "PREFERENCES",
     "Sums",
+    "bradley_terry",
     "build",
     "cispo",
     "clipped_policy",
@@ -36,6 +45,7 @@ __all__ = [
     "gspo",
     "names",
     "overlong_penalty",
+    "plackett_luce",
     "ppo",
     "reinforce",
 ]

@@ -233,6 +233,7 @@ def load_classifier(
     else:  # the stored head, of whatever size, is not used; nor need what is between it and the last states be there
         inside = [key for key in absent if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
         _refuse_missing(field, folder, {"missing_keys": inside})
+        model.config.__dict__.pop("reward_mean", None)  # of the head that is not used
         head = _new_head(field, folder, model)
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return prepared(model.to(device).eval(), fast_kernels)

@@ -78,23 +78,25 @@ def processor_files(base: str) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def save_classifier(adapted: Any, tokenizer: Any, base: str, folder: Path, card: str, *, lora: bool) -> None:
-    """Write a trained sequence classifier (float32, adapters merged) to `folder` atomically."""
+def save_classifier(
+    adapted: Any, tokenizer: Any, base: str, folder: Path, card: str, *, lora: bool, labels: int = 2
+) -> None:
+    """Write a trained sequence classifier of 1 or 2 `labels` (float32, adapters merged) to `folder` atomically."""
     model = adapted
     if lora:
-        fresh: Any = load_classifier("model", base, torch.float32, torch.device("cpu"), new_head=2)
-        fresh.config.update(head_config(tokenizer))
+        fresh: Any = load_classifier("model", base, torch.float32, torch.device("cpu"), new_head=labels)
+        fresh.config.update(head_config(tokenizer, labels))
         model = merged_copy(adapted, fresh)
     save_model(model, tokenizer, folder, card)
 
 
-def head_config(tokenizer: Any) -> dict[str, Any]:
-    """Return the labels and the padding of a 2-class reward model's configuration."""
-    labels = {0: "negative", 1: "positive"}
+def head_config(tokenizer: Any, labels: int = 2) -> dict[str, Any]:
+    """Return the 1 or 2 labels and the padding of a reward model's configuration."""
+    names = {0: "negative", 1: "positive"} if labels == 2 else {0: "reward"}
     return {
         "pad_token_id": tokenizer.pad_token_id,
-        "id2label": labels,
-        "label2id": {label: i for i, label in labels.items()},
+        "id2label": names,
+        "label2id": {label: i for i, label in names.items()},
     }
 
 

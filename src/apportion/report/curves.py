@@ -41,15 +41,24 @@ REWARD = (
 )
 
 
+GROUPS = (  # key of evaluation.json, title, what its groups are
+    ("by_length", "Accuracy by length", "tokens"),
+    ("by_rank_gap", "Accuracy by rank gap", "ranks apart"),
+    ("by_score_gap", "Accuracy by score gap", "difference of the scores"),
+    ("by_length_difference", "Accuracy by length difference", "winner's length beside the loser's"),
+)
+
+
 def main_charts(runs: Sequence[RunData]) -> list[Chart]:
     """Return the learning curves of policy runs, all runs in each chart."""
     return _charts(runs, [i for i, run in enumerate(runs) if run.stage != "reward"], MAIN)
 
 
 def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
-    """Return the learning curves of reward-model runs, then calibration and accuracy by length."""
+    """Return the learning curves of reward-model runs, then calibration and accuracy by length and other measures."""
     indices = [i for i, run in enumerate(runs) if run.stage == "reward"]
-    candidates = [*_charts(runs, indices, REWARD), _calibration(runs, indices), _by_length(runs, indices)]
+    groups = [_by_group(runs, indices, *names) for names in GROUPS]
+    candidates = [*_charts(runs, indices, REWARD), _calibration(runs, indices), *groups]
     return [chart for chart in candidates if chart["traces"]]
 
 
@@ -149,10 +158,11 @@ def _bin(row: Mapping[str, Any]) -> tuple[float, float, float] | None:
     return confidence, accuracy, 1.0 if count is None else count
 
 
-def _by_length(runs: Sequence[RunData], indices: Sequence[int]) -> Chart:
+def _by_group(runs: Sequence[RunData], indices: Sequence[int], key: str, title: str, unit: str) -> Chart:
+    """Return the accuracies in {group: accuracy} under `key` of the evaluations."""
     traces = []
     for i in indices:
-        groups = runs[i].evaluation.get("by_length")
+        groups = runs[i].evaluation.get(key)
         rows = groups.items() if isinstance(groups, Mapping) else ()
         found = [(str(k), value) for k, v in rows if (value := interval(_accuracy(v))) is not None]
         if found:
@@ -160,8 +170,7 @@ def _by_length(runs: Sequence[RunData], indices: Sequence[int]) -> Chart:
             low = [v.mean if v.low is None else v.low for _, v in found]
             high = [v.mean if v.high is None else v.high for _, v in found]
             traces.append({"run": i, "x": [k for k, _ in found], "y": y, "low": low, "high": high})
-    title = "Accuracy by length"
-    return {"id": "by_length", "title": title, "unit": "tokens; 95% intervals", "kind": "interval", "traces": traces}
+    return {"id": key, "title": title, "unit": f"{unit}; 95% intervals", "kind": "interval", "traces": traces}
 
 
 def _accuracy(value: object) -> object:

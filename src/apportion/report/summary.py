@@ -27,7 +27,10 @@ POLICY = (
     Card("Perplexity", "of the continuations", "perplexity_before", "perplexity_after"),
 )
 REWARD = (
-    Card("Accuracy", "share of held-out excerpts whose label is the sign of the score", None, "accuracy"),
+    Card("Accuracy", "share of held-out excerpts or pairs that the score judges right", None, "accuracy"),
+    Card("Length alone", "accuracy where the longer answer is taken for the better one", None, "length_only"),
+    Card("Gain over length", "difference of the two accuracies", None, "gain_over_length"),
+    Card("Score and length", "correlation within a prompt", None, "length_correlation_within_prompt"),
     Card("Calibration error", "expected calibration error; 0 is perfect", None, "ece"),
     Card("Score", "mean on held-out texts", None, "score_mean"),
     Card("Spread of the score", "standard deviation", None, "score_sd"),

@@ -43,6 +43,7 @@ README = """# {name}: a run of `apportion {stage}`
 
 `apportion report {path}` draws it.
 """
+STARTED = ("metrics.jsonl", "samples.jsonl", "samples.parquet", "checkpoints", "final")  # any of them is work done
 # settings of where, whether and how safely a run is done, not of what it computes: they may change when it is resumed
 NOT_COMPARED = {"output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait"}
 NOT_COMPARED |= {"monitors", "max_skipped"}
@@ -169,7 +170,7 @@ class RunFolder:
     def started(self) -> bool:
         """Whether anything was learned in it; until then a fixed configuration may take its place."""
         # a diagnosis learns nothing: it is its end that must not pass for that of other settings
-        return self.finished or any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
+        return self.finished or any((self.path / name).exists() for name in STARTED)
 
     @contextmanager
     def record_failure(self) -> Iterator[None]:

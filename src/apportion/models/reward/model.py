@@ -16,6 +16,7 @@ from apportion.errors import ConfigError, ScoreError
 from apportion.masking import check_finite, first_index, last_index
 from apportion.models.attention.row import attention_row, needed_layers
 from apportion.models.families import forward_errors
+from apportion.models.reward.mean import stored_mean
 from apportion.models.reward.reading import Reading, fill_id, inputs_of, own_pad, pad_set_to, read_model
 from apportion.models.shared_prompt import Shared, prefill_prompts, response_inputs
 from apportion.models.text.render import embedding_count
@@ -25,7 +26,7 @@ from apportion.types import Rollouts
 
 @dataclass
 class RewardModel:
-    """A sequence classifier with 1 or 2 labels as R = logit, or logit(positive) − logit(negative).
+    """A sequence classifier with 1 or 2 labels as R = logit, or logit(positive) − logit(negative), less `reward_mean`.
 
     Attributes:
         model: the classifier; tokenizer: its own.
@@ -155,9 +156,11 @@ class RewardModel:
         return self.scores_of(logits), rows, width + positions
 
     def unchecked_scores(self, logits: Tensor) -> Tensor:
-        """Return R (…) float32 of logits (…, 1 or 2), finite or not."""
+        """Return R (…) float32 of logits (…, 1 or 2), finite or not, less the stored mean of the model's settings."""
         logits = logits.float()
-        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., self.positive] - logits[..., 1 - self.positive]
+        two = logits.shape[-1] == 2
+        scores = logits[..., self.positive] - logits[..., 1 - self.positive] if two else logits[..., 0]
+        return scores - stored_mean(self.model.config)
 
     def scores_of(self, logits: Tensor) -> Tensor:
         """Return R (B,) float32 from logits (B, 1 or 2). Raises ScoreError for one that is not finite."""

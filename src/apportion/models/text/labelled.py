@@ -8,6 +8,7 @@ from typing import Any
 
 from apportion.data.conversations import Conversation
 from apportion.data.label_rows import Labelled, Render
+from apportion.data.rankings import Ranking
 from apportion.errors import DataError, ModelError
 from apportion.models.text.chat import (
     ASSISTANT,
@@ -17,6 +18,7 @@ from apportion.models.text.chat import (
     as_text,
     render_conversation,
     unused_word,
+    with_response,
 )
 from apportion.models.text.template import opening
 
@@ -44,6 +46,19 @@ def chat_renderer(load: Callable[[], Any]) -> Render:
         return _split(loaded(), turns, where, field)
 
     return render
+
+
+def ranked_texts(ranking: Ranking, render: Render, field: str) -> list[Labelled]:
+    """Return the completions of a ranking behind its prompt, without labels (0). Raises as `render`."""
+    prompt, made = ranking.prompt, list[Labelled]()
+    for completion in ranking.completions:
+        if isinstance(prompt, str):
+            made.append(Labelled(prompt + str(completion), 0, len(prompt)))
+            continue
+        turns = with_response(prompt, completion) if isinstance(completion, str) else [*prompt, *completion]
+        before, answer = render(prompt.with_turns(turns), ranking.where, field)
+        made.append(Labelled(before + answer, 0, len(before), rendered=True))
+    return made
 
 
 def _split(tokenizer: Any, turns: Conversation, where: str, field: str) -> tuple[str, str]:

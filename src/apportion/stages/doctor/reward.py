@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from apportion.config import RewardConfig
-from apportion.data import Layout, labelled_splits
+from apportion.data import BadRows, Layout, labelled_splits
+from apportion.data.label_rows import Render
+from apportion.data.rankings import kind_of, read_rankings, split_by_prompt
 from apportion.errors import ConfigError, DataError
 from apportion.models.loading import context_of, locate
 from apportion.models.pretrained import load_settings
-from apportion.models.text.labelled import chat_renderer
+from apportion.models.text.labelled import chat_renderer, ranked_texts
 from apportion.models.tokenizers import read_tokenizer
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import labels, machine, prompts, tokens
@@ -29,14 +31,32 @@ def open_model(case: Case) -> Result:
 
 
 def open_data(case: Case) -> Result:
-    """The labelled texts can be read, and both labels are common in training and held-out texts."""
+    """The labelled texts or rankings can be read, and both labels are common in training and held-out texts."""
     bad = bad_row_counter(case.config)
     config = case.config
     render = None if case.tokenizer is None else chat_renderer(lambda: case.tokenizer)
+    kind = kind_of(config.data, split=config.split, label=config.label_column or "label")
+    if kind == "rankings" or (kind == "pairs" and config.preferences.whole):
+        return with_bad_rows(open_rankings(case, bad, render), bad)
     case.training, case.held_out = labelled_splits(
         config.data, config.test_data, config.test_texts, bad, layout=Layout.of(config), render=render
     )
     return with_bad_rows(labels.balance(case), bad)
+
+
+def open_rankings(case: Case, bad: BadRows | None, render: Render | None) -> Result:
+    """Read the rankings; their completions are the training and held-out texts of the other checks."""
+    config = case.config
+    training = read_rankings(config.data, bad=bad, split=config.split)
+    if config.test_data is None:
+        training, held_out = split_by_prompt(training, lambda one: one.key)
+    else:
+        held_out = read_rankings(config.test_data, field="test_data", bad=bad, split=config.test_split)
+    if render is not None:
+        texts = [[text for one in part for text in ranked_texts(one, render, "data")] for part in (training, held_out)]
+        case.training, case.held_out = texts
+    case.notes["rankings"] = True
+    return labels.rankings([one.pairs for one in training], [one.pairs for one in held_out])
 
 
 CHECKS: tuple[Check, ...] = (

@@ -109,9 +109,13 @@ def accuracy(scores: Tensor, labels: Sequence[int]) -> dict[str, float]:
     return proportion(hits, len(labels))
 
 
-def token_ids(rows: Sequence[Labelled], tokenizer: Any, config: RewardConfig) -> TokenRows:
-    """Return the ids of each row's text as far as an excerpt needs them, without a BOS that every excerpt gets."""
-    ids, prompts = token_rows(rows, tokenizer, config.excerpt_tokens[1])
+def token_ids(rows: Sequence[Labelled], tokenizer: Any, config: RewardConfig, longest: int | None = None) -> TokenRows:
+    """Return the ids of each row's text as far as an excerpt needs them, without a BOS that every excerpt gets.
+
+    Args:
+        longest: tokens of an excerpt behind its prompt; None is `excerpt_tokens`'s.
+    """
+    ids, prompts = token_rows(rows, tokenizer, config.excerpt_tokens[1] if longest is None else longest)
     around, bos = special_around(tokenizer), added_bos(tokenizer)
     special = [([], []) if row.rendered else around for row in rows]
     for i, row in enumerate(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -28,12 +29,48 @@ class ExcerptPair(NamedTuple):
         return max(self.chosen.ids, self.rejected.ids, key=len)
 
 
+class RankedExcerpts(NamedTuple):
+    """The completions of one prompt and their rankings.
+
+    Attributes:
+        completions: K excerpts, each the prompt and a completion; they have no label, 0.
+        lengths: of each completion, tokens behind the prompt.
+        ranks: of each ranking, K numbers: the lowest is best, NaN is "cannot judge".
+        margins: of each ranking, K values.
+        prompt: what names the prompt (`data.rankings.Ranking.key`).
+    """
+
+    completions: list[Excerpt]
+    lengths: list[int]
+    ranks: list[tuple[float, ...]]
+    margins: list[tuple[float, ...]]
+    prompt: str
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the longest completion."""
+        return max((one.ids for one in self.completions), key=len)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(winner, loser), rows of `completions`, of every pair of different ranks in any of the rankings."""
+        rows = range(len(self.completions))
+        return [(a, b) for ranks in self.ranks for a in rows for b in rows if ranks[a] < ranks[b]]  # NaN is below none
+
+    def has_pair(self, ties: str) -> bool:
+        """Whether any of the rankings says anything, a tie included under "half"."""
+        judged = ([rank for rank in ranks if not math.isnan(rank)] for ranks in self.ranks)
+        return any(len(ranks) > 1 and (ties == "half" or len(set(ranks)) > 1) for ranks in judged)
+
+
 POOL = 16  # batches inside which excerpts are sorted by length
-E = TypeVar("E", bound=Excerpt | ExcerptPair)
+E = TypeVar("E", bound=Excerpt | ExcerptPair | RankedExcerpts)
 
 
-def flat(excerpts: Sequence[Excerpt | ExcerptPair]) -> list[Excerpt]:
-    """Return single excerpts as they are; of pairs, all chosen ones, then all rejected ones."""
+def flat(excerpts: Sequence[Excerpt | ExcerptPair | RankedExcerpts]) -> list[Excerpt]:
+    """Return single excerpts as they are; of pairs, all chosen ones, then all rejected ones; of rankings, each once."""
+    if excerpts and isinstance(excerpts[0], RankedExcerpts):
+        return [one for unit in excerpts if isinstance(unit, RankedExcerpts) for one in unit.completions]
     pairs = [one for one in excerpts if isinstance(one, ExcerptPair)]
     singles = [one for one in excerpts if isinstance(one, Excerpt)]
     return [*singles, *(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]

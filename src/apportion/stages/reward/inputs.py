@@ -1,8 +1,9 @@
-"""Inputs of a reward model's training: excerpts of labelled texts, and the classifier to train."""
+"""Inputs of a reward model's training: excerpts of labelled texts or ranked completions, and the classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,16 @@ from apportion.models.text.labelled import chat_renderer
 from apportion.models.text.render import check_embeddings
 from apportion.models.tokenizers import read_tokenizer, with_pad
 from apportion.stages.reward.evaluation import token_ids
-from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, TokenRows, flat, random_cuts
-from apportion.stages.reward.probe import probe_head
+from apportion.stages.reward.excerpts import (
+    Excerpt,
+    ExcerptPair,
+    RankedExcerpts,
+    TokenRows,
+    flat,
+    random_cuts,
+)
+from apportion.stages.reward.probe import probe_count, probe_head
+from apportion.stages.reward.ranked_inputs import ranked_splits, reads_rankings
 from apportion.training import rng
 from apportion.training.monitoring import warn
 from apportion.training.run_folder import RunFolder, require_space
@@ -38,18 +47,46 @@ class Inputs(NamedTuple):
     """Excerpts to train on and rows to evaluate on.
 
     Attributes:
-        excerpts: to train on, single ones or pairs. test_rows: held-out rows.
+        excerpts: to train on, single ones, pairs or ranked ones. test_rows: held-out rows, or ranked excerpts.
         tokenizer, folder: of the model it starts from.
+        centred: excerpts whose mean reward is to be 0. over: what they are, in words.
     """
 
-    excerpts: list[Excerpt] | list[ExcerptPair]
+    excerpts: list[Excerpt] | list[ExcerptPair] | list[RankedExcerpts]
     tokenizer: Any
     folder: str
     test_rows: list[Any]
+    centred: Sequence[Excerpt] = ()
+    over: str = ""
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the excerpts are ranked ones."""
+        return isinstance(self.excerpts[0], RankedExcerpts)
 
 
 def prepare(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
     """Return (model, inputs). Cheap checks come before the model."""
+    return prepare_rankings(run, config) if reads_rankings(config) else prepare_labelled(run, config)
+
+
+def prepare_rankings(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
+    """Return (model, inputs) of rankings. Cheap checks come before the model."""
+    load = cache(lambda: tokenizer_of(config))
+    with leaving_out(run.path, config.skip_bad_rows) as bad:
+        found = ranked_splits(config, load, bad)
+    require_space(run.path, 800_000_000 if config.model == "smollm2" else 100_000_000)
+    folder, device, tokenizer = locate("model", config.model), pick_device(config.device), load()
+    completions = flat(found.training)
+    check_padding(tokenizer, completions)
+    warn_pads(completions, tokenizer)
+    rng.seed(config.seed)
+    model = classifier(config, folder, tokenizer, device, found.training)
+    return model, Inputs(found.training, tokenizer, folder, found.held_out, found.centred, found.over)
+
+
+def prepare_labelled(run: RunFolder, config: RewardConfig) -> tuple[Any, Inputs]:
+    """Return (model, inputs) of labelled texts, or of pairs as excerpts. Cheap checks come before the model."""
     with leaving_out(run.path, config.skip_bad_rows) as bad:
         train_rows, test_rows = labelled_splits(
             config.data,
@@ -98,6 +135,11 @@ def warn_special(rows: Sequence[Labelled], excerpts: Sequence[Excerpt], tokenize
     count = sum(row.text.startswith(bos) for row in rows) if bos else 0
     if count:
         warn(f"{count} of {len(rows)} texts begin with BOS {bos!r}, which the tokenizer adds: it is written once.")
+    warn_pads(excerpts, tokenizer)
+
+
+def warn_pads(excerpts: Sequence[Excerpt], tokenizer: Any) -> None:
+    """Warn of pad tokens in excerpts."""
     pads = sum(tokenizer.pad_token_id in excerpt.ids for excerpt in excerpts)
     if pads:
         pad = tokenizer.pad_token
@@ -120,16 +162,21 @@ def classifier(
     folder: str,
     tokenizer: Any,
     device: torch.device,
-    excerpts: Sequence[Excerpt | ExcerptPair],
+    excerpts: Sequence[Excerpt | ExcerptPair] | Sequence[RankedExcerpts],
 ) -> Any:
-    """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32."""
+    """Return the classifier to train: adapters and a float32 head over a 16-bit base, or all weights in float32.
+
+    It has one label for ranked excerpts, and two for others.
+    """
     lora = config.lora.rank > 0
     dtype = pick_dtype(config.dtype, device) if lora else torch.float32
-    model: Any = load_classifier("model", folder, dtype, device, new_head=2, fast_kernels=config.fast_kernels)
+    labels = 1 if isinstance(excerpts[0], RankedExcerpts) else 2
+    model: Any = load_classifier("model", folder, dtype, device, new_head=labels, fast_kernels=config.fast_kernels)
     check_embeddings("model", model, tokenizer, (excerpt.ids for excerpt in flat(excerpts)))
-    model.config.update(head_config(tokenizer))
+    model.config.update(head_config(tokenizer, labels))
     use_fastest_attention(model, device, max(config.excerpt_tokens[1], *(len(one.ids) for one in excerpts)))
     head = next(name for name, _ in model.named_children() if name in HEADS)
     if config.probe_excerpts:
-        probe_head(model, model.get_submodule(head), excerpts[: config.probe_excerpts], tokenizer.pad_token_id)
+        probed = excerpts[: probe_count(excerpts, config.probe_excerpts)]
+        probe_head(model, model.get_submodule(head), probed, tokenizer.pad_token_id)
     return add_adapter(model, config.lora, head=head).eval() if lora else model

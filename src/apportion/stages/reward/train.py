@@ -2,39 +2,36 @@
 
 As in Chan et al. 2024 (arXiv 2402.00782) for IMDb; unlike them it trains on excerpts of random length, so that it
 can score the short responses that a policy generates. From preference pairs it learns R by the Bradley–Terry loss.
+From rankings of whole completions it learns R as the one logit of its head, each completion computed once a step and
+the mean subtracted at the end, as in Ouyang et al. 2022 (arXiv 2203.02155).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apportion.config import RewardConfig, to_dict
+from apportion.config import PreferenceConfig, RewardConfig, to_dict
 from apportion.distributed import collectives, launcher
 from apportion.distributed.launch import check_launch
 from apportion.errors import ConfigError
 from apportion.models.fast import use_packed_weights
 from apportion.models.loading import pick_device, pick_dtype
-from apportion.models.reward import STATISTICS
-from apportion.models.saving import model_card, save_classifier
-from apportion.stages.reward.evaluation import evaluate
-from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, flat, right_pad, shuffled_batches
+from apportion.stages.reward.excerpts import Excerpt, ExcerptPair, RankedExcerpts, flat, right_pad, shuffled_batches
+from apportion.stages.reward.final import evaluate_final, save_reward
 from apportion.stages.reward.inputs import Inputs, prepare
 from apportion.stages.reward.learner import RewardLearner
-from apportion.stages.reward.losses import summed_loss
-from apportion.system.progress import activity
+from apportion.stages.reward.losses import MeanLoss, micro_batches
 from apportion.training.monitoring import warn
 from apportion.training.optimizer import learning_rate, zero_with_grad
 from apportion.training.run_folder import RunFolder
 from apportion.training.session import ProgressCallback, TrainingSession, saved_bytes, training_session
 
-Batch = Sequence[Excerpt | ExcerptPair]
+Batch = Sequence[Excerpt | ExcerptPair | RankedExcerpts]
 
 
 def train(
@@ -74,20 +71,21 @@ def _train(session: TrainingSession, run: RunFolder, config: RewardConfig) -> No
 
     learner = session.load(make)
     [given] = inputs
-    batches = shuffled_batches(given.excerpts, config.batch_size, config.seed)
+    batches: list[Batch] = []
+    for epoch in range(config.preferences.epochs if given.ranked else 1):
+        batches += shuffled_batches(given.excerpts, config.batch_size, config.seed + epoch)
     with nullcontext() if learner.is_sharded else use_packed_weights(learner.model):
         for step in session.steps(len(batches)):
             with session.phase("update", has_collectives=True):
-                metrics = train_batch(
-                    learner, batches[step - 1], config, given.tokenizer.pad_token_id, step, len(batches)
-                )
+                pad, batch = given.tokenizer.pad_token_id, batches[step - 1]
+                metrics = train_batch(learner, batch, config, pad, step, len(batches))
             session.log(step, metrics)
     evaluation: dict[str, Any] = {}
     session.save_final(
-        lambda part: _save(learner, config, given, part),
+        lambda part: save_reward(learner.model, config, given, part),
         learner,
         size=saved_bytes(learner.model),
-        evaluate=lambda part: evaluation.update(_evaluate(learner, run, config, given.test_rows, part)),
+        evaluate=lambda part: evaluation.update(evaluate_final(learner, run, config, given, part)),
     )
     with collectives.error_barrier():
         if collectives.is_main():
@@ -103,27 +101,6 @@ def check_shares(config: RewardConfig) -> None:
         raise ConfigError("batch_size", config.batch_size, expected, "Raise it, or launch fewer.")
 
 
-def _save(learner: RewardLearner, config: RewardConfig, given: Inputs, folder: Path) -> None:
-    """Write the model to `folder`."""
-    text = "R = logit(positive) − logit(negative)."
-    if isinstance(given.excerpts[0], ExcerptPair):
-        text += " Trained on preference pairs by the Bradley–Terry loss, which only differences of R have a part in."
-    card = model_card("Reward model", "reward-model", text, to_dict(config))
-    save_classifier(learner.model, given.tokenizer, given.folder, folder, card, lora=config.lora.rank > 0)
-
-
-def _evaluate(
-    learner: RewardLearner, run: RunFolder, config: RewardConfig, test_rows: list[Any], folder: Path
-) -> dict[str, Any]:
-    """Return the evaluation of the model in `folder`, and write the mean and sd of R there."""
-    learner.release()
-    with activity("evaluating"):
-        evaluation = evaluate(folder, test_rows, config)
-    statistics = json.dumps({"mean": evaluation["score_mean"], "sd": evaluation["score_sd"]})
-    run.retry_when_full(lambda: (folder / STATISTICS).write_text(statistics), len(statistics))
-    return evaluation
-
-
 def train_batch(
     learner: RewardLearner, batch: Batch, config: RewardConfig, pad: int, step: int, steps: int
 ) -> dict[str, float]:
@@ -132,7 +109,7 @@ def train_batch(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config.optim, step - 1, steps)
     with collectives.error_barrier(), weights.relay_errors():
-        sums = _accumulate(learner, batch, config.micro_batch, pad)
+        sums = _accumulate(learner, batch, config.micro_batch, pad, config.preferences)
     learning = weights.reduce_gradients(learner.trainable)
     norm = weights.gradient_norm(learning)
     nonfinite.begin()
@@ -149,21 +126,24 @@ def train_batch(
     return metrics | {"lr": optimizer.param_groups[0]["lr"], "monitors/skipped_updates": float(skipped)}
 
 
-def _accumulate(learner: RewardLearner, batch: Batch, micro: int, pad: int) -> dict[str, Tensor]:
-    """Add the gradient of this process's share of one batch, a few excerpts or pairs at a time, and return its part of
-    the mean loss in nats and of the share of them judged right."""
+def _accumulate(
+    learner: RewardLearner, batch: Batch, micro: int, pad: int, preferences: PreferenceConfig | None = None
+) -> dict[str, Tensor]:
+    """Add the gradient of this process's share of one batch, a few excerpts, pairs or rankings at a time, and return
+    its part of the mean loss in nats and of the share of them (of rankings, of their pairs) judged right."""
     model, everyone = learner.model, torch.arange(len(batch))
     device = next(model.parameters()).device
     total, hits = torch.zeros((), device=device), torch.zeros((), device=device)
-    mine = collectives.shard(everyone)
-    for part, counts in learner.weights.pad_micro_batches([*mine.split(micro)] if len(mine) else [], everyone[:1]):
+    mean_loss = MeanLoss(batch, preferences or PreferenceConfig())
+    parts = micro_batches(batch, collectives.shard(everyone), micro)
+    for part, counts in learner.weights.pad_micro_batches(parts, everyone[:1]):
         chosen = [batch[i] for i in part.tolist()]
         ids, mask, labels = (t.to(device) for t in right_pad(flat(chosen), pad))
         logits = model(input_ids=ids, attention_mask=mask.long()).logits.float()
         if not counts:
             zero_with_grad(logits).backward()
             continue
-        loss, right = (one / len(batch) for one in summed_loss(logits, labels, chosen))
+        loss, right = mean_loss(logits, labels, chosen)
         loss.backward()
         total += loss.detach()
         hits += right

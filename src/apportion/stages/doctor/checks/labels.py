@@ -35,6 +35,18 @@ def balance(case: Case) -> Result:
     return ok("; ".join(messages))
 
 
+def rankings(training: Sequence[int], held_out: Sequence[int]) -> Result:
+    """Check that rankings have pairs, given the number of each one's."""
+    silent = sum(count == 0 for count in training)
+    message = f"{len(training)} training rankings with {sum(training)} pairs, {len(held_out)} held-out rankings with "
+    message += f"{sum(held_out)}; {silent} have no pair (all tied, or not judged)"
+    if not sum(training) or not sum(held_out):
+        return fail(message, "Give more rankings, of several prompts, or held-out ones with --test_data.")
+    if silent > 0.1 * len(training):
+        return warn(message, "Drop them; of ties `preferences.ties half` learns that they are equal.")
+    return ok(message)
+
+
 def repeated(case: Case) -> Result:
     """Training texts, or preference pairs, are distinct."""
     rows = case.training or ()
@@ -73,7 +85,8 @@ def vocabulary(case: Case) -> Result:
 def rows_of(case: Case) -> Sequence[Sequence[int]]:
     """Return the ids of the first `MANY` training texts, cut beyond the longest excerpt."""
     if not case.rows:
-        longest = case.config.excerpt_tokens[1]
+        config = case.config
+        longest = config.preferences.max_tokens if case.notes.get("rankings") else config.excerpt_tokens[1]
         case.rows, case.notes["prompts"] = token_rows((case.training or ())[:MANY], case.tokenizer, longest)
     return case.rows
 
@@ -113,8 +126,10 @@ def beginning(case: Case) -> Result:
 
 def excerpts(case: Case) -> Result:
     """Excerpts fit into the model's context, behind their prompts, and texts are long enough for them."""
-    low, high = case.config.excerpt_tokens
     rows = rows_of(case)
+    if case.notes.get("rankings"):
+        return whole(case, rows)
+    low, high = case.config.excerpt_tokens
     prompts = case.notes["prompts"]
     longest, lengths = max(prompts, default=0), [len(ids) - n for ids, n in zip(rows, prompts, strict=True)]
     short = sum(length < low for length in lengths)
@@ -130,6 +145,19 @@ def excerpts(case: Case) -> Result:
     if short > 0.1 * len(lengths):
         return warn(message, "Lower the first number of excerpt_tokens, or give longer texts.")
     return ok(message)
+
+
+def whole(case: Case, rows: Sequence[Sequence[int]]) -> Result:
+    """Check that ranked completions fit into the context behind their prompts, and that few are cut."""
+    most, prompts = case.config.preferences.max_tokens, case.notes["prompts"]
+    lengths = [len(ids) - prompt for ids, prompt in zip(rows, prompts, strict=True)]
+    longest = max((p + min(n, most) for p, n in zip(prompts, lengths, strict=True)), default=0)
+    longest += sum(map(len, special_around(case.tokenizer)))
+    cut = sum(length > most for length in lengths)
+    message = f"up to {longest} tokens, context {case.context}; {cut} of {len(rows)} answers have more than {most}: cut"
+    if longest > case.context:
+        return fail(message, "Lower preferences.max_tokens, shorten the prompts, or pass --skip_bad_rows.")
+    return warn(message, "Raise preferences.max_tokens.") if cut > 0.1 * len(rows) else ok(message)
 
 
 def memory(case: Case) -> Result:

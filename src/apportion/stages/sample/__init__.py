@@ -1,0 +1,1 @@
+"""K answers a prompt: `sample.py` is the loop."""
