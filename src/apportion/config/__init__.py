@@ -5,6 +5,7 @@ from apportion.config.diagnose import DiagnoseConfig
 from apportion.config.evaluate import EvaluateConfig
 from apportion.config.monitors import MonitorsConfig
 from apportion.config.reward import RewardConfig
+from apportion.config.reward_specs import RewardSpec, reward_models, reward_path, reward_specs
 from apportion.config.rl import PPOConfig, RLConfig
 from apportion.config.section import Section, to_dict
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
@@ -19,8 +20,12 @@ __all__ = [
     "PPOConfig",
     "RLConfig",
     "RewardConfig",
+    "RewardSpec",
     "SamplingConfig",
     "ScoreConfig",
     "Section",
+    "reward_models",
+    "reward_path",
+    "reward_specs",
     "to_dict",
 ]

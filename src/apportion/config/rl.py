@@ -20,6 +20,7 @@ from apportion.config.rules import (
     NotNegative,
     Positive,
     RewardModelName,
+    Rewards,
     Seed,
     Spec,
     Switch,
@@ -27,6 +28,8 @@ from apportion.config.rules import (
 )
 from apportion.config.section import Section
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
+
+COMPARE = ("sparse", "uniform", "attention", "policy_attention")
 
 
 class PPOConfig(Section):
@@ -63,12 +66,15 @@ class PPOConfig(Section):
 
 
 class RLConfig(Section):
-    """`apportion rl`: train a policy against a reward model, its score apportioned over the tokens."""
+    """`apportion rl`: train a policy against reward models, functions or rules, their score apportioned over tokens."""
 
     policy: Name = "smollm2"
     """start and reference: `smollm2`, a folder, or a hub id."""
-    reward_model: RewardModelName = ""
-    """any sequence classifier with 1 or 2 labels: a folder or a hub id."""
+    reward_model: RewardModelName | None = None
+    """any sequence classifier with 1 or 2 labels: a folder or a hub id; the short form of one in rewards."""
+    rewards: Rewards = None
+    """one or several of: reward models, functions in TRL's signature, rules (exact, json, math, regex, tests), each
+    with its weight: docs/rewards.md."""
     prompts: Name = "imdb"
     """`imdb`, a file or folder with a column prompt, messages or text (or chosen and rejected), or a hub id."""
     split: Name | None = None
@@ -97,8 +103,8 @@ class RLConfig(Section):
     """seconds to wait for space on a full disk before the run ends; 0 ends it at once."""
     log_rollouts: CountOrZero = 4
     """rollouts of each step written to rollouts.jsonl."""
-    compare: Names = Field(default_factory=lambda: ["sparse", "uniform", "attention", "policy_attention"])
-    """credit methods whose rewards are logged for comparison, for the report."""
+    compare: Names = Field(default_factory=lambda: list(COMPARE))
+    """credit methods whose rewards are logged for comparison, for the report; attention only with a reward model."""
     pad_token: Word | None = None
     """a token to pad with, added to the policy's vocabulary where it is new; null is its own, or EOS."""
     positive_label: Label | None = None

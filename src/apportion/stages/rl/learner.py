@@ -12,7 +12,8 @@ from torch import Tensor
 
 from apportion import credit
 from apportion.batching import micro_batches, trim
-from apportion.config import RLConfig
+from apportion.config import RLConfig, reward_specs
+from apportion.credit.process import DENSE, with_dense
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
@@ -62,14 +63,15 @@ class Learner:
         self.config, self.models, self.policy, self.method = config, models, models.policy, method
         self.prompts, self.generator = prompts, generator
         self.source: Source = PolicySource(models.policy, prompts, config, generator, models.generator)
-        self.needed = method.needs | {"reference_logprobs"}
+        self.needed = method.needs - {DENSE} | {"reference_logprobs"}  # dense rewards come with the scores
         self.needed |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
         self.compare = Compared(compare, self.needed | BASE_EVIDENCE, warn)
         self.single_step = single_step_on_policy(config, self.needs)
         self.optimizer = make_optimizer(self.policy.trainable(), self.policy.remainders, config.optim)
         self.credit_state: State = method.credit.init()
         self.monitoring = Monitoring(config.monitors, run)
-        names = user_defined_names({**method.specs, "compare": list(compare), "needs": self.needs})
+        functions = [spec.source for spec in reward_specs(config.reward_model, config.rewards)]
+        names = user_defined_names({**method.specs, "compare": list(compare), "needs": [*self.needs, *functions]})
         modules = {name.split(":")[0]: name for name in names}
         columns = {"credit": self.rewards_before_kl, "ratio": self.ratios}
         tokenizer, nonfinite = self.policy.tokenizer, self.monitoring.nonfinite
@@ -130,13 +132,20 @@ class Learner:
 
     def models_by_name(self) -> dict[str, Any]:
         """Return the models whose kernels and devices the run's numbers depend on."""
-        models = {"policy": self.policy.model, "reward": self.models.reward.model, "value": self.policy.value_trunk}
+        reward = self.models.reward
+        models = {"policy": self.policy.model, "value": self.policy.value_trunk}
+        models |= {"reward": None if reward is None else reward.model}
         return {name: model for name, model in models.items() if model is not None}
 
     def score(self, rollouts: Rollouts) -> Rollouts:
         """Return the rollouts with scores and all evidence; what only the log needs may be absent (`compared`)."""
         scores, compare = self.config.scores, self.compare
         return score(self.models, rollouts, self.needs, scores, self.base_evidence, compare.logged, compare.fail)
+
+    def standardise_rewards(self, rollouts: Rollouts) -> Rollouts:
+        """Return scored rollouts with those rewards standardised over all processes that settings ask it for."""
+        rewards = self.models.rewards
+        return rollouts if rewards is None else rewards.standardise(self.models, rollouts)
 
     def add_credit_share(self, rollouts: Rollouts) -> Rollouts:
         """Return the rollouts with evidence "credit_share" (B,T) where the estimator needs it and the credit has it."""
@@ -246,6 +255,8 @@ def make_learner(
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
     logged = frozenset[str]().union(*(one.needs for one in compare.values()))
     models, prompts, findings = open_models(config, method, logged, user_code)
+    if models.rewards is not None and models.rewards.may_be_dense:
+        method = method._replace(credit=with_dense(method.credit))
     generator = torch.Generator(device=models.policy.device).manual_seed(config.seed)
     # vine draws a different number of random values in each process: with several, each has its own generator for it
     alone = collectives.world_size() == 1

@@ -78,6 +78,7 @@ def train_batch(
         with session.phase("score", local=rollouts):
             if rollouts.scores is None:  # a source may deliver scored rollouts
                 rollouts = learner.score(rollouts)  # scores (B,) and all evidence
+    rollouts = learner.standardise_rewards(rollouts)
     with session.phase("credit", local=rollouts):
         rollouts = apply_truncation(rollouts, config.ppo)
         rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)
