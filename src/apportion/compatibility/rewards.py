@@ -69,8 +69,7 @@ class Subject:
     @property
     def compared_with_reward_model(self) -> list[str]:
         """The compared credits that need evidence of a reward model."""
-        known = [name for name in self.config.compare if name in credit.METHODS]
-        return [name for name in known if made_by_reward_model(credit.make(name, {}).needs)]
+        return [name for name in self.config.compare if made_by_reward_model(credit.make(name, {}).needs)]
 
     @property
     def standardised(self) -> list[str]:

@@ -117,7 +117,7 @@ def _keywords(name: str, function: Callable[..., Any]) -> tuple[frozenset[str] |
         return frozenset(GIVEN), frozenset()
     fixed = [one for one in parameters if one.kind is one.POSITIONAL_ONLY and one.default is one.empty]
     if fixed:
-        got, fix = f"({', '.join(map(str, parameters))})", "Remove the slash from its signature."
+        got, fix = f"({', '.join(one.name for one in parameters)}, /)", "Remove the slash from its signature."
         raise ConfigError(name, got, f"parameters with names, such as {', '.join(GIVEN)}", fix)
     named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     required = frozenset(one.name for one in named if one.default is one.empty)

@@ -44,10 +44,11 @@ def math_equality(*, column: str = "answer", marker: str | None = None) -> Rule:
         value = str(cell("math", row, column))
         text = value if not marker else (after(value, marker) or value)
         if text not in known:
-            known[text] = parse(text) or parse(f"${text}$")
-            if not known[text]:
+            answers = parse(text) or parse(f"${text}$")
+            if all(isinstance(one, str) for one in answers):  # only the text itself, no expression
                 fix = "Write a number, an expression, or LaTeX in $…$."
                 raise DataError(f"prompts, column {column!r}", value, "an answer that math-verify can parse", fix)
+            known[text] = answers
         return known[text]
 
     def score(text: str, row: Mapping[str, Any]) -> float:
