@@ -237,6 +237,27 @@ def _conflicts(name: str, kwargs: dict[str, Any]) -> bool:
 
 SETTINGS: tuple[Refusal[Run], ...] = (
     Refusal(
+        lambda r: r.config.ppo.ptx_coef > 0 and r.config.ppo.ptx_data is None,
+        "ppo.ptx_data",
+        lambda r: None,
+        "texts to learn, since ppo.ptx_coef is above 0",
+        "Name a file with a column text, prompt and completion, or messages, or set ppo.ptx_coef to 0.",
+    ),
+    Refusal(
+        lambda r: r.config.ppo.ptx_coef == 0 and r.config.ppo.ptx_data is not None,
+        "ppo.ptx_coef",
+        lambda r: r.config.ppo.ptx_coef,
+        "above 0, since ppo.ptx_data names texts to learn",
+        "Set it to 1, say, or leave ppo.ptx_data out.",
+    ),
+    Refusal(
+        lambda r: bool(r.config.keep_best.every) and r.config.keep_best.prompts is None and r.config.prompts != "imdb",
+        "keep_best.prompts",
+        lambda r: None,
+        "held-out prompts: only the built-in set has some of its own",
+        "Name a file of prompts that are not trained on, or set keep_best.every to 0.",
+    ),
+    Refusal(
         lambda r: bool(r.config.sampling.batch_size % r.per_prompt),
         "sampling.batch_size",
         lambda r: r.config.sampling.batch_size,

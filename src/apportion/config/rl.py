@@ -63,6 +63,29 @@ class PPOConfig(Section):
     "mask" (it is excluded from the loss) or "penalty"; null is terminal."""
     truncation_penalty: Finite = -1.0
     """score of a truncated response when truncated is "penalty"."""
+    ptx_coef: NotNegative = 0.0
+    """PPO-ptx: weight of the negative log-likelihood (nats a token) of texts in ptx_data in each optimizer step's loss;
+    0 for none."""
+    ptx_data: Name | None = None
+    """those texts: a file, folder or hub id with a column text, prompt and completion, or messages; of the latter two
+    only the completion, or the last answer, is learned."""
+    ptx_batch: Count = 16
+    """texts an optimizer step."""
+    ptx_tokens: Count = 256
+    """longest text, tokens; a longer one is cut."""
+
+
+class KeepBestConfig(Section):
+    """The policy with the highest reward on held-out prompts, saved to best/ with its step and figure."""
+
+    every: CountOrZero = 0
+    """steps between two trials; 0 for none."""
+    prompts: Name | None = None
+    """held-out prompts: a file, folder or hub id; null only for the built-in set, which has some of its own."""
+    split: Name | None = None
+    """the split of them to read, of a folder or hub set with splits; null for train."""
+    count: Count = 64
+    """how many of them, the first ones; one response each."""
 
 
 class RLConfig(Section):
@@ -127,3 +150,4 @@ class RLConfig(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     monitors: MonitorsConfig = Field(default_factory=MonitorsConfig)
+    keep_best: KeepBestConfig = Field(default_factory=KeepBestConfig)

@@ -20,10 +20,14 @@ from apportion.evidence.policy import POLICY
 from apportion.evidence.scoring import BASE_EVIDENCE, score
 from apportion.generation.prompts import PromptStream
 from apportion.losses._ratios import LIMIT
+from apportion.models.loading import context_of, locate
+from apportion.models.tokenizers import load_tokenizer
 from apportion.registry import EvidenceKey
 from apportion.stages.doctor.findings import Finding
 from apportion.stages.method import comparisons
+from apportion.stages.rl.best import open_best
 from apportion.stages.rl.compared import Compared, available
+from apportion.stages.rl.mix import Mix, open_mix
 from apportion.stages.rl.models import open_models
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import OldOutputs, Targets, update
@@ -46,6 +50,7 @@ class Learner:
         source: where rollouts come from. needed: the evidence that the method needs, and every run.
         generator: the run's only randomness after loading. compare: credits whose rewards are logged as well.
         single_step: one optimizer step a batch, so the update's forward supplies the old log-probabilities.
+        mix: texts that the update learns as well (PPO-ptx). best: the best policy so far on held-out prompts.
         monitoring: monitors and skipped updates. crash_dump: saves the batch of a failed step.
     """
 
@@ -59,9 +64,11 @@ class Learner:
         compare: Mapping[str, Credit],
         run: RunFolder | None = None,
         warn: Callable[[str], None] = lambda line: None,
+        mix: Mix | None = None,
     ) -> None:
         self.config, self.models, self.policy, self.method = config, models, models.policy, method
-        self.prompts, self.generator = prompts, generator
+        self.prompts, self.generator, self.mix = prompts, generator, mix
+        self.best = open_best(config, models)
         self.source: Source = PolicySource(models.policy, prompts, config, generator, models.generator)
         self.needed = method.needs - {DENSE} | {"reference_logprobs"}  # dense rewards come with the scores
         self.needed |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
@@ -115,9 +122,10 @@ class Learner:
     def state_dict(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint."""
         # `models.generator` is the same one, or seeded for each step (`sources.reseed`)
+        best = {} if self.best is None else {"keep_best": self.best.state()}
         packed = self.policy.weights.gather_state(pack_state(self.policy.learning(), self.optimizer))
         return packed | {
-            "state": self.credit_state | {"generator": self.generator.get_state()},
+            "state": self.credit_state | {"generator": self.generator.get_state()} | best,
             "monitors": self.monitoring.state,
         }
 
@@ -127,6 +135,9 @@ class Learner:
         unpack_state(policy.weights.shard_state(stored), policy.learning(), self.optimizer, policy.remainders)
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
+        best = state.pop("keep_best", None)
+        if self.best is not None and best is not None:
+            self.best.load_state(best)
         self.credit_state = state
         self.monitoring.load_state(stored["monitors"])
 
@@ -166,6 +177,9 @@ class Learner:
         empty = torch.zeros((2, *rollouts.mask.shape), device=self.policy.device)
         old = OldOutputs(*empty) if self.single_step else None
         nonfinite.begin()
+        if self.mix is not None:
+            updates = (config.ppo.epochs or 1) * -(-config.sampling.batch_size // config.ppo.mini_batch)
+            self.mix.begin(step, updates)
         metrics = update(
             self.policy,
             self.optimizer,
@@ -177,6 +191,7 @@ class Learner:
             self.generator,
             old,
             nonfinite,
+            self.mix,
         )
         if old is not None:
             rollouts = replace(rollouts, old_logprobs=old.old_logprobs).with_evidence(entropy=old.entropy)
@@ -254,6 +269,7 @@ def make_learner(
     compared = comparisons(config.compare, lines.append) if config.log_rollouts else {}
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
     logged = frozenset[str]().union(*(one.needs for one in compare.values()))
+    mix = read_mix_of(config)
     models, prompts, findings = open_models(config, method, logged, user_code)
     if models.rewards is not None and models.rewards.may_be_dense:
         method = method._replace(credit=with_dense(method.credit))
@@ -265,7 +281,15 @@ def make_learner(
     for line in lines:
         warn(line)
     compare = available(models, compare, warn)
-    return Learner(config, models, method, prompts, generator, compare, run, warn)
+    return Learner(config, models, method, prompts, generator, compare, run, warn, mix)
+
+
+def read_mix_of(config: RLConfig) -> Mix | None:
+    """Return the run's mix of texts, before any weights are loaded; None without one."""
+    if config.ppo.ptx_coef == 0:
+        return None
+    folder = locate("policy", config.policy)
+    return open_mix(config, load_tokenizer("policy", folder, config.pad_token), context_of(folder))
 
 
 def record_warnings(findings: Sequence[Finding], run: RunFolder | None, warn: Callable[[str], None]) -> None:

@@ -56,6 +56,9 @@ def train(
             learner = session.load(lambda: make_learner(config, method, session.run, warn))
             for step in session.steps(config.steps):
                 metrics, records = train_batch(session, learner, config, step)
+                if learner.best is not None and learner.best.is_due(step):
+                    with session.phase("held_out", has_collectives=True):
+                        metrics |= learner.best.keep(session.run, step, settings)
                 session.log(step, metrics, records)
             policy, base = learner.policy, locate("policy", config.policy)
             size = saved_bytes(policy.model)
