@@ -87,6 +87,8 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required"
         ("[" * 100_000, {}, 0.0),
         ('Here:\n```json\n{"n": 3}\n```\nDone.', {"schema": SCHEMA, "fenced": True}, 1.0),
         ('{"n": 3}', {"schema": SCHEMA, "fenced": True}, 0.0),
+        (' {"n": 3}\nQuestion:', {"schema": SCHEMA, "prefix": True}, 1.0),
+        ('so {"n": 3}', {"schema": SCHEMA, "prefix": True}, 0.0),
     ],
 )
 def test_json(text: str, settings: dict[str, Any], score: float) -> None:

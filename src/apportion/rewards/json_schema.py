@@ -17,7 +17,7 @@ FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
 Fits = Callable[[Any], bool]
 
 
-def json_schema(*, schema: Any = None, column: str | None = None, fenced: bool = False) -> Rule:
+def json_schema(*, schema: Any = None, column: str | None = None, fenced: bool = False, prefix: bool = False) -> Rule:
     """Return 1 where the response is JSON that fits the schema, 0 otherwise.
 
     The whole response has to be JSON, white space around it aside, as the standard defines it: no NaN, no comments.
@@ -26,11 +26,13 @@ def json_schema(*, schema: Any = None, column: str | None = None, fenced: bool =
         schema: a JSON schema, or the path of a file with one; null accepts every object and array.
         column: the column of the prompts' rows with each prompt's own schema, in place of `schema`.
         fenced: read the last ```json block of the response instead of the whole.
+        prefix: the response may go further after the JSON; for models that do not know when to stop yet.
 
     Raises:
         ConfigError: both `schema` and `column`, no valid schema, or a file that cannot be read.
     """
     check_flag("rewards.json.fenced", fenced)
+    check_flag("rewards.json.prefix", prefix)
     if schema is not None and column is not None:
         got, fix = "schema and column", "Remove one of them."
         raise ConfigError("rewards.json", got, "one schema for all, or a column with one each", fix)
@@ -57,7 +59,7 @@ def json_schema(*, schema: Any = None, column: str | None = None, fenced: bool =
             if not blocks:
                 return 0.0
             text = blocks[-1]
-        parsed, value = parse(text)
+        parsed, value = parse(text, prefix)
         return float(parsed and fits_row(row)(value))
 
     def check(row: Mapping[str, Any]) -> None:
@@ -66,13 +68,15 @@ def json_schema(*, schema: Any = None, column: str | None = None, fenced: bool =
     return Rule(each(score), frozenset() if column is None else frozenset({column}), check)
 
 
-def parse(text: str) -> tuple[bool, Any]:
-    """Return (whether `text` is JSON, its value)."""
+def parse(text: str, prefix: bool = False) -> tuple[bool, Any]:
+    """Return (whether `text`, or only its beginning, is JSON; the value)."""
 
     def refuse(word: str) -> Any:
         raise ValueError(word)  # NaN and infinities are no JSON
 
     try:
+        if prefix:
+            return True, json.JSONDecoder(parse_constant=refuse).raw_decode(text.lstrip())[0]
         return True, json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
         return False, None
