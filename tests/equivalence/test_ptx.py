@@ -139,7 +139,7 @@ def test_the_order_follows_from_seed_and_step(world: Path) -> None:
 
     one, other = Mix(rows, 1.0, 3, seed=4), Mix(rows, 1.0, 3, seed=4)
     steps = [taken(one, step) for step in (1, 2, 3, 4)]
-    assert [taken(other, step) for step in (4, 2)] == [steps[3], steps[1]]  # no state of what came before
+    assert [taken(other, step) for step in (4, 2)] == [steps[3], steps[1]]  # no state of earlier steps
     flat = [i for step in steps for i in step]
     assert sorted(flat[:7]) == sorted(flat[7:14]) == list(range(7)) and flat[:7] != flat[7:14]
     assert taken(Mix(rows, 1.0, 3, seed=5), 1) != steps[0]

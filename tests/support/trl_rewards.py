@@ -30,7 +30,7 @@ async def first(completions: list[str], number: list[int] | None = None) -> list
 
 
 async def second(completions: list[str]) -> list[float]:
-    """Let `first` go on."""
+    """Let `first` continue."""
     await asyncio.sleep(0.01)
     ready.set()
     return [2.0] * len(completions)
