@@ -239,6 +239,12 @@ def test_fresh_rollouts_of_vine_are_scored_by_the_rule(world: Path, tmp_path: Pa
     assert {record["score"] for record in records} <= {0.0, 1.0}
 
 
+def test_vine_refuses_a_reward_a_token(world: Path, tmp_path: Path) -> None:
+    changes = {"algorithm": "vineppo", "sampling.samples_per_prompt": 1, "advantages": "{vine: {samples: 2}}"}
+    with pytest.raises(ConfigError, match="a number a token, with vine"):
+        train(parsed(flags(world, tmp_path / "run", "trl_rewards:per_token", **changes)))
+
+
 def test_evaluate_scores_with_the_rewards_of_the_run(world: Path, tmp_path: Path) -> None:
     rewards = [{"regex": {"pattern": "(?s).*e.*"}}, "trl_rewards:takes_answer"]
     finished(world, tmp_path / "run", rewards, steps=2)

@@ -49,8 +49,11 @@ class Scorer(Protocol):
         Every process calls it for its part of the batch.
         """
 
-    def totals(self, models: Models, rollouts: Rollouts) -> Tensor:
-        """Return the score (B,) of other texts than the batch's, in the units of its scores."""
+    def totals(self, models: Models, rollouts: Rollouts, *, dense: bool = True) -> Tensor:
+        """Return the score (B,) of other texts than the batch's, in the units of its scores.
+
+        Rewards a token are summed, or, without `dense`, a ConfigError.
+        """
 
 
 @dataclass

@@ -78,13 +78,13 @@ def _values(models: Models, rollouts: Rollouts, rows: Tensor, places: Tensor, sa
     full = _full_texts(continued, mask, prompts, prefixes, samples)
     if SOURCE_ROW in rollouts.evidence:  # functions may take the columns of the prompt's row
         full = full.with_evidence(**{SOURCE_ROW: rollouts.evidence[SOURCE_ROW][rows].repeat_interleave(samples)})
-    return scores_of(models, full).reshape(len(rows), samples).mean(dim=1)
+    return scores_of(models, full, dense=False).reshape(len(rows), samples).mean(dim=1)
 
 
-def scores_of(models: Models, rollouts: Rollouts) -> Tensor:
-    """Return the scores (B,) of texts in the units of the batch's scores."""
+def scores_of(models: Models, rollouts: Rollouts, *, dense: bool = True) -> Tensor:
+    """Return the scores (B,) of texts in the units of the batch's scores; `dense` as `Scorer.totals` takes it."""
     if models.rewards is not None:
-        return models.rewards.totals(models, rollouts)
+        return models.rewards.totals(models, rollouts, dense=dense)
     scores = reward_evidence(models.reward_model, rollouts, frozenset({"scores"}))["scores"]
     return adjust(scores, models.reward, models.scores)
 

@@ -111,12 +111,21 @@ class Rewards:
         moments = {name: moments_of({key: total[f"{name} {key}"] for key in sums[name]}) for name in names}
         return self.combined(rollouts, models, moments)
 
-    def totals(self, models: Models, rollouts: Rollouts) -> Tensor:
-        """Return the weighted sum (B,) of the rewards of other texts, clipped as scores are and not normalised."""
+    def totals(self, models: Models, rollouts: Rollouts, *, dense: bool = True) -> Tensor:
+        """Return the weighted sum (B,) of the rewards of other texts, clipped as scores are and not normalised.
+
+        Raises:
+            ConfigError: a reward a token, without `dense`: what a text's tokens were paid is in its sum as well.
+        """
         raw = None
         if self._first is not None:
             raw = reward_evidence(models.reward_model, rollouts, frozenset({"scores"}))["scores"]
         answers = self._answers(models, rollouts, raw)
+        for spec in () if dense else self.specs:
+            if answers[spec.name].dense is not None:
+                got, fix = "a number a token, with vine", "Return one number a completion, or choose gae."
+                expected = "a number a completion: vine's values are rewards of whole texts"
+                raise ConfigError(f"rewards.{spec.source}", got, expected, fix)
         values = {name: one.values for name, one in answers.items()}
         if self._first is not None:
             unclipped = models.scores.model_copy(update={"clip": None})
