@@ -42,6 +42,18 @@ CASES: dict[str, dict[str, Any]] = {
     # a last mini-batch of one row, of which one process has nothing
     | {"ppo.micro_batch": 1, "sampling.batch_size": 5},
     # mini-batches of two rows, in some of which both were cut off and nothing is learned
+    # functions and rules as rewards, one standardised over the batch of both processes, and texts to learn beside
+    "rewards": {
+        "algorithm": "grpo",
+        "sampling.samples_per_prompt": 2,
+        "ppo.epochs": 2,
+        "reward_model": "null",
+        "rewards": "[{trl_rewards:count_a: {normalise: batch}}, {regex: {pattern: '(?s).*e.*', weight: 2}}]",
+        "compare": "[sparse]",
+        "ppo.ptx_coef": 0.5,
+        "ppo.ptx_data": "{world}/reviews.csv",
+        "ppo.ptx_batch": 3,
+    },
     "masked": {"sampling.stop": "eos", "sampling.max_new_tokens": 2, "ppo.truncated": "mask", "ppo.mini_batch": 2},
 }
 
@@ -50,6 +62,7 @@ def trace(world: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]
     """Return what a run of two batches did: the gradient of each optimizer step as it was taken, metrics, the
     controllers' state, the rollouts' ids, the final weights, and how many numbers the optimizer holds."""
     start = world / ("ending" if settings.get("sampling.stop") == "eos" else "policy")
+    settings = {k: str(v).replace("{world}", str(world)) for k, v in settings.items()}
     config = tiny_runs.config(world, output, **{"policy": start, "log_rollouts": 8} | settings)
     learner = make_learner(config, build_method(config))
     learner.set_up_sharding(failed)

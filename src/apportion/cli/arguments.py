@@ -26,7 +26,7 @@ from apportion.system import safe_yaml
 from apportion.system.paths import local_path
 
 C = TypeVar("C", bound=Section)
-METHODS = ("credit", "segments", "advantages", "loss")  # fields whose value is a method
+METHODS = ("credit", "segments", "advantages", "loss", "rewards")  # fields whose value names methods with settings
 SWITCHES = ("fresh", "dry_run")
 SETTING_SWITCHES = ("skip_bad_rows",)  # settings that are true when their flag has no value
 NULLS = ("null", "~")
@@ -222,7 +222,10 @@ def merge_method(field: str, spec: Any, settings: list[tuple[str, Any]], algorit
     named = ALGORITHMS.get(algorithm or "abc")
     if named is None:  # an unknown algorithm is reported by name where it is built
         return spec
-    default = getattr(named, field)
+    default = getattr(named, field, None)  # rewards have none
+    if spec is None and default is None:
+        keys = ", ".join(f"--{field}.{key}" for key, _ in settings)
+        raise ConfigError(keys, "no rewards", "the rewards that it belongs to", "Give them with --rewards.")
     full = merge(default, spec) if field == "credit" else (default if spec is None else spec)
     pairs = registry.parse(field, full)
     names = [name for name, _ in pairs]

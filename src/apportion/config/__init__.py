@@ -5,6 +5,7 @@ from apportion.config.diagnose import DiagnoseConfig
 from apportion.config.evaluate import EvaluateConfig
 from apportion.config.monitors import MonitorsConfig
 from apportion.config.reward import PreferenceConfig, RewardConfig
+from apportion.config.reward_specs import RewardSpec, reward_models, reward_path, reward_specs
 from apportion.config.rl import PPOConfig, RLConfig
 from apportion.config.sample import AnswerSampling, SampleConfig
 from apportion.config.section import Section, to_dict
@@ -23,8 +24,12 @@ __all__ = [
     "RLConfig",
     "RewardConfig",
     "SampleConfig",
+    "RewardSpec",
     "SamplingConfig",
     "ScoreConfig",
     "Section",
+    "reward_models",
+    "reward_path",
+    "reward_specs",
     "to_dict",
 ]

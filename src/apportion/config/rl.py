@@ -20,6 +20,7 @@ from apportion.config.rules import (
     NotNegative,
     Positive,
     RewardModelName,
+    Rewards,
     Seed,
     Spec,
     Switch,
@@ -27,6 +28,8 @@ from apportion.config.rules import (
 )
 from apportion.config.section import Section
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
+
+COMPARE = ("sparse", "uniform", "attention", "policy_attention")
 
 
 class PPOConfig(Section):
@@ -60,15 +63,41 @@ class PPOConfig(Section):
     "mask" (it is excluded from the loss) or "penalty"; null is terminal."""
     truncation_penalty: Finite = -1.0
     """score of a truncated response when truncated is "penalty"."""
+    ptx_coef: NotNegative = 0.0
+    """PPO-ptx: weight of the negative log-likelihood (nats a token) of texts in ptx_data in each optimizer step's loss;
+    0 for none."""
+    ptx_data: Name | None = None
+    """those texts: a file, folder or hub id with a column text, prompt and completion, or messages; of the latter two
+    only the completion, or the last answer, is learned."""
+    ptx_batch: Count = 16
+    """texts an optimizer step."""
+    ptx_tokens: Count = 256
+    """longest text, tokens; a longer one is cut."""
+
+
+class KeepBestConfig(Section):
+    """The policy with the highest reward on held-out prompts, saved to best/ with its step and figure."""
+
+    every: CountOrZero = 0
+    """steps between two trials; 0 for none."""
+    prompts: Name | None = None
+    """held-out prompts: a file, folder or hub id; null only for the built-in set, which has some of its own."""
+    split: Name | None = None
+    """the split of them to read, of a folder or hub set with splits; null for train."""
+    count: Count = 64
+    """how many of them, the first ones; one response each."""
 
 
 class RLConfig(Section):
-    """`apportion rl`: train a policy against a reward model, its score apportioned over the tokens."""
+    """`apportion rl`: train a policy against reward models, functions or rules, their score apportioned over tokens."""
 
     policy: Name = "smollm2"
     """start and reference: `smollm2`, a folder, or a hub id."""
-    reward_model: RewardModelName = ""
-    """any sequence classifier with 1 or 2 labels: a folder or a hub id."""
+    reward_model: RewardModelName | None = None
+    """any sequence classifier with 1 or 2 labels: a folder or a hub id; the short form of one in rewards."""
+    rewards: Rewards = None
+    """one or several of: reward models, functions in TRL's signature, rules (exact, json, math, regex, tests), each
+    with its weight: docs/rewards.md."""
     prompts: Name = "imdb"
     """`imdb`, a file or folder with a column prompt, messages or text (or chosen and rejected), or a hub id."""
     split: Name | None = None
@@ -97,8 +126,8 @@ class RLConfig(Section):
     """seconds to wait for space on a full disk before the run ends; 0 ends it at once."""
     log_rollouts: CountOrZero = 4
     """rollouts of each step written to rollouts.jsonl."""
-    compare: Names = Field(default_factory=lambda: ["sparse", "uniform", "attention", "policy_attention"])
-    """credit methods whose rewards are logged for comparison, for the report."""
+    compare: Names = Field(default_factory=lambda: list(COMPARE))
+    """credit methods whose rewards are logged for comparison, for the report; attention only with a reward model."""
     pad_token: Word | None = None
     """a token to pad with, added to the policy's vocabulary where it is new; null is its own, or EOS."""
     positive_label: Label | None = None
@@ -121,3 +150,4 @@ class RLConfig(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     monitors: MonitorsConfig = Field(default_factory=MonitorsConfig)
+    keep_best: KeepBestConfig = Field(default_factory=KeepBestConfig)

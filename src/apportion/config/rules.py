@@ -79,3 +79,7 @@ Variables = Annotated[
     Rule("a mapping of variables of the chat template", "Example: {enable_thinking: false}."),
 ]
 Spec = Annotated[Any, Rule("a method: a name, {name: {key: value}}, or a list of these", "Example: [attention].")]
+Rewards = Annotated[
+    Any,
+    Rule("a reward, {reward: {key: value}}, or a list of these", "Example: [json, {my_rewards:short: {weight: 0.5}}]."),
+]

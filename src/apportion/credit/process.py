@@ -10,6 +10,7 @@ from apportion.errors import check_flag, unknown_name
 from apportion.registry import EvidenceKey
 from apportion.types import Credit, Rollouts, State
 
+DENSE = "dense_rewards"  # evidence (B,T): rewards a token that a run's reward functions gave, weighted and summed
 UNITS = ("token", "step")
 
 
@@ -66,3 +67,17 @@ def process(*, function: str | None = None, unit: str = "token", keep: bool = Fa
         return {"credit/process": (rollouts.token_evidence(name).sum(), rollouts.mask.any(dim=1).sum().float())}
 
     return Credit(dict, assign, frozenset({name}), keeps_return=False, causal=causal, stats=stats)
+
+
+def with_dense(credit: Credit) -> Credit:
+    """Return `credit` with evidence "dense_rewards" (B,T) added to its rewards: what functions gave tokens themselves.
+
+    `credit` places the score only, and the tokens keep what they were given, as those of `process` do with `keep`. So
+    the sum of a row's rewards is not its score.
+    """
+
+    def assign(rollouts: Rollouts, rewards: Tensor, state: State) -> tuple[Tensor, State]:
+        placed, state = credit.assign(rollouts, rewards, state)
+        return placed + rollouts.token_evidence(DENSE).to(placed.dtype), state
+
+    return credit._replace(assign=assign, needs=credit.needs | {DENSE}, keeps_return=False)

@@ -50,12 +50,14 @@ PRODUCERS: Mapping[str, Producer] = {
         0,
         lambda models, rollouts, needs: reference_evidence(models.policy, rollouts),
     ),
-    "reward": Producer(REWARD, 1, 0, lambda models, rollouts, needs: reward_evidence(models.reward, rollouts, needs)),
+    "reward": Producer(
+        REWARD, 1, 0, lambda models, rollouts, needs: reward_evidence(models.reward_model, rollouts, needs)
+    ),
     "attribution": Producer(
         frozenset({"reward_attribution"}),
         1,
         1,
-        lambda models, rollouts, needs: attribution_evidence(models.reward, rollouts),
+        lambda models, rollouts, needs: attribution_evidence(models.reward_model, rollouts),
     ),
     # at most 64 texts a rollout, or the setting `budget`; "shapley_calls" counts them
     "shapley": Producer(SHAPLEY, 64, 0, shapley_evidence),

@@ -16,7 +16,7 @@ from torch import Tensor
 from apportion import registry
 from apportion.data import BadRows, Prompt
 from apportion.errors import ConfigError, DataError, ScoreError, Shown
-from apportion.evidence.models import Models
+from apportion.evidence.models import SOURCE_ROW, Models, Scorer
 from apportion.generation.prompts import load_prompts
 from apportion.registry import EvidenceKey
 from apportion.segments import check
@@ -24,7 +24,6 @@ from apportion.types import Rollouts
 from apportion.user_code import keyword_names, plain
 
 Function = Callable[..., Any]
-SOURCE_ROW = "source_row"  # evidence (B,) int64: the place of each prompt among the run's prompts, of `Models.columns`
 
 
 def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -62,8 +61,8 @@ def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) 
 def listed(function: Function) -> Function:
     """Return `function` with what it yields, or returns as another iterator, as a list, within its own time."""
 
-    def call(*args: Any) -> Any:
-        result = function(*args)
+    def call(*args: Any, **keywords: Any) -> Any:
+        result = function(*args, **keywords)
         return list(result) if isinstance(result, Iterator) else result
 
     return call
@@ -78,20 +77,27 @@ def prompts_for(
     bad: BadRows | None = None,
     split: str | None = None,
     logged: Iterable[str] = (),
+    rewards: Scorer | None = None,
 ) -> list[Prompt]:
     """Return the prompts of a run with the columns of their rows that the functions in its `needs` take.
 
     Args:
         bad, split: as `load_prompts` takes them.
         logged: evidence that only the log has: columns that its functions take are kept where they are there.
+        rewards: those of the run, which take columns too.
 
     Raises:
-        ConfigError, DataError: as `load_prompts` and `check_columns`.
+        ConfigError, DataError: as `load_prompts`, `check_columns` and `Scorer.check_columns`.
     """
     functions = user_functions(needs)
     wanted = wanted_columns(functions | user_functions(logged))
+    if rewards is not None:
+        wanted = None if wanted is None or rewards.wanted is None else wanted | rewards.wanted
     found = load_prompts(source, "rl", bad, wanted, split)
-    check_columns(functions, [prompt.columns for prompt in found])
+    columns = [prompt.columns for prompt in found]
+    check_columns(functions, columns)
+    if rewards is not None:
+        rewards.check_columns(columns)
     return found
 
 
@@ -119,7 +125,7 @@ def check_columns(functions: Mapping[str, Function], columns: Sequence[Mapping[s
     present = frozenset[str]().union(*columns)
     for name, function in functions.items():
         _check_three(name, function)
-        _check_required(name, keyword_names(function).required - present)
+        check_present(name, keyword_names(function).required - present)
 
 
 def _check_three(name: str, function: Function) -> None:
@@ -135,7 +141,8 @@ def _check_three(name: str, function: Function) -> None:
         raise ConfigError(name, got, expected, fix)
 
 
-def _check_required(name: str, lacking: frozenset[str]) -> None:
+def check_present(name: str, lacking: frozenset[str]) -> None:
+    """Raise DataError that names a column of the prompts' rows that the function `name` takes and they are lacking."""
     if lacking:
         fix = "Add it to the table of prompts, or give the parameter a default."
         raise DataError("prompts", f"no column {min(lacking)!r}", f"the columns that {name} takes", fix)
@@ -151,7 +158,7 @@ def with_columns(name: str, function: Function, models: Models, rollouts: Rollou
     if SOURCE_ROW in rollouts.evidence and models.columns:
         rows = [models.columns[place] for place in rollouts.evidence[SOURCE_ROW].tolist()]
     present = frozenset(models.columns[0]) if rows else frozenset[str]()
-    _check_required(name, keywords.required - present)
+    check_present(name, keywords.required - present)
     taken = sorted((present if keywords.accepted is None else present & keywords.accepted) - keywords.positional)
     return partial(function, **{column: [row.get(column) for row in rows] for column in taken}) if taken else function
 
@@ -179,31 +186,31 @@ def to_tokens(rows: Any, mask: Tensor, segments: Tensor | None, source: str) -> 
     if shape == (len(mask), 1) and not whole and segments is None:  # a model's output layer of one row
         rows = rows[:, 0]
     rows = plain(rows)
-    if not _is_list(rows) or len(rows) != len(mask):
-        got = f"{len(rows)} rows" if _is_list(rows) else type(rows).__name__
+    if not is_list(rows) or len(rows) != len(mask):
+        got = f"{len(rows)} rows" if is_list(rows) else type(rows).__name__
         fix = "Return one row of numbers, or one number, a rollout."
         raise DataError(f"the result of {source}", got, f"a list of {len(mask)} rows", fix)
     field = f"process rewards from {source}"
-    numbers_only = len(rows) > 0 and not any(_is_list(given) for given in rows)
+    numbers_only = len(rows) > 0 and not any(is_list(given) for given in rows)
     alone = numbers_only and any(isinstance(given, Real | Decimal) for given in rows)
     out = torch.zeros(mask.shape, device=mask.device)
     for row, given in enumerate(rows):
         own = mask[row].nonzero()[:, 0]
         if alone:
-            spots, numbers = own[-1:], [_number(field, row, None, given)] * min(len(own), 1)
-        elif not _is_list(given):
+            spots, numbers = own[-1:], [finite_number(field, row, None, given)] * min(len(own), 1)
+        elif not is_list(given):
             raise ScoreError(field, given, "a list of numbers", "Return one list a rollout.", row=row)
         else:
             own_numbers = [given[place] for place in own.tolist()] if whole else list(given)
             spots, items = _placed(own_numbers, own, None if segments is None else segments[row], field, row)
-            numbers = [_number(field, row, i, value) for i, value in enumerate(items)]
+            numbers = [finite_number(field, row, i, value) for i, value in enumerate(items)]
         out[row, spots] = torch.tensor(numbers, dtype=torch.float32, device=out.device)
     return out
 
 
 def _placed(given: list[Any], own: Tensor, segments: Tensor | None, field: str, row: int) -> tuple[Tensor, list[Any]]:
     """Return (positions, numbers) of the list `given` of a row whose tokens are at `own` (N,)."""
-    if given and all(_is_list(item) for item in given):
+    if given and all(is_list(item) for item in given):
         return _pairs(given, own, field, row)
     spots = own if segments is None else _last_of_each(segments, own)
     if len(given) != len(spots):
@@ -212,11 +219,13 @@ def _placed(given: list[Any], own: Tensor, segments: Tensor | None, field: str, 
     return spots, given
 
 
-def _is_list(value: object) -> bool:
+def is_list(value: object) -> bool:
+    """Whether a value is a list or another sequence that is not text."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _number(field: str, row: int, place: int | None, value: object) -> float:
+def finite_number(field: str, row: int, place: int | None, value: object) -> float:
+    """Return one of a rollout's numbers as a float. Raises ScoreError for what is not a finite number."""
     try:
         number = float(value) if isinstance(value, Real | Decimal) else math.nan
     except OverflowError:  # an integer beyond every float

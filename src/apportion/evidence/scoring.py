@@ -37,7 +37,7 @@ def score(
 
     Each model computes every token once, in micro-batches of rows of similar length. `scores` is the sequence's score
     after centring, scaling and clipping; evidence "raw_scores" (B,) is the reward model's own. Evidence in units of the
-    score, such as "prefix_scores", is transformed equally.
+    score, such as "prefix_scores", is transformed equally. Where `models` have further rewards, both are their sums.
 
     Args:
         logged: needs that only the log has. One that fails in a row is absent from the result.
@@ -46,6 +46,8 @@ def score(
     Raises:
         ConfigError: a need that no producer provides. ScoreError: a score that is not finite.
     """
+    if models.reward is None:
+        always -= {"scores"}
     passes = plan(always | frozenset(needs))
     parts: dict[str, list[Tensor]] = {}
     failures: dict[str, ApportionError] = {}
@@ -62,10 +64,18 @@ def score(
     if failures:
         on_failure(failures)
     evidence = {name: torch.cat(values)[back] for name, values in parts.items() if name not in failures}
-    raw, old = evidence.pop("scores"), evidence.pop("old_logprobs", rollouts.old_logprobs)
-    evidence |= in_score_units(evidence, models.reward, config)
-    scored = replace(rollouts, scores=adjust(raw, models.reward, config), old_logprobs=old)
-    return scored.with_evidence(**evidence, raw_scores=raw)
+    raw, old = evidence.pop("scores", None), evidence.pop("old_logprobs", rollouts.old_logprobs)
+    if models.rewards is None:
+        assert raw is not None
+        evidence |= in_score_units(evidence, models.reward_model, config)
+        scored = replace(rollouts, scores=adjust(raw, models.reward, config), old_logprobs=old)
+        return scored.with_evidence(**evidence, raw_scores=raw)
+    if models.reward is not None:
+        unclipped, weight = config.model_copy(update={"clip": None}), models.rewards.model_weight  # the sum is clipped
+        units = in_score_units(evidence, models.reward, unclipped)
+        evidence |= {name: value * weight for name, value in units.items()}
+    rollouts = replace(rollouts, old_logprobs=old).with_evidence(**evidence)
+    return models.rewards.score(models, rollouts, raw)
 
 
 def _produced(

@@ -58,7 +58,7 @@ def _one(models: Models, rollouts: Rollouts, row: int, settings: dict[str, Any])
     def value(coalitions: Tensor) -> Tensor:
         chosen = coalitions.to(device)[:, spans.clamp_min(0)] & sampled
         keep = chosen | (valid & ~sampled)
-        return score_ablated(models.reward, rollouts, torch.full((len(keep),), row, device=device), keep)
+        return score_ablated(models.reward_model, rollouts, torch.full((len(keep),), row, device=device), keep)
 
     generator = seeded(settings["seed"], rollouts.response_ids[row][sampled])
     game = shapley_values(value, players, settings["budget"], generator)

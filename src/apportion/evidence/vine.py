@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import ConfigError
-from apportion.evidence.models import Models
+from apportion.evidence.models import SOURCE_ROW, Models
 from apportion.evidence.reward import reward_evidence
 from apportion.generation import sample
 from apportion.masking import is_segment_start, last_index
@@ -76,8 +76,17 @@ def _values(models: Models, rollouts: Rollouts, rows: Tensor, places: Tensor, sa
     limit = left.repeat_interleave(samples).to(rows.device)[:, None]
     mask = continued.mask & (torch.arange(continued.mask.shape[1], device=rows.device) < limit)
     full = _full_texts(continued, mask, prompts, prefixes, samples)
-    scores = reward_evidence(models.reward, full, frozenset({"scores"}))["scores"]
-    return adjust(scores, models.reward, models.scores).reshape(len(rows), samples).mean(dim=1)
+    if SOURCE_ROW in rollouts.evidence:  # functions may take the columns of the prompt's row
+        full = full.with_evidence(**{SOURCE_ROW: rollouts.evidence[SOURCE_ROW][rows].repeat_interleave(samples)})
+    return scores_of(models, full, dense=False).reshape(len(rows), samples).mean(dim=1)
+
+
+def scores_of(models: Models, rollouts: Rollouts, *, dense: bool = True) -> Tensor:
+    """Return the scores (B,) of texts in the units of the batch's scores; `dense` as `Scorer.totals` takes it."""
+    if models.rewards is not None:
+        return models.rewards.totals(models, rollouts, dense=dense)
+    scores = reward_evidence(models.reward_model, rollouts, frozenset({"scores"}))["scores"]
+    return adjust(scores, models.reward, models.scores)
 
 
 def _full_texts(

@@ -116,7 +116,8 @@ class Policy:
     def allowed(self, logits: Tensor) -> Tensor:
         """Return float32 logits (…,V) over the temperature, −inf on banned ids: the distribution of every pass."""
         logits = logits.float() if self.temperature == 1.0 else logits.float() / self.temperature
-        return logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
+        banned = torch.tensor(self.banned, dtype=torch.int64, device=logits.device)
+        return logits.index_fill(-1, banned, -torch.inf)
 
     def forward(self, rollouts: Rollouts, *, values: bool = True, entropy: bool = False) -> Outputs:
         """Return log-probabilities, values and entropy of `rollouts` in one forward of the policy (and value trunk)."""
@@ -166,7 +167,7 @@ class Policy:
         rows, columns = mask.nonzero(as_tuple=True)
         index = rows * hidden.shape[1] + columns
         states = hidden.flatten(0, 1).index_select(0, index)
-        banned = torch.tensor(self.banned, device=states.device)
+        banned = torch.tensor(self.banned, dtype=torch.int64, device=states.device)
         bias = getattr(head, "bias", None)
         chosen, entropies = token_logprobs(
             states, head.weight, bias, rollouts.response_ids[mask], banned, self.temperature, entropy
@@ -175,6 +176,15 @@ class Policy:
         if entropies is not None:
             entropies = entropies.new_zeros(mask.shape).masked_scatter(mask, entropies)
         return logprobs, entropies, hidden
+
+    def text_logprobs(self, texts: Rollouts) -> Tensor:
+        """Return log-probabilities (B,T) of texts that were not sampled: temperature 1, and no id is banned."""
+        banned, temperature = self.banned, self.temperature
+        self.banned, self.temperature = [], 1.0
+        try:
+            return self.score_tokens(self.model, texts, entropy=False)[0]
+        finally:
+            self.banned, self.temperature = banned, temperature
 
     def shared_prompts(self, rollouts: Rollouts) -> Shared | None:
         """Return the distinct prompts of `rollouts` where computing each once is possible and saves time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from apportion.report.style import finite, interval, number
 
 POINTS = 2000
 SMOOTH_FROM = 30
+
+EACH_REWARD = re.compile(r"rewards/(.+)/mean")
 
 Chart = dict[str, Any]
 
@@ -50,8 +53,16 @@ GROUPS = (  # key of evaluation.json, title, what its groups are
 
 
 def main_charts(runs: Sequence[RunData]) -> list[Chart]:
-    """Return the learning curves of policy runs, all runs in each chart."""
-    return _charts(runs, [i for i, run in enumerate(runs) if run.stage != "reward"], MAIN)
+    """Return the learning curves of policy runs, all runs in each chart; each of several rewards has its own."""
+    score, *others = MAIN
+    measures = (score, *reward_measures(runs), *others)
+    return _charts(runs, [i for i, run in enumerate(runs) if run.stage != "reward"], measures)
+
+
+def reward_measures(runs: Sequence[RunData]) -> list[Measure]:
+    """Return a measure for each reward of runs with several, in alphabetical order."""
+    found = {match[1] for run in runs for row in run.metrics for key in row if (match := EACH_REWARD.fullmatch(key))}
+    return [Measure(f"rewards/{name}/mean", f"Reward: {name}", "mean where it applies") for name in sorted(found)]
 
 
 def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
@@ -64,7 +75,7 @@ def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 def other_charts(runs: Sequence[RunData]) -> list[Chart]:
     """Return a curve for every further number in metrics.jsonl, in alphabetical order; monitors have a section."""
-    known = {measure.key for measure in (*MAIN, *REWARD)} | {"step"}
+    known = {measure.key for measure in (*MAIN, *REWARD, *reward_measures(runs))} | {"step"}
     keys = {key for run in runs for row in run.metrics for key, value in row.items() if finite(value) is not None}
     return _charts(
         runs, range(len(runs)), [Measure(k, k) for k in sorted(keys - known) if not k.startswith("monitors/")]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 
 from apportion import algorithms, credit, registry
 from apportion.compatibility import resolve_defaults
-from apportion.config import RLConfig
+from apportion.config import RLConfig, reward_specs
 from apportion.errors import ApportionError, ConfigError, format_problem
 from apportion.evidence import plan
+from apportion.rewards import open_rewards
 from apportion.types import Credit, Method
 from apportion.user_code import guard_credit
 
@@ -29,6 +30,7 @@ def build_method(config: RLConfig) -> Method:
     plan(method.needs)
     comparisons(config.compare)
     resolve_defaults(config, method)
+    open_rewards(reward_specs(config.reward_model, config.rewards))
     return method
 
 

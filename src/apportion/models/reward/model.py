@@ -205,14 +205,14 @@ class RewardModel:
         return own_pad(self.model) in ends - {None}
 
 
-def adjust(scores: Tensor, reward: RewardModel, config: ScoreConfig) -> Tensor:
+def adjust(scores: Tensor, reward: RewardModel | None, config: ScoreConfig) -> Tensor:
     """Return scores (B,) centred and scaled by the reward model's statistics, then clipped.
 
     Raises:
         ConfigError: centring or scaling is requested, and the reward model's folder has no statistics.
     """
     if config.center or config.scale:
-        if reward.mean is None or reward.sd is None:
+        if reward is None or reward.mean is None or reward.sd is None:
             got = "a reward model without reward.json beside its weights"
             fix = 'Write {"mean": m, "sd": s} of its scores there, or set scores.center and scores.scale to false.'
             raise ConfigError("scores.center/scale", got, "its mean and sd", fix)

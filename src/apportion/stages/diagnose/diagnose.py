@@ -20,7 +20,8 @@ from apportion.config import DiagnoseConfig, ScoreConfig, to_dict
 from apportion.data.bad_rows import leaving_out
 from apportion.errors import ConfigError
 from apportion.evidence import Models, plan
-from apportion.evidence.process import SOURCE_ROW, prompts_for
+from apportion.evidence.models import SOURCE_ROW
+from apportion.evidence.process import prompts_for
 from apportion.evidence.scoring import score
 from apportion.generation import sample
 from apportion.generation.prompts import encode_prompts
@@ -83,7 +84,7 @@ def diagnose(
     with run.record_failure():
         models, prompts = open_models(config, methods)
         steps = 2 * -(-len(prompts) // _prompts_a_block(config))  # every block is sampled, then measured
-        for line in models.reward.notes:
+        for line in models.reward_model.notes:
             warn(f"warning: reward model: {line}.")
         needs = frozenset[str]().union(*(m.needs for m in methods.values()))
         scored: list[Rollouts] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from apportion.config import RewardConfig, RLConfig
+from apportion.config import RewardConfig, RLConfig, reward_path, reward_specs
 from apportion.data import BUILTIN_DATA, Layout, labelled, labelled_splits
 from apportion.data.bad_rows import BadRows
 from apportion.errors import ApportionError, ConfigError, DataError, DiskError
@@ -21,9 +21,10 @@ from apportion.models.pretrained import generation_stops, load_settings, reason
 from apportion.models.stored_head import positive_label
 from apportion.models.text.labelled import chat_renderer
 from apportion.models.tokenizers import read_tokenizer
+from apportion.rewards import open_rewards
 from apportion.stages.doctor import Case, Check, Finding, run_checks
 from apportion.stages.doctor.checks import machine, method, policy, prompts, reward, reward_tokenizer, tokens
-from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, combine, ok, warn
+from apportion.stages.doctor.findings import FAIL, OK, WARN, Result, combine, ok, skip, warn
 from apportion.stages.method import build_method, comparisons
 from apportion.system import safe_yaml
 
@@ -53,14 +54,17 @@ def open_policy(case: Case) -> Result:
 
 def open_reward(case: Case) -> Result:
     """The reward model's files exist, and its stored head has 1 or 2 labels, of which one is the good one."""
-    case.reward_folder = locate("reward_model", case.config.reward_model)
+    path = reward_path(case.config)
+    if path is None:
+        return skip("no reward is a reward model")
+    case.reward_folder = locate("reward_model", path)
     case.reward_settings = load_settings("reward_model", case.reward_folder)
     case.reward_tokenizer = read_tokenizer("reward_model", case.reward_folder)
     count = stored_labels("reward_model", case.reward_folder, download=False)
     names = case.reward_settings.id2label if case.reward_settings.num_labels == count else None
     _, convention = positive_label("reward_model", names, count, case.config.positive_label)
     load_reward_data(case)
-    message = f"{case.config.reward_model}: {case.reward_settings.model_type}, {count} labels"
+    message = f"{path}: {case.reward_settings.model_type}, {count} labels"
     if convention is not None and not case.labelled:  # else the order of its scores decides
         return warn(
             f"{message}; {convention}", "Or pass labelled texts with --labels to check the order of its scores."
@@ -114,7 +118,8 @@ def open_prompts(case: Case) -> Result:
     """Prompts can be read, the chat template shows all of each, and each leaves room for its response."""
     bad, config = bad_row_counter(case.config), case.config
     needs = case.method.needs if case.method is not None else ()
-    loaded = prompts_for(needs, config.prompts, bad, config.split)
+    rewards = open_rewards(reward_specs(config.reward_model, config.rewards))
+    loaded = prompts_for(needs, config.prompts, bad, config.split, rewards=rewards)
     # without a context every prompt stays, for the checks to count what is wrong
     context = None if bad is None else case.context
     embeddings = embeddings_of(case.policy_folder, case.policy_settings)
@@ -213,7 +218,10 @@ def check_rl(
     if eval_prompts is not None:
         case.evaluation = contents(eval_prompts)
     if labels is not None:
-        name = config.reward_model
+        name = reward_path(config)
+        if name is None:
+            fix = "Leave --labels out, or add a reward model to rewards."
+            raise ConfigError("--labels", labels, "a run with a reward model, whose scores it checks", fix)
         render = chat_renderer(lambda: read_tokenizer("reward_model", locate("reward_model", name)))
         case.labelled = labelled(labels, field="--labels", render=render)
     return run_checks(case, [one for one in CHECKS if not (fast and one.loads)], on_check)

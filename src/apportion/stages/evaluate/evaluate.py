@@ -10,19 +10,22 @@ from typing import Any
 import torch
 import yaml
 
-from apportion.config import EvaluateConfig, SamplingConfig
+from apportion.config import EvaluateConfig, RewardSpec, SamplingConfig, reward_models, reward_specs
 from apportion.data.bad_rows import leaving_out
 from apportion.errors import DataError
-from apportion.evidence.reward import reward_evidence
+from apportion.evidence import Models
+from apportion.evidence.models import SOURCE_ROW
+from apportion.evidence.vine import scores_of
 from apportion.generation import sample
 from apportion.generation.prompts import encode_prompts, load_prompts
 from apportion.intervals import distinct, mean_interval
 from apportion.models.loading import context_of, embeddings_of, locate, pick_device, pick_dtype
 from apportion.models.policy import Policy, frozen_policy
 from apportion.models.pretrained import load_settings
-from apportion.models.reward import RewardModel, check_length, load_reward
+from apportion.models.reward import check_length, load_reward
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import load_tokenizer
+from apportion.rewards import add_models, open_rewards
 from apportion.stages.evaluate.judge import fit_judge
 from apportion.system import safe_yaml
 from apportion.system.progress import activity, counted
@@ -45,8 +48,12 @@ def evaluate(
     """
     run, settings = _open(config)
     sampling = SamplingConfig(**settings["sampling"])
+    rewards = open_rewards(_specs(settings))
     with leaving_out(run.path, config.skip_bad_rows, "evaluate_bad_rows.jsonl") as bad:
-        loaded = load_prompts(config.prompts, part, bad, split=config.split)
+        columns = frozenset[str]() if rewards is None else rewards.wanted
+        loaded = load_prompts(config.prompts, part, bad, columns, config.split)
+        if rewards is not None:
+            rewards.check_columns([prompt.columns for prompt in loaded])
         folder = locate("policy", settings["policy"])
         context = context_of(folder)
         embeddings = embeddings_of(folder, load_settings("policy", folder))
@@ -60,14 +67,20 @@ def evaluate(
     loading["fast_kernels"] = settings.get("fast_kernels", True)
     stored = settings.get("positive_label")
     loading["positive"] = config.positive_label or (None if stored is None else str(stored))
-    reward = load_reward(settings["reward_model"], **loading, policy=policy_text)
-    check_length("reward_model", reward, prompts, sampling.max_new_tokens)
-    for line in reward.notes:
-        on_progress(f"note: {line}.")
+    found = {
+        one.source: load_reward(one.source, **loading, policy=policy_text) for one in reward_models(_specs(settings))
+    }
+    for reward in found.values():
+        check_length("reward_model", reward, prompts, sampling.max_new_tokens)
+        for line in reward.notes:
+            on_progress(f"note: {line}.")
+    add_models(rewards, found)
     policy, start = _policies(config, run, settings, sampling)
+    scorer = Models(start, next(iter(found.values()), None), columns=encoded.columns)
+    scorer.conversations, scorer.rewards = encoded.conversations, rewards
     on_progress(f"generating from {len(prompts)} fresh prompts, before and after training")
-    before = _generate(start, start, reward, prompts, sampling, config.seed)
-    after = _generate(policy, start, reward, prompts, sampling, config.seed)
+    before = _generate(start, start, scorer, prompts, sampling, config.seed)
+    after = _generate(policy, start, scorer, prompts, sampling, config.seed)
     figures: dict[str, Any] = {}
     if config.judge:
         on_progress("scoring with the judge")
@@ -108,15 +121,18 @@ def _settings(stored: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = safe_yaml.load(stored.read_text(encoding="utf-8"))
         SamplingConfig(**settings["sampling"])
-        if (
-            not all(isinstance(settings[name], str) for name in ("policy", "reward_model"))
-            or "pad_token" not in settings
-        ):
-            raise ValueError("no policy, reward_model or pad_token")
+        if not isinstance(settings["policy"], str) or "pad_token" not in settings:
+            raise ValueError("no policy or pad_token")
+        _specs(settings)
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         got = f"{stored} ({' '.join(str(error).split())[:200]})"
         raise DataError("run", got, "the settings of an `apportion rl` run", "Use another run.") from error
     return settings
+
+
+def _specs(settings: dict[str, Any]) -> list[RewardSpec]:
+    """Return the rewards of the run. Raises ConfigError (a ValueError) where they are damaged."""
+    return reward_specs(settings["reward_model"], settings.get("rewards"))
 
 
 def _policies(
@@ -136,16 +152,21 @@ def _policies(
 
 @torch.no_grad()
 def _generate(
-    policy: Policy, start: Policy, reward: RewardModel, prompts: list[list[int]], sampling: SamplingConfig, seed: int
+    policy: Policy, start: Policy, scorer: Models, prompts: list[list[int]], sampling: SamplingConfig, seed: int
 ) -> list[dict[str, Any]]:
-    """Return one record a prompt: text, ids, reward, KL to the initial policy, and its log-likelihood."""
+    """Return one record a prompt: text, ids, reward, KL to the initial policy, and its log-likelihood.
+
+    The reward is that of the run, as it was given: neither centred nor scaled, normalised or clipped.
+    """
     generator = torch.Generator(device=policy.device).manual_seed(seed)
     one = sampling.model_copy(update={"samples_per_prompt": 1})
     rows: list[dict[str, Any]] = []
     firsts = range(0, len(prompts), BATCH)
     for first in counted(firsts, "generating from fresh prompts", len(firsts), unit="batch"):
         rollouts = sample(policy, prompts[first : first + BATCH], one, generator)
-        scores = reward_evidence(reward, rollouts, frozenset({"scores"}))["scores"].tolist()
+        if scorer.columns:
+            rollouts = rollouts.with_evidence(**{SOURCE_ROW: rollouts.group + first})
+        scores = scores_of(scorer, rollouts).tolist()
         own = policy.forward(rollouts, values=False).logprobs.sum(dim=1)
         starts = start.forward(rollouts, values=False).logprobs.sum(dim=1)
         for i, score in enumerate(scores):

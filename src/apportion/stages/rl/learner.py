@@ -12,17 +12,22 @@ from torch import Tensor
 
 from apportion import credit
 from apportion.batching import micro_batches, trim
-from apportion.config import RLConfig
+from apportion.config import RLConfig, reward_specs
+from apportion.credit.process import DENSE, with_dense
 from apportion.distributed import collectives, sharding
 from apportion.evidence import Models
 from apportion.evidence.policy import POLICY
 from apportion.evidence.scoring import BASE_EVIDENCE, score
 from apportion.generation.prompts import PromptStream
 from apportion.losses._ratios import LIMIT
+from apportion.models.loading import context_of, locate
+from apportion.models.tokenizers import load_tokenizer
 from apportion.registry import EvidenceKey
 from apportion.stages.doctor.findings import Finding
 from apportion.stages.method import comparisons
+from apportion.stages.rl.best import open_best
 from apportion.stages.rl.compared import Compared, available
+from apportion.stages.rl.mix import Mix, open_mix
 from apportion.stages.rl.models import open_models
 from apportion.stages.rl.sources import PolicySource, Source
 from apportion.stages.rl.update import OldOutputs, Targets, update
@@ -45,6 +50,7 @@ class Learner:
         source: where rollouts come from. needed: the evidence that the method needs, and every run.
         generator: the run's only randomness after loading. compare: credits whose rewards are logged as well.
         single_step: one optimizer step a batch, so the update's forward supplies the old log-probabilities.
+        mix: texts that the update learns as well (PPO-ptx). best: the best policy so far on held-out prompts.
         monitoring: monitors and skipped updates. crash_dump: saves the batch of a failed step.
     """
 
@@ -58,18 +64,21 @@ class Learner:
         compare: Mapping[str, Credit],
         run: RunFolder | None = None,
         warn: Callable[[str], None] = lambda line: None,
+        mix: Mix | None = None,
     ) -> None:
         self.config, self.models, self.policy, self.method = config, models, models.policy, method
-        self.prompts, self.generator = prompts, generator
+        self.prompts, self.generator, self.mix = prompts, generator, mix
+        self.best = open_best(config, models)
         self.source: Source = PolicySource(models.policy, prompts, config, generator, models.generator)
-        self.needed = method.needs | {"reference_logprobs"}
+        self.needed = method.needs - {DENSE} | {"reference_logprobs"}  # dense rewards come with the scores
         self.needed |= {"bootstrap_values"} if config.ppo.truncated == "bootstrap" else set()
         self.compare = Compared(compare, self.needed | BASE_EVIDENCE, warn)
         self.single_step = single_step_on_policy(config, self.needs)
         self.optimizer = make_optimizer(self.policy.trainable(), self.policy.remainders, config.optim)
         self.credit_state: State = method.credit.init()
         self.monitoring = Monitoring(config.monitors, run)
-        names = user_defined_names({**method.specs, "compare": list(compare), "needs": self.needs})
+        functions = [spec.source for spec in reward_specs(config.reward_model, config.rewards)]
+        names = user_defined_names({**method.specs, "compare": list(compare), "needs": [*self.needs, *functions]})
         modules = {name.split(":")[0]: name for name in names}
         columns = {"credit": self.rewards_before_kl, "ratio": self.ratios}
         tokenizer, nonfinite = self.policy.tokenizer, self.monitoring.nonfinite
@@ -113,9 +122,10 @@ class Learner:
     def state_dict(self) -> Tensors:
         """Return everything that the next batch depends on, for a checkpoint."""
         # `models.generator` is the same one, or seeded for each step (`sources.reseed`)
+        best = {} if self.best is None else {"keep_best": self.best.state()}
         packed = self.policy.weights.gather_state(pack_state(self.policy.learning(), self.optimizer))
         return packed | {
-            "state": self.credit_state | {"generator": self.generator.get_state()},
+            "state": self.credit_state | {"generator": self.generator.get_state()} | best,
             "monitors": self.monitoring.state,
         }
 
@@ -125,12 +135,17 @@ class Learner:
         unpack_state(policy.weights.shard_state(stored), policy.learning(), self.optimizer, policy.remainders)
         state = dict(stored["state"])
         self.generator.set_state(state.pop("generator"))
+        best = state.pop("keep_best", None)
+        if self.best is not None and best is not None:
+            self.best.load_state(best)
         self.credit_state = state
         self.monitoring.load_state(stored["monitors"])
 
     def models_by_name(self) -> dict[str, Any]:
         """Return the models whose kernels and devices the run's numbers depend on."""
-        models = {"policy": self.policy.model, "reward": self.models.reward.model, "value": self.policy.value_trunk}
+        reward = self.models.reward
+        models = {"policy": self.policy.model, "value": self.policy.value_trunk}
+        models |= {"reward": None if reward is None else reward.model}
         return {name: model for name, model in models.items() if model is not None}
 
     def score(self, rollouts: Rollouts) -> Rollouts:
@@ -138,6 +153,11 @@ class Learner:
         scores, compare = self.config.scores, self.compare
         self.policy.keeps_forward = not self.single_step and starts_update(self.config, rollouts, self.needs)
         return score(self.models, rollouts, self.needs, scores, self.base_evidence, compare.logged, compare.fail)
+
+    def standardise_rewards(self, rollouts: Rollouts) -> Rollouts:
+        """Return scored rollouts with those rewards standardised over all processes that settings ask it for."""
+        rewards = self.models.rewards
+        return rollouts if rewards is None else rewards.standardise(self.models, rollouts)
 
     def add_credit_share(self, rollouts: Rollouts) -> Rollouts:
         """Return the rollouts with evidence "credit_share" (B,T) where the estimator needs it and the credit has it."""
@@ -158,6 +178,9 @@ class Learner:
         empty = torch.zeros((2, *rollouts.mask.shape), device=self.policy.device)
         old = OldOutputs(*empty) if self.single_step else None
         nonfinite.begin()
+        if self.mix is not None:
+            updates = (config.ppo.epochs or 1) * -(-config.sampling.batch_size // config.ppo.mini_batch)
+            self.mix.begin(step, updates)
         metrics = update(
             self.policy,
             self.optimizer,
@@ -169,6 +192,7 @@ class Learner:
             self.generator,
             old,
             nonfinite,
+            self.mix,
         )
         if old is not None:
             rollouts = replace(rollouts, old_logprobs=old.old_logprobs).with_evidence(entropy=old.entropy)
@@ -246,7 +270,10 @@ def make_learner(
     compared = comparisons(config.compare, lines.append) if config.log_rollouts else {}
     compare = {name: guard_credit(name, one, user_code) for name, one in compared.items()}
     logged = frozenset[str]().union(*(one.needs for one in compare.values()))
+    mix = read_mix_of(config)
     models, prompts, findings = open_models(config, method, logged, user_code)
+    if models.rewards is not None and models.rewards.may_be_dense:
+        method = method._replace(credit=with_dense(method.credit))
     generator = torch.Generator(device=models.policy.device).manual_seed(config.seed)
     # vine draws a different number of random values in each process: with several, each has its own generator for it
     alone = collectives.world_size() == 1
@@ -255,7 +282,15 @@ def make_learner(
     for line in lines:
         warn(line)
     compare = available(models, compare, warn)
-    return Learner(config, models, method, prompts, generator, compare, run, warn)
+    return Learner(config, models, method, prompts, generator, compare, run, warn, mix)
+
+
+def read_mix_of(config: RLConfig) -> Mix | None:
+    """Return the run's mix of texts, before any weights are loaded; None without one."""
+    if config.ppo.ptx_coef == 0:
+        return None
+    folder = locate("policy", config.policy)
+    return open_mix(config, load_tokenizer("policy", folder, config.pad_token), context_of(folder))
 
 
 def record_warnings(findings: Sequence[Finding], run: RunFolder | None, warn: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apportion.config import ScoreConfig
 from apportion.masking import first_index, last_index, masked_mean
+from apportion.rewards.mixture import LOGGED
 from apportion.types import Rollouts
 from apportion.user_code import means
 
@@ -30,6 +31,7 @@ def batch_metrics(
         metrics |= means(method.specs, "advantages", method.estimate.stats(rewards, segments, rollouts))
     metrics |= rollout_metrics(rollouts, rewards, segments)
     metrics |= position_metrics(targets.advantages, targets.policy_mask, rollouts)
+    metrics |= reward_metrics(rollouts)
     metrics |= {"policy/lr": learner.optimizer.param_groups[0]["lr"]}
     if config.clip is not None and rollouts.scores is not None:
         clipped = rollouts.scores.abs() >= config.clip * (1 - 1e-6)
@@ -59,6 +61,23 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor, segments: Tensor) -> di
     if "sampled_ended" in rollouts.evidence:
         metrics["objective/ended"] = rollouts.evidence["sampled_ended"].float().mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def reward_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Return the metrics of each reward of a run with several, or with functions or rules, as it was given.
+
+    rewards/NAME/mean and rewards/NAME/std over the rollouts that it applies to (left out where there are none), and
+    rewards/NAME/none, the share of the others, where there are some.
+    """
+    metrics: dict[str, float] = {}
+    for key, values in rollouts.evidence.items():
+        if key.startswith(LOGGED):
+            name, known = f"rewards/{key.removeprefix(LOGGED)}", values[~values.isnan()]
+            if len(known):
+                metrics |= {f"{name}/mean": float(known.mean()), f"{name}/std": float(known.std(unbiased=False))}
+            if len(known) < len(values):
+                metrics[f"{name}/none"] = 1.0 - len(known) / len(values)
+    return metrics
 
 
 def position_metrics(advantages: Tensor, mask: Tensor, rollouts: Rollouts) -> dict[str, float]:

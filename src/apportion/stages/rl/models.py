@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from apportion.config import RLConfig
+from apportion.config import RLConfig, reward_models, reward_specs
 from apportion.data.bad_rows import leaving_out
 from apportion.evidence import Models
 from apportion.evidence.process import prompts_for
@@ -22,6 +22,7 @@ from apportion.models.text.render import check_embeddings, embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import load_tokenizer
 from apportion.models.value_head import ValueStart
+from apportion.rewards import Rewards, add_models, open_rewards
 from apportion.stages.attention import check_attention
 from apportion.stages.doctor.findings import WARN, Finding
 from apportion.stages.doctor.rl import preflight
@@ -41,39 +42,50 @@ def open_models(
         ConfigError, ModelError, DataError: each names the fix. Files, settings and prompts are checked before any
             weights are loaded, and what only the loaded models tell (embeddings, decoding, attention) before sampling.
     """
-    folder, reward_folder = locate("policy", config.policy), locate("reward_model", config.reward_model)
-    tokenizer, prompts = open_prompts(config, method.needs, folder, logged)
+    specs = reward_specs(config.reward_model, config.rewards)
+    rewards, folder = open_rewards(specs), locate("policy", config.policy)
+    located = {spec.source: locate("reward_model", spec.source) for spec in reward_models(specs)}
+    tokenizer, prompts = open_prompts(config, method.needs, folder, logged, rewards)
     findings = preflight(config, folder, tokenizer, prompts.texts, prompts.rows, prompts.hidden)
     text = PolicyText(tokenizer, prompts.conversations, cuts=config.sampling.stop == "eos")
     loading: dict[str, Any] = {"dtype": config.reward_dtype, "device": config.device, "pad_token": config.pad_token}
     loading |= {"fast_kernels": config.fast_kernels, "positive": config.positive_label}
-    reward = load_reward(reward_folder, **loading, policy=text)  # by ids where it shares the tokenizer, else by text
+    # by ids where it shares the tokenizer, else by text
+    loaded = [load_reward(folder, **loading, policy=text) for folder in located.values()]
+    reward = loaded[0] if loaded else None
     adjust(torch.zeros(1), reward, config.scores)  # raises where the statistics that it needs are not there
     policy = make_policy(config, reward)
     check_embeddings("policy", policy.model, tokenizer, prompts.rows)
-    check_width("reward_model", reward, tokenizer, embedding_count(policy.model), prompts.rows)
-    check_length("reward_model", reward, prompts.rows, config.sampling.max_new_tokens)
+    for one in loaded:
+        check_width("reward_model", one, tokenizer, embedding_count(policy.model), prompts.rows)
+        check_length("reward_model", one, prompts.rows, config.sampling.max_new_tokens)
+    add_models(rewards, dict(zip(located, loaded, strict=True)))
     if (why := decoding(policy, policy.model).why_slow) is not None:
         findings.append(Finding("policy", WARN, f"{config.policy} {SLOW}: {why}"))
     models = Models(policy, reward, method.segment, config.sampling, scores=config.scores, user_code=user_code)
-    models.columns = prompts.columns
+    models.columns, models.conversations, models.rewards = prompts.columns, prompts.conversations, rewards
     check_attention(models, method.needs)
-    return models, prompts, [*findings, *(Finding("reward model", WARN, note) for note in reward.notes)]
+    notes = dict.fromkeys(note for one in loaded for note in one.notes)
+    return models, prompts, [*findings, *(Finding("reward model", WARN, note) for note in notes)]
 
 
 def open_prompts(
-    config: RLConfig, needs: frozenset[str], folder: str, logged: frozenset[str] = frozenset()
+    config: RLConfig,
+    needs: frozenset[str],
+    folder: str,
+    logged: frozenset[str] = frozenset(),
+    rewards: Rewards | None = None,
 ) -> tuple[Any, PromptStream]:
     """Return (the tokenizer of the policy in `folder`, the prompts with the columns that functions in `needs` take).
 
     Args:
-        logged: evidence that only the log has, as `prompts_for` takes it.
+        logged, rewards: as `prompts_for` takes them.
 
     Raises:
         ConfigError, DataError: as `prompts_for` and `encode_prompts`.
     """
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows) as bad:
-        loaded = prompts_for(needs, config.prompts, bad, config.split, logged)
+        loaded = prompts_for(needs, config.prompts, bad, config.split, logged, rewards)
         settings = load_settings("policy", folder)
         check_family("policy", folder, settings)
         tokenizer = load_tokenizer("policy", folder, config.pad_token)

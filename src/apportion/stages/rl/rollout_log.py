@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from apportion.credit import REWARD_ATTENTION
 from apportion.masking import normalise
 from apportion.registry import EvidenceKey
+from apportion.rewards.mixture import LOGGED
 from apportion.stages.rl.learner import Learner
 from apportion.training.crash_dump import DECIMALS
 from apportion.types import Advantages, Credit, Rollouts
@@ -73,6 +75,14 @@ def _record(
         "ended": None if ended is None else bool(ended[row]),
         "score": round(float(rollouts.scores[row]), DECIMALS),
         "raw_score": round(float(rollouts.evidence["raw_scores"][row]), DECIMALS),
+        **_rewards(rollouts, row),
         **{name: numbers(values) for name, values in columns.items()},
         "methods": {name: numbers(values) for name, values in by_method.items()},
     }
+
+
+def _rewards(rollouts: Rollouts, row: int) -> dict[str, Any]:
+    """Return {"rewards": {name: number, null where it does not apply}} of a run with several, or {}."""
+    given = {k.removeprefix(LOGGED): float(v[row]) for k, v in rollouts.evidence.items() if k.startswith(LOGGED)}
+    found = {name: None if math.isnan(value) else round(value, DECIMALS) for name, value in given.items()}
+    return {"rewards": found} if found else {}

@@ -12,7 +12,7 @@ from apportion.compatibility import check_processes
 from apportion.config import PPOConfig, RLConfig
 from apportion.distributed import collectives, launcher
 from apportion.distributed.launch import check_launch
-from apportion.evidence.process import SOURCE_ROW
+from apportion.evidence.models import SOURCE_ROW
 from apportion.generation.prompts import PromptStream
 from apportion.generation.sampler import draw_uniforms, sample
 from apportion.masking import whiten

@@ -56,6 +56,9 @@ def train(
             learner = session.load(lambda: make_learner(config, method, session.run, warn))
             for step in session.steps(config.steps):
                 metrics, records = train_batch(session, learner, config, step)
+                if learner.best is not None and learner.best.is_due(step):
+                    with session.phase("held_out", has_collectives=True):
+                        metrics |= learner.best.keep(session.run, step, settings)
                 session.log(step, metrics, records)
             policy, base = learner.policy, locate("policy", config.policy)
             size = saved_bytes(policy.model)
@@ -78,6 +81,7 @@ def train_batch(
         with session.phase("score", local=rollouts):
             if rollouts.scores is None:  # a source may deliver scored rollouts
                 rollouts = learner.score(rollouts)  # scores (B,) and all evidence
+    rollouts = learner.standardise_rewards(rollouts)
     with session.phase("credit", local=rollouts):
         rollouts = apply_truncation(rollouts, config.ppo)
         rewards, learner.credit_state = credit.apply(method.credit, rollouts, learner.credit_state)  # (B,T)

@@ -14,6 +14,7 @@ from apportion.distributed import collectives
 from apportion.losses import clipped_value
 from apportion.masking import is_segment_start, whiten
 from apportion.models.policy import Outputs, Policy
+from apportion.stages.rl.mix import Mix
 from apportion.training.nonfinite import SkippedUpdates
 from apportion.training.optimizer import zero_with_grad
 from apportion.types import Advantages, PolicyLoss, Rollouts
@@ -77,6 +78,7 @@ def update(
     generator: torch.Generator,
     old: OldOutputs | None = None,
     skips: SkippedUpdates | None = None,
+    mix: Mix | None = None,
 ) -> dict[str, float]:
     """Run `config.epochs` passes over the batch in fresh random mini-batches and return mean metrics.
 
@@ -92,6 +94,7 @@ def update(
         skips: counts optimizer steps that were not taken, because their loss or gradient is not finite: weights,
             masters, moments and step counters stay as they were. The metrics are means over the steps taken; where
             there is none, they are left out.
+        mix: texts whose likelihood every optimizer step raises as well (PPO-ptx, Ouyang et al. 2022, 2203.02155).
 
     Raises:
         MonitorError: as many steps in a row were skipped as `skips` allows.
@@ -108,6 +111,8 @@ def update(
                 continue
             with collectives.error_barrier(), weights.relay_errors():
                 sums = _backward_mini_batch(policy, loss, rollouts, targets, config, rows, old, kept)
+                if mix is not None and learns:
+                    sums |= mix.backward(policy, config.micro_batch, config.micro_tokens)
             kept = None
             if not learns:  # its forward has filled in `old`
                 optimizer.zero_grad(set_to_none=True)
@@ -128,7 +133,7 @@ def update(
 
 def sum_of_losses(sums: dict[str, Tensor], like: Tensor) -> Tensor:
     """Return the sum () of what a mini-batch minimised, which is finite where every part is; 0 without rows."""
-    parts = [sums[name].to(like.device) for name in ("loss/policy", "loss/value") if name in sums]
+    parts = [sums[name].to(like.device) for name in ("loss/policy", "loss/value", "loss/ptx") if name in sums]
     return torch.stack(parts).sum() if parts else torch.zeros_like(like)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from apportion.config import reward_path
 from apportion.models.loading import has_bfloat16, pick_device, pick_dtype
 from apportion.models.pretrained import NO_CODE
 from apportion.stages.doctor.case import Case
@@ -90,9 +91,11 @@ def policy_shape(case: Case) -> footprint.Shape:
 
 
 def reward_shape(case: Case) -> footprint.Shape:
-    """Return the reward model's shape, or the policy's while the reward model was not opened."""
+    """Return the reward model's shape: the policy's while it was not opened, no weights where no reward is a model."""
     if case.reward_settings is None:
-        return policy_shape(case)
+        shape = policy_shape(case)
+        absent = hasattr(case.config, "rewards") and reward_path(case.config) is None
+        return shape._replace(weights=0, hidden=0, inner=0) if absent else shape
     return footprint.shape_of(case.reward_settings, weights_of(case, "reward"))
 
 

@@ -30,7 +30,7 @@ SATURATED = 12.0  # |logit difference| where a sigmoid is 1 to five digits
 def head(case: Case) -> Result:
     """The reward model's weights and head are stored, and the head does not look newly initialised."""
     case.reward = load_reward(
-        case.config.reward_model,
+        case.reward_folder,
         dtype=case.config.reward_dtype,
         device=case.config.device,
         pad_token=case.config.pad_token,

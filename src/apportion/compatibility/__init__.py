@@ -5,12 +5,14 @@ Each rule is one line of a table: when it applies, the setting and the value it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from apportion import credit
+from apportion.compatibility._refusal import Refusal
+from apportion.compatibility.rewards import check_rewards, specs_of
 from apportion.config import DiagnoseConfig, RLConfig
 from apportion.errors import ConfigError, format_problem
 from apportion.registry import EvidenceKey
@@ -18,27 +20,8 @@ from apportion.system import time_limit
 from apportion.types import Credit, Estimator, Method, PolicyLoss, Segmenter
 from apportion.user_code import user_defined_names
 
-T = TypeVar("T")
 GROUP = 4  # rollouts of one prompt where an estimator compares them
 EPOCHS = {True: 4, False: 1}  # passes over a batch, with a critic and without
-
-
-@dataclass(frozen=True)
-class Refusal(Generic[T]):
-    """One refusal. `field`, `got` and `expected` are texts, or functions of what the rule is about."""
-
-    applies: Callable[[T], bool]
-    field: str | Callable[[T], str]
-    got: Callable[[T], Any]
-    expected: str | Callable[[T], str]
-    fix: str
-
-    def check(self, subject: T) -> None:
-        """Raise ConfigError where it applies to `subject`."""
-        if self.applies(subject):
-            field = self.field if isinstance(self.field, str) else self.field(subject)
-            expected = self.expected if isinstance(self.expected, str) else self.expected(subject)
-            raise ConfigError(field, self.got(subject), expected, self.fix)
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
@@ -190,6 +173,7 @@ def resolve_defaults(config: RLConfig, method: Method) -> None:
         ppo.epochs = EPOCHS[method.critic]
     if ppo.whiten_advantages is None:
         ppo.whiten_advantages = bool(getattr(estimate, "whitened", method.critic))
+    check_rewards(config, method)
     for refusal in SETTINGS:
         refusal.check(Run(config, method))
 
@@ -242,7 +226,8 @@ class Run:
     def user_functions(self) -> list[str]:
         """The user-supplied functions among the methods and their evidence."""
         timed = [self.method.specs[field] for field in ("credit", "segments", "advantages")]
-        return user_defined_names([*timed, list(self.config.compare), self.method.needs])
+        functions = [spec.source for spec in specs_of(self.config) if spec.kind == "function"]
+        return user_defined_names([*timed, list(self.config.compare), self.method.needs, functions])
 
 
 def _conflicts(name: str, kwargs: dict[str, Any]) -> bool:
@@ -251,6 +236,27 @@ def _conflicts(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 SETTINGS: tuple[Refusal[Run], ...] = (
+    Refusal(
+        lambda r: r.config.ppo.ptx_coef > 0 and r.config.ppo.ptx_data is None,
+        "ppo.ptx_data",
+        lambda r: None,
+        "texts to learn, since ppo.ptx_coef is above 0",
+        "Name a file with a column text, prompt and completion, or messages, or set ppo.ptx_coef to 0.",
+    ),
+    Refusal(
+        lambda r: r.config.ppo.ptx_coef == 0 and r.config.ppo.ptx_data is not None,
+        "ppo.ptx_coef",
+        lambda r: r.config.ppo.ptx_coef,
+        "above 0, since ppo.ptx_data names texts to learn",
+        "Set it to 1, say, or leave ppo.ptx_data out.",
+    ),
+    Refusal(
+        lambda r: bool(r.config.keep_best.every) and r.config.keep_best.prompts is None and r.config.prompts != "imdb",
+        "keep_best.prompts",
+        lambda r: None,
+        "held-out prompts: only the built-in set has some of its own",
+        "Name a file of prompts that are not trained on, or set keep_best.every to 0.",
+    ),
     Refusal(
         lambda r: bool(r.config.sampling.batch_size % r.per_prompt),
         "sampling.batch_size",

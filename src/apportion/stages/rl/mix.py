@@ -1,0 +1,129 @@
+"""The mix of PPO-ptx in the update: texts as ids in a seeded order, and the gradient of their likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apportion.batching import micro_batches, trim
+from apportion.config import RLConfig
+from apportion.data.bad_rows import leaving_out
+from apportion.data.mix import Example, read_mix
+from apportion.distributed import collectives
+from apportion.errors import DataError
+from apportion.models.policy import Policy
+from apportion.models.text.chat import apply_template, with_response
+from apportion.stages.doctor.checks.probes import from_ids
+from apportion.training.optimizer import zero_with_grad
+
+FIELD = "ppo.ptx_data"
+
+
+class Encoded(NamedTuple):
+    """The ids of one text: those that are read, at least one, and those that are learned, at least one."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+class Mix:
+    """The texts of a mix and how they enter the update; the order follows from seed, step and place in it alone.
+
+    Attributes:
+        rows: the texts. coef: γ, the weight of their loss. batch: texts an optimizer step.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], coef: float, batch: int, seed: int) -> None:
+        self.rows, self.coef, self.batch, self.seed = list(rows), coef, batch, seed
+        self._next = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def begin(self, step: int, updates: int) -> None:
+        """Begin batch `step` (from 1), in which there are `updates` optimizer steps."""
+        self._next = (step - 1) * updates
+
+    def take(self) -> list[Encoded]:
+        """Return the texts of the next optimizer step; each pass over them has a new order."""
+        first, self._next = self._next * self.batch, self._next + 1
+        return [self.rows[self._place(i)] for i in range(first, first + self.batch)]
+
+    def _place(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.rows))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 31 + 17)
+            self._order = (epoch, torch.randperm(len(self.rows), generator=generator).tolist())
+        return self._order[1][place]
+
+    def backward(self, policy: Policy, micro_batch: int, micro_tokens: int) -> dict[str, Tensor]:
+        """Add the gradient of γ times the mean negative log-likelihood a token of the next texts.
+
+        Each of several processes takes its share of them. Returns {"loss/ptx": its part of that mean, nats a token}.
+        """
+        weights, device = policy.weights, policy.device
+        with weights.error_barrier():
+            chosen = self.take()
+            texts = from_ids([one.prompt for one in chosen], [one.completion for one in chosen], policy)
+            tokens = texts.mask.sum()
+            mine = collectives.shard(torch.arange(len(texts), device=device))
+            parts = micro_batches(texts, mine, micro_batch, micro_tokens) if len(mine) else []
+        total = torch.zeros((), device=device)
+        for part, counts in weights.pad_micro_batches(parts, torch.zeros(1, dtype=torch.int64, device=device)):
+            batch = trim(texts.select(part))
+            logprobs = policy.text_logprobs(batch)
+            loss = -torch.where(batch.mask, logprobs, 0.0).sum() / tokens if counts else zero_with_grad(logprobs)
+            (self.coef * loss).backward()
+            total += loss.detach()
+        return {"loss/ptx": total}
+
+
+def open_mix(config: RLConfig, tokenizer: Any, context: int | None) -> Mix | None:
+    """Return the mix of a run, None where ppo.ptx_coef is 0. Raises DataError for texts that cannot be learned.
+
+    Args:
+        tokenizer: the policy's. context: tokens that the policy has positions for, None where that is not known.
+    """
+    ppo = config.ppo
+    if ppo.ptx_coef == 0 or ppo.ptx_data is None:
+        return None
+    longest = ppo.ptx_tokens if context is None else min(ppo.ptx_tokens, context)
+    with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows, "ptx_bad_rows.jsonl") as bad:
+        rows = []
+        for example in read_mix(ppo.ptx_data, field=FIELD, bad=bad):
+            row = encode(example, tokenizer, longest)
+            if row is not None:
+                rows.append(row)
+    if not rows:
+        fix = f"Raise ppo.ptx_tokens, now {ppo.ptx_tokens}, or give shorter prompts."
+        raise DataError(FIELD, "no text with a token to learn", "at least one", fix)
+    return Mix(rows, ppo.ptx_coef, ppo.ptx_batch, config.seed)
+
+
+def encode(example: Example, tokenizer: Any, longest: int) -> Encoded | None:
+    """Return the ids of a text, with the end token, cut to the first `longest`; None where nothing is left to learn.
+
+    Where there is no prompt, all but the first token is learned.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(example.prompt, list):
+        before = apply_template(tokenizer, example.prompt, generation=True)
+        whole = apply_template(tokenizer, with_response(example.prompt, example.completion), generation=False)
+        if not whole.startswith(
+            before
+        ):  # a template that renders answered turns otherwise, without a prompt for thoughts
+            whole = before + example.completion
+        prompt = list(tokenizer(before, add_special_tokens=False)["input_ids"])
+        completion = list(tokenizer(whole[len(before) :].rstrip("\n"), add_special_tokens=False)["input_ids"])
+        completion += ends if completion[-1:] != ends else []
+    elif example.prompt is None:
+        ids = list(tokenizer(example.completion)["input_ids"])
+        ids += ends if ids[-1:] != ends else []
+        prompt, completion = ids[:1], ids[1:]
+    else:
+        prompt = list(tokenizer(example.prompt)["input_ids"])
+        completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"]) + ends
+    completion = completion[: max(longest - len(prompt), 0)]
+    return Encoded(prompt, completion) if prompt and completion else None
