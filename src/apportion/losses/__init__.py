@@ -1,4 +1,4 @@
-"""Policy and value losses: sums over a batch, which the caller divides by the declared denominator."""
+"""Policy, value and preference losses: sums over a batch, which the caller divides by the declared denominator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from apportion.errors import ConfigError
 from apportion.losses._ratios import Sums, entropy_of
 from apportion.losses.cispo import cispo
 from apportion.losses.dapo import dapo, overlong_penalty
+from apportion.losses.dpo import dpo
 from apportion.losses.dr_grpo import dr_grpo
 from apportion.losses.grpo import grpo
 from apportion.losses.gspo import gspo
@@ -29,6 +30,7 @@ __all__ = [
     "clipped_policy",
     "clipped_value",
     "dapo",
+    "dpo",
     "dr_grpo",
     "entropy_of",
     "find",
