@@ -2,14 +2,19 @@
 
 from apportion.config.demo import DemoConfig
 from apportion.config.diagnose import DiagnoseConfig
+from apportion.config.dpo import DPOConfig
 from apportion.config.evaluate import EvaluateConfig
 from apportion.config.monitors import MonitorsConfig
 from apportion.config.reward import RewardConfig
 from apportion.config.rl import PPOConfig, RLConfig
 from apportion.config.section import Section, to_dict
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
+from apportion.config.sft import SFTConfig
+from apportion.config.trainer import AdamWConfig, TrainerConfig
 
 __all__ = [
+    "AdamWConfig",
+    "DPOConfig",
     "DemoConfig",
     "DiagnoseConfig",
     "EvaluateConfig",
@@ -19,8 +24,10 @@ __all__ = [
     "PPOConfig",
     "RLConfig",
     "RewardConfig",
+    "SFTConfig",
     "SamplingConfig",
     "ScoreConfig",
     "Section",
+    "TrainerConfig",
     "to_dict",
 ]

@@ -113,7 +113,7 @@ class Policy:
     def allowed(self, logits: Tensor) -> Tensor:
         """Return float32 logits (…,V) over the temperature, −inf on banned ids: the distribution of every pass."""
         logits = logits.float() if self.temperature == 1.0 else logits.float() / self.temperature
-        return logits.index_fill(-1, torch.tensor(self.banned, device=logits.device), -torch.inf)
+        return logits.index_fill(-1, torch.tensor(self.banned, dtype=torch.int64, device=logits.device), -torch.inf)
 
     def forward(self, rollouts: Rollouts, *, values: bool = True, entropy: bool = False) -> Outputs:
         """Return log-probabilities, values and entropy of `rollouts` in one forward of the policy (and value trunk)."""
@@ -158,7 +158,7 @@ class Policy:
         rows, columns = mask.nonzero(as_tuple=True)
         index = rows * hidden.shape[1] + columns
         states = hidden.flatten(0, 1).index_select(0, index)
-        banned = torch.tensor(self.banned, device=states.device)
+        banned = torch.tensor(self.banned, dtype=torch.int64, device=states.device)
         bias = getattr(head, "bias", None)
         chosen, entropies = token_logprobs(
             states, head.weight, bias, rollouts.response_ids[mask], banned, self.temperature, entropy
