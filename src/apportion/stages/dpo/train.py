@@ -133,8 +133,8 @@ def loss_of(config: DPOConfig) -> dict[str, Any]:
 def make_trainer(config: DPOConfig, run: RunFolder, start: Start, rows: Sequence[PairTarget]) -> Any:
     """Return TRL's DPOTrainer on the ids of `rows`.
 
-    It takes texts, which it would render and tokenise in its own way: it is made on one pair of words, and then given
-    the ids of all pairs, in the columns that its own preparation makes.
+    It takes texts, which it would render and tokenise in its own way: it is made on one pair, and then given the ids of
+    all pairs, in the columns that its own preparation makes.
 
     Raises as `load_model`.
     """
@@ -150,7 +150,7 @@ def make_trainer(config: DPOConfig, run: RunFolder, start: Start, rows: Sequence
         model,
         ref_model=None if adapters is not None else copy.deepcopy(model).requires_grad_(False),
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        train_dataset=Dataset.from_list([{"prompt": start.tokenizer.eos_token, "chosen": "a", "rejected": "b"}]),
         processing_class=start.tokenizer,
         peft_config=adapters,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as stdlib_logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,8 @@ def quiet_trl() -> Iterator[None]:
     import datasets
     from transformers.utils import logging
 
+    level = stdlib_logging.getLogger("trl").level
+    stdlib_logging.getLogger("trl").setLevel(stdlib_logging.ERROR)
     bars = datasets.utils.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -82,6 +85,7 @@ def quiet_trl() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
             yield
     finally:
+        stdlib_logging.getLogger("trl").setLevel(level)
         if not bars[0]:
             datasets.enable_progress_bars()
         if bars[1]:
