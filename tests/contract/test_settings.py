@@ -14,19 +14,21 @@ from apportion.compatibility import check_diagnosis, check_processes
 from apportion.config import (
     DemoConfig,
     DiagnoseConfig,
+    DPOConfig,
     EvaluateConfig,
     OptimConfig,
     PPOConfig,
     RewardConfig,
     RLConfig,
     Section,
+    SFTConfig,
     to_dict,
 )
 from apportion.config.renamed import check_renamed
 from apportion.config.section import rule_of, settings_of
 from apportion.errors import ConfigError
 
-STAGES = (RLConfig, RewardConfig, EvaluateConfig, DiagnoseConfig, DemoConfig)
+STAGES = (RLConfig, RewardConfig, SFTConfig, DPOConfig, EvaluateConfig, DiagnoseConfig, DemoConfig)
 
 
 class OtherStage(Section):

@@ -22,9 +22,7 @@ MARGINS = [2.0, -3.0, 0.0]
 
 
 def example(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen, rejected, one, two = (
-        torch.tensor(x, dtype=dtype) for x in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED)
-    )
+    chosen, rejected, one, two = (torch.tensor(x, dtype=dtype) for x in (CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED))
     return chosen, rejected, one, two
 
 
@@ -76,9 +74,7 @@ def test_the_gradient_is_the_derivative_by_hand_and_none_reaches_the_reference(k
 def test_gradcheck(kind: str) -> None:
     chosen, rejected, one, two = example(torch.float64)
     inputs = (chosen.requires_grad_(), rejected.requires_grad_())
-    assert torch.autograd.gradcheck(
-        lambda a, b: losses.dpo(a, b, one, two, kind=kind, label_smoothing=0.1)[0], inputs
-    )
+    assert torch.autograd.gradcheck(lambda a, b: losses.dpo(a, b, one, two, kind=kind, label_smoothing=0.1)[0], inputs)
 
 
 @settings(max_examples=30)

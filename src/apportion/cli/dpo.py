@@ -24,7 +24,7 @@ examples:
   apportion dpo --data pairs.jsonl --loss ipo --beta 0.1
   apportion dpo --data pairs.jsonl --lora.rank 0 --optim.lr 1e-6    # all weights
 """
-SHOWN = {"loss/dpo": "loss", "accuracy": "accuracy", "rewards/margins": "margin", "time/total": "s"}
+SHOWN = {"loss/dpo": "loss", "accuracy/pairs": "accuracy", "rewards/margins": "margin", "time/total": "s"}
 
 
 def run(arguments: list[str]) -> int:

@@ -24,7 +24,7 @@ examples:
   apportion sft --data chats.parquet --packing true --micro_batch 1 --max_length 2048
   apportion sft --data demonstrations.jsonl --lora.rank 0 --optim.lr 2e-5    # all weights
 """
-SHOWN = {"loss/sft": "loss", "accuracy": "token accuracy", "time/total": "s"}
+SHOWN = {"loss/sft": "loss", "accuracy/tokens": "token accuracy", "time/total": "s"}
 
 
 def run(arguments: list[str]) -> int:

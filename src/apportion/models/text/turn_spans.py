@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apportion.data.conversations import Conversation
+from apportion.data.conversations import Conversation, Turn
 from apportion.models.text.chat import TemplateError, after_thoughts, apply_template, as_text, unused_word
 
 MARK = "ANSWER"  # in the place of a turn's text; no suffix of it begins it, so that it is found where it stands only
@@ -17,7 +17,7 @@ def turn_span(tokenizer: Any, shown: Conversation, text: str, place: int) -> Tur
 
     It starts where the generation prompt ends, as it does when the turn is sampled, and ends where the conversation up
     to this turn ends. Where the template renders an earlier turn otherwise than a last one (it drops its thoughts), the
-    turn is found by a mark in its place. None where it is not located with certainty.
+    turn is found by a mark in the place of its text. None where it is not located with certainty.
 
     Args:
         shown: the conversation in the form that was rendered. text: what the chat template made of it, whole.
@@ -45,13 +45,15 @@ def _prefix(tokenizer: Any, turns: Conversation, text: str, *, generation: bool)
     return len(before) if text.startswith(before) else None
 
 
-def _marked(tokenizer: Any, shown: Conversation, text: str, place: int) -> TurnSpan | None:
-    """Return the span of the turn's text and its end, found by a mark in the place of its text."""
-    if not as_text([shown[place]])[0]["content"].strip():
-        return None
+def _marked(tokenizer: Any, shown: Conversation, text: str, place: int) -> tuple[int | None, int] | None:
+    """Return (start, end) of the turn, found by a mark in the place of its text, or of the name of its first call.
+
+    The start is None where a call was marked, whose name does not begin its turn.
+    """
     mark = unused_word(MARK, shown)
-    content = [{"type": "text", "text": mark}] if isinstance(shown[place]["content"], list) else mark
-    turn = {**shown[place], "content": content}
+    turn, is_text = _with_mark(shown[place], mark)
+    if turn is None:
+        return None
     try:
         whole = apply_template(
             tokenizer, shown.with_turns([*shown[:place], turn, *shown[place + 1 :]]), generation=False
@@ -65,5 +67,17 @@ def _marked(tokenizer: Any, shown: Conversation, text: str, place: int) -> TurnS
     tail = alone.split(mark)[1]
     if not (text.startswith(before) and text.endswith(after) and after.startswith(tail)):
         return None
-    end = len(text) - len(after) + len(tail)
-    return (len(before), end) if len(before) < end else None
+    return len(before) if is_text else None, len(text) - len(after) + len(tail)
+
+
+def _with_mark(turn: Turn, mark: str) -> tuple[Turn | None, bool]:
+    """Return (the turn with `mark` in the place of its text, or of a call's name; None without any, which it was)."""
+    content = turn.get("content")
+    if as_text([turn])[0]["content"].strip():
+        return {**turn, "content": [{"type": "text", "text": mark}] if isinstance(content, list) else mark}, True
+    calls = turn.get("tool_calls")
+    if not isinstance(calls, list) or not calls or not isinstance(calls[0], dict):
+        return None, False
+    inner = calls[0].get("function")
+    named = {**calls[0], "function": {**inner, "name": mark}} if isinstance(inner, dict) else {**calls[0], "name": mark}
+    return {**turn, "tool_calls": [named, *calls[1:]]}, False

@@ -30,7 +30,7 @@ from apportion.training.trainer.run import arguments_of
 
 METRICS = {
     "loss": "loss/dpo",
-    "rewards/accuracies": "accuracy",
+    "rewards/accuracies": "accuracy/pairs",
     "rewards/margins": "rewards/margins",
     "rewards/chosen": "rewards/chosen",
     "rewards/rejected": "rewards/rejected",

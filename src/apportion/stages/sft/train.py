@@ -25,7 +25,7 @@ from apportion.training.trainer.run import arguments_of
 
 METRICS = {
     "loss": "loss/sft",
-    "mean_token_accuracy": "accuracy",
+    "mean_token_accuracy": "accuracy/tokens",
     "entropy": "entropy",
     "grad_norm": "grad_norm",
     "learning_rate": "lr",

@@ -17,7 +17,12 @@ from apportion.training.run_folder import RunFolder
 from apportion.training.session import TrainingSession
 
 PARTIAL = "checkpoint-"  # the Trainer's name for a checkpoint; a whole one gets the name of every stage's, step-N
+DRAFT = "README.md"  # TRL's draft of a model card, beside the checkpoints
 LEFT_OUT = ("training_args.bin",)  # a pickle, which nothing reads
+
+
+class NothingLeft(Exception):
+    """A run resumes from a checkpoint of its last step."""
 
 
 def make_callback(
@@ -50,6 +55,8 @@ def make_callback(
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             session.total = entry.total = state.max_steps
+            if state.global_step >= state.max_steps:
+                raise NothingLeft  # the checkpoint's weights are in place; the loop would take a step all the same
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             self._began = time.perf_counter()
@@ -63,7 +70,7 @@ def make_callback(
             if signal or (every and step % every == 0 and step < state.max_steps):
                 wanted = checkpoint_bytes(model)
                 run.retry_when_full(lambda: require_room(run.path, wanted), wanted)
-                control.should_save = self.saving = True
+                control.should_save = True
             if signal:
                 control.should_training_stop = True
 
@@ -77,6 +84,7 @@ def make_callback(
             entry.done = state.global_step
             session.write_progress(entry)
             session.report(state.global_step, metrics)
+            self.saving = bool(control.should_save)  # that is what the Trainer does next
 
         def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             finish(run, state.global_step, model, keep)
@@ -107,7 +115,7 @@ def finish(run: RunFolder, step: int, model: Any, keep: int) -> None:
     part = folder / f"{PARTIAL}{step}"
     for name in LEFT_OUT:
         (part / name).unlink(missing_ok=True)
-    (folder / "README.md").unlink(missing_ok=True)  # the draft of a model card
+    (folder / DRAFT).unlink(missing_ok=True)
     run.retry_when_full(lambda: seal(part, folder / f"step-{step}", progress_of(run, step, {"model": model})), 1 << 16)
     prune(run, step, keep)
 
@@ -116,6 +124,7 @@ def clear_partial(run: RunFolder) -> None:
     """Remove the checkpoints that a Trainer began and did not finish."""
     for part in (run.path / "checkpoints").glob(f"{PARTIAL}*"):
         shutil.rmtree(part, ignore_errors=True)
+    (run.path / "checkpoints" / DRAFT).unlink(missing_ok=True)
 
 
 def disk_error(run: RunFolder, error: Exception) -> DiskError:

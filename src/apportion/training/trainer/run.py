@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from apportion.config.trainer import TrainerConfig
-from apportion.errors import ApportionError, ConfigError, Interrupted
+from apportion.errors import ApportionError, ConfigError
 from apportion.models.pretrained import quiet
 from apportion.system.progress import activity
 from apportion.training.checkpoint import use_latest
 from apportion.training.run_folder import RunFolder
 from apportion.training.session import TrainingSession
-from apportion.training.trainer.callback import clear_partial, disk_error, make_callback
+from apportion.training.trainer.callback import NothingLeft, clear_partial, disk_error, make_callback
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -116,10 +117,10 @@ def run_trainer(session: TrainingSession, trainer: Any, config: TrainerConfig, n
         trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
-        except (ApportionError, Interrupted):
-            raise
-        except Exception as error:
-            if not callback.saving:
+        except NothingLeft:
+            pass
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last is that of torch's writer
+            if not callback.saving or isinstance(error, ApportionError):
                 raise
             clear_partial(run)  # on a full disk its room is needed
             raise disk_error(run, error) from error
