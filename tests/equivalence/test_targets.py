@@ -1,4 +1,4 @@
-"""What the loss counts: the answers and their ends, in every template, and the ids that a prompt is sampled from."""
+"""Targets of the loss: the answers and their ends, in every template, and the ids that a prompt is sampled from."""
 
 from __future__ import annotations
 
@@ -186,8 +186,8 @@ def test_equal_pairs_are_left_out_and_counted() -> None:
 def test_pairs_share_their_prompts_ids() -> None:
     tokenizer = tokens_of(trainer_runs.TEMPLATE)
     made = encoder(tokenizer)
-    ask = user("How?")
-    pair = made.encode_pair(Pair(*(conversation([ask, assistant(text)], 1) for text in ("Fine.", "No."))))
+    question = user("How?")
+    pair = made.encode_pair(Pair(*(conversation([question, assistant(text)], 1) for text in ("Fine.", "No."))))
     assert pair is not None and tokenizer.decode(pair.prompt_ids) == "<user>How?<eos><assistant>"
     assert tokenizer.decode(pair.chosen_ids) == "Fine.<eos>" and tokenizer.decode(pair.rejected_ids) == "No.<eos>"
 

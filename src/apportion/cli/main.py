@@ -17,10 +17,10 @@ from apportion.system.heartbeat import heartbeat
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("demo", "reward model, PPO with dense credit, an independent judge and a page, in minutes"),
-    "sft": ("sft", "fine-tune a model on demonstrations"),
+    "sft": ("supervised.sft", "fine-tune a model on demonstrations"),
     "reward": ("reward", "train a reward model on labelled texts or preference pairs"),
     "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
-    "dpo": ("dpo", "train a policy on preference pairs or rankings, without a reward model"),
+    "dpo": ("supervised.dpo", "train a policy on preference pairs or rankings, without a reward model"),
     "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
     "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
     "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),

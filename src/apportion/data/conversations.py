@@ -60,7 +60,7 @@ def conversation(
 
     Args:
         parts: (column, its turns) in their order.
-        calls_last: whether the last turn may be a tool call, which nothing can be said in reply to.
+        calls_last: whether the last turn may be a tool call, which has no content.
 
     Raises:
         DataError: another content, a turn without role, no text at all, a tool call at the end; with the location.

@@ -32,8 +32,8 @@ def turn_span(tokenizer: Any, shown: Conversation, text: str, place: int) -> Tur
         end = marked[1]
     if start is None or end is None or start >= end:
         return None
-    said = after_thoughts(as_text([shown[place]])[0]["content"])
-    return (start, end) if said in text[start:end] else None
+    answer = after_thoughts(as_text([shown[place]])[0]["content"])
+    return (start, end) if answer in text[start:end] else None
 
 
 def _prefix(tokenizer: Any, turns: Conversation, text: str, *, generation: bool) -> int | None:
