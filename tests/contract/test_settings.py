@@ -14,6 +14,7 @@ from apportion.compatibility import check_diagnosis, check_processes
 from apportion.config import (
     DemoConfig,
     DiagnoseConfig,
+    DPOConfig,
     EvaluateConfig,
     OptimConfig,
     PPOConfig,
@@ -21,13 +22,14 @@ from apportion.config import (
     RLConfig,
     SampleConfig,
     Section,
+    SFTConfig,
     to_dict,
 )
 from apportion.config.renamed import check_renamed
 from apportion.config.section import rule_of, settings_of
 from apportion.errors import ConfigError
 
-STAGES = (RLConfig, RewardConfig, EvaluateConfig, DiagnoseConfig, DemoConfig, SampleConfig)
+STAGES = (RLConfig, RewardConfig, SFTConfig, DPOConfig, EvaluateConfig, DiagnoseConfig, DemoConfig, SampleConfig)
 
 
 class OtherStage(Section):

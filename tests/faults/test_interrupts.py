@@ -9,9 +9,16 @@ import pytest
 from benchmarks.harness.arguments import run_command
 
 from apportion.cli.main import CHECKPOINTED, COMMANDS, after_interrupt, main
-from apportion.config import DiagnoseConfig, EvaluateConfig, RewardConfig, RLConfig
+from apportion.config import DiagnoseConfig, DPOConfig, EvaluateConfig, RewardConfig, RLConfig, SFTConfig
 
-SETTINGS = {"rl": RLConfig, "reward": RewardConfig, "evaluate": EvaluateConfig, "diagnose": DiagnoseConfig}
+SETTINGS = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "rl": RLConfig,
+    "reward": RewardConfig,
+    "evaluate": EvaluateConfig,
+    "diagnose": DiagnoseConfig,
+}
 
 
 class Interrupted(io.StringIO):

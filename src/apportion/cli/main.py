@@ -17,9 +17,11 @@ from apportion.system.heartbeat import heartbeat
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("demo", "reward model, PPO with dense credit, an independent judge and a page, in minutes"),
-    "reward": ("reward", "train a reward model on labelled texts, preference pairs or rankings"),
+    "sft": ("supervised.sft", "fine-tune a model on demonstrations"),
     "sample": ("sample", "write K answers to every prompt, for people to rank or a reward model to score"),
+    "reward": ("reward", "train a reward model on labelled texts, preference pairs or rankings"),
     "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
+    "dpo": ("supervised.dpo", "train a policy on preference pairs or rankings, without a reward model"),
     "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
     "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
     "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),
@@ -29,7 +31,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 
 PARALLEL = ("rl", "reward")  # commands that several processes can share
-CHECKPOINTED = ("demo", "reward", "rl")  # commands that write checkpoints
+CHECKPOINTED = ("demo", "sft", "reward", "rl", "dpo")  # commands that write checkpoints
 
 USAGE = """usage: apportion COMMAND [options]
 

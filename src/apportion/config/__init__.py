@@ -2,6 +2,7 @@
 
 from apportion.config.demo import DemoConfig
 from apportion.config.diagnose import DiagnoseConfig
+from apportion.config.dpo import DPOConfig
 from apportion.config.evaluate import EvaluateConfig
 from apportion.config.monitors import MonitorsConfig
 from apportion.config.reward import PreferenceConfig, RewardConfig
@@ -10,9 +11,13 @@ from apportion.config.rl import PPOConfig, RLConfig
 from apportion.config.sample import AnswerSampling, SampleConfig
 from apportion.config.section import Section, to_dict
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
+from apportion.config.sft import SFTConfig
+from apportion.config.trainer import AdamWConfig, TrainerConfig
 
 __all__ = [
     "AnswerSampling",
+    "AdamWConfig",
+    "DPOConfig",
     "DemoConfig",
     "DiagnoseConfig",
     "EvaluateConfig",
@@ -25,11 +30,13 @@ __all__ = [
     "RewardConfig",
     "SampleConfig",
     "RewardSpec",
-    "SamplingConfig",
-    "ScoreConfig",
-    "Section",
     "reward_models",
     "reward_path",
     "reward_specs",
+    "SFTConfig",
+    "SamplingConfig",
+    "ScoreConfig",
+    "Section",
+    "TrainerConfig",
     "to_dict",
 ]

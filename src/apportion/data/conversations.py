@@ -49,7 +49,9 @@ class Conversation(list[Turn]):
         return Conversation(turns, self.tools, self.template_kwargs)
 
 
-def conversation(parts: Iterable[tuple[str, Sequence[Any]]], row: Row, field: str) -> Conversation:
+def conversation(
+    parts: Iterable[tuple[str, Sequence[Any]]], row: Row, field: str, *, calls_last: bool = False
+) -> Conversation:
     """Return the conversation of the turns in columns of `row`, one after another, with its tools and variables.
 
     A turn's content may be a text, also an empty one, parts of text ({"type": "text", "text": ...}), or null or absent
@@ -58,6 +60,7 @@ def conversation(parts: Iterable[tuple[str, Sequence[Any]]], row: Row, field: st
 
     Args:
         parts: (column, its turns) in their order.
+        calls_last: whether the last turn may be a tool call, which has no content.
 
     Raises:
         DataError: another content, a turn without role, no text at all, a tool call at the end; with the location.
@@ -68,7 +71,7 @@ def conversation(parts: Iterable[tuple[str, Sequence[Any]]], row: Row, field: st
     if not any(_says_something(turn) for turn in made):
         got = f"{named[0][0]}: content = {made[0].get('content')!r:.20}"
         raise DataError(field, got, "a turn with text", "Fill it in or remove the row.")
-    if made[-1]["role"] == "assistant" and made[-1].get("content") is None:
+    if not calls_last and made[-1]["role"] == "assistant" and made[-1].get("content") is None:
         got = f"{named[-1][0]}, the last turn, an assistant's without content"
         fix = "Add the tool's answer, or remove the turn."
         raise DataError(field, got, "a last turn that can be answered or continued", fix)

@@ -112,7 +112,7 @@ class RowReader:
             return (last,) if prompt is None else (prompt, last)
         form = next((form for form in FORMS if all(column in row for column in form)), None)
         if form is None:
-            raise DataError(self.field, listed(row, row.where), NAMED, _hint("text", row))
+            raise DataError(self.field, listed(row, row.where), NAMED, column_hint("text", row))
         return form
 
     def _pair(self, row: Row, form: tuple[str, ...]) -> tuple[Labelled, ...]:
@@ -122,7 +122,7 @@ class RowReader:
                 require(row, column, field=self.field)
             self._require(row, column, "prompt")
         *before, chosen, rejected = (self._value(row, column) for column in form)
-        if before and isinstance(before[0], str) and not isinstance(chosen, str) and _holds(chosen, before[0]):
+        if before and isinstance(before[0], str) and not isinstance(chosen, str) and holds(chosen, before[0]):
             before = []  # the conversations are whole: they begin with the prompt
         columns = form[-2 - len(before) :]
         made = []
@@ -144,7 +144,7 @@ class RowReader:
         """Raise DataError for a row without a value in `column`, with the flag that names another column."""
         if column not in row:
             expected = f"a column {column!r}"
-            raise DataError(self.field, listed(row, row.where), expected, _hint(kind, row, column))
+            raise DataError(self.field, listed(row, row.where), expected, column_hint(kind, row, column))
         if row[column] is None or isinstance(row[column], str):
             require(row, column, field=self.field)
 
@@ -184,13 +184,13 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def _holds(messages: Sequence[Mapping[str, Any]], prompt: str) -> bool:
-    """Whether one of the messages before the last has the text of `prompt`."""
+def holds(messages: Sequence[Mapping[str, Any]], prompt: str) -> bool:
+    """Whether one of the `messages` before the last has the text of `prompt`."""
     contents = (message.get("content") for message in messages[:-1])
     return any(isinstance(content, str) and content.strip() == prompt.strip() for content in contents)
 
 
-def _hint(kind: str, names: Iterable[str], column: str | None = None) -> str:
+def column_hint(kind: str, names: Iterable[str], column: str | None = None) -> str:
     """Return the fix for a missing column of a kind: text, prompt or label."""
     present = list(names)
     near = similar(column or kind, present)

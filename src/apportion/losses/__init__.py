@@ -13,6 +13,7 @@ from apportion.losses._ratios import Sums, entropy_of
 from apportion.losses.bradley_terry import bradley_terry
 from apportion.losses.cispo import cispo
 from apportion.losses.dapo import dapo, overlong_penalty
+from apportion.losses.dpo import dpo
 from apportion.losses.dr_grpo import dr_grpo
 from apportion.losses.grpo import grpo
 from apportion.losses.gspo import gspo
@@ -38,6 +39,7 @@ __all__ = [
     "clipped_policy",
     "clipped_value",
     "dapo",
+    "dpo",
     "dr_grpo",
     "entropy_of",
     "find",

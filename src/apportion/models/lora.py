@@ -75,20 +75,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None
 
     Raises ConfigError as `target_names` does.
     """
-    from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
-    names, fast = target_names(model, config.targets), has_fast_kernels(model)
-    first = dict(model.named_modules())[names[0]]
-    settings = PeftConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules=names,
-        fan_in_fan_out=type(first).__name__ == "Conv1D",
-        modules_to_save=None if head is None else [head],
-        task_type=None,
-    )
+    settings, fast = adapter_settings(model, config, head=head), has_fast_kernels(model)
     try:
         adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except ValueError as error:  # layers that peft cannot adapt
@@ -102,6 +91,26 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, head: str | None = None
     if head is not None:
         adapted.get_submodule(f"base_model.model.{head}").register_forward_pre_hook(lambda _, args: (args[0].float(),))
     return adapted
+
+
+def adapter_settings(model: nn.Module, config: LoraConfig, *, head: str | None = None) -> Any:
+    """Return peft's settings for adapters on `model`: dropout 0, `head` (if named) trained in full.
+
+    Raises ConfigError as `target_names` does.
+    """
+    from peft import LoraConfig as PeftConfig
+
+    names = target_names(model, config.targets)
+    first = dict(model.named_modules())[names[0]]
+    return PeftConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=names,
+        fan_in_fan_out=type(first).__name__ == "Conv1D",
+        modules_to_save=None if head is None else [head],
+        task_type=None,
+    )
 
 
 def merged_copy(adapted: Any, base: nn.Module) -> nn.Module:

@@ -50,17 +50,22 @@ def save_policy(policy: Policy, base: str, folder: Path, settings: Mapping[str, 
     Its weights must be gathered (`distributed.sharding.Sharded.make_whole`). Weights that were trained in 16 bit become
     their float32 masters.
     """
-    if policy.reference is None:
-        rows = needed_rows(policy.tokenizer, policy.tokenizer.pad_token)
-        fresh = load_causal("policy", base, torch.float32, torch.device("cpu"), rows=rows)
-        model: Any = merged_copy(policy.model, fresh)
-    else:
+    if policy.reference is not None:
         to_float32(policy.remainders)
-        model = policy.model
-    set_padding(model, policy.tokenizer.pad_token_id)
     text = "A policy trained by reinforcement learning against a reward model, its score apportioned over the tokens."
     card = model_card("Policy", "reinforcement-learning", text, settings)
-    save_model(model, policy.tokenizer, folder, card, processor_files(base) if has_other_parts(model.config) else ())
+    save_causal(policy.model, policy.tokenizer, base, folder, card, lora=policy.reference is None)
+
+
+def save_causal(trained: Any, tokenizer: Any, base: str, folder: Path, card: str, *, lora: bool) -> None:
+    """Write a trained language model (float32, adapters merged into a freshly loaded `base`) to `folder` atomically."""
+    model = trained
+    if lora:
+        rows = needed_rows(tokenizer, tokenizer.pad_token)
+        fresh = load_causal("policy", base, torch.float32, torch.device("cpu"), rows=rows)
+        model = merged_copy(trained, fresh)
+    set_padding(model, tokenizer.pad_token_id)
+    save_model(model, tokenizer, folder, card, processor_files(base) if has_other_parts(model.config) else ())
 
 
 def set_padding(model: Any, pad: int | None) -> None:

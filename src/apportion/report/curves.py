@@ -42,6 +42,14 @@ REWARD = (
     Measure("loss/reward", "Loss", "nats an excerpt"),
     Measure("accuracy", "Accuracy", "share of training excerpts classified correctly"),
 )
+SUPERVISED = (
+    Measure("loss/sft", "Loss of sft", "nats a token"),
+    Measure("loss/dpo", "Loss of dpo", "nats a pair"),
+    Measure("accuracy/tokens", "Token accuracy", "share of target tokens that are the most likely"),
+    Measure("accuracy/pairs", "Accuracy of pairs", "share that the implicit reward ranks right"),
+    Measure("rewards/margins", "Margin", "implicit reward of chosen less rejected, nats"),
+    Measure("logps/chosen", "Log-probability of chosen answers", "nats an answer"),
+)
 
 
 GROUPS = (  # key of evaluation.json, title, what its groups are
@@ -54,9 +62,11 @@ GROUPS = (  # key of evaluation.json, title, what its groups are
 
 def main_charts(runs: Sequence[RunData]) -> list[Chart]:
     """Return the learning curves of policy runs, all runs in each chart; each of several rewards has its own."""
-    score, *others = MAIN
-    measures = (score, *reward_measures(runs), *others)
-    return _charts(runs, [i for i, run in enumerate(runs) if run.stage != "reward"], measures)
+    supervised = [i for i, run in enumerate(runs) if run.stage in ("sft", "dpo")]
+    others = [i for i, run in enumerate(runs) if run.stage not in ("reward", "sft", "dpo")]
+    score, *further = MAIN
+    measures = (score, *reward_measures(runs), *further)
+    return [*_charts(runs, others, measures), *_charts(runs, supervised, SUPERVISED)]
 
 
 def reward_measures(runs: Sequence[RunData]) -> list[Measure]:
@@ -75,7 +85,7 @@ def reward_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 def other_charts(runs: Sequence[RunData]) -> list[Chart]:
     """Return a curve for every further number in metrics.jsonl, in alphabetical order; monitors have a section."""
-    known = {measure.key for measure in (*MAIN, *REWARD, *reward_measures(runs))} | {"step"}
+    known = {measure.key for measure in (*MAIN, *SUPERVISED, *REWARD, *reward_measures(runs))} | {"step"}
     keys = {key for run in runs for row in run.metrics for key, value in row.items() if finite(value) is not None}
     return _charts(
         runs, range(len(runs)), [Measure(k, k) for k in sorted(keys - known) if not k.startswith("monitors/")]

@@ -113,26 +113,36 @@ def _title(runs: Sequence[RunData]) -> str:
     return escape(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs"
 
 
+SUPERVISED = ("sft", "dpo")
+
+
 def _summary(runs: Sequence[RunData]) -> str:
-    cards = summary.cards_html([replace(r, evaluation={}) if r.stage == "reward" else r for r in runs], summary.POLICY)
+    others = (*SUPERVISED, "reward")
+    cards = summary.cards_html([replace(r, evaluation={}) if r.stage in others else r for r in runs], summary.POLICY)
+    cards += summary.cards_html(
+        [r if r.stage in SUPERVISED else replace(r, evaluation={}) for r in runs], summary.SUPERVISED
+    )
     if cards:
-        key = "Hollow marks are before training, filled ones after; bars are 95% intervals over evaluation prompts."
+        key = "Hollow marks are before training, filled ones after; bars are 95% intervals over what was held out."
         return f'{cards}<p class="note">{key}</p>'
     trained = [run for run in runs if run.stage not in ("reward", "diagnose")]
     if not trained:
         return ""
     lines = "".join(f"<p>{escape(run.name)}: {_training(run)}</p>" for run in trained)
-    return f'<div class="prose">{lines}<p>No evaluation yet: <code>apportion evaluate</code> adds one.</p></div>'
+    hint = "<p>No evaluation yet: <code>apportion evaluate</code> adds one.</p>"
+    return f'<div class="prose">{lines}{hint}</div>'
 
 
 def _training(run: RunData) -> str:
-    charts = [chart for chart in main_charts([run]) if chart["id"] == "objective/scores"]
+    loss = f"loss/{run.stage}"
+    charts = [chart for chart in main_charts([run]) if chart["id"] in ("objective/scores", loss)]
     if not charts:
         return "no reward was logged."
     y = charts[0]["traces"][0]["y"]
     tenth = max(1, len(y) // 10)
     first, last = sum(y[:tenth]) / tenth, sum(y[-tenth:]) / tenth
-    return f"training reward {number(first)} in the first tenth of its steps, {number(last)} in the last."
+    what = "loss" if charts[0]["id"] == loss else "reward"
+    return f"training {what} {number(first)} in the first tenth of its steps, {number(last)} in the last."
 
 
 def _reward_model(runs: Sequence[RunData], charts: list[dict[str, Any]]) -> str:
@@ -213,9 +223,20 @@ REWARD_METHOD = {
 }
 
 
+SUPERVISED_METHOD = {
+    "Held-out loss": "The mean negative log-likelihood of a demonstration's target tokens, averaged over held-out "
+    "demonstrations; perplexity is over all their tokens. Both models are scored as they are saved.",
+    "Held-out accuracy": "The share of held-out pairs whose chosen answer has the higher implicit reward, \u03b2 times "
+    "the log-ratio of the trained policy to the model it started from; before training, of which that model gives the "
+    "higher log-probability, which favours short answers.",
+}
+
+
 def _method(runs: Sequence[RunData]) -> str:
     texts: dict[str, str] = {}
-    if any(run.stage not in ("reward", "diagnose") for run in runs):
+    if any(run.stage in SUPERVISED for run in runs):
+        texts |= SUPERVISED_METHOD
+    if any(run.stage not in (*SUPERVISED, "reward", "diagnose") for run in runs):
         texts |= METHOD
     if any(run.stage == "reward" for run in runs):
         texts |= REWARD_METHOD

@@ -35,6 +35,12 @@ REWARD = (
     Card("Score", "mean on held-out texts", None, "score_mean"),
     Card("Spread of the score", "standard deviation", None, "score_sd"),
 )
+SUPERVISED = (
+    Card("Held-out loss", "nats a token of demonstrations", "nll_before", "nll_after"),
+    Card("Held-out perplexity", "of demonstrations", "perplexity_before", "perplexity_after"),
+    Card("Held-out accuracy", "share of pairs that the implicit reward ranks right", "accuracy_reference", "accuracy"),
+    Card("Held-out margin", "implicit reward of chosen less rejected, nats", None, "margin"),
+)
 
 ARROW = " \u2192 "
 

@@ -47,18 +47,31 @@ def save_checkpoint(run: RunFolder, learner: Checkpointable, step: int, *, keep:
     def work() -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         # the logs are made durable here, with the names in the run folder, and the disk may be full for them too
-        progress = {
-            "step": step,
-            "logs": run.logs.positions(),
-            "run_environment": run_environment(learner.models_by_name()),
-        }
-        _write(final, files, progress)
+        _write(final, files, progress_of(run, step, learner.models_by_name()))
 
     run.retry_when_full(work, wanted + (1 << 16))
-    for old in [*(path for _, path in steps_in(final.parent)[:-keep]), *final.parent.glob("step-*.damaged")]:
+    prune(run, step, keep)
+    return final
+
+
+def progress_of(run: RunFolder, step: int, models: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint's progress.json says, with the logs made durable up to here."""
+    return {"step": step, "logs": run.logs.positions(), "run_environment": run_environment(models)}
+
+
+def prune(run: RunFolder, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, of which `step` is the last, and have status.json name it."""
+    folder = run.path / "checkpoints"
+    for old in [*(path for _, path in steps_in(folder)[:-keep]), *folder.glob("step-*.damaged")]:
         shutil.rmtree(old, ignore_errors=True)  # what is left of one will be counted as damaged
     run.update_status(checkpoint=step)
-    return final
+
+
+def seal(part: Path, final: Path, progress: Mapping[str, Any]) -> None:
+    """Finish the checkpoint in folder `part`: add progress.json and its manifest, and rename it to `final`, durably."""
+    (part / PROGRESS).write_text(json.dumps(progress, indent=2), encoding="utf-8")
+    (part / MANIFEST).write_text(manifest(part), encoding="utf-8")
+    disk.replace_durably(part, final)
 
 
 def _write(final: Path, files: Tensors, progress: dict[str, Any]) -> None:
@@ -69,9 +82,7 @@ def _write(final: Path, files: Tensors, progress: dict[str, Any]) -> None:
         for name, tensors in files.items():
             where = {k: v.device.type for k, v in tensors.items() if v.device.type != "cpu"}
             save_file(separate_storage(tensors), part / f"{name}.safetensors", metadata=where)
-        (part / PROGRESS).write_text(json.dumps(progress, indent=2), encoding="utf-8")
-        (part / MANIFEST).write_text(manifest(part), encoding="utf-8")
-        disk.replace_durably(part, final)
+        seal(part, final, progress)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # on a full disk its room is needed for the logs
         raise
@@ -144,6 +155,22 @@ def load_latest(run: RunFolder, learner: Checkpointable, warn: Warn | None = Non
         DiskError: there are checkpoints, or were, and none is good. ConfigError: it is another model's, or another
             kind of device's.
     """
+    return use_latest(run, learner.models_by_name, lambda folder, files: _restore(learner, folder, files), warn)
+
+
+def use_latest(
+    run: RunFolder,
+    models: Callable[[], Mapping[str, Any]],
+    restore: Callable[[Path, Sequence[str]], None],
+    warn: Warn | None = None,
+) -> int:
+    """Call `restore` with the newest good checkpoint and its files, truncate the logs to it, and return its step.
+
+    Otherwise as `load_latest`.
+
+    Args:
+        models: returns the run's models by name: their devices are compared with the checkpoint's.
+    """
     warn = run.warn if warn is None else warn
     found, bad = steps_in(run.path / "checkpoints"), []
     for step, folder in reversed(found):
@@ -153,9 +180,9 @@ def load_latest(run: RunFolder, learner: Checkpointable, warn: Warn | None = Non
             bad.append(f"{folder.name}: {problem}")
             warn(f"apportion: checkpoint {folder} cannot be used: {problem}.\n")
             continue
-        now = run_environment(learner.models_by_name())
+        now = run_environment(models())
         check_devices(progress["run_environment"], now)
-        _restore(learner, folder, files)
+        restore(folder, files)
         warning = describe_changes(progress["run_environment"], now)
         if warning is not None:
             warn(f"apportion: warning: {warning}\n")

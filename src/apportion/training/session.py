@@ -98,13 +98,23 @@ class TrainingSession:
         self._learner, self.crash_dump = learner, learner.crash_dump
         learner.set_up_sharding(self.abort)
         if self.run is not None:
-            self._resume(self.run, learner)
+            self.resume(lambda run: load_latest(run, learner))
         learner.broadcast_weights()
         return learner
 
-    def _resume(self, run: RunFolder, learner: TrainableLearner) -> None:
+    def resume(self, load: Callable[[RunFolder], int]) -> int:
+        """Return the step that the run resumes from, 0 for none; from here on a signal lets the step end first.
+
+        Args:
+            load: restores the newest good checkpoint and returns its step.
+
+        Raises:
+            DiskError: there are checkpoints and none is good. ConfigError: another process found another one.
+        """
+        assert self.run is not None
+        run = self.run
         with collectives.error_barrier():
-            self.start = load_latest(run, learner)
+            self.start = load(run)
         check_start(self.start)
         with collectives.error_barrier():
             if collectives.is_main():
@@ -116,6 +126,7 @@ class TrainingSession:
                 run.update_status(resumed_from=self.start)
         self.step = self.total = self.start
         self._signals.in_training = True
+        return self.start
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the steps from the one after the checkpoint to `total`."""
@@ -124,9 +135,9 @@ class TrainingSession:
                 self.step, self.total, self.clock = step, total, {}
                 yield step
                 entry.advance()
-                self._write_progress(entry)
+                self.write_progress(entry)
 
-    def _write_progress(self, entry: Activity) -> None:
+    def write_progress(self, entry: Activity) -> None:
         """Write progress.json where the last is older than `PROGRESS_EVERY`, and after the last step."""
         now = time.monotonic()
         if self.run is not None and (entry.done == entry.total or now >= self._progress_due):
@@ -176,14 +187,37 @@ class TrainingSession:
         Raises:
             Interrupted: a signal came; the state after this step is in a checkpoint.
         """
+        self.record(step, metrics, records)
+        if self.run is not None:
+            self.maybe_checkpoint()
+        self.report(step, metrics)
+
+    def record(self, step: int, metrics: dict[str, float], records: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Log a step with its times and memory, which are added to `metrics`."""
         used = {f"time/{name}": seconds for name, seconds in self.clock.items()} | {"memory/rss_mb": memory_mb()}
         metrics |= collectives.all_reduce_max(used)
         metrics["time/total"] = sum(value for name, value in metrics.items() if name.startswith("time/"))
         if self.run is not None:
             with collectives.error_barrier():
                 self.run.log(step, metrics, records)
-            self.maybe_checkpoint()
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Report progress to the caller of the stage."""
         self._on_step(step, self.total, metrics)
+
+    @property
+    def signal(self) -> int:
+        """The signal that one of the processes caught, 0 for none."""
+        return int(collectives.all_reduce_max({"signal": self._signals.caught})["signal"])
+
+    def end_steps(self) -> None:
+        """Let a signal have its usual effect again: there is no step to finish."""
+        self._signals.in_training = False
+
+    def interrupted(self, signal: int) -> Interrupted:
+        """Return what says that `signal` ended the run after the current step, with a checkpoint."""
+        text = f"interrupted after step {self.step} of {self.total}, with a checkpoint."
+        return Interrupted(text, 128 + signal)
 
     def maybe_checkpoint(self) -> None:
         """Write a checkpoint where one is due after the current step, or where a signal came.
@@ -191,7 +225,7 @@ class TrainingSession:
         Raises:
             Interrupted: a signal came.
         """
-        signal = int(collectives.all_reduce_max({"signal": self._signals.caught})["signal"])
+        signal = self.signal
         due = bool(self._every) and self.step % self._every == 0 and self.step < self.total
         if due or signal:
             with collectives.error_barrier():
@@ -201,8 +235,7 @@ class TrainingSession:
                 elif self._learner.is_sharded:
                     self._learner.state_dict()  # the main process waits for this one's part
         if signal:
-            text = f"interrupted after step {self.step} of {self.total}, with a checkpoint."
-            raise Interrupted(text, 128 + signal)
+            raise self.interrupted(signal)
 
     def abort(self, error: str) -> None:
         """End this process at once with an error that the others, blocked in a collective, do not get."""
@@ -218,7 +251,7 @@ class TrainingSession:
     def save_final(
         self,
         save: Callable[[Path], None],
-        learner: TrainableLearner,
+        learner: TrainableLearner | None,
         *,
         size: int,
         evaluate: Callable[[Path], None] = lambda folder: None,
@@ -227,6 +260,7 @@ class TrainingSession:
 
         Args:
             save: writes the model to a folder. evaluate: scores the model there, and may add files.
+            learner: gathers its weights first; None where another library's loop trained.
             size: bytes that it takes, about.
 
         Raises:
@@ -234,10 +268,11 @@ class TrainingSession:
         """
         assert self.run is not None
         run, part = self.run, self.run.path / "final.tmp"
-        self._signals.in_training = False
-        if collectives.all_reduce_max({"signal": self._signals.caught})["signal"]:
+        self.end_steps()
+        if self.signal:
             self.maybe_checkpoint()
-        learner.gather_weights()
+        if learner is not None:
+            learner.gather_weights()
 
         def clear() -> None:
             for path in (part, unfinished(part)):

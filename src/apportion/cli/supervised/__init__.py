@@ -1,0 +1,1 @@
+"""Commands that train on demonstrations and preferences with TRL: sft and dpo."""

@@ -1,0 +1,1 @@
+"""Parts that `sft` and `dpo` share: rows as ids, the model to train, held-out log-probabilities."""
