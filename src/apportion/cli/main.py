@@ -17,6 +17,7 @@ from apportion.system.heartbeat import heartbeat
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("demo", "reward model, PPO with dense credit, an independent judge and a page, in minutes"),
+    "label": ("label", "a page where people rank answers, with exports, imports and agreement"),
     "reward": ("reward", "train a reward model on labelled texts or preference pairs"),
     "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
     "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),

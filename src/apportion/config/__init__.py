@@ -3,6 +3,7 @@
 from apportion.config.demo import DemoConfig
 from apportion.config.diagnose import DiagnoseConfig
 from apportion.config.evaluate import EvaluateConfig
+from apportion.config.label import LabelConfig, LabelExportConfig, LabelImportConfig, LabelResultsConfig
 from apportion.config.monitors import MonitorsConfig
 from apportion.config.reward import RewardConfig
 from apportion.config.rl import PPOConfig, RLConfig
@@ -13,6 +14,10 @@ __all__ = [
     "DemoConfig",
     "DiagnoseConfig",
     "EvaluateConfig",
+    "LabelConfig",
+    "LabelExportConfig",
+    "LabelImportConfig",
+    "LabelResultsConfig",
     "LoraConfig",
     "MonitorsConfig",
     "OptimConfig",
