@@ -12,7 +12,7 @@ from apportion.intervals import Interval
 from apportion.label.results.figures import results
 from apportion.label.store import Store
 from apportion.report.document import asset, document
-from apportion.report.style import number, rounded
+from apportion.report.style import MINUS, number, rounded
 
 EXCERPT = 600  # characters of a text in the list of disagreements
 
@@ -177,7 +177,7 @@ def _percent(value: float | None) -> str:
 
 
 def _points(value: float | None) -> str:
-    return "–" if value is None else number(100 * value, signed=True)
+    return "–" if value is None else f"{100 * value:+.0f}".replace("-", MINUS)
 
 
 def _chart_data(found: Mapping[str, Any]) -> dict[str, Any]:
