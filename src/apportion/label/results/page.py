@@ -14,6 +14,8 @@ from apportion.label.store import Store
 from apportion.report.document import asset, document
 from apportion.report.style import MINUS, number, rounded
 
+# a table that is wider than the screen: keys scroll it
+SCROLL = '<div class="scroll" tabindex="0" role="region" aria-label="Table">'
 EXCERPT = 600  # characters of a text in the list of disagreements
 
 
@@ -90,7 +92,7 @@ def _agreement(found: Mapping[str, Any]) -> str:
         ("Kendall’s τ-b, mean", _interval(one["tau"]), f"two people on an item; {one['tau_undefined']} not defined"),
     ]
     lines = "".join(f"<tr><th>{name}</th><td>{value}</td><td>{unit}</td></tr>" for name, value, unit in rows)
-    table = f'<div class="scroll"><table class="words"><tbody>{lines}</tbody></table></div>'
+    table = f'{SCROLL}<table class="words"><tbody>{lines}</tbody></table></div>'
     return table + _figure("taus", "Kendall’s τ of two people on an item", "1 is the same order, −1 the opposite one")
 
 
@@ -125,7 +127,7 @@ def _annotators(rows: Sequence[Mapping[str, Any]]) -> str:
         cells += [_points(one["first_excess"]), _interval(one["length"]), _interval(one["tau"])]
         lines.append(f"<tr><th>{escape(one['name'])}</th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     note = "first place: how much more often than by chance the answer shown first was the best, in percentage points."
-    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div><p class="note">{note}</p>'
+    return f'{SCROLL}<table>{head}{"".join(lines)}</table></div><p class="note">{note}</p>'
 
 
 def _disagreements(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -144,7 +146,7 @@ def _disagreement(one: Mapping[str, Any]) -> str:
     title = escape(_text(one["prompt"])[:110])
     return (
         f"<details><summary>τ {number(one['tau'], signed=True)} · {title}</summary>"
-        f'<div class="scroll"><table class="ranks">{head}{"".join(lines)}</table></div></details>'
+        f'{SCROLL}<table class="ranks">{head}{"".join(lines)}</table></div></details>'
     )
 
 
@@ -196,9 +198,9 @@ def _chart_data(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-METHOD = """<div class="prose"><p>Krippendorff’s α is the package krippendorff’s. Its units are the answers of items that
-two or more people ranked, its values their ranks (ordinal), or the pairs of these answers and which one is better
+METHOD = """<div class="prose"><p>Krippendorff’s α is the package krippendorff’s. Its units are the answers of items
+that two or more people ranked, its values their ranks (ordinal), or the pairs of these answers and which one is better
 (nominal); “cannot judge” is missing. Kendall’s τ-b is SciPy’s, over the answers that both people judged; it is not
-defined where one of them tied all of them. Intervals are 95%, normal, over rankings or pairs of people; people who rank
-many items weigh more.</p><p>Rankings that were undone are left out, and so are refused ones: a second ranking of an item
-by the same person that did not say that it replaces the first.</p></div>"""
+defined where one of them tied all of them. Intervals are 95%, normal, over rankings or pairs of people; people who
+rank many items weigh more.</p><p>Rankings that were undone are left out, and so are refused ones: a second ranking of
+an item by the same person that did not say that it replaces the first.</p></div>"""

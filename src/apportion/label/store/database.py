@@ -170,7 +170,7 @@ def _prepare(store: Store, create: bool, seed: int) -> None:
             kept = {"version": schema.VERSION, "seed": seed, "secret": secrets.token_hex(32), "lock": 0}
             kept["study"] = secrets.token_hex(4)
             connection.execute(insert(schema.meta), [{"name": n, "value": str(v)} for n, v in kept.items()])
-        values = dict(connection.execute(select(schema.meta.c.name, schema.meta.c.value)).tuples().all())
+        values = {row.name: row.value for row in connection.execute(select(schema.meta))}
         version = int(values.get("version", "0"))
         if version > schema.VERSION:
             got = f"{store.name} of version {version}"

@@ -38,7 +38,7 @@ def add_items(store: Store, items: Sequence[Item], *, overlap: float = 0.0, over
         for first in range(0, len(items), BATCH):
             ids = [one.item for one in items[first : first + BATCH]]
             found = connection.execute(select(table.c.item, table.c.content).where(table.c.item.in_(ids)))
-            known |= dict(found.tuples().all())
+            known |= {row.item: row.content for row in found}
         for one in items:
             if known.get(one.item, one.content) != one.content:
                 got = f"{one.where}: item {one.item!r:.40}, which {store.name} has with other texts"

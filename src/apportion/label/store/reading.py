@@ -48,8 +48,8 @@ def progress(store: Store, annotator: int) -> Progress:
     """Return the progress of an annotator."""
     own = assignments.c.annotator_id == annotator
     with store.reading() as connection:
-        counts = select(assignments.c.state, func.count()).where(own).group_by(assignments.c.state)
-        states: dict[str, int] = dict(connection.execute(counts).tuples().all())
+        counts = select(assignments.c.state, func.count().label("number")).where(own).group_by(assignments.c.state)
+        states: dict[str, int] = {row.state: row.number for row in connection.execute(counts)}
         total = connection.execute(select(func.count()).where(items.c.is_open)).scalar_one()
         mine = select(func.count()).select_from(assignments).join(items)
         closed = mine.where(own, assignments.c.state != "leased", items.c.is_open)

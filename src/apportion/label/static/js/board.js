@@ -3,27 +3,36 @@
 import { byId, h } from "./dom.js";
 import { LETTERS, describe, groups } from "./ranking.js";
 
-/** Draw the board; `press(i)` is called for a letter that is clicked, `key(event, i)` for a key on it. */
-export function drawBoard(places, press, key) {
-  const focused = document.activeElement?.closest?.("#board .chip")?.dataset.drag;
-  const rows = groups(places).map(({ place, members }) => row(`group:${place}`, "place", String(place), members));
-  const unplaced = places.flatMap((one, i) => (one === null ? [i] : []));
-  const none = places.flatMap((one, i) => (one === 0 ? [i] : []));
-  if (unplaced.length) {
-    rows.push(row("end", "place open", String(Math.max(0, ...places) + 1), []));
-    rows.push(row("unplaced", "place tray", "Not placed", unplaced));
-  }
-  rows.push(row("none", "place tray none", "Cannot judge", none));
-  byId("places").replaceChildren(...rows);
-  if (focused !== undefined) byId("places").querySelector(`[data-drag="${focused}"]`)?.focus();
+const NAMES = { end: "Next place", unplaced: "Not placed", none: "Cannot judge" };
 
-  function row(drop, kind, name, members) {
-    const label = drop.startsWith("group:") ? `Place ${name}` : { end: "Next place", unplaced: "Not placed", none: "Cannot judge" }[drop];
-    const chips = members.map((i) => h("button", {
-      class: "chip", type: "button", "data-drag": i, "aria-label": `${LETTERS[i]}, ${describe(places, i)}`,
-      "aria-describedby": "board-hint", on: { click: () => press(i), keydown: (event) => key(event, i) },
+export class Board {
+  /** A board for `size` answers; `press(i)` is called for a letter that is clicked, `key(event, i)` for a key on it. */
+  constructor(size, press, key) {
+    // the same elements for the whole item: a finger that holds one must not lose it when the rows are drawn again
+    this.chips = Array.from({ length: size }, (_, i) => h("button", {
+      class: "chip", type: "button", "data-drag": i, "aria-describedby": "board-hint",
+      on: { click: () => press(i), keydown: (event) => key(event, i) },
     }, LETTERS[i]));
-    return h("div", { class: kind, "data-drop": drop, role: "group", "aria-label": label },
-      name ? h("span", { class: "place-name", "aria-hidden": "true" }, name) : null, ...chips);
+  }
+
+  /** Show the places. */
+  draw(places) {
+    const focused = this.chips.find((chip) => chip === document.activeElement);
+    this.chips.forEach((chip, i) => chip.setAttribute("aria-label", `${LETTERS[i]}, ${describe(places, i)}`));
+    const rows = groups(places).map(({ place, members }) => this.row(`group:${place}`, "place", String(place), members));
+    const unplaced = places.flatMap((one, i) => (one === null ? [i] : []));
+    const none = places.flatMap((one, i) => (one === 0 ? [i] : []));
+    if (unplaced.length) {
+      rows.push(this.row("end", "place open", String(Math.max(0, ...places) + 1), []));
+      rows.push(this.row("unplaced", "place tray", NAMES.unplaced, unplaced));
+    }
+    rows.push(this.row("none", "place tray none", NAMES.none, none));
+    byId("places").replaceChildren(...rows);
+    focused?.focus({ preventScroll: true });
+  }
+
+  row(drop, kind, name, members) {
+    return h("div", { class: kind, "data-drop": drop, role: "group", "aria-label": NAMES[drop] ?? `Place ${name}` },
+      h("span", { class: "place-name", "aria-hidden": "true" }, name), ...members.map((i) => this.chips[i]));
   }
 }

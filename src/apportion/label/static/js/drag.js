@@ -36,6 +36,8 @@ export function watchDrags(drop) {
     if (where) drop(answer, where);
   });
 
+  // without it a quick swipe counts as a fling, and the browser takes the next tap for its end
+  document.addEventListener("touchmove", (event) => { if (drag) event.preventDefault(); }, { passive: false });
   document.addEventListener("pointercancel", () => { if (drag) end(); });
   document.addEventListener("keydown", (event) => { if (drag && event.key === "Escape") { end(); event.stopPropagation(); } }, true);
   document.addEventListener("dragstart", (event) => event.preventDefault());

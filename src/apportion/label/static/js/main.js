@@ -1,7 +1,7 @@
 // The page: signs in, shows items, keeps the ranking of the current one, and hands answers to the queue.
 
 import { SignedOut, request } from "./api.js";
-import { drawBoard } from "./board.js";
+import { Board } from "./board.js";
 import { buildCards, findCard, showPrompt, updateCards } from "./cards.js";
 import { announce, byId, notice, showOnly } from "./dom.js";
 import { watchDrags } from "./drag.js";
@@ -30,6 +30,7 @@ let places = [];
 let steps = []; // places before each change of the current item
 let last = -1; // the answer placed last
 let cards = [];
+let board = null;
 let past = []; // answers given: {id, item, prompt, answers, ranks, kind}
 let editing = -1; // index in `past` of the answer that is being changed
 let set = null; // the item put aside meanwhile
@@ -47,6 +48,7 @@ function show(item, shown = null) {
   byId("title").textContent = study.title;
   showPrompt(item.prompt);
   cards = buildCards(item.answers, (i, place) => change(i, place === 0 ? ranking.cannotJudge(places, i) : ranking.put(places, i, place)));
+  board = new Board(item.answers.length, (i) => findCard(cards, i), chipKey);
   draw();
   window.scrollTo(0, 0);
   byId("answers").scrollLeft = 0;
@@ -57,7 +59,7 @@ function show(item, shown = null) {
 
 function draw() {
   updateCards(cards, places);
-  drawBoard(places, (i) => findCard(cards, i), chipKey);
+  board.draw(places);
   const problem = ranking.missing(places);
   byId("missing").textContent = problem;
   byId("save").setAttribute("aria-disabled", String(problem !== ""));
