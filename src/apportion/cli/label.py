@@ -31,8 +31,8 @@ EXPORT = """examples:
   apportion label export --form pairs --output pairs.parquet
 """
 IMPORT = """examples:
-  apportion label import --format label_studio --source project-1.json
-  apportion label import --format argilla --source records.jsonl --prompt instruction
+  apportion label import --source project-1.json
+  apportion label import --source records.jsonl --format argilla --prompt instruction
 """
 RESULTS = """example:
   apportion label results --database labels.db --output labels.html

@@ -75,10 +75,10 @@ class LabelExportConfig(Section):
 class LabelImportConfig(Section):
     """`apportion label import`: an export of Label Studio or Argilla as K-wise rankings."""
 
-    source: Name
+    source: Name = ""
     """the exported file: Label Studio's JSON, or Argilla's records as JSON, JSON lines or Parquet."""
-    format: Literal["label_studio", "argilla"]
-    """the tool that exported it."""
+    format: Literal["auto", "label_studio", "argilla"] = "auto"
+    """the tool that exported it; auto takes rows with annotations as Label Studio's, others as Argilla's."""
     output: Name = "rankings.jsonl"
     """file to write: .jsonl or .parquet."""
     prompt: Name = "prompt"

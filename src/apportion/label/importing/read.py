@@ -24,13 +24,16 @@ def import_rankings(config: LabelImportConfig, bad: BadRows | None = None) -> It
         DataError: a file that cannot be read, a row that is not of the format, an export without rankings, two
             different rankings of an item by one person.
     """
-    reader, number = READERS[config.format], 0
+    number = 0
     seen: dict[tuple[str, str | None], list[int | None]] = {}
 
     def rankings_of(row: Row) -> list[dict[str, Any]]:
         found = []
-        for one in reader(row, config.prompt, config.completions, config.question):
-            found.append(_complete(one, row, NAMES[config.format]))
+        tool = config.format
+        if tool == "auto":
+            tool = "label_studio" if "annotations" in row else "argilla"
+        for one in READERS[tool](row, config.prompt, config.completions, config.question):
+            found.append(_complete(one, row, NAMES[tool]))
         return found
 
     for found in usable(config.source, rankings_of, field=FIELD, bad=bad):

@@ -176,7 +176,7 @@ def _add_errors(app: FastAPI, store: Store) -> None:
 
 
 def _error(status: int, error: ApportionError) -> JSONResponse:
-    got = str(error.got) if isinstance(error.got, str) else repr(error.got)
+    got = (str(error.got) if isinstance(error.got, str) else repr(error.got)) or "nothing"
     body = {"field": error.field, "got": got[:200], "expected": error.expected, "fix": error.fix}
     return JSONResponse({"error": body}, status)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from apportion.label.server.access import Access
@@ -48,11 +49,11 @@ class Guard:
         if problem is not None:
             await sending.refuse(*problem)
             return
-        try:
-            await self.app(scope, _Limited(receive), sending)
-        except TooLarge:
-            if not sending.started:
-                await sending.refuse(413, *_large("more than that"))
+        with suppress(TooLarge):
+            await self.app(scope, _Limited(receive, sending), sending)
+        if sending.muted:
+            sending.muted = False
+            await sending.refuse(413, *_large("more than that"))
 
     def problem(self, method: str, headers: dict[bytes, bytes]) -> tuple[int, str, str, str, str] | None:
         """Return (status, field, got, expected, fix) of a request that is refused, None of one that is served."""
@@ -81,13 +82,14 @@ def _large(size: str) -> tuple[str, str, str, str]:
 class _Limited:
     """A request's body that ends in an error where it grows beyond `LARGEST`."""
 
-    def __init__(self, receive: Any) -> None:
-        self.receive, self.size = receive, 0
+    def __init__(self, receive: Any, sending: _Completed) -> None:
+        self.receive, self.sending, self.size = receive, sending, 0
 
     async def __call__(self) -> Any:
         message = await self.receive()
         self.size += len(message.get("body", b""))
         if self.size > LARGEST:
+            self.sending.muted = not self.sending.started  # the application would answer with an error of its own
             raise TooLarge
         return message
 
@@ -96,9 +98,11 @@ class _Completed:
     """A response with `HEADERS`, of which it may set its own."""
 
     def __init__(self, send: Any) -> None:
-        self.send, self.started = send, False
+        self.send, self.started, self.muted = send, False, False
 
     async def __call__(self, message: Any) -> None:
+        if self.muted:
+            return
         if message["type"] == "http.response.start":
             self.started = True
             present = {name.lower() for name, _ in message["headers"]}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,13 +122,10 @@ def serve(config: LabelConfig, opened: Opened, on_start: Callable[[], None] = la
         ssl_certfile=config.tls_certificate,
         ssl_keyfile=config.tls_key,
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn ends its requests, then repeats the signal
     on_start()
-    try:
+    with closing(opened.store), suppress(KeyboardInterrupt):
         uvicorn.Server(settings).run(sockets=[opened.listening])
-    except KeyboardInterrupt:
-        pass  # uvicorn ends its requests, then repeats the signal
-    finally:
-        opened.store.close()
 
 
 def _read(config: LabelConfig) -> list[Item]:
