@@ -373,20 +373,23 @@ def test_screenshots(served: Callable[..., LabelServer], join: Join, tmp_path: P
     """Write the pictures of docs/label.md: a list on a desktop, side by side in the dark, a phone."""
     folder = Path(os.environ["APPORTION_SCREENSHOTS"])
     samples = Path(__file__).parents[2] / "examples" / "answers_to_rank.jsonl"
-    server = served("--overlap", "1.0", samples=samples)
+    server = served("--overlap", "1.0", "--overlap_annotators", "3", samples=samples)
     desk = join(server, "Ann")
+    expect(desk.locator(".card")).to_have_count(4)
     for key in ("c", "a", "=", "d"):
         desk.keyboard.press(key)
     desk.mouse.move(700, 80)
     desk.wait_for_timeout(300)
     desk.screenshot(path=folder / "label-list.png")
     dark = join(server, "Bob", viewport={"width": 1280, "height": 720}, color_scheme="dark")
+    expect(dark.locator(".card")).to_have_count(4)
     for key in ("v", "b", "a"):
         dark.keyboard.press(key)
     dark.mouse.move(700, 80)
     dark.wait_for_timeout(300)
     dark.screenshot(path=folder / "label-side.png")
     phone = join(server, "Cy", **PHONE)
+    expect(phone.locator(".card")).to_have_count(4)
     for key in ("b", "a"):
         phone.keyboard.press(key)
     phone.wait_for_timeout(300)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from apportion.intervals import Interval, mean_interval
 
 Ranks = Sequence[int | None]
+Distance = Callable[[int, int], float]
 ByItem = Mapping[str, Mapping[str, Ranks]]  # item -> annotator -> ranks (K,)
 
 
@@ -32,14 +33,14 @@ def alpha_of_ranks(rankings: ByItem) -> float | None:
     """Return Krippendorff's alpha of the ranks, an ordinal variable whose units are the answers of shared items.
 
     1 is perfect agreement, 0 is chance, negative is systematic disagreement; None where it is not defined (no shared
-    item, or all values equal). "Cannot judge" is a missing value. (Krippendorff 2011, by the package krippendorff.)
+    item, or all values equal). "Cannot judge" is a missing value. (Krippendorff 2011, by NLTK.)
     """
     units = [
         {name: ranks[i] for name, ranks in by.items()}
         for by in shared(rankings).values()
         for i in range(len(next(iter(by.values()))))
     ]
-    return _alpha(units, "ordinal")
+    return _alpha(units, _ordinal)
 
 
 def alpha_of_pairs(rankings: ByItem) -> float | None:
@@ -50,7 +51,7 @@ def alpha_of_pairs(rankings: ByItem) -> float | None:
         for by in shared(rankings).values()
         for i, j in combinations(range(len(next(iter(by.values())))), 2)
     ]
-    return _alpha(units, "nominal")
+    return _alpha(units, _nominal)
 
 
 def pair_taus(rankings: ByItem) -> list[PairTau]:
@@ -85,19 +86,31 @@ def _preference(first: int | None, second: int | None) -> int | None:
     return (first > second) - (first < second)
 
 
-def _alpha(units: Sequence[Mapping[str, int | None]], level: Any) -> float | None:
-    import krippendorff
-    import numpy as np
+def _alpha(units: Sequence[Mapping[str, int | None]], distance_of: Callable[[Sequence[int]], Distance]) -> float | None:
+    """Return alpha of values by annotator in each unit; `distance_of` makes the distance from all comparable values."""
+    from nltk.metrics.agreement import AnnotationTask  # slow to import
 
-    names = sorted({name for unit in units for name in unit})
-    table = np.full((len(names), len(units)), np.nan)
-    for column, unit in enumerate(units):
-        for name, rank in unit.items():
-            table[names.index(name), column] = np.nan if rank is None else rank
-    table = table[:, np.sum(~np.isnan(table), axis=0) > 1] if units else table
-    if table.size == 0 or len(np.unique(table[~np.isnan(table)])) < 2:
+    given = [{name: value for name, value in unit.items() if value is not None} for unit in units]
+    comparable = [unit for unit in given if len(unit) > 1]
+    values = [value for unit in comparable for value in unit.values()]
+    if len(set(values)) < 2:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        value = float(krippendorff.alpha(reliability_data=table, level_of_measurement=level))
-    return value if np.isfinite(value) else None
+    data = [(name, str(i), value) for i, unit in enumerate(comparable) for name, value in unit.items()]
+    return float(AnnotationTask(data, distance=distance_of(values)).alpha())
+
+
+def _ordinal(values: Sequence[int]) -> Distance:
+    """Return the ordinal distance: the square of how many values lie between two, each end counted by half."""
+    counts = Counter(values)
+
+    def distance(one: int, two: int) -> float:
+        low, high = sorted((one, two))
+        between = sum(counts[value] for value in range(low, high + 1))
+        return (between - (counts[low] + counts[high]) / 2) ** 2
+
+    return distance
+
+
+def _nominal(_: Sequence[int]) -> Distance:
+    """Return the nominal distance: 1 for different values."""
+    return lambda one, two: float(one != two)

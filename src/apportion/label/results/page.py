@@ -198,7 +198,7 @@ def _chart_data(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-METHOD = """<div class="prose"><p>Krippendorff’s α is the package krippendorff’s. Its units are the answers of items
+METHOD = """<div class="prose"><p>Krippendorff’s α is computed by NLTK. Its units are the answers of items
 that two or more people ranked, its values their ranks (ordinal), or the pairs of these answers and which one is better
 (nominal); “cannot judge” is missing. Kendall’s τ-b is SciPy’s, over the answers that both people judged; it is not
 defined where one of them tied all of them. Intervals are 95%, normal, over rankings or pairs of people; people who

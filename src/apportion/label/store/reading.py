@@ -1,4 +1,4 @@
-"""What a database holds: an annotator's progress and last answers, and all rankings."""
+"""Queries of a database: an annotator's progress and last answers, all rankings, totals."""
 
 from __future__ import annotations
 
