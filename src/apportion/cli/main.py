@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("demo", "reward model, PPO with dense credit, an independent judge and a page, in minutes"),
     "sft": ("supervised.sft", "fine-tune a model on demonstrations"),
     "sample": ("sample", "write K answers to every prompt, for people to rank or a reward model to score"),
+    "label": ("label", "a page where people rank answers, with exports, imports and agreement"),
     "reward": ("reward", "train a reward model on labelled texts, preference pairs or rankings"),
     "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
     "dpo": ("supervised.dpo", "train a policy on preference pairs or rankings, without a reward model"),

@@ -4,6 +4,7 @@ from apportion.config.demo import DemoConfig
 from apportion.config.diagnose import DiagnoseConfig
 from apportion.config.dpo import DPOConfig
 from apportion.config.evaluate import EvaluateConfig
+from apportion.config.label import LabelConfig, LabelExportConfig, LabelImportConfig, LabelResultsConfig
 from apportion.config.monitors import MonitorsConfig
 from apportion.config.reward import PreferenceConfig, RewardConfig
 from apportion.config.reward_specs import RewardSpec, reward_models, reward_path, reward_specs
@@ -21,6 +22,10 @@ __all__ = [
     "DemoConfig",
     "DiagnoseConfig",
     "EvaluateConfig",
+    "LabelConfig",
+    "LabelExportConfig",
+    "LabelImportConfig",
+    "LabelResultsConfig",
     "LoraConfig",
     "MonitorsConfig",
     "OptimConfig",

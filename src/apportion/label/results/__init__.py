@@ -1,0 +1,1 @@
+"""Figures about rankings: agreement, times and biases, and the page that shows them."""
