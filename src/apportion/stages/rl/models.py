@@ -10,6 +10,7 @@ import torch
 from apportion.config import RLConfig
 from apportion.data.bad_rows import leaving_out
 from apportion.evidence import Models
+from apportion.evidence.prefix import PREFIX, slow_prefixes
 from apportion.evidence.process import prompts_for
 from apportion.generation.decoding import SLOW, decoding
 from apportion.generation.prompts import PromptStream, encode_prompts
@@ -22,6 +23,7 @@ from apportion.models.text.render import check_embeddings, embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import load_tokenizer
 from apportion.models.value_head import ValueStart
+from apportion.registry import EvidenceKey
 from apportion.stages.attention import check_attention
 from apportion.stages.doctor.findings import WARN, Finding
 from apportion.stages.doctor.rl import preflight
@@ -55,6 +57,11 @@ def open_models(
     check_length("reward_model", reward, prompts.rows, config.sampling.max_new_tokens)
     if (why := decoding(policy, policy.model).why_slow) is not None:
         findings.append(Finding("policy", WARN, f"{config.policy} {SLOW}: {why}"))
+    slow = slow_prefixes(reward, config.sampling.max_new_tokens)
+    if slow is not None and any(EvidenceKey.of(need).name in PREFIX for need in method.needs):
+        findings.append(
+            Finding("reward model", WARN, slow, "Algorithms without prefix scores, as ppo or abc, take one.")
+        )
     models = Models(policy, reward, method.segment, config.sampling, scores=config.scores, user_code=user_code)
     models.columns = prompts.columns
     check_attention(models, method.needs)
