@@ -123,7 +123,7 @@ def test_the_shape_is_the_peers_where_no_flag_sets_it() -> None:
 def test_ours_is_full_or_our_defaults(world: Path, tmp_path: Path) -> None:
     full, default = rl_config(make_work(world, tmp_path)), rl_config(make_work(world, tmp_path, ours="default"))
     assert (full.algorithm, full.lora.rank, full.ppo.value_model, full.optim.lr) == ("ppo", 0, "reward", 1e-3)
-    assert (default.algorithm, default.lora.rank, default.ppo.value_model) == ("abc", 16, "shared")
+    assert (default.algorithm, default.lora.rank, default.ppo.value_model) == ("red", 16, "shared")
     assert full.sampling.prompt_tokens == [3, 3] and full.log_rollouts == full.checkpoint_every == 0 == len(
         full.compare
     )

@@ -15,7 +15,13 @@ import tiny
 import tiny_runs
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from apportion.cli.main import main
 from apportion.credit import METHODS
@@ -350,3 +356,34 @@ def test_the_same_seed_gives_the_same_run_in_separate_processes(world: Path, tmp
         metrics = [untimed(row) for row in tiny_runs.read_lines(run / "metrics.jsonl")]
         results.append(((run / "final" / "model.safetensors").read_bytes(), metrics))
     assert results[0] == results[1]
+
+
+def test_what_nothing_was_set_for_trains_adapters_on_every_layer_by_prefix_differences(
+    world: Path, tmp_path: Path
+) -> None:
+    words = tiny_runs.flags(world, tmp_path / "run")
+    unset = ("--algorithm", "--lora.targets", "--optim.lr")
+    kept = [pair for pair in zip(words[::2], words[1::2], strict=True) if pair[0] not in unset]
+    assert main(["rl", *(word for pair in kept for word in pair)]) == 0
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (stored["algorithm"], stored["optim"]["lr"], stored["optim"]["eps"]) == ("red", 1e-3, 1e-8)
+    assert stored["credit"][0] == {"prefix_difference": {}} and "kl_penalty" in stored["credit"][1]
+    start, final = tiny_runs.weights(world / "policy"), tiny_runs.weights(tmp_path / "run" / "final")
+    moved = {name for name in start if not torch.equal(start[name], final[name])}
+    assert moved == {name for name in start if "self_attn" in name or "mlp" in name}
+    record = tiny_runs.read_lines(tmp_path / "run" / "rollouts.jsonl")[0]
+    assert record["credit"][:-1] != [0.0] * (len(record["credit"]) - 1)  # every token earns something
+
+
+def test_a_reward_model_that_reads_each_prefix_apart_is_warned_of(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=400, num_labels=1, pad_token_id=tiny_runs.PAD, **settings)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "encoder")
+    tiny.tokenizer().save_pretrained(tmp_path / "encoder")
+    changes = {"reward_model": tmp_path / "encoder", "steps": 1, "compare": "[]"}
+    finished(world, tmp_path / "run", **changes, algorithm="red")
+    assert "each start of a response is a forward of its own, up to 5 a rollout" in capfd.readouterr().err
+    finished(world, tmp_path / "other", **changes, algorithm="ppo")
+    assert "a forward of its own" not in capfd.readouterr().err

@@ -28,6 +28,8 @@ from apportion.training.session import TrainingSession
 
 EOS, PAD = 1, 0
 SETTINGS: dict[str, Any] = {
+    "algorithm": "abc",
+    "lora.targets": "attention",
     "steps": 2,
     "checkpoint_every": 0,
     "sampling.batch_size": 6,

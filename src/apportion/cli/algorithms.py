@@ -10,8 +10,15 @@ from rich.table import Table
 
 from apportion import advantages, credit, losses, registry, segments
 from apportion.algorithms import ALGORITHMS
+from apportion.config import RLConfig
 from apportion.errors import ConfigError
 
+WHY = (
+    "{default} is the default: of the credits tried with the demo's reward model it learned most, and as much as PPO "
+    "over all weights with a critic that begins as the reward model (docs/algorithms.md, LOG.md). It wants a reward "
+    "model that scores unfinished text well; where each start of a text is a forward of its own (an encoder, another "
+    "tokenizer), abc and ppo are faster."
+)
 FIELDS = {"credit": credit, "segments": segments, "advantages": advantages, "loss": losses}
 
 
@@ -20,9 +27,10 @@ def run(arguments: list[str]) -> int:
     if arguments and arguments[0] not in ("-h", "--help"):
         raise ConfigError("argument", arguments[0], "no arguments", "Write `apportion algorithms`.")
     console = Console(markup=False)
-    table = Table("algorithm", "what it does", "paper", title="--algorithm")
+    default = RLConfig.model_fields["algorithm"].default
+    table = Table("algorithm", "what it does", "paper", title="--algorithm", caption=WHY.format(default=default))
     for name, algorithm in ALGORITHMS.items():
-        table.add_row(name, algorithm.formula, algorithm.paper)
+        table.add_row(f"{name} (default)" if name == default else name, algorithm.formula, algorithm.paper)
     console.print(table)
     table = Table("algorithm", *FIELDS, title="the four choices of each")
     for name, algorithm in ALGORITHMS.items():

@@ -218,8 +218,9 @@ def merge_method(field: str, spec: Any, settings: list[tuple[str, Any]], algorit
     """
     from apportion import registry
     from apportion.algorithms import ALGORITHMS, merge
+    from apportion.config import RLConfig
 
-    named = ALGORITHMS.get(algorithm or "abc")
+    named = ALGORITHMS.get(algorithm or RLConfig.model_fields["algorithm"].default)
     if named is None:  # an unknown algorithm is reported by name where it is built
         return spec
     default = getattr(named, field, None)  # rewards have none

@@ -17,13 +17,13 @@ class DemoConfig(Section):
     """minutes that it may take, without the install; null is 7.5 in bfloat16 and 16 in float32."""
     steps: Count | None = None
     """batches of PPO; null takes from 20 to 30, as many as fit the minutes."""
-    credit: Spec = "attention"
-    """the credit method: attention (ABC), uniform, sparse, policy_attention, or a spec."""
+    credit: Spec = "prefix_difference"
+    """the credit method: prefix_difference, attention (ABC), uniform, sparse, policy_attention, or a spec."""
     excerpts: Count | None = None
     """training excerpts of the reward model; null takes from 3,000 to 8,000, as many as fit the minutes."""
     count: Count = 128
     """fresh prompts for the evaluation before and after."""
-    lr: Positive = 4e-4
+    lr: Positive = 6e-4
     """learning rate of PPO."""
     seed: Seed = 0
     """random seed."""

@@ -106,8 +106,8 @@ class RLConfig(Section):
     """skip unusable rows, count them and write them to bad_rows.jsonl; off, the first of them is an error."""
     output: Name = "runs/rl"
     """run folder."""
-    algorithm: AlgorithmName = "abc"
-    """a named combination of credit, segments, estimator and loss."""
+    algorithm: AlgorithmName = "red"
+    """a named combination of credit, segments, estimator and loss; `apportion algorithms` lists them."""
     credit: Spec = None
     """replaces the algorithm's credit; a list replaces the whole chain, its KL penalty included."""
     segments: Spec = None
@@ -147,7 +147,7 @@ class RLConfig(Section):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     scores: ScoreConfig = Field(default_factory=ScoreConfig)
     ppo: PPOConfig = Field(default_factory=PPOConfig)
-    lora: LoraConfig = Field(default_factory=LoraConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
+    lora: LoraConfig = Field(default_factory=lambda: LoraConfig(targets="all"))
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=1e-3, eps=1e-8))
     monitors: MonitorsConfig = Field(default_factory=MonitorsConfig)
     keep_best: KeepBestConfig = Field(default_factory=KeepBestConfig)

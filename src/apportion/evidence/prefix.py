@@ -81,6 +81,23 @@ def scores_tokens(reward: RewardModel, ids: Tensor, mask: Tensor) -> bool:
     return reward.reading.token_scores and not reward.suffix and not reward.reads_alone(ids, mask)
 
 
+def slow_prefixes(reward: RewardModel, tokens: int) -> str | None:
+    """Return why prefixes cost more than the forward that scores, where they do: each is then a text of its own.
+
+    Args:
+        tokens: of the longest response.
+    """
+    if reward.text is not None:
+        why = "it scores text, whose tokens are not the policy's"
+    elif reward.suffix:
+        why = "special tokens follow what it scores"
+    elif not reward.reading.token_scores:
+        why = "it reads a text as a whole"
+    else:
+        return None
+    return f"{why}: each start of a response is a forward of its own, up to {tokens} a rollout"
+
+
 def _at_prefixes(reward: RewardModel, rollouts: Rollouts, scores: Tensor) -> Tensor:
     """Return `scores` (B,K) of every position at the position where each prefix is read: its last that is no pad id."""
     pad = own_pad(reward.model)

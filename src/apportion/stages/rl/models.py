@@ -10,6 +10,7 @@ import torch
 from apportion.config import RLConfig, reward_models, reward_specs
 from apportion.data.bad_rows import leaving_out
 from apportion.evidence import Models
+from apportion.evidence.prefix import PREFIX, slow_prefixes
 from apportion.evidence.process import prompts_for
 from apportion.generation.decoding import SLOW, decoding
 from apportion.generation.prompts import PromptStream, encode_prompts
@@ -22,6 +23,7 @@ from apportion.models.text.render import check_embeddings, embedding_count
 from apportion.models.text.token_spans import PolicyText
 from apportion.models.tokenizers import load_tokenizer
 from apportion.models.value_head import ValueStart
+from apportion.registry import EvidenceKey
 from apportion.rewards import Rewards, add_models, open_rewards
 from apportion.stages.attention import check_attention
 from apportion.stages.doctor.findings import WARN, Finding
@@ -62,6 +64,10 @@ def open_models(
     add_models(rewards, dict(zip(located, loaded, strict=True)))
     if (why := decoding(policy, policy.model).why_slow) is not None:
         findings.append(Finding("policy", WARN, f"{config.policy} {SLOW}: {why}"))
+    needs_prefixes = any(EvidenceKey.of(need).name in PREFIX for need in method.needs)
+    if needs_prefixes and (slow := slow_prefixes(reward, config.sampling.max_new_tokens)) is not None:
+        fix = "An algorithm that needs no prefix scores, such as ppo or abc, takes one."
+        findings.append(Finding("reward model", WARN, slow, fix))
     models = Models(policy, reward, method.segment, config.sampling, scores=config.scores, user_code=user_code)
     models.columns, models.conversations, models.rewards = prompts.columns, prompts.conversations, rewards
     check_attention(models, method.needs)
