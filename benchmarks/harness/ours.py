@@ -15,7 +15,7 @@ from typing import Any
 
 from apportion.cli.arguments import value_of
 from apportion.config import RLConfig
-from apportion.config.section import settings_of, takes_null, takes_text
+from apportion.config.schema.section import settings_of, takes_null, takes_text
 from apportion.errors import ApportionError, unknown_name
 from apportion.system import cpu
 from apportion.types import Rollouts

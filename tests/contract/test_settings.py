@@ -25,8 +25,8 @@ from apportion.config import (
     SFTConfig,
     to_dict,
 )
-from apportion.config.renamed import check_renamed
-from apportion.config.section import rule_of, settings_of
+from apportion.config.schema.renamed import check_renamed
+from apportion.config.schema.section import rule_of, settings_of
 from apportion.errors import ConfigError
 
 STAGES = (RLConfig, RewardConfig, SFTConfig, DPOConfig, EvaluateConfig, DiagnoseConfig, DemoConfig, SampleConfig)

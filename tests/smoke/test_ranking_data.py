@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from apportion.data.answers.rankings import Ranking, item_of, kind_of, read_rankings
 from apportion.data.bad_rows import BadRows
-from apportion.data.rankings import Ranking, item_of, kind_of, read_rankings
 from apportion.errors import DataError
 
 ASK = [{"role": "user", "content": "How?"}]

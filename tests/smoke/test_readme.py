@@ -20,7 +20,7 @@ import torch
 import yaml
 from commands import Server
 
-from apportion.cli import credit as credit_command
+from apportion.cli.inspection import credit as credit_command
 from apportion.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from apportion.cli.main import main
 from apportion.config import PreferenceConfig, RewardConfig
-from apportion.data.rankings import read_rankings
+from apportion.data.answers.rankings import read_rankings
 from apportion.models.loading import load_classifier, prepared
 from apportion.models.reward import RewardModel, load_reward
 from apportion.models.saving import save_classifier

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apportion.cli.main import main
-from apportion.data.rankings import item_of, read_rankings
+from apportion.data.answers.rankings import item_of, read_rankings
 from apportion.stages.sample import sample as stage
 
 ROOT = Path(__file__).parents[2]

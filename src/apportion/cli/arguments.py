@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import yaml
 
 from apportion.config import Section, to_dict
-from apportion.config.section import (
+from apportion.config.schema.section import (
     KEY,
     rule_of,
     section_of,

@@ -24,9 +24,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
     "dpo": ("supervised.dpo", "train a policy on preference pairs or rankings, without a reward model"),
     "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
-    "credit": ("credit", "show which tokens of a text a reward model's score falls on"),
-    "diagnose": ("diagnose", "say which credit suits a policy and a reward model, before any training"),
-    "doctor": ("doctor", "check a run before it starts, or a credit method of your own; show the cores"),
+    "credit": ("inspection.credit", "show which tokens of a text a reward model's score falls on"),
+    "diagnose": ("inspection.diagnose", "say which credit suits a policy and a reward model, before any training"),
+    "doctor": ("inspection.doctor", "check a run before it starts, or a credit method of your own; show the cores"),
     "report": ("report", "draw run folders on one page that works offline"),
     "algorithms": ("algorithms", "list algorithms, credit methods, segments, estimators and losses"),
 }

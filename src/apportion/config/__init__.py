@@ -10,7 +10,7 @@ from apportion.config.reward import PreferenceConfig, RewardConfig
 from apportion.config.reward_specs import RewardSpec, reward_models, reward_path, reward_specs
 from apportion.config.rl import PPOConfig, RLConfig
 from apportion.config.sample import AnswerSampling, SampleConfig
-from apportion.config.section import Section, to_dict
+from apportion.config.schema.section import Section, to_dict
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
 from apportion.config.sft import SFTConfig
 from apportion.config.trainer import AdamWConfig, TrainerConfig

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apportion.config.rules import Count, Dtype, Name, Positive, Seed, Spec
-from apportion.config.section import Section
+from apportion.config.schema.rules import Count, Dtype, Name, Positive, Seed, Spec
+from apportion.config.schema.section import Section
 
 
 class DemoConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from apportion.config.rules import (
+from apportion.config.schema.rules import (
     AtLeastTwo,
     Count,
     Device,
@@ -20,7 +20,7 @@ from apportion.config.rules import (
     Switch,
     Word,
 )
-from apportion.config.section import Rule, Section
+from apportion.config.schema.section import Rule, Section
 from apportion.config.sections import SamplingConfig
 
 Prompts = Annotated[

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apportion.config.rules import Name, Positive
-from apportion.config.section import Rule
+from apportion.config.schema.rules import Name, Positive
+from apportion.config.schema.section import Rule
 from apportion.config.trainer import AdamWConfig, TrainerConfig
 
 Smoothing = Annotated[float, Field(ge=0, lt=0.5, strict=True), Rule("a number in [0, 0.5)")]

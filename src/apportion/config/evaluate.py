@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apportion.config.rules import Count, Device, Dtype, Label, Name, Seed, Switch
-from apportion.config.section import Section
+from apportion.config.schema.rules import Count, Device, Dtype, Label, Name, Seed, Switch
+from apportion.config.schema.section import Section
 
 
 class EvaluateConfig(Section):

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apportion.config.rules import AtLeastTwo, Fraction, Name, Names, Positive, Seed, Switch, Word
-from apportion.config.section import Rule, Section
+from apportion.config.schema.rules import AtLeastTwo, Fraction, Name, Names, Positive, Seed, Switch, Word
+from apportion.config.schema.section import Rule, Section
 
 Port = Annotated[int, Field(ge=0, le=65535, strict=True), Rule("a port, 0 to 65535; 0 takes a free one")]
 DATABASE = "labels.db"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apportion.config.rules import Action, Count, KLAction, Seconds
-from apportion.config.section import Section
+from apportion.config.schema.rules import Action, Count, KLAction, Seconds
+from apportion.config.schema.section import Section
 
 
 class MonitorsConfig(Section):

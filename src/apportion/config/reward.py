@@ -6,8 +6,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from apportion.config.rules import Count, CountOrZero, Device, Dtype, Interval, Name, NotNegative, Seed, Switch, Word
-from apportion.config.section import Section
+from apportion.config.schema.rules import (
+    Count,
+    CountOrZero,
+    Device,
+    Dtype,
+    Interval,
+    Name,
+    NotNegative,
+    Seed,
+    Switch,
+    Word,
+)
+from apportion.config.schema.section import Section
 from apportion.config.sections import LoraConfig, OptimConfig
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from apportion.config.monitors import MonitorsConfig
-from apportion.config.rules import (
+from apportion.config.schema.rules import (
     AlgorithmName,
     Count,
     CountOrZero,
@@ -26,7 +26,7 @@ from apportion.config.rules import (
     Switch,
     Word,
 )
-from apportion.config.section import Section
+from apportion.config.schema.section import Section
 from apportion.config.sections import LoraConfig, OptimConfig, SamplingConfig, ScoreConfig
 
 COMPARE = ("sparse", "uniform", "attention", "policy_attention")

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apportion.config.rules import Count, Device, Dtype, Interval, Name, NotNegative, Seed, Switch, Word
-from apportion.config.section import Rule, Section
+from apportion.config.schema.rules import Count, Device, Dtype, Interval, Name, NotNegative, Seed, Switch, Word
+from apportion.config.schema.section import Rule, Section
 from apportion.config.sections import SamplingConfig
 
 Share = Annotated[float, Field(gt=0, le=1, strict=True), Rule("a number in (0, 1]")]

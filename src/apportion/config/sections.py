@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from apportion.config.rules import (
+from apportion.config.schema.rules import (
     Count,
     CountOrZero,
     Fraction,
@@ -17,7 +17,7 @@ from apportion.config.rules import (
     Switch,
     Variables,
 )
-from apportion.config.section import Section
+from apportion.config.schema.section import Section
 
 
 class LoraConfig(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apportion.config.rules import Name, Switch
+from apportion.config.schema.rules import Name, Switch
 from apportion.config.trainer import TrainerConfig
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from apportion.config.rules import (
+from apportion.config.schema.rules import (
     AtLeastTwo,
     Count,
     CountOrZero,
@@ -21,7 +21,7 @@ from apportion.config.rules import (
     Variables,
     Word,
 )
-from apportion.config.section import Section
+from apportion.config.schema.section import Section
 from apportion.config.sections import LoraConfig
 
 

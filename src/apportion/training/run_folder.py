@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from filelock import FileLock
 
-from apportion.config.renamed import check_renamed
+from apportion.config.schema.renamed import check_renamed
 from apportion.distributed import launcher
 from apportion.errors import ApportionError, ConfigError, DiskError, Interrupted, ScoreError
 from apportion.system import disk, safe_yaml, stderr

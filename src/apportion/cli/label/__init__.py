@@ -8,7 +8,7 @@ from typing import TypeVar
 from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import note
 from apportion.config import LabelConfig, LabelExportConfig, LabelImportConfig, LabelResultsConfig
-from apportion.config.section import Section
+from apportion.config.schema.section import Section
 from apportion.errors import ConfigError, unknown_name
 
 C = TypeVar("C", bound=Section)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from apportion.data.answers.rankings import Ranking
 from apportion.data.conversations import Conversation
 from apportion.data.label_rows import Labelled, Render
-from apportion.data.rankings import Ranking
 from apportion.errors import DataError, ModelError
 from apportion.models.text.chat import (
     ASSISTANT,

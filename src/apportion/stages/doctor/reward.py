@@ -7,8 +7,8 @@ from typing import Any
 
 from apportion.config import RewardConfig
 from apportion.data import BadRows, Layout, labelled_splits
+from apportion.data.answers.rankings import kind_of, read_rankings, split_by_prompt
 from apportion.data.label_rows import Render
-from apportion.data.rankings import kind_of, read_rankings, split_by_prompt
 from apportion.errors import ConfigError, DataError
 from apportion.models.loading import context_of, locate
 from apportion.models.pretrained import load_settings

@@ -65,7 +65,8 @@ def open_models(
     if (why := decoding(policy, policy.model).why_slow) is not None:
         findings.append(Finding("policy", WARN, f"{config.policy} {SLOW}: {why}"))
     needs_prefixes = any(EvidenceKey.of(need).name in PREFIX for need in method.needs)
-    if needs_prefixes and (slow := slow_prefixes(reward, config.sampling.max_new_tokens)) is not None:
+    slow = None if reward is None else slow_prefixes(reward, config.sampling.max_new_tokens)
+    if needs_prefixes and slow is not None:
         fix = "An algorithm that needs no prefix scores, such as ppo or abc, takes one."
         findings.append(Finding("reward model", WARN, slow, fix))
     models = Models(policy, reward, method.segment, config.sampling, scores=config.scores, user_code=user_code)

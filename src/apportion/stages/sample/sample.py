@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from apportion.config import SampleConfig, to_dict
+from apportion.data.answers.rankings import item_of
 from apportion.data.bad_rows import leaving_out
 from apportion.data.conversations import Conversation
-from apportion.data.rankings import item_of
 from apportion.errors import Interrupted
 from apportion.generation import sample
 from apportion.generation.prompts import PromptStream, encode_prompts, load_prompts

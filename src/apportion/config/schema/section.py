@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from apportion.config.renamed import NEW_VALUES, renamed_key
+from apportion.config.schema.renamed import NEW_VALUES, renamed_key
 from apportion.errors import ConfigError, unknown_name
 
 KEY = "key"  # the field that an error about an unknown key names

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from apportion.config.section import Rule
+from apportion.config.schema.section import Rule
 
 
 def _ordered(pair: list[int]) -> list[int]:
