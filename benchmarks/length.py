@@ -81,7 +81,11 @@ class Calls:
 
 
 def phase_of(query: torch.Tensor, key: torch.Tensor) -> str:
-    """Return the phase that a call belongs to: only the update needs gradients, only decoding grows by a token."""
+    """Return the phase that a call belongs to: only the update needs gradients, only decoding grows by a token.
+
+    Where one micro-batch is the batch, the update begins with the policy's forward of scoring: timed there, its
+    attention counts to the update.
+    """
     if query.requires_grad:
         return "update"
     return "generate" if query.shape[2] == 1 or key.shape[2] <= PROMPT + extra_padding(query.device) else "score"
@@ -180,6 +184,7 @@ def settings(options: argparse.Namespace, rows: int, length: int, reward: str, p
     """Return a run of ABC with `rows` responses of `length` tokens a batch, in micro-batches of constant size."""
     micro_batch = max(1, min(rows, options.micro_tokens // length))
     return RLConfig(
+        algorithm="abc",
         policy=options.model,
         reward_model=reward,
         prompts=prompts,

@@ -57,7 +57,8 @@ def written_out(settings: dict[str, Any], *more: str) -> list[dict[str, float]]:
 def of_the_stage(settings: dict[str, Any], output: Path, *more: str) -> list[dict[str, float]]:
     """Return the metrics of each batch that `apportion rl` logs with the same settings."""
     fixed = {"output": output, "dtype": "float32", "device": "cpu", "checkpoint_every": 0, "log_rollouts": 0}
-    chosen = {FLAGS[name]: value for name, value in settings.items()} | fixed
+    fixed |= {"algorithm": "abc", "lora.targets": "attention", "optim.lr": 5e-4, "optim.eps": 1e-5}
+    chosen = fixed | {FLAGS[name]: value for name, value in settings.items()}
     assert main(["rl", *(str(word) for name, value in chosen.items() for word in (f"--{name}", value)), *more]) == 0
     return tiny_runs.read_lines(output / "metrics.jsonl")
 

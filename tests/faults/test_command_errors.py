@@ -69,7 +69,7 @@ def test_help_of_a_command_loads_no_model_library(command: Command, name: str) -
         (["rl", "--reward_model", "--steps", "3"], ["--reward_model: got 'nothing'", "expected a value"]),
         (["rl", "--fresh=yes"], ["--fresh: got 'yes'", "no value", "only --fresh"]),
         (["rl", "--optim", "5"], ["--optim: got 'nothing'", "Write --optim.lr VALUE"]),
-        (["rl"], ["reward_model: got ''", "sequence classifier", "apportion reward"]),
+        (["rl"], ["reward_model: got None", "sequence classifier", "apportion reward"]),
     ],
 )
 def test_a_wrong_flag_is_named(command: Command, arguments: list[str], pieces: list[str]) -> None:

@@ -40,8 +40,9 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 def test_nothing_in_the_package_makes_code_of_what_it_reads() -> None:
     assert len(SOURCES) > 100
-    found = [(path.name, name) for path in SOURCES for name, _ in calls(path) if name in FORBIDDEN]
-    assert not found
+    found = {(path.name, name) for path in SOURCES for name, _ in calls(path) if name in FORBIDDEN}
+    # the program of the sandbox runs what a model wrote, in a process without files, network or rights
+    assert found == {("_sandboxed.py", "exec"), ("_sandboxed.py", "compile")}
     lines = [line.strip() for path in SOURCES for line in path.read_text(encoding="utf-8").splitlines()]
     modules = ("pickle", "marshal", "shelve", "dill", "cloudpickle")
     assert not [

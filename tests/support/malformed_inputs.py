@@ -195,7 +195,7 @@ CASES = (
     _model("no-type", "policy: got", "a config.json that transformers can read"),
     _model("size-is-text", "policy: got", "size-is-text"),
     _model("size-is-zero", "policy: got", "size-is-zero"),
-    _model("size-is-negative", "lora.targets: got 'attention'", "layers of this model: it has none to adapt"),
+    _model("size-is-negative", "lora.targets: got 'all'", "layers of this model: it has none to adapt"),
     _model("size-is-huge", "policy: got", "size-is-huge"),
     _model("heads-do-not-divide", "policy: got", "heads-do-not-divide"),
     _model("no-activation", "policy: got", "no-activation"),

@@ -30,6 +30,7 @@ EOS, PAD = 1, 0
 SETTINGS: dict[str, Any] = {
     "algorithm": "abc",
     "lora.targets": "attention",
+    "optim.eps": 1e-5,
     "steps": 2,
     "checkpoint_every": 0,
     "sampling.batch_size": 6,

@@ -32,8 +32,10 @@ def dpo(
       TRL, and `apportion dpo`, divide those of each answer by its number of tokens first.
 
     Args:
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected: (N,) log-probabilities of the answers, in
-            nats, summed over their tokens. Those of the reference get no gradient.
+        policy_chosen: (N,) log-probabilities of the chosen answers under the policy, in nats, summed over their tokens.
+        policy_rejected: (N,) those of the rejected answers.
+        reference_chosen: (N,) those of the chosen answers under the reference; it gets no gradient.
+        reference_rejected: (N,) those of the rejected answers under the reference.
         beta: β > 0, how strongly the policy is held to the reference.
         label_smoothing: ε in [0, 0.5).
 
