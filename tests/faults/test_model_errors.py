@@ -60,7 +60,7 @@ def test_a_folder_without_a_model_is_named_before_anything_is_loaded(
 def test_an_unfit_model_is_named(
     model_command: Command, broken: Path, rl_flags: list[str], flag: str, name: str, pieces: list[str]
 ) -> None:
-    model_command("rl", *rl_flags, f"--{flag}", broken / name).assert_refused(*pieces)
+    model_command("rl", *rl_flags, "--algorithm", "abc", f"--{flag}", broken / name).assert_refused(*pieces)
 
 
 def test_a_token_without_an_embedding_is_named_before_it_is_learned_from(
