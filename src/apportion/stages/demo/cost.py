@@ -21,7 +21,7 @@ FORWARD, STEP = 2, 4  # operations a weight and token: forward; with the backwar
 # Share of the product rate that each kind of work reaches, and seconds that do not depend on it (docs/demo.md).
 EFFICIENCY: Mapping[str, Mapping[str, float]] = {
     "float32": {"read": 0.78, "train": 0.65, "generate": 0.40, "score": 0.78, "update": 0.58},
-    "bfloat16": {"read": 0.64, "train": 0.57, "generate": 0.40, "score": 0.66, "update": 0.58},
+    "bfloat16": {"read": 0.64, "train": 0.52, "generate": 0.27, "score": 0.64, "update": 0.46},
 }
 FIXED: Mapping[str, float] = {
     "reward": 15.0,
