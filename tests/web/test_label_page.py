@@ -394,3 +394,5 @@ def test_screenshots(served: Callable[..., LabelServer], join: Join, tmp_path: P
         phone.keyboard.press(key)
     phone.wait_for_timeout(300)
     phone.screenshot(path=folder / "label-phone.png")
+    sizes = [(folder / f"label-{name}.png").stat().st_size for name in ("list", "side", "phone")]
+    assert min(sizes) > 10_000  # an empty page has a few hundred bytes
