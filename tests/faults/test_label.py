@@ -25,7 +25,7 @@ TOKEN = "a-token-of-some-length"
 
 
 def faults(done: Result, *parts: str) -> list[str]:
-    """Return how a command's end differs from one message of the usual shape that names `parts`; [] where it does not."""
+    """Return how a command's end differs from one message of the usual shape that names `parts`; [] for such a one."""
     found = [] if done.code == 2 else [f"exit code {done.code}"]
     found += [f"printed {done.out!r}"] if done.out else []
     found += [] if SHAPE.fullmatch(done.err) else [f"no such message: {done.err!r}"]
