@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 
 from apportion.cli.main import main
 from apportion.config import OptimConfig, PPOConfig
-from apportion.data.mix import read_mix
 from apportion.errors import ConfigError, DataError
 from apportion.evidence.scoring import score
 from apportion.losses import ppo
 from apportion.models.policy import Policy
+from apportion.models.text.targets import TRUNCATE, Limits
 from apportion.stages.rl import train as rl
-from apportion.stages.rl.mix import Encoded, Mix, encode
+from apportion.stages.rl.mix import Encoded, Mix, open_mix
 from apportion.stages.rl.update import Targets, update
 from apportion.types import Rollouts
 
@@ -39,13 +38,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(policy: Policy, rows: list[Encoded]) -> torch.Tensor:
-    """Return the mean negative log-likelihood a completion token, one text at a time by the model's own forward."""
+    """Return the mean negative log-likelihood a learned token, one text at a time by the model's own forward."""
     total, count = torch.zeros(()), 0
     for row in rows:
         logits = policy.model(input_ids=torch.tensor([row.prompt + row.completion])).logits[0].float()
         logprobs = logits.log_softmax(dim=-1)
-        for place, token in enumerate(row.completion, len(row.prompt)):
-            total, count = total - logprobs[place - 1, token], count + 1
+        for place, (token, learned) in enumerate(zip(row.completion, row.learned, strict=True), len(row.prompt)):
+            total, count = total - learned * logprobs[place - 1, token], count + learned
     return total / count
 
 
@@ -63,7 +62,8 @@ def rows_of(policy: Policy) -> list[Encoded]:
     encoded = []
     for row in TEXTS:
         prompt, completion = (policy.tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
-        encoded.append(Encoded(prompt, completion + ends))
+        encoded.append(Encoded(prompt, completion + ends, [True] * (len(completion) + 1)))
+    encoded[0].learned[1] = False  # as between two answers of a conversation
     return encoded
 
 
@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_likelihood_by_hand(world: Path, changes: di
 def test_the_end_token_is_learned_where_sampling_never_ends(world: Path) -> None:
     policy = tiny_runs.policy(world)  # sampling.stop: length
     assert 1 in policy.banned
-    mix = Mix([Encoded([5], [1])], 1.0, 1, seed=0)
+    mix = Mix([Encoded([5], [1], [True])], 1.0, 1, seed=0)
     assert torch.isfinite(mix.backward(policy, 1, 64)["loss/ptx"])
     assert 1 in policy.banned and policy.temperature == 1.0
 
@@ -131,7 +131,7 @@ def targets_of(batch: Rollouts) -> Targets:
 
 
 def test_the_order_follows_from_seed_and_step(world: Path) -> None:
-    rows = [Encoded([1], [i]) for i in range(7)]
+    rows = [Encoded([1], [i], [True]) for i in range(7)]
 
     def taken(mix: Mix, step: int) -> list[int]:
         mix.begin(step, 2)
@@ -250,22 +250,28 @@ def test_rows_of_every_form(world: Path, tmp_path: Path) -> None:
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
+    forms["answers"] = [{"messages": [*turns, {"role": "user", "content": "Bad?"}, turns[1]]}]
     found = {}
     for name, rows in forms.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (example,) = read_mix(str(tmp_path / f"{name}.jsonl"), field="ppo.ptx_data")
-        encoded = encode(example, tokenizer, 256)
-        assert encoded is not None
-        found[name] = tuple(tokenizer.decode(ids) for ids in encoded)
+        changes = changes_of(world) | {"ppo.ptx_data": tmp_path / f"{name}.jsonl"}
+        config = tiny_runs.config(world, tmp_path / "run", **changes)
+        mix = open_mix(config, tokenizer, [tokenizer.eos_token_id], Limits(256, TRUNCATE))
+        assert mix is not None
+        (row,) = mix.rows
+        found[name] = tuple(tokenizer.decode(ids) for ids in row[:2])
+        if name != "answers":
+            assert all(row.learned[: len(row.completion) - found[name][1].endswith("\n")])
     assert found["pair"] == ("A great", " film.<eos>")
-    assert (
-        "".join(found["text"]) == "A great film.<eos>"
-        and len(encode(read_mix(str(tmp_path / "text.jsonl"), field="x")[0], tokenizer, 99).prompt) == 1
-    )  # type: ignore[union-attr]
-    assert found["turns"] == found["split"] == ("<user>Good?<eos>\n<assistant>", "Yes.<eos>")
-    long = replace(read_mix(str(tmp_path / "pair.jsonl"), field="x")[0], completion=" film" * 50)
-    assert (cut := encode(long, tokenizer, 10)) is not None and len(cut.prompt + cut.completion) == 10
-    assert encode(replace(long, prompt=" film" * 50), tokenizer, 10) is None
+    assert "".join(found["text"]) == "A great film.<eos>"
+    assert found["turns"] == found["split"] == ("<user>Good?<eos>\n<assistant>", "Yes.<eos>\n")
+    # every answer of a conversation is learned, what the user says is not
+    parts = [tokenizer.decode(i) for i, learned in zip(row.completion, row.learned, strict=True) if learned]
+    assert "".join(parts) == "Yes.<eos>\nYes.<eos>\n" and "Bad?" in found["answers"][1]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "A great", "completion": " film" * 50}))
+    config = tiny_runs.config(world, tmp_path / "run", **(changes | {"ppo.ptx_data": tmp_path / "long.jsonl"}))
+    cut = open_mix(config, tokenizer, [tokenizer.eos_token_id], Limits(10, TRUNCATE))
+    assert cut is not None and len(cut.rows[0].prompt + cut.rows[0].completion) == 10
 
 
 @pytest.mark.parametrize(
@@ -273,13 +279,13 @@ def test_rows_of_every_form(world: Path, tmp_path: Path) -> None:
     [
         ([{"prompt": "A"}], {}, ["ppo.ptx_data: got", "completion"]),
         ([{"text": ""}], {}, ["ppo.ptx_data: got", "line 1: text = ''"]),
-        ([{"messages": [{"role": "user", "content": "A"}]}], {}, ["end with a text of the assistant"]),
+        ([{"messages": [{"role": "user", "content": "A"}]}], {}, ["a conversation that ends with an answer"]),
         ([{"prompt": [], "completion": []}], {}, ["ppo.ptx_data"]),
         ([{"other": "A"}], {}, ["ppo.ptx_data: got", "'text'"]),
         (
             [{"prompt": "A long, long prompt", "completion": "B"}],
             {"ppo.ptx_tokens": 3},
-            ["no text with a token to learn"],
+            ["ppo.ptx_data: got", "tokens before the answer", "Raise ppo.ptx_tokens"],
         ),
     ],
 )

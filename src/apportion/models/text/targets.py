@@ -54,12 +54,15 @@ class Limits:
 
     Attributes:
         length: the most ids of a row. overlong: "drop" leaves a longer one out, "truncate" cuts its end.
+        setting: the one that gives the length, for errors. ways: flags that leave a longer row out, for errors.
         embeddings: ids that the model has an embedding for; None: of every one.
     """
 
     length: int
     overlong: str = DROP
     embeddings: int | None = None
+    setting: str = "max_length"
+    ways: str = "--overlong drop or --skip_bad_rows"
 
 
 @dataclass
@@ -218,7 +221,8 @@ class TargetEncoder:
             return True
         if start >= limit and self.limits.overlong == TRUNCATE:
             got = f"{where}: {start} tokens before the answer"
-            fix = "Raise max_length, or leave such rows out with --overlong drop or --skip_bad_rows."
-            raise DataError(self.setting, got, f"less than max_length {limit}, so that a part of the answer fits", fix)
+            fix = f"Raise {self.limits.setting}, or leave such rows out with {self.limits.ways}."
+            expected = f"less than {self.limits.setting} {limit}, so that a part of the answer fits"
+            raise DataError(self.setting, got, expected, fix)
         self.counts.overlong += 1
         return False

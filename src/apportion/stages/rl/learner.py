@@ -21,7 +21,8 @@ from apportion.evidence.scoring import BASE_EVIDENCE, score
 from apportion.generation.prompts import PromptStream
 from apportion.losses._ratios import LIMIT
 from apportion.models.loading import context_of, locate
-from apportion.models.tokenizers import load_tokenizer
+from apportion.models.text.targets import TRUNCATE, Limits
+from apportion.models.tokenizers import load_tokenizer, policy_ends
 from apportion.registry import EvidenceKey
 from apportion.stages.doctor.findings import Finding
 from apportion.stages.method import comparisons
@@ -290,7 +291,10 @@ def read_mix_of(config: RLConfig) -> Mix | None:
     if config.ppo.ptx_coef == 0:
         return None
     folder = locate("policy", config.policy)
-    return open_mix(config, load_tokenizer("policy", folder, config.pad_token), context_of(folder))
+    tokenizer = load_tokenizer("policy", folder, config.pad_token)
+    length = min(config.ppo.ptx_tokens, context_of(folder))
+    limits = Limits(length, TRUNCATE, setting="ppo.ptx_tokens", ways="--skip_bad_rows")
+    return open_mix(config, tokenizer, policy_ends(folder, tokenizer, "eos"), limits)
 
 
 def record_warnings(findings: Sequence[Finding], run: RunFolder | None, warn: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from apportion.batching import micro_batches, trim
 from apportion.config import RLConfig
+from apportion.data.answers import DemonstrationReader, builtin_demonstrations
 from apportion.data.bad_rows import leaving_out
-from apportion.data.mix import Example, read_mix
+from apportion.data.tables import usable
 from apportion.distributed import collectives
 from apportion.errors import DataError
 from apportion.models.policy import Policy
-from apportion.models.text.chat import apply_template, with_response
+from apportion.models.text.targets import Limits, Target, TargetEncoder
 from apportion.stages.doctor.checks.probes import from_ids
 from apportion.training.optimizer import zero_with_grad
 
@@ -24,10 +26,11 @@ FIELD = "ppo.ptx_data"
 
 
 class Encoded(NamedTuple):
-    """The ids of one text: those that are read, at least one, and those that are learned, at least one."""
+    """The ids of one text: those that are read first, at least one, the rest, and which of the rest are learned."""
 
     prompt: list[int]
     completion: list[int]
+    learned: list[bool]
 
 
 class Mix:
@@ -67,6 +70,9 @@ class Mix:
         with weights.error_barrier():
             chosen = self.take()
             texts = from_ids([one.prompt for one in chosen], [one.completion for one in chosen], policy)
+            width = texts.mask.shape[1]
+            learned = [[*one.learned, *[False] * (width - len(one.learned))] for one in chosen]
+            texts = replace(texts, mask=torch.tensor(learned, device=device))  # the rest is attended to, not learned
             tokens = texts.mask.sum()
             mine = collectives.shard(torch.arange(len(texts), device=device))
             parts = micro_batches(texts, mine, micro_batch, micro_tokens) if len(mine) else []
@@ -80,50 +86,30 @@ class Mix:
         return {"loss/ptx": total}
 
 
-def open_mix(config: RLConfig, tokenizer: Any, context: int | None) -> Mix | None:
+def open_mix(config: RLConfig, tokenizer: Any, ends: Sequence[int], limits: Limits) -> Mix | None:
     """Return the mix of a run, None where ppo.ptx_coef is 0. Raises DataError for texts that cannot be learned.
 
     Args:
-        tokenizer: the policy's. context: tokens that the policy has positions for, None where that is not known.
+        tokenizer: the policy's. ends: ids at which it stops, EOS first. limits: of a text's ids.
     """
     ppo = config.ppo
     if ppo.ptx_coef == 0 or ppo.ptx_data is None:
         return None
-    longest = ppo.ptx_tokens if context is None else min(ppo.ptx_tokens, context)
+    encoder = TargetEncoder(FIELD, tokenizer, ends, limits)
     with leaving_out(Path(config.output).expanduser(), config.skip_bad_rows, "ptx_bad_rows.jsonl") as bad:
-        rows = []
-        for example in read_mix(ppo.ptx_data, field=FIELD, bad=bad):
-            row = encode(example, tokenizer, longest)
-            if row is not None:
-                rows.append(row)
+        reader, builtin = DemonstrationReader(FIELD), builtin_demonstrations(ppo.ptx_data, "data", None)
+        if builtin is None:
+            made = usable(ppo.ptx_data, lambda row: encoder.encode(reader(row)), field=FIELD, bad=bad)
+        else:
+            made = map(encoder.encode, builtin)
+        targets = list(made)
+    rows = [encoded(target) for target in targets if target is not None and len(target.ids) > 1]
     if not rows:
-        fix = f"Raise ppo.ptx_tokens, now {ppo.ptx_tokens}, or give shorter prompts."
-        raise DataError(FIELD, "no text with a token to learn", "at least one", fix)
+        raise DataError(FIELD, "no text with a token to learn", "at least one", "Give longer texts.")
     return Mix(rows, ppo.ptx_coef, ppo.ptx_batch, config.seed)
 
 
-def encode(example: Example, tokenizer: Any, longest: int) -> Encoded | None:
-    """Return the ids of a text, with the end token, cut to the first `longest`; None where nothing is left to learn.
-
-    Where there is no prompt, all but the first token is learned.
-    """
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if isinstance(example.prompt, list):
-        before = apply_template(tokenizer, example.prompt, generation=True)
-        whole = apply_template(tokenizer, with_response(example.prompt, example.completion), generation=False)
-        if not whole.startswith(
-            before
-        ):  # a template that renders answered turns otherwise, without a prompt for thoughts
-            whole = before + example.completion
-        prompt = list(tokenizer(before, add_special_tokens=False)["input_ids"])
-        completion = list(tokenizer(whole[len(before) :].rstrip("\n"), add_special_tokens=False)["input_ids"])
-        completion += ends if completion[-1:] != ends else []
-    elif example.prompt is None:
-        ids = list(tokenizer(example.completion)["input_ids"])
-        ids += ends if ids[-1:] != ends else []
-        prompt, completion = ids[:1], ids[1:]
-    else:
-        prompt = list(tokenizer(example.prompt)["input_ids"])
-        completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"]) + ends
-    completion = completion[: max(longest - len(prompt), 0)]
-    return Encoded(prompt, completion) if prompt and completion else None
+def encoded(target: Target) -> Encoded:
+    """Return a target as what is read first, at least one id, and the rest, of which some ids are learned."""
+    start = max(target.first, 1)
+    return Encoded(target.ids[:start], target.ids[start:], target.mask[start:])
