@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 from commands import Result, Server
 
+from apportion.data.answers.item_id import item_id
 from apportion.label.export import winners
-from apportion.label.items import item_id, read_items
+from apportion.label.items import read_items
 from apportion.label.store import Answer, add_items, open_store, sign_in, submit, take
 from apportion.label.store.reading import Ranking
 

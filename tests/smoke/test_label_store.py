@@ -12,8 +12,9 @@ import postgres
 import pytest
 from sqlalchemy import text
 
+from apportion.data.answers.item_id import item_id
 from apportion.errors import DataError
-from apportion.label.items import Item, item_id
+from apportion.label.items import Item
 from apportion.label.store import (
     Answer,
     Store,

@@ -11,7 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from apportion.data.answers.rankings import Ranking, item_of, kind_of, read_rankings
+from apportion.data.answers.item_id import item_id
+from apportion.data.answers.rankings import Ranking, kind_of, read_rankings
 from apportion.data.bad_rows import BadRows
 from apportion.errors import DataError
 
@@ -36,7 +37,7 @@ def test_a_row_has_its_item_and_its_details(tmp_path: Path) -> None:
     details = {"annotator": "ada", "seconds": 4, "shown": [2, 0, 1], "source": "page", "margins": [1, 0.5, 0]}
     [found] = read_rankings(write(tmp_path / "a.jsonl", [ROW | details]))
     plain = '{"completions":[" Fine."," Well."," No."],"prompt":"How?"}'
-    assert found.item == hashlib.sha256(plain.encode()).hexdigest() == item_of("How?", found.completions)
+    assert found.item == hashlib.sha256(plain.encode()).hexdigest() == item_id("How?", found.completions)
     assert found.ranks == (1.0, 2.0, 2.0) and found.margins == (1.0, 0.5, 0.0) and found.pairs == 2
     assert (found.annotator, found.seconds, found.shown, found.source) == ("ada", 4.0, (2, 0, 1), "page")
     assert found.where.endswith("a.jsonl, line 1")

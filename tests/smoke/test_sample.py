@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apportion.cli.main import main
-from apportion.data.answers.rankings import item_of, read_rankings
+from apportion.data.answers.item_id import item_id
+from apportion.data.answers.rankings import read_rankings
 from apportion.stages.sample import sample as stage
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def test_rows_have_the_form_of_samples_and_recomputed_log_probabilities(world: P
     model = AutoModelForCausalLM.from_pretrained(world / "policy").eval()
     tokens = AutoTokenizer.from_pretrained(world / "policy")
     for row in rows:
-        assert row["item"] == item_of(row["prompt"], row["completions"]) and row["seed"] == 5
+        assert row["item"] == item_id(row["prompt"], row["completions"]) and row["seed"] == 5
         assert len(row["completions"]) == len(row["completion_ids"]) == len(row["logprobs"]) == len(row["ended"]) == 3
         assert row["policy"] == str(world / "policy") and row["settings"]["temperature"] == 0.8
         assert "sampling_logprobs" not in row and row["settings"]["top_p"] is None

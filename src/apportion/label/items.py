@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apportion.data import BadRows, Row, check_text, require, usable
+from apportion.data.answers.item_id import canonical_json, item_id
 from apportion.data.conversations import conversation, from_cell
 from apportion.errors import DataError
 
@@ -36,17 +36,7 @@ class Item:
     @property
     def content(self) -> str:
         """The prompt and the answers as JSON, the same for equal ones."""
-        return canonical({"prompt": self.prompt, "completions": self.completions})
-
-
-def canonical(value: Any) -> str:
-    """Return the JSON of `value` that is the same for equal values: sorted keys, no spaces, characters as they are."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-def item_id(prompt: Text, completions: list[Text]) -> str:
-    """Return the SHA-256 of prompt and completions (64 hexadecimal digits)."""
-    return hashlib.sha256(canonical({"prompt": prompt, "completions": completions}).encode()).hexdigest()
+        return canonical_json({"prompt": self.prompt, "completions": self.completions})
 
 
 def read_items(source: str, *, field: str = FIELD, bad: BadRows | None = None, split: str | None = None) -> list[Item]:

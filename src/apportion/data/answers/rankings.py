@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
+from apportion.data.answers.item_id import canonical_json, item_id
 from apportion.data.assets import BUILTIN_DATA
 from apportion.data.bad_rows import BadRows, ColumnError
 from apportion.data.conversations import Conversation, conversation, from_cell
@@ -62,24 +61,14 @@ class Ranking:
     @property
     def key(self) -> str:
         """What names the prompt, for splits and clusters; without a prompt the first completion."""
-        whole = self.prompt if isinstance(self.prompt, str) else canonical(self.prompt)
-        return whole if whole.strip() else canonical(self.completions[0])
+        whole = self.prompt if isinstance(self.prompt, str) else canonical_json(self.prompt)
+        return whole if whole.strip() else canonical_json(self.completions[0])
 
 
 def split_by_prompt(rankings: Sequence[T], key: Callable[[T], str]) -> tuple[list[T], list[T]]:
     """Return (training, held-out) rankings: a fixed tenth of their prompts is held out, by hash."""
     buckets = [(one, bucket(key(one))) for one in rankings]
     return [one for one, number in buckets if number >= 10], [one for one, number in buckets if number < 10]
-
-
-def canonical(value: Any) -> str:
-    """Return the JSON that is the same for equal values: sorted keys, no spaces, characters as they are."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
-def item_of(prompt: Any, completions: Sequence[Any]) -> str:
-    """Return the SHA-256 of prompt and completions, 64 hexadecimal digits: the same for equal ones in every file."""
-    return hashlib.sha256(canonical({"prompt": prompt, "completions": list(completions)}).encode()).hexdigest()
 
 
 def kind_of(source: str, *, field: str = "data", split: str | None = None, label: str = "label") -> str:
@@ -298,7 +287,7 @@ def _check_different(row: Row, completions: Sequence[Text], ranks: Sequence[floa
     """Raise DataError for two equal completions, which no order can tell apart."""
     first: dict[str, int] = {}
     for number, one in enumerate(completions):
-        other = first.setdefault(canonical(one), number)
+        other = first.setdefault(canonical_json(one), number)
         if other != number:
             a, b = ranks[other], ranks[number]
             contradictory = f", with contradictory ranks {a:g} and {b:g}" if None not in (a, b) and a != b else ""
@@ -310,7 +299,7 @@ def _named(row: Row, prompt: Text, completions: Sequence[Text], field: str) -> s
     """Return the id of an item: the row's own, else its SHA-256."""
     given = row.get("item")
     if given is None:
-        return item_of(prompt, completions)
+        return item_id(prompt, completions)
     whole = isinstance(given, int) and not isinstance(given, bool)
     return str(given) if whole else check_text(row, "item", field=field)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from apportion.config import LabelImportConfig
 from apportion.data import BadRows, Row, usable
+from apportion.data.answers.item_id import item_id
 from apportion.errors import DataError
 from apportion.label.importing.argilla import argilla
 from apportion.label.importing.label_studio import label_studio
-from apportion.label.items import completions_of, item_id, prompt_of
+from apportion.label.items import completions_of, prompt_of
 
 FIELD = "source"
 READERS = {"label_studio": label_studio, "argilla": argilla}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from apportion.config import SampleConfig, to_dict
-from apportion.data.answers.rankings import item_of
+from apportion.data.answers.item_id import item_id
 from apportion.data.bad_rows import leaving_out
 from apportion.data.conversations import Conversation
 from apportion.errors import Interrupted
@@ -151,7 +151,7 @@ def _row(
     own = (rollouts.group == group).nonzero()[:, 0].tolist()
     ids = [rollouts.response_ids[i][rollouts.mask[i]].tolist() for i in own]
     texts = [_text(policy.tokenizer, prompts.rows[place], one, contents[place]) for one in ids]
-    row = {"item": item_of(contents[place], texts), "prompt": contents[place], "completions": texts}
+    row = {"item": item_id(contents[place], texts), "prompt": contents[place], "completions": texts}
     row |= {"completion_ids": ids, "logprobs": _numbers(rollouts.logprobs, rollouts, own)}
     if "sampling_logprobs" in rollouts.evidence:
         row["sampling_logprobs"] = _numbers(rollouts.evidence["sampling_logprobs"], rollouts, own)
