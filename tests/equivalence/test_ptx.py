@@ -38,13 +38,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(policy: Policy, rows: list[Encoded]) -> torch.Tensor:
-    """Return the mean negative log-likelihood a learned token, one text at a time by the model's own forward."""
+    """Return the mean negative log-likelihood a trained token, one text at a time by the model's own forward."""
     total, count = torch.zeros(()), 0
     for row in rows:
         logits = policy.model(input_ids=torch.tensor([row.prompt + row.completion])).logits[0].float()
         logprobs = logits.log_softmax(dim=-1)
-        for place, (token, learned) in enumerate(zip(row.completion, row.learned, strict=True), len(row.prompt)):
-            total, count = total - learned * logprobs[place - 1, token], count + learned
+        for place, (token, trained) in enumerate(zip(row.completion, row.trained, strict=True), len(row.prompt)):
+            total, count = total - trained * logprobs[place - 1, token], count + trained
     return total / count
 
 
@@ -63,7 +63,7 @@ def rows_of(policy: Policy) -> list[Encoded]:
     for row in TEXTS:
         prompt, completion = (policy.tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
         encoded.append(Encoded(prompt, completion + ends, [True] * (len(completion) + 1)))
-    encoded[0].learned[1] = False  # as between two answers of a conversation
+    encoded[0].trained[1] = False  # as between two answers of a conversation
     return encoded
 
 
@@ -261,12 +261,12 @@ def test_rows_of_every_form(world: Path, tmp_path: Path) -> None:
         (row,) = mix.rows
         found[name] = tuple(tokenizer.decode(ids) for ids in row[:2])
         if name != "answers":
-            assert all(row.learned[: len(row.completion) - found[name][1].endswith("\n")])
+            assert all(row.trained[: len(row.completion) - found[name][1].endswith("\n")])
     assert found["pair"] == ("A great", " film.<eos>")
     assert "".join(found["text"]) == "A great film.<eos>"
     assert found["turns"] == found["split"] == ("<user>Good?<eos>\n<assistant>", "Yes.<eos>\n")
     # every answer of a conversation is learned, what the user says is not
-    parts = [tokenizer.decode(i) for i, learned in zip(row.completion, row.learned, strict=True) if learned]
+    parts = [tokenizer.decode(i) for i, trained in zip(row.completion, row.trained, strict=True) if trained]
     assert "".join(parts) == "Yes.<eos>\nYes.<eos>\n" and "Bad?" in found["answers"][1]
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "A great", "completion": " film" * 50}))
     config = tiny_runs.config(world, tmp_path / "run", **(changes | {"ppo.ptx_data": tmp_path / "long.jsonl"}))

@@ -12,10 +12,9 @@ import pytest
 from commands import Result, Server
 
 from apportion.data.answers.item_id import item_id
-from apportion.label.export import winners
+from apportion.data.answers.rankings_to_pairs import ranked_pairs
 from apportion.label.items import read_items
 from apportion.label.store import Answer, add_items, open_store, sign_in, submit, take
-from apportion.label.store.reading import Ranking
 
 Label = Callable[..., Result]
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello?"}]
@@ -46,7 +45,8 @@ def ranked(folder: Path, samples: list[dict[str, Any]], ranks: dict[str, list[in
         who = sign_in(store, name)
         for n, work in enumerate(take(store, who, 99, 60)):
             row = next(s for s in samples if s["prompt"] == work.prompt)
-            shown = [row["completions"].index(text) for text in work.answers]
+            left = list(enumerate(row["completions"]))
+            shown = [left.pop([text for _, text in left].index(answer))[0] for answer in work.answers]
             answer = Answer(f"{name}-{n:06}", work.item, "ranking", [given[i] for i in shown], 4.0)
             assert submit(store, who, answer) == "saved"
     store.close()
@@ -86,20 +86,25 @@ def test_pairs_are_trls(tmp_path: Path, label: Label) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "texts", "every", "extreme"),
+    ("ranks", "every", "extreme"),
     [
-        ([1, 2, 3], "abc", [(0, 1), (0, 2), (1, 2)], [(0, 2)]),
-        ([3, 1, 2], "abc", [(1, 0), (2, 0), (1, 2)], [(1, 0)]),
-        ([1, 1, 2], "abc", [(0, 2), (1, 2)], [(0, 2)]),
-        ([1, None, 2], "abc", [(0, 2)], [(0, 2)]),
-        ([1, 1, None], "abc", [], []),
-        ([1, 2, 3], "aab", [(0, 2), (1, 2)], [(0, 2)]),  # equal texts give no pair
+        ([1, 2, 3], [(0, 1), (0, 2), (1, 2)], [(0, 2)]),
+        ([3, 1, 2], [(1, 2), (1, 0), (2, 0)], [(1, 0)]),
+        ([1, 1, 2], [(0, 2), (1, 2)], [(0, 2)]),
+        ([1, None, 2], [(0, 2)], [(0, 2)]),
+        ([1, 1, None], [], []),
+        ([None, None], [], []),
     ],
 )
-def test_winners(ranks: list[int | None], texts: str, every: list[Any], extreme: list[Any]) -> None:
-    one = Ranking("i", "p", list(texts), "Ann", "ranking", ranks, [0, 1, 2], 1.0, "current", 0.0)
-    assert list(winners(one, False)) == every
-    assert list(winners(one, True)) == extreme
+def test_ranked_pairs(ranks: list[int | None], every: list[Any], extreme: list[Any]) -> None:
+    assert ranked_pairs(ranks) == every
+    assert ranked_pairs(ranks, "best_worst") == extreme
+
+
+def test_equal_texts_are_no_pair(tmp_path: Path, label: Label) -> None:
+    ranked(tmp_path, [{"prompt": "p", "completions": ["a", "a", "b"]}], {"Ann": [1, 2, 3]})
+    assert label("export", "--form", "pairs", "--output", "pairs.jsonl").code == 0
+    assert [(r["chosen"], r["rejected"]) for r in read(tmp_path / "pairs.jsonl")] == [("a", "b"), ("a", "b")]
 
 
 ITEMS = [{"id": f"llm_{i}", "title": f"LLM {i}", "body": f"body {i}"} for i in (1, 2, 3)]

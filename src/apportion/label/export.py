@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import combinations
+from collections.abc import Iterator
 from typing import Any
 
+from apportion.data.answers.rankings_to_pairs import ranked_pairs
 from apportion.label.store import Store
-from apportion.label.store.reading import Ranking, rankings
+from apportion.label.store.reading import rankings
 
 SOURCE = "apportion label"
 
@@ -44,31 +44,14 @@ def pair_rows(store: Store, *, best_worst: bool = False) -> Iterator[dict[str, A
         best_worst: only the best answer against the worst (the first of each, where several are tied).
     """
     for one in rankings(store):
-        for winner, loser in winners(one, best_worst):
+        for winner, loser in ranked_pairs(one.ranks or [], "best_worst" if best_worst else "all"):
+            if one.completions[winner] == one.completions[loser]:
+                continue  # there is nothing to learn
             texts = {"chosen": one.completions[winner], "rejected": one.completions[loser]}
             yield {"prompt": one.prompt, **_conversational(one.prompt, texts)} | {
                 "item": one.item,
                 "annotator": one.annotator,
             }
-
-
-def winners(one: Ranking, best_worst: bool) -> Iterable[tuple[int, int]]:
-    """Return (winner, loser) of the pairs of a ranking; ties, answers without a rank and equal texts give none."""
-    ranks = one.ranks or []
-    judged = [i for i, rank in enumerate(ranks) if rank is not None]
-    pairs: Iterable[tuple[int, int]] = combinations(judged, 2)
-    if best_worst and judged:
-        pairs = [(min(judged, key=lambda i: _rank(ranks, i)), max(judged, key=lambda i: _rank(ranks, i)))]
-    for i, j in pairs:
-        one_rank, two_rank = _rank(ranks, i), _rank(ranks, j)
-        if one_rank != two_rank and one.completions[i] != one.completions[j]:
-            yield (i, j) if one_rank < two_rank else (j, i)
-
-
-def _rank(ranks: list[int | None], index: int) -> int:
-    rank = ranks[index]
-    assert rank is not None
-    return rank
 
 
 def _conversational(prompt: Any, texts: dict[str, Any]) -> dict[str, Any]:

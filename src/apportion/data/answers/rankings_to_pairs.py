@@ -39,12 +39,19 @@ def pairs_of_rankings(
         number = isinstance(rank, int | float) and not isinstance(rank, bool) and math.isfinite(rank)
         if rank is not None and not number:
             raise ValueError(f"a rank {rank!r}")
-    known = [(rank, completion) for rank, completion in zip(ranks, completions, strict=True) if rank is not None]
-    ordered = sorted(known, key=lambda item: item[0])  # stable: ties keep their order
-    if which == "best_worst":
-        best = ordered[0] if ordered else None
-        worst = next((item for item in ordered if item[0] == ordered[-1][0]), None)
-        chosen = [(best, worst)] if best is not None and worst is not None else []
-    else:
-        chosen = list(combinations(ordered, 2))
-    return [RankedPair(prompt, one[1], other[1]) for one, other in chosen if one[0] < other[0]]
+    return [RankedPair(prompt, completions[one], completions[other]) for one, other in ranked_pairs(ranks, which)]
+
+
+def ranked_pairs(ranks: Sequence[float | None], which: Which = "all") -> list[tuple[int, int]]:
+    """Return (winner, loser), places in `ranks`, of the pairs that K ranks say something about, the best winner first.
+
+    Args:
+        ranks, which: as `pairs_of_rankings`.
+    """
+    judged = [(rank, place) for place, rank in enumerate(ranks) if rank is not None]
+    ordered = sorted(judged, key=lambda item: item[0])  # stable: ties keep their order
+    pairs = list(combinations(ordered, 2))
+    if which == "best_worst" and ordered:
+        worst = next(item for item in ordered if item[0] == ordered[-1][0])
+        pairs = [(ordered[0], worst)]
+    return [(one[1], other[1]) for one, other in pairs if one[0] < other[0]]

@@ -26,11 +26,11 @@ FIELD = "ppo.ptx_data"
 
 
 class Encoded(NamedTuple):
-    """The ids of one text: those that are read first, at least one, the rest, and which of the rest are learned."""
+    """The ids of one text: those that are read first, at least one, the rest, and which of the rest are trained."""
 
     prompt: list[int]
     completion: list[int]
-    learned: list[bool]
+    trained: list[bool]
 
 
 class Mix:
@@ -71,8 +71,8 @@ class Mix:
             chosen = self.take()
             texts = from_ids([one.prompt for one in chosen], [one.completion for one in chosen], policy)
             width = texts.mask.shape[1]
-            learned = [[*one.learned, *[False] * (width - len(one.learned))] for one in chosen]
-            texts = replace(texts, mask=torch.tensor(learned, device=device))  # the rest is attended to, not learned
+            trained = [[*one.trained, *[False] * (width - len(one.trained))] for one in chosen]
+            texts = replace(texts, mask=torch.tensor(trained, device=device))  # the rest is attended to, not trained
             tokens = texts.mask.sum()
             mine = collectives.shard(torch.arange(len(texts), device=device))
             parts = micro_batches(texts, mine, micro_batch, micro_tokens) if len(mine) else []
@@ -87,7 +87,7 @@ class Mix:
 
 
 def open_mix(config: RLConfig, tokenizer: Any, ends: Sequence[int], limits: Limits) -> Mix | None:
-    """Return the mix of a run, None where ppo.ptx_coef is 0. Raises DataError for texts that cannot be learned.
+    """Return the mix of a run, None where ppo.ptx_coef is 0. Raises DataError for texts that cannot be trained.
 
     Args:
         tokenizer: the policy's. ends: ids at which it stops, EOS first. limits: of a text's ids.
@@ -110,6 +110,6 @@ def open_mix(config: RLConfig, tokenizer: Any, ends: Sequence[int], limits: Limi
 
 
 def encoded(target: Target) -> Encoded:
-    """Return a target as what is read first, at least one id, and the rest, of which some ids are learned."""
+    """Return a target as what is read first, at least one id, and the rest, of which some ids are trained."""
     start = max(target.first, 1)
     return Encoded(target.ids[:start], target.ids[start:], target.mask[start:])
