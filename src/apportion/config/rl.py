@@ -144,6 +144,9 @@ class RLConfig(Section):
     """the reward model's; float32 makes logged credit reproducible to 1e-5."""
     fast_kernels: Switch = True
     """faster layers and decoding, equal up to rounding; off, every layer is that of transformers and peft."""
+    offload_frozen: Switch = True
+    """reward models and the reference's own weights lie in a file in the run folder between their uses (Linux, on a
+    CPU): the update has their memory. It ends with the run and changes no number."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     scores: ScoreConfig = Field(default_factory=ScoreConfig)
     ppo: PPOConfig = Field(default_factory=PPOConfig)

@@ -42,8 +42,12 @@ class Producer(NamedTuple):
     check: Callable[[frozenset[str]], None] = lambda needs: None
 
 
+def _policy_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> Mapping[str, Tensor]:
+    models.release_frozen()
+    return policy_evidence(models.policy, rollouts, needs)
+
+
 PRODUCERS: Mapping[str, Producer] = {
-    "policy": Producer(POLICY, 1, 0, lambda models, rollouts, needs: policy_evidence(models.policy, rollouts, needs)),
     "reference": Producer(
         frozenset({"reference_logprobs"}),
         1,
@@ -59,6 +63,8 @@ PRODUCERS: Mapping[str, Producer] = {
         1,
         lambda models, rollouts, needs: attribution_evidence(models.reward_model, rollouts),
     ),
+    # after the frozen models: where its graph is kept, it takes their memory
+    "policy": Producer(POLICY, 1, 0, _policy_evidence),
     # at most 64 texts a rollout, or the setting `budget`; "shapley_calls" counts them
     "shapley": Producer(SHAPLEY, 64, 0, shapley_evidence),
     "implicit": Producer(

@@ -13,6 +13,7 @@ from apportion.config.sections import SamplingConfig, ScoreConfig
 from apportion.errors import ConfigError
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
+from apportion.system.file_weights import FileWeights
 from apportion.types import Rollouts, Segmenter
 from apportion.user_code import UserCode
 
@@ -70,6 +71,7 @@ class Models:
         columns: the columns of each of the run's prompts, the same in all; evidence "source_row" says whose.
         conversations: the turns of prompts that are conversations, by the prompt's ids.
         rewards: the run's rewards; None where the score is that of `reward` alone.
+        frozen: the weights of reward models and reference in a file; None where they stay in memory.
     """
 
     policy: Policy
@@ -83,6 +85,7 @@ class Models:
     columns: Sequence[Mapping[str, Any]] = ()
     conversations: Mapping[tuple[int, ...], Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     rewards: Scorer | None = None
+    frozen: FileWeights | None = None
 
     @property
     def reward_model(self) -> RewardModel:
@@ -91,3 +94,8 @@ class Models:
             fix = "Add a reward model to rewards, or use a method that needs none: sparse, uniform, process."
             raise ConfigError("evidence", "rewards without a reward model", "a reward model, which makes it", fix)
         return self.reward
+
+    def release_frozen(self) -> None:
+        """Give the memory of frozen weights back, where they are in a file, until they are used again."""
+        if self.frozen is not None:
+            self.frozen.release()

@@ -35,7 +35,8 @@ def score(
 ) -> Rollouts:
     """Return the rollouts with scores and all evidence in `needs` and `always`.
 
-    Each model computes every token once, in micro-batches of rows of similar length. `scores` is the sequence's score
+    Each model computes every token once, in micro-batches of rows of similar length; then the memory of frozen ones is
+    given back. `scores` is the sequence's score
     after centring, scaling and clipping; evidence "raw_scores" (B,) is the reward model's own. Evidence in units of the
     score, such as "prefix_scores", is transformed equally. Where `models` have further rewards, both are their sums.
 
@@ -46,6 +47,22 @@ def score(
     Raises:
         ConfigError: a need that no producer provides. ScoreError: a score that is not finite.
     """
+    try:
+        return _score(models, rollouts, needs, config, always, logged, on_failure)
+    finally:
+        models.release_frozen()
+
+
+def _score(
+    models: Models,
+    rollouts: Rollouts,
+    needs: Iterable[str],
+    config: ScoreConfig,
+    always: frozenset[str],
+    logged: frozenset[str],
+    on_failure: Callable[[Failures], None],
+) -> Rollouts:
+    """Do as `score` says."""
     if models.reward is None:
         always -= {"scores"}
     passes = plan(always | frozenset(needs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from apportion.config import RLConfig, reward_models, reward_specs
 from apportion.data.bad_rows import leaving_out
+from apportion.distributed import sharding
 from apportion.evidence import Models
 from apportion.evidence.prefix import PREFIX, slow_prefixes
 from apportion.evidence.process import prompts_for
@@ -28,6 +30,7 @@ from apportion.rewards import Rewards, add_models, open_rewards
 from apportion.stages.attention import check_attention
 from apportion.stages.doctor.findings import WARN, Finding
 from apportion.stages.doctor.rl import preflight
+from apportion.system.file_weights import FileWeights, file_weights
 from apportion.types import Method
 from apportion.user_code import UserCode
 
@@ -72,8 +75,18 @@ def open_models(
     models = Models(policy, reward, method.segment, config.sampling, scores=config.scores, user_code=user_code)
     models.columns, models.conversations, models.rewards = prompts.columns, prompts.conversations, rewards
     check_attention(models, method.needs)
+    models.frozen = offload_frozen(config, models, loaded)
     notes = dict.fromkeys(note for one in loaded for note in one.notes)
     return models, prompts, [*findings, *(Finding("reward model", WARN, note) for note in notes)]
+
+
+def offload_frozen(config: RLConfig, models: Models, rewards: Sequence[RewardModel]) -> FileWeights | None:
+    """Return the weights of reward models and reference moved into a file, None where they stay in memory."""
+    folder, reference = Path(config.output).expanduser(), models.policy.reference
+    own = [] if reference is None or sharding.is_requested() else [reference]
+    if not config.offload_frozen or not folder.is_dir():
+        return None
+    return file_weights([*own, *(one.model for one in rewards)], folder)
 
 
 def open_prompts(
