@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apportion.cli.main import main
 from apportion.errors import ConfigError, DataError
+from apportion.models.fast import onednn
 
 WORDS = ("a", "the", "in", "of", "and", "good", "bad", "film", "story", "heart", "music", "cast", "jokes", "time")
 
@@ -170,6 +171,19 @@ def test_products_of_custom_autograd_functions_are_counted() -> None:
     assert counted(lambda: torch.mm(x.detach(), weight.detach().T, out=torch.empty(6, 5))) == once
     left, right = torch.randn(3, 6, 4), torch.randn(3, 4, 5)
     assert counted(lambda: torch.zeros(3, 6, 5).baddbmm_(left, right)) == 3 * once == counted(lambda: left @ right)
+
+
+def test_products_of_the_fast_layers_are_counted() -> None:
+    x, weight = torch.randn(6, 512, requires_grad=True), torch.randn(256, 512, requires_grad=True)
+    once = 2 * 6 * 512 * 256
+    assert counted(lambda: onednn.linear(x, weight, None)) == once
+    assert counted(lambda: onednn.linear(x, weight, None).sum().backward()) == 3 * once
+    frozen = weight.detach()
+    assert counted(lambda: onednn.linear(x, frozen, None).sum().backward()) == 2 * once
+    assert counted(lambda: onednn.product(x.detach()[:, :256], frozen)) == 2 * 6 * 256 * 512
+    if onednn.can_pack_to_sample(frozen):
+        packed = onednn.pack(frozen)
+        assert counted(lambda: onednn.onednn_product(x.detach(), packed, None)) == once
 
 
 @pytest.mark.parametrize("kv", [4, 2])
