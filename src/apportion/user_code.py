@@ -79,13 +79,20 @@ class UserCode:
 
 
 def call_named(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Return `function(*args)`. Raises UserCodeError that names it for any error but ours."""
+    """Return `function(*args)`. Raises UserCodeError that names it for any error but ours.
+
+    What it changes of torch's own state (gradients switched off, another default type) ends with the call.
+    """
+    gradients, kind = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         return function(*args)
     except ApportionError:
         raise
     except (Exception, SystemExit) as error:
         raise error_of(name, error) from error
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(kind)
 
 
 def error_of(name: str, error: BaseException) -> UserCodeError:
