@@ -67,7 +67,7 @@ def test_attention_that_is_only_compared_is_left_out_with_one_line(world: Path) 
 def test_an_attention_that_fails_in_a_batch_does_not_spoil_the_forward_that_the_update_begins_with(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is only compared is asked for once more, apart: the forward of that has no values and is not the update's."""
+    """What is only compared is asked for once more, apart, in a forward without values that is not the update's."""
     weights = []
     for compare in ("[sparse]", "[policy_attention]"):
         warnings: list[str] = []
