@@ -109,7 +109,7 @@ class FunctionSource:
 
 
 def _is_cancelled() -> bool:
-    """Whether the task at hand is cancelled from outside: another reward has failed."""
+    """Whether the current task is cancelled from outside: another reward has failed."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -109,7 +109,7 @@ def _write(file: IO[bytes], storages: Iterable[UntypedStorage]) -> None:
 
     place = 0
     for storage in storages:
-        rest = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+        rest = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
         file.seek(place)
         while rest:
             rest = rest[file.write(rest) :]  # at most 2 GiB at a time
