@@ -347,6 +347,8 @@ def parsed(words: list[str]) -> RLConfig:
     ("rewards", "changes", "pieces"),
     [
         ("trl_rewards:absent", {}, ["rewards: got 'trl_rewards:absent'", "has no attribute 'absent'"]),
+        ("/my/rewards.py:short", {}, ["rewards: got '/my/rewards.py:short'", "Write rewards:short", "PYTHONPATH=/my"]),
+        ("./my/rewards.py:short", {}, ["Write my.rewards:short", "the working folder"]),
         ("no_such:thing", {}, ["rewards: got 'no_such:thing'", "No module named 'no_such'"]),
         ("trl_rewards:positional", {}, ["trl_rewards:positional: got '(completions, /)'", "Remove the slash"]),
         ({"json": {"shcema": {}}}, {}, ["rewards.json", "Did you mean 'schema'?"]),
