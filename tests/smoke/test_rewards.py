@@ -284,9 +284,18 @@ def test_what_a_function_changes_of_its_arguments_reaches_no_other_call(world: P
 
 
 def test_what_a_function_changes_of_torch_ends_with_its_call(world: Path, tmp_path: Path) -> None:
+    threads, folder = torch.get_num_threads(), Path.cwd()
     metrics, _ = finished(world, tmp_path / "run", "trl_rewards:changes_torch")
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.get_default_device().type == "cpu" and not torch.are_deterministic_algorithms_enabled()
+    assert (torch.get_num_threads(), Path.cwd()) == (threads, folder)
     assert all(row["policy/grad_norm"] > 0 for row in metrics)
+
+
+def test_a_function_may_have_workers_of_its_own(world: Path, tmp_path: Path) -> None:
+    """A pool is ended by SIGTERM, which is not for the run."""
+    _, records = finished(world, tmp_path / "run", "trl_rewards:pooled", **{"monitors.timeout": 30})
+    assert all(record["score"] == len(record["text"]) for record in records)
 
 
 # failures: each names the function, and the rollout where it is one rollout's

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
 import time
 from typing import Any
 
@@ -142,7 +144,17 @@ def changes_torch(completions: list[str]) -> list[float]:
     """Switch gradients off and set another default type, as a script that scores with a model of its own may."""
     torch.set_grad_enabled(False)
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(True)
+    os.chdir("/")
     return [float(place) for place in range(len(completions))]
+
+
+def pooled(completions: list[str]) -> list[float]:
+    """Return the lengths, counted by workers that are forked, and ended by SIGTERM."""
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return [float(length) for length in pool.map(len, completions)]
 
 
 async def cancelled(completions: list[str]) -> list[float]:
