@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,13 +81,39 @@ class UserCode:
 
 
 def call_named(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Return `function(*args)`. Raises UserCodeError that names it for any error but ours."""
+    """Return `function(*args)`. Raises UserCodeError that names it for any error but ours.
+
+    What it changes of the process (gradients switched off, threads, the working folder) ends with the call.
+    """
+    with _as_before():
+        try:
+            return function(*args)
+        except ApportionError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise error_of(name, error) from error
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Put torch's modes, its threads and the working folder back at the end of the block."""
+    gradients, kind, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    threads, folder = torch.get_num_threads(), ""
+    with suppress(OSError):  # a folder that was removed
+        folder = os.getcwd()
+    exact = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
-        return function(*args)
-    except ApportionError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise error_of(name, error) from error
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(kind)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(exact[0], warn_only=exact[1])
+        if folder:
+            os.chdir(folder)
 
 
 def error_of(name: str, error: BaseException) -> UserCodeError:

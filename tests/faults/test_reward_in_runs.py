@@ -64,6 +64,29 @@ def test_attention_that_is_only_compared_is_left_out_with_one_line(world: Path) 
     assert set(records[0]["methods"]) == set(made.compare) and "alpha" not in records[0]
 
 
+def test_an_attention_that_fails_in_a_batch_does_not_spoil_the_forward_that_the_update_begins_with(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is only compared is asked for once more, apart, in a forward without values that is not the update's."""
+    weights = []
+    for compare in ("[sparse]", "[policy_attention]"):
+        warnings: list[str] = []
+        changes = {"ppo.mini_batch": 6, "ppo.micro_batch": 6, "compare": compare}
+        made = learner(world, warnings, reward_model=world / "pooled", credit=CREDIT, **changes)
+        monkeypatch.setattr("apportion.evidence.policy.mean_attention", no_attention)
+        metrics, _ = tiny_runs.one_batch(made)
+        monkeypatch.undo()
+        assert metrics.get("compare/left_out", 0) == (compare != "[sparse]") and metrics["loss/value"] > 0
+        weights.append([one.detach().clone() for one in made.policy.trainable()])
+    assert "policy_attention is left out of the log" in warnings[-1]
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def no_attention(*args: object) -> torch.Tensor:
+    raise ModelError("policy", "weights that were not captured", "attention of a kind that can be", "Choose another.")
+
+
 OWN_CREDIT = """from apportion import Credit
 
 CALLS = []

@@ -41,6 +41,7 @@ DEMONSTRATIONS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("tools that are none", {"messages": TALK, "tools": "f"}, ["a list of JSON schemas"]),
     ("half a character", {"text": "\ud800"}, ["a lone surrogate"]),
 ]
+RANKED = {"prompt": "x", "completions": ["a", "b"], "ranks": [1, 2]}
 PAIRS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("no known column", {"text": "A film."}, ["columns text", "'chosen' and 'rejected'"]),
     ("no rejected", {"prompt": "x", "chosen": "y"}, ["a column 'rejected'"]),
@@ -50,26 +51,34 @@ PAIRS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "conversations of two prompts",
         {"chosen": TALK, "rejected": [user("Why?"), assistant("No.")]},
-        ["two answers to one prompt"],
+        ["two answers to one conversation"],
     ),
     (
         "the user at the end",
         {"prompt": TALK, "chosen": [user("And?")], "rejected": [user("Or?")]},
         ["role 'user'", "ends with an answer"],
     ),
-    ("two kinds", {"prompt": "x", "chosen": TALK[1:], "rejected": TALK[1:]}, ["prompt = text, chosen = messages"]),
+    ("two kinds", {"prompt": "x", "chosen": TALK[1:], "rejected": TALK[1:]}, ["prompt = text, answers = messages"]),
     (
         "several turns behind a prompt",
-        {"prompt": TALK[:1], "chosen": TALK[::-1], "rejected": TALK[1:]},
+        {"prompt": TALK[:1], "chosen": [TALK[1], *TALK], "rejected": TALK[1:]},
         ["one turn, the answer"],
     ),
     ("a list of texts", {"prompt": "x", "chosen": ["a"], "rejected": ["b"]}, ["chosen = ['a'] (list)"]),
-    ("ranks as text", {"prompt": "x", "completions": ["a", "b"], "ranks": ["1", "2"]}, ["a rank '1'", "a number for"]),
+    (
+        "ranks as text",
+        {"prompt": "x", "completions": ["a", "b"], "ranks": ["1", "2"]},
+        ["ranks[0] = '1'", "without quotes"],
+    ),
     ("a rank too few", {"prompt": "x", "completions": ["a", "b"], "ranks": [1]}, ["1 ranks of 2 completions"]),
     ("no ranks", {"prompt": "x", "completions": ["a", "b"]}, ["a column 'ranks'"]),
     ("null ranks", {"prompt": "x", "completions": ["a", "b"], "ranks": None}, ["ranks = None"]),
-    ("one completion", {"prompt": "x", "completions": ["a"], "ranks": [1]}, ["no usable row"]),
+    ("one completion", {"prompt": "x", "completions": ["a"], "ranks": [1]}, ["1 completion'", "two or more"]),
     ("a null completion", {"prompt": "x", "completions": ["a", None], "ranks": [1, 2]}, ["completions[1]"]),
+    ("equal completions", {"prompt": "x", "completions": ["a", "a"], "ranks": [1, 2]}, ["1 and 2 are equal"]),
+    ("all ties", {"prompt": "x", "completions": ["a", "b"], "ranks": [1, 1]}, ["no usable row"]),
+    ("an annotator that is a list", {**RANKED, "annotator": ["a"]}, ["annotator = ['a'] (list)"]),
+    ("an answered prompt", {**RANKED, "prompt": TALK}, ["the last turn of the prompt is the assistant's"]),
     ("a ranking without prompt", {"completions": ["a", "b"], "ranks": [1, 2]}, ["a column 'prompt'"]),
 ]
 

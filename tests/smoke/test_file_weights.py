@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -112,6 +114,40 @@ def test_a_full_disk_leaves_them_in_memory(tmp_path: Path) -> None:
         assert file_weights([model], tmp_path) is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@linux
+def test_space_for_what_a_run_saves_is_left(tmp_path: Path) -> None:
+    model = Odd()
+    free = shutil.disk_usage(tmp_path).free
+    assert file_weights([model], tmp_path, spare=2 * free) is None
+    assert file_weights([model], tmp_path, spare=free / 2) is not None
+
+
+@linux
+def test_weights_that_are_written_in_pieces_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system writes at most 2 GiB at a time; here 100 bytes."""
+    real = module.tempfile.TemporaryFile
+
+    class Pieces:
+        def __init__(self, **settings: Any) -> None:
+            self.file = real(**settings)
+            self.fileno, self.seek = self.file.fileno, self.file.seek
+
+        def __enter__(self) -> Pieces:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def write(self, rest: memoryview) -> int:
+            return int(self.file.write(rest[:100]))
+
+    monkeypatch.setattr(module.tempfile, "TemporaryFile", Pieces)
+    model = Odd()
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    FileWeights([model], tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -201,7 +201,7 @@ def test_ties_of_argilla_stay_ties(tmp_path: Path, label: Label) -> None:
         ("label_studio", [task([])], "no rankings"),
         ("label_studio", [{"data": {"question": "Why?"}, "annotations": []}], "--prompt"),
         ("label_studio", [{"prompt": "Why?", "rank": ["a"]}], "export the project as JSON"),
-        ("label_studio", [task([ranker(ids)]) for ids in (["llm_1", "llm_2"], ["llm_2", "llm_1"])], "two rankings of"),
+        ("label_studio", [task([ranker(ids)]) for ids in (["llm_1", "llm_2"], ["llm_2", "llm_1"])], "second ranking"),
         ("argilla", [{"prompt": "p", "x": 1}], "no rankings"),
         ("argilla", [{"prompt": "p", "r.responses": [["a", "b"]]}], "--completions"),
         ("argilla", [ARGILLA["flat"]], "--prompt"),
@@ -217,12 +217,13 @@ def test_exports_that_cannot_be_read_are_named(
 
 
 def test_bad_rows_of_an_import_can_be_left_out(tmp_path: Path, label: Label) -> None:
-    rows = [task([ranker(["llm_1", "llm_2", "llm_3"])]), task([ranker(["llm_1", "llm_2"])]), {"nothing": 1}]
-    (tmp_path / "export.json").write_text(json.dumps(rows[:1] * 2 + rows[2:]))
+    first, other = (task([ranker(["llm_1", *rest])]) for rest in (["llm_2", "llm_3"], ["llm_3", "llm_2"]))
+    (tmp_path / "export.json").write_text(json.dumps([first, first, other, {"nothing": 1}]))
     done = label("import", "--format", "label_studio", "--source", "export.json", "--skip_bad_rows")
     assert done.code == 0, done.err
     assert len(read(tmp_path / "rankings.jsonl")) == 1, "a task that stands there twice counts once"
-    assert len(read(tmp_path / "rankings.jsonl.bad_rows.jsonl")) == 1
+    bad = read(tmp_path / "rankings.jsonl.bad_rows.jsonl")
+    assert len(bad) == 2 and "a second ranking of" in bad[0]["why"], "other ranks by the same person contradict it"
 
 
 def test_the_results_page_is_one_file(tmp_path: Path, label: Label) -> None:

@@ -11,8 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from apportion.data import read_rows
+from apportion.data.answers import PairReader
 from apportion.data.answers.item_id import item_id
-from apportion.data.answers.rankings import Ranking, kind_of, read_rankings
+from apportion.data.answers.ranking_rows import Ranking
+from apportion.data.answers.rankings import kind_of, read_rankings
 from apportion.data.bad_rows import BadRows
 from apportion.errors import DataError
 
@@ -95,7 +98,6 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "completions are null": (ROW | {"completions": None}, ["completions = None", "Fill it in"]),
     "completions are a text": (ROW | {"completions": "a"}, ["completions = 'a' (str)", "a list"]),
     "a completion is null": (ROW | {"completions": ["a", None, "b"]}, ["completions[1] = None"]),
-    "a completion is blank": (ROW | {"completions": ["a", "  ", "b"]}, ["completions[1] = '  '"]),
     "a completion is a number": (ROW | {"completions": ["a", 3, "b"]}, ["completions[1] = 3 (int)"]),
     "the prompt is null": (ROW | {"prompt": None}, ["prompt = None"]),
     "the prompt is blank": (ROW | {"prompt": " "}, ["prompt = ' '"]),
@@ -117,9 +119,26 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an item is a list": (ROW | {"item": [1]}, ["item = [1] (list)"]),
     "an annotator is a list": (ROW | {"annotator": ["a"]}, ["annotator = ['a'] (list)"]),
     "turns behind a text": (ROW | {"completions": [GOOD, BAD], "ranks": [1, 2]}, ["prompt = text", "messages"]),
-    "two kinds": (ROW | {"prompt": ASK, "completions": [GOOD, "No."], "ranks": [1, 2]}, ["messages and text"]),
+    "two kinds": (
+        ROW | {"prompt": ASK, "completions": [GOOD, "No."], "ranks": [1, 2]},
+        ["answers = messages and text"],
+    ),
     "a prompt that is answered": (ROW | {"prompt": ASK + GOOD}, ["the last turn of the prompt is the assistant's"]),
-    "a pair of equal texts": ({"prompt": "a", "chosen": "b", "rejected": "b"}, ["completions 1 and 2 are equal"]),
+    "a pair without the other": ({"prompt": "a", "chosen": "b"}, ["a column 'rejected'"]),
+    "a pair with a null prompt": ({"prompt": None, "chosen": "a b", "rejected": "a c"}, ["prompt = None"]),
+    "a pair of texts": ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, ["chosen = ['b'] (list)"]),
+    "a pair that ends with the user": (
+        {"chosen": [*ASK, *GOOD, *ASK], "rejected": [*ASK, *GOOD, {"role": "user", "content": "Why?"}]},
+        ["chosen ends with a turn of role 'user'", "ends with an answer"],
+    ),
+    "another prompt than the conversations'": (
+        {"prompt": "When?", "chosen": ASK + GOOD, "rejected": ASK + BAD},
+        ["prompt = text, answers = messages"],
+    ),
+    "an answer of the user": (
+        ROW | {"prompt": ASK, "completions": [GOOD, ASK], "ranks": [1, 2]},
+        ["completions[1] ends with a turn of role 'user'"],
+    ),
     "a pair of two prompts": (
         {"chosen": ASK + GOOD, "rejected": [{"role": "user", "content": "Why?"}, *BAD]},
         ["two answers to one conversation"],
@@ -134,7 +153,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_a_bad_row_is_named_and_can_be_left_out(tmp_path: Path, name: str) -> None:
     row, pieces = BAD_ROWS[name]
     good = ROW if "completions" in row else {"prompt": "Q", "chosen": "a", "rejected": "b"}
-    source = write(tmp_path / "a.jsonl", [good, row])
+    source = write(tmp_path / "a.jsonl", [good, row])  # what the first row is, decides what the next one lacks
     with pytest.raises(DataError) as caught:
         read_rankings(source)
     assert all(piece in str(caught.value) for piece in ("data: got", "a.jsonl, line 2", *pieces)), caught.value
@@ -163,6 +182,57 @@ def test_a_row_that_repeats_another_is_counted(tmp_path: Path, capsys: pytest.Ca
     source = write(tmp_path / "a.jsonl", [ROW, ROW | {"ranks": [2, 1, 1]}, ROW])
     assert [one.ranks for one in read_rankings(source)] == [(1.0, 2.0, 2.0), (2.0, 1.0, 1.0)]
     assert f"{source}: 1 row repeats another" in capsys.readouterr().err
+
+
+def test_pairs_of_two_equal_texts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"prompt": "How?", "chosen": "Fine.", "rejected": "No."}
+    turns = {"chosen": ASK + GOOD, "rejected": ASK + GOOD}
+    source = write(tmp_path / "a.jsonl", [pair, pair | {"chosen": "No."}, turns])
+    assert [one.completions for one in read_rankings(source)] == [("Fine.", "No.")]
+    assert f"{source}: 2 pairs have two equal texts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_a_blank_answer_is_one(tmp_path: Path, blank: str) -> None:
+    """A model may end at once, or write white space only."""
+    rows: list[dict[str, Any]] = [
+        ROW | {"completions": ["a", blank, "b"]},
+        {"prompt": "How?", "chosen": "a", "rejected": blank},
+    ]
+    source = write(tmp_path / "a.jsonl", rows)
+    assert [one.completions for one in read_rankings(source)] == [("a", blank, "b"), ("a", blank)]
+    reader = PairReader("data")
+    made = [[pair.rejected.content for pair in reader(row)] for row in read_rows(source, field="data")]
+    assert made == [[f"How?{blank}", "How?b"], [f"How?{blank}"]]
+
+
+def test_a_row_without_ranks_among_others_can_be_left_out(tmp_path: Path) -> None:
+    lacking = {name: value for name, value in ROW.items() if name != "ranks"}
+    source = write(tmp_path / "a.jsonl", [ROW, lacking, {"prompt": "x"}, ROW | {"prompt": "Why?"}])
+    bad = BadRows(lambda rows: None)
+    assert len(read_rankings(source, bad=bad)) == 2 and bad.count == 2
+
+
+def test_pairs_are_those_of_the_rankings(tmp_path: Path) -> None:
+    """`dpo` reads what `reward` reads: the same rows, prompts and answers."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows: list[dict[str, Any]] = [
+        ROW,
+        {"prompt": ASK, "completions": [GOOD, BAD], "ranks": [2, 1], "tools": tools},
+        {"prompt": ASK, "completions": ["Fine.", "No."], "ranks": [1, 2]},
+        {"chosen": ASK + GOOD, "rejected": ASK + BAD},
+    ]
+    source = write(tmp_path / "a.jsonl", rows)
+    reader = PairReader("data")
+    pairs = [pair for row in read_rows(source, field="data") for pair in reader(row)]
+    assert [(pair.chosen.content, pair.rejected.content) for pair in pairs] == [
+        ("How? Fine.", "How? Well."),
+        ("How? Fine.", "How? No."),
+        (ASK + BAD, ASK + GOOD),
+        (ASK + GOOD, ASK + BAD),
+        (ASK + GOOD, ASK + BAD),
+    ]
+    assert getattr(pairs[2].chosen.content, "tools", None) == tools and {pair.chosen.prompt for pair in pairs} == {4, 1}
 
 
 def test_answers_without_ranks_are_no_rankings(tmp_path: Path) -> None:

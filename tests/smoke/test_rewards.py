@@ -273,6 +273,31 @@ def test_the_one_reward_model_in_rewards_is_the_short_form(world: Path, tmp_path
     assert rows[0] == rows[1]
 
 
+def test_what_a_function_changes_of_its_arguments_reaches_no_other_call(world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"tags": ["a", "b"]} for line in lines(world / "prompts.jsonl")[:3]]
+    (tmp_path / "tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = ["trl_rewards:changes_everything", "trl_rewards:tags_and_ids"]
+    _, records = finished(world, tmp_path / "run", rewards, prompts=tmp_path / "tagged.jsonl")
+    assert len(records) == 12  # two batches of the same three prompts
+    for record in records:
+        assert record["rewards"] == {"changes_everything": 2.0, "tags_and_ids": 2.0 + len(record["response_ids"])}
+
+
+def test_what_a_function_changes_of_torch_ends_with_its_call(world: Path, tmp_path: Path) -> None:
+    threads, folder = torch.get_num_threads(), Path.cwd()
+    metrics, _ = finished(world, tmp_path / "run", "trl_rewards:changes_torch")
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.get_default_device().type == "cpu" and not torch.are_deterministic_algorithms_enabled()
+    assert (torch.get_num_threads(), Path.cwd()) == (threads, folder)
+    assert all(row["policy/grad_norm"] > 0 for row in metrics)
+
+
+def test_a_function_may_have_workers_of_its_own(world: Path, tmp_path: Path) -> None:
+    """A pool is ended by SIGTERM, which is not for the run."""
+    _, records = finished(world, tmp_path / "run", "trl_rewards:pooled", **{"monitors.timeout": 30})
+    assert all(record["score"] == len(record["text"]) for record in records)
+
+
 # failures: each names the function, and the rollout where it is one rollout's
 
 
@@ -285,6 +310,8 @@ def test_the_one_reward_model_in_rewards_is_the_short_form(world: Path, tmp_path
         ("not_a_number", ScoreError, ["of rollout 1: got nan", "A failure never becomes a reward"]),
         ("short_list", ScoreError, ["of rollout 5: got '4 numbers'", "5 numbers, one a token"]),
         ("nothing", ScoreError, ["reward (nothing) of rollout 0: got None", "a number from at least one"]),
+        ("too_large", ScoreError, ["of rollout 1: got 1e+39", "a finite number of at most 3.4e+38"]),
+        ("cancelled", UserCodeError, ["reward trl_rewards:cancelled: got 'CancelledError"]),
         ("down", UserCodeError, ["reward trl_rewards:down: got 'ConnectionError: the service is down"]),
         ("hangs", UserCodeError, ["reward trl_rewards:hangs: got 'no answer after 1.0 s'", "monitors.timeout"]),
         ("hangs_later", UserCodeError, ["reward trl_rewards:hangs_later: got 'no answer after 1.0 s'"]),
@@ -329,6 +356,8 @@ def parsed(words: list[str]) -> RLConfig:
     ("rewards", "changes", "pieces"),
     [
         ("trl_rewards:absent", {}, ["rewards: got 'trl_rewards:absent'", "has no attribute 'absent'"]),
+        ("/my/rewards.py:short", {}, ["rewards: got '/my/rewards.py:short'", "Write rewards:short", "PYTHONPATH=/my"]),
+        ("./my/rewards.py:short", {}, ["Write my.rewards:short", "the working folder"]),
         ("no_such:thing", {}, ["rewards: got 'no_such:thing'", "No module named 'no_such'"]),
         ("trl_rewards:positional", {}, ["trl_rewards:positional: got '(completions, /)'", "Remove the slash"]),
         ({"json": {"shcema": {}}}, {}, ["rewards.json", "Did you mean 'schema'?"]),

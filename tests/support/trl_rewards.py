@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
 import time
 from typing import Any
+
+import torch
 
 SEEN: list[dict[str, Any]] = []  # what each call of `seen` in this process was given
 
@@ -119,3 +123,48 @@ def takes_answer(completions: list[str], answer: list[str]) -> list[float]:
 def positional(completions: list[str], /) -> list[float]:
     """Take completions by position only."""
     return [1.0] * len(completions)
+
+
+def changes_everything(
+    prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], tags: list[list[str]]
+) -> list[float]:
+    """Return the number of tags, and empty every argument, in place and in depth."""
+    answers = [float(len(one)) for one in tags]
+    for given in (*completion_ids, *tags, prompts, completions, completion_ids, tags):
+        given.clear()
+    return answers
+
+
+def tags_and_ids(completion_ids: list[list[int]], tags: list[list[str]]) -> list[float]:
+    """Return the number of tags and of ids."""
+    return [float(len(tag) + len(ids)) for tag, ids in zip(tags, completion_ids, strict=True)]
+
+
+def changes_torch(completions: list[str]) -> list[float]:
+    """Switch gradients off and set another default type, as a script that scores with a model of its own may."""
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(True)
+    os.chdir("/")
+    return [float(place) for place in range(len(completions))]
+
+
+def pooled(completions: list[str]) -> list[float]:
+    """Return the lengths, counted by workers that are forked, and ended by SIGTERM."""
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return [float(length) for length in pool.map(len, completions)]
+
+
+async def cancelled(completions: list[str]) -> list[float]:
+    """Await a task that was cancelled."""
+    task = asyncio.ensure_future(asyncio.sleep(600))
+    task.cancel()
+    await task
+    return [0.0] * len(completions)
+
+
+def too_large(completions: list[str]) -> list[float]:
+    """Return a number for the second completion that float32 cannot hold."""
+    return [1e39 if place == 1 else 1.0 for place in range(len(completions))]

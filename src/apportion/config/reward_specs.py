@@ -14,6 +14,7 @@ from apportion.registry import parse
 RULES = ("exact", "json", "math", "regex", "tests")  # docs/rewards.md; apportion.rewards has one file each
 NORMALISE = ("batch", "group")
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+FILE = re.compile(r"(?P<path>.+)\.py:(?P<function>[A-Za-z_]\w*)")  # which is no name of a module
 LABEL = re.compile(r"[\w.:-]+")
 EXAMPLE = "Example: [json, {my_rewards:short: {weight: 0.5}}]."
 
@@ -81,7 +82,20 @@ def _pairs(rewards: Any) -> list[tuple[str, dict[str, Any]]]:
     return pairs
 
 
+def _check_file(source: str) -> None:
+    """Raise ConfigError for a function that is named by its file."""
+    named = FILE.fullmatch(source)
+    if named is None:
+        return
+    path = PurePath(named["path"])
+    module = path.name if path.is_absolute() else ".".join(part for part in path.parts if part != "..")
+    start = f"PYTHONPATH={path.parent}" if path.is_absolute() else "the working folder or PYTHONPATH"
+    fix = f"Write {module}:{named['function']}, a module that is imported from {start}."
+    raise ConfigError("rewards", source, "package.module:function", fix)
+
+
 def _spec(source: str, settings: dict[str, Any]) -> RewardSpec:
+    _check_file(source)
     kind = "rule" if source in RULES else "function" if FUNCTION.fullmatch(source) else "model"
     field, settings = f"rewards.{source}", dict(settings)
     weight, normalise = settings.pop("weight", 1.0), settings.pop("normalise", None)

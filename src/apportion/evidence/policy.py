@@ -28,9 +28,10 @@ def policy_evidence(policy: Policy, rollouts: Rollouts, needs: frozenset[str]) -
     unshared = policy.without_shared_prompts() if tapped else contextlib.nullcontext()
     valued, apart = bool(needs & {"values", "bootstrap_values"}), policy.value_trunk is not None
     with torch.no_grad(), unshared, attention_row(policy.model) if tapped else contextlib.nullcontext() as tap:
-        with torch.set_grad_enabled(policy.keeps_forward):
+        with torch.set_grad_enabled(policy.keeps_forward and "old_logprobs" in needs):
             out = policy.forward(rollouts, values=valued and not apart, entropy=True)
-        policy.kept = out if policy.keeps_forward else None
+        if "old_logprobs" in needs:  # else it is asked again for what failed, and a forward for that lacks the rest
+            policy.kept = out if policy.keeps_forward else None
         values, after = policy.values(rollouts) if valued and apart else (out.values, out.after)
         return {name: value.detach() for name, value in _needed(tap, rollouts, needs, out, values, after).items()}
 

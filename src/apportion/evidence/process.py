@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from decimal import Decimal
 from functools import partial
 from numbers import Real
@@ -24,6 +25,7 @@ from apportion.types import Rollouts
 from apportion.user_code import keyword_names, plain
 
 Function = Callable[..., Any]
+LARGEST = torch.finfo(torch.float32).max  # rewards are float32, in which a larger number is infinite
 
 
 def process_evidence(models: Models, rollouts: Rollouts, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -160,7 +162,9 @@ def with_columns(name: str, function: Function, models: Models, rollouts: Rollou
     present = frozenset(models.columns[0]) if rows else frozenset[str]()
     check_present(name, keywords.required - present)
     taken = sorted((present if keywords.accepted is None else present & keywords.accepted) - keywords.positional)
-    return partial(function, **{column: [row.get(column) for row in rows] for column in taken}) if taken else function
+    # copies: what it changes of a cell would be there at the next batch
+    cells = {column: [deepcopy(row.get(column)) for row in rows] for column in taken}
+    return partial(function, **cells) if taken else function
 
 
 # results
@@ -225,16 +229,17 @@ def is_list(value: object) -> bool:
 
 
 def finite_number(field: str, row: int, place: int | None, value: object) -> float:
-    """Return one of a rollout's numbers as a float. Raises ScoreError for what is not a finite number."""
+    """Return one of a rollout's numbers as a float. Raises ScoreError for what is no finite number of 32 bits."""
     try:
         number = float(value) if isinstance(value, Real | Decimal) else math.nan
     except OverflowError:  # an integer beyond every float
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         fix = "A failure never becomes a reward: return a number for it, or raise an error."
         where = field if place is None else f"{field}, number {place}"
         shown = Shown(f"an integer of {value.bit_length()} bits") if isinstance(value, int) else value
-        raise ScoreError(where, shown, "a finite number", fix, row=row)
+        expected = f"a finite number of at most {LARGEST:.2g}" if math.isfinite(number) else "a finite number"
+        raise ScoreError(where, shown, expected, fix, row=row)
     return number
 
 

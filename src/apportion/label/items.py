@@ -48,7 +48,7 @@ def read_items(source: str, *, field: str = FIELD, bad: BadRows | None = None, s
         bad: the log of invalid rows; None makes the first of them an error.
 
     Raises:
-        DataError: the errors of `read_rows`; fewer than two or more than `MOST` answers, an empty one, an id that two
+        DataError: the errors of `read_rows`; fewer than two or more than `MOST` answers, an id that two
             different items share.
     """
     seen: dict[str, Item] = {}
@@ -117,8 +117,8 @@ def _answers(value: list[Any], row: Row, field: str) -> Iterator[Text]:
         cell = Row({name: one}, row.where)
         if isinstance(one, list) and one:
             yield _plain(conversation([(name, one)], cell, field))
-        elif one == "":
-            yield one  # an empty answer is one: the model ended at once
+        elif isinstance(one, str) and not one.strip():
+            yield one  # a blank answer is one: the model ended at once
         else:
             yield check_text(cell, name, field=field)
 

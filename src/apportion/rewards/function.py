@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 from apportion import registry
@@ -57,15 +58,16 @@ class FunctionSource:
         """Check nothing: what a cell may hold is known to the function only."""
 
     def _call(self, batch: Batch) -> Any:
+        # copies: what a function changes of its arguments (an end token cut off, say) would reach the next one as well
         given = {"prompts": batch.prompts, "completions": batch.completions, "completion_ids": batch.ids}
         keywords: dict[str, Any] = {
-            k: list(v) for k, v in given.items() if self._accepted is None or k in self._accepted
+            k: [deepcopy(one) for one in v] for k, v in given.items() if self._accepted is None or k in self._accepted
         }
         names = frozenset[str]().union(*batch.rows)
         taken = names - NOT_COLUMNS if self._accepted is None else names & self._accepted - set(GIVEN)
         taken |= names & self.columns.required
         return listed(self.function)(
-            **keywords, **{name: [row.get(name) for row in batch.rows] for name in sorted(taken)}
+            **keywords, **{name: [deepcopy(row.get(name)) for row in batch.rows] for name in sorted(taken)}
         )
 
     async def _awaited(self, answers: Awaitable[Any], batch: Batch) -> Any:
@@ -73,14 +75,18 @@ class FunctionSource:
             return await answers
         except ApportionError:
             raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # of a task of its own: it is no Exception
+            if _is_cancelled():
+                raise
             alone = [await self._fails(batch.select(place)) for place in range(len(batch))]
             raise self._named(error, _only_some(alone)) from error
 
     async def _fails(self, batch: Batch) -> bool:
         try:
             await self._call(batch)
-        except Exception:
+        except (Exception, asyncio.CancelledError):
+            if _is_cancelled():
+                raise
             return True
         return False
 
@@ -100,6 +106,12 @@ class FunctionSource:
         found = error_of(f"reward {self.name}", error)
         found.row = row
         return found
+
+
+def _is_cancelled() -> bool:
+    """Whether the current task is cancelled from outside: another reward has failed."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _only_some(failed: Sequence[bool]) -> int | None:

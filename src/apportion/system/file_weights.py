@@ -7,13 +7,15 @@ next use finds them in the system's cache of files, or reads them from the disk 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import psutil
 
@@ -33,10 +35,11 @@ class FileWeights:
         size: bytes.
     """
 
-    def __init__(self, models: Iterable[nn.Module], folder: Path) -> None:
+    def __init__(self, models: Iterable[nn.Module], folder: Path, spare: float = 0.0) -> None:
         """Move the weights of `models` that lie in this computer's memory into a file in `folder`.
 
-        Nothing else may share their memory. Raises OSError where the file cannot be made.
+        Nothing else may share their memory. Raises OSError where the file cannot be made, or would leave less than
+        `spare` bytes on the disk.
         """
         tensors = _in_memory(models)
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
@@ -44,8 +47,11 @@ class FileWeights:
         self._map: mmap.mmap | None = None
         if self.size == 0:
             return
-        with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, self.size)  # a full disk is found here, not while it is written
+        if shutil.disk_usage(folder).free < self.size + spare:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, self.size)
+            _write(file, storages.values())  # not through the map: there a full disk ends the process
             self._map = mmap.mmap(file.fileno(), self.size)
         self._move(tensors, storages)
         storages.clear()
@@ -59,7 +65,7 @@ class FileWeights:
         place = 0
         for where, storage in storages.items():
             mapped = torch.frombuffer(self._map, dtype=torch.uint8, count=storage.nbytes(), offset=place)
-            moved[where] = mapped.untyped_storage().copy_(storage)
+            moved[where] = mapped.untyped_storage()
             place += _padded(storage.nbytes())
         for tensor in tensors:
             there = tensor.data.new_empty(0)
@@ -72,15 +78,18 @@ class FileWeights:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def file_weights(models: Iterable[nn.Module], folder: Path) -> FileWeights | None:
+def file_weights(models: Iterable[nn.Module], folder: Path, spare: float = 0.0) -> FileWeights | None:
     """Return the weights of `models` moved into a file in `folder`, None where that would save no memory.
 
     It saves some on Linux, where the weights lie in the computer's memory and the folder on a disk with space for them.
+
+    Args:
+        spare: bytes of the disk that are for something else, such as checkpoints.
     """
     if not sys.platform.startswith("linux") or _file_system(folder) in IN_MEMORY:
         return None
     try:
-        return FileWeights(models, folder)
+        return FileWeights(models, folder, spare)
     except OSError:  # no space, or a file system that maps no files: they stay in memory
         return None
 
@@ -92,6 +101,19 @@ def _in_memory(models: Iterable[nn.Module]) -> list[Tensor]:
     every = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
     plain = {id(t): t for t in every if type(t.data) is torch.Tensor and t.device.type == "cpu" and t.numel()}
     return list(plain.values())
+
+
+def _write(file: IO[bytes], storages: Iterable[UntypedStorage]) -> None:
+    """Write the storages to an unbuffered file, each at its padded place."""
+    import torch
+
+    place = 0
+    for storage in storages:
+        rest = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
+        file.seek(place)
+        while rest:
+            rest = rest[file.write(rest) :]  # at most 2 GiB at a time
+        place += _padded(storage.nbytes())
 
 
 def _padded(size: int) -> int:

@@ -28,6 +28,7 @@ class Signals:
     def __init__(self, warn: Callable[[str], None]) -> None:
         self.caught, self._warn, self._when = 0, warn, 0.0
         self.in_training = False
+        self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -47,7 +48,8 @@ class Signals:
         return self.caught != 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.in_training and not self.caught:
+        forked = os.getpid() != self._process  # by a reward function, for a pool of workers, which it ends by a signal
+        if forked or (not self.in_training and not self.caught):
             signal.signal(number, self._before[number])
             os.kill(os.getpid(), number)
         elif not self.caught:

@@ -29,29 +29,31 @@ def import_rankings(config: LabelImportConfig, bad: BadRows | None = None) -> It
     seen: dict[tuple[str, str | None], list[int | None]] = {}
 
     def rankings_of(row: Row) -> list[dict[str, Any]]:
-        found = []
         tool = config.format
         if tool == "auto":
             tool = "label_studio" if "annotations" in row else "argilla"
-        for one in READERS[tool](row, config.prompt, config.completions, config.question):
-            found.append(_complete(one, row, NAMES[tool]))
-        return found
+        given = READERS[tool](row, config.prompt, config.completions, config.question)
+        found = [_complete(one, row, NAMES[tool]) for one in given]
+        return [one for one in found if _is_first(one, seen, row)]
 
     for found in usable(config.source, rankings_of, field=FIELD, bad=bad):
-        for one in found:
-            key = (one["item"], one["annotator"])
-            before = seen.setdefault(key, one["ranks"])
-            if before is not one["ranks"] and one["annotator"] is not None:
-                if before == one["ranks"]:
-                    continue  # a task that was exported twice
-                got = f"two rankings of item {one['item'][:12]}… by {one['annotator']!r:.40}"
-                fix = "Remove one of them in the tool, then export again."
-                raise DataError(FIELD, got, "one ranking of an item by a person", fix)
-            number += 1
-            yield one
+        number += len(found)
+        yield from found
     if not number:
         fix = "Check --format, and --question where the project has several."
         raise DataError(FIELD, f"{config.source}: no rankings", "at least one ranking", fix)
+
+
+def _is_first(one: dict[str, Any], seen: dict[tuple[str, str | None], list[int | None]], row: Row) -> bool:
+    """Whether a ranking is no copy of one of `seen`, a task that was exported twice. Raises DataError for another."""
+    before = seen.setdefault((one["item"], one["annotator"]), one["ranks"])
+    if before is one["ranks"] or one["annotator"] is None:
+        return True
+    if before == one["ranks"]:
+        return False
+    got = f"{row.where}: a second ranking of item {one['item'][:12]}… by {one['annotator']!r:.40}, with other ranks"
+    fix = "Remove one of them in the tool and export again, or leave the second out with --skip_bad_rows."
+    raise DataError(FIELD, got, "one ranking of an item by a person", fix)
 
 
 def _complete(one: dict[str, Any], row: Row, source: str) -> dict[str, Any]:

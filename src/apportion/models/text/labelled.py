@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from apportion.data.answers.rankings import Ranking
+from apportion.data.answers.ranking_rows import Ranking
 from apportion.data.conversations import Conversation
 from apportion.data.label_rows import Labelled, Render
 from apportion.errors import DataError, ModelError

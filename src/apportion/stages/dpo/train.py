@@ -105,8 +105,12 @@ def preference_pairs(config: DPOConfig, start: Start, bad: BadRows | None) -> Ro
             encoder.setting,
             bad,
         )
+        encoder.counts.equal += reader.rankings.equal
+        reader.rankings.equal = 0  # counted once, with those that are equal as ids
+        for line in reader.rankings.left_out():
+            warn(f"{encoder.setting}: {source}: {line}.")
         if reader.unpaired:
-            warn(f"{encoder.setting}: {source}: {reader.unpaired} rankings give no pair (one completion, or ties).")
+            warn(f"{encoder.setting}: {source}: {reader.unpaired} rankings give no pair (ties, or not judged).")
         return rows
 
     return read_rows(config, start, read, bad)

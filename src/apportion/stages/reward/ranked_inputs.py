@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from apportion.config import PreferenceConfig, RewardConfig
 from apportion.data import BadRows, Labelled, Layout
-from apportion.data.answers.rankings import Ranking, kind_of, read_rankings, split_by_prompt
+from apportion.data.answers.ranking_rows import Ranking
+from apportion.data.answers.rankings import kind_of, read_rankings, split_by_prompt
 from apportion.data.label_rows import RowReader
 from apportion.data.tables import usable
 from apportion.errors import ConfigError, DataError

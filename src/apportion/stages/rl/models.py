@@ -28,11 +28,14 @@ from apportion.models.value_head import ValueStart
 from apportion.registry import EvidenceKey
 from apportion.rewards import Rewards, add_models, open_rewards
 from apportion.stages.attention import check_attention
+from apportion.stages.doctor.checks import footprint
 from apportion.stages.doctor.findings import WARN, Finding
 from apportion.stages.doctor.rl import preflight
 from apportion.system.file_weights import FileWeights, file_weights
 from apportion.types import Method
 from apportion.user_code import UserCode
+
+SPARE = 200e6  # bytes of a disk that are left for logs and for others
 
 
 def open_models(
@@ -81,12 +84,17 @@ def open_models(
 
 
 def offload_frozen(config: RLConfig, models: Models, rewards: Sequence[RewardModel]) -> FileWeights | None:
-    """Return the weights of reward models and reference moved into a file, None where they stay in memory."""
-    folder, reference = Path(config.output).expanduser(), models.policy.reference
-    own = [] if reference is None or sharding.is_requested() else [reference]
+    """Return the weights of reward models and reference moved into a file, None where they stay in memory.
+
+    They do where the disk would lack space for what the run saves.
+    """
+    folder, policy = Path(config.output).expanduser(), models.policy
+    own = [] if policy.reference is None or sharding.is_requested() else [policy.reference]
     if not config.offload_frozen or not folder.is_dir():
         return None
-    return file_weights([*own, *(one.model for one in rewards)], folder)
+    weights, trained = (sum(p.numel() for p in some) for some in (policy.model.parameters(), policy.trainable()))
+    spare = footprint.disk(weights, trained, config) + SPARE
+    return file_weights([*own, *(one.model for one in rewards)], folder, spare)
 
 
 def open_prompts(

@@ -8,7 +8,7 @@ const LONG = 420; // characters of a prompt that is set in smaller type
 /** Return the elements of a text or of a conversation's turns. */
 function texts(value) {
   if (typeof value === "string") {
-    return [value === "" ? h("div", { class: "text empty" }, "(an empty answer)") : h("div", { class: "text" }, value)];
+    return [value.trim() === "" ? h("div", { class: "text empty" }, "(an empty answer)") : h("div", { class: "text" }, value)];
   }
   return value.map((turn) => h("div", { class: "turn" }, h("div", { class: "turn-role" }, turn.role ?? "turn"),
     h("div", { class: "text" }, contentOf(turn))));

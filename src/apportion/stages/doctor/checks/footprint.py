@@ -111,9 +111,13 @@ def total(parts: dict[str, float]) -> float:
     return sum(v for k, v in parts.items() if k not in phases) + max(parts[name] for name in phases)
 
 
-def disk(policy: Shape, config: RLConfig) -> float:
-    """Return the largest size of a run folder in bytes: the final model in float32, and the checkpoints."""
+def disk(weights: int, trained: int, config: RLConfig) -> float:
+    """Return the largest size of a run folder in bytes: the final and the best model in float32, and the checkpoints.
+
+    Args:
+        weights: of the policy. trained: of them and of the value model.
+    """
     every = config.checkpoint_every
     checkpoints = min(config.keep_checkpoints + 1, (config.steps - 1) // every) if every else 0
-    trained = trainable(policy, config) * (1 if config.ppo.value_model == "shared" else 2)
-    return 4.0 * policy.weights + 12.0 * trained * checkpoints
+    models = 3 if config.keep_best.every else 1  # a better one is written before the last best is removed
+    return 4.0 * weights * models + 12.0 * trained * checkpoints

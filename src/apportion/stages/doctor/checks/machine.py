@@ -79,7 +79,8 @@ def disk(case: Case) -> Result:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    need = footprint.disk(policy_shape(case), case.config)
+    shape, models = policy_shape(case), 1 if case.config.ppo.value_model == "shared" else 2
+    need = footprint.disk(shape.weights, models * footprint.trainable(shape, case.config), case.config)
     message = f"about {need / GB:.2g} GB of {free / GB:.3g} GB free at {case.config.output}"
     fix = "Free some space, keep fewer checkpoints (--keep_checkpoints 1), or choose another --output."
     return fail(message, fix) if need + 0.2 * GB > free else grade(need / free, (0.8, 1.0), message, fix)
