@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 Bigrams = dict[tuple[int, int], float]
 
@@ -39,7 +40,7 @@ def self_similarity(answers: Sequence[Sequence[Sequence[int]]]) -> tuple[float |
 
 def unit_bigrams(row: Sequence[int]) -> Bigrams:
     """Return the counts of a row's bigrams over their norm; empty for fewer than two tokens."""
-    counts = Counter(zip(row, row[1:], strict=False))
+    counts = Counter(pairwise(row))
     norm = math.sqrt(sum(n * n for n in counts.values()))
     return {pair: n / norm for pair, n in counts.items()}
 

@@ -1,13 +1,13 @@
 """Length-controlled win rates: what the win rate would be if both answers to a prompt had the same length.
 
-The logistic model of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), fitted by scikit-learn to one policy m against
-one other policy b:
+The logistic model of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), fitted by scikit-learn to one policy m
+against one other policy b:
 
     P(m is preferred on prompt x) = σ(θ + φ·tanh((len_m − len_b)/sd(len_m − len_b)) + ψ·γ_x)
 
-θ is the difference in quality, φ the preference for length, γ_x the difficulty of the prompt. The length-controlled win
-rate is the mean prediction over the prompts with the length difference set to 0. docs/evaluation.md says where it equals
-AlpacaEval's and where it differs.
+θ is the difference in quality, φ the preference for length, γ_x the difficulty of the prompt. The length-controlled
+win rate is the mean prediction over the prompts with the length difference set to 0. docs/evaluation.md says where it
+equals AlpacaEval's and where it differs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-C = 100.0  # inverse strength of the L2 penalty on φ and ψ; AlpacaEval's own without cross-validation. θ is not penalised
+C = 100.0  # inverse strength of the L2 penalty on φ and ψ, as AlpacaEval's without cross-validation; θ has none
 FREE = 10.0  # columns of the joint model that hardly any penalty is to act on are scaled by this
 LEAST_SD = 1e-9
 
