@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,16 @@ def of_topic(completions: Sequence[Any], topic: Sequence[str]) -> list[float]:
 
 
 def broken(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """Fail for one completion: that which has the most characters of a batch of several."""
+    """Fail for completions without a space, while the environment variable BROKEN_JUDGE is set."""
     texts = list(map(text_of, completions))
-    if any(len(text) > 5 for text in texts):
+    if "BROKEN_JUDGE" in os.environ and any(" " not in text for text in texts):
         raise RuntimeError("the judge is out")
     return [0.0 for _ in texts]
+
+
+def too_few(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """Return one number fewer than there are completions."""
+    return [0.0 for _ in completions[1:]]
 
 
 def nan(completions: Sequence[Any], **columns: Any) -> list[float]:

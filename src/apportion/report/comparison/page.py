@@ -48,14 +48,16 @@ def comparison_html(found: Comparison) -> str:
     from plotly.offline import get_plotlyjs  # slow to load
 
     count = len(found.figures["measures"])
-    wins = "".join(_figure(f"wins-{i}", f"{tables.title_of(key)}: win rate against the start", WINS)
-                   for i, key in enumerate(found.figures["measures"]))  # fmt: skip
+    wins = "".join(
+        _figure(f"wins-{i}", tables.title_of(key), "win rate against the start")
+        for i, key in enumerate(found.figures["measures"])
+    )
     title = tables.title_of(found.main)
     scatter = _figure("kl", f"{title} against KL", "nats an answer; 95% intervals") if _has_kl(found) else ""
     scatter += _figure("length", f"{title} against length", "tokens an answer; 95% intervals")
     sections = [
         ("summary", "Against the start", tables.measures_html(found)),
-        ("wins", "Win rates", f'<div class="charts count-{count}">{wins}</div>'),
+        ("wins", "Win rates", f'<div class="charts count-{count}">{wins}</div>{WINS}'),
         ("price", "What it cost", f'<div class="charts count-2">{scatter}</div>'),
         ("text", "KL, length and diversity", tables.text_html(found)),
         ("each-other", "Against each other", tables.matrix_html(found)),
@@ -78,7 +80,7 @@ def comparison_html(found: Comparison) -> str:
     return document(f"Evaluation: {found.name}", body + "</main>", data=data, styles=styles, scripts=scripts)
 
 
-WINS = "a tie counts half; filled: as counted, hollow: length-controlled; 95% intervals"
+WINS = '<p class="note">A tie counts half. Filled: as counted; hollow: length-controlled. Bars: 95% intervals.</p>'
 
 
 def _header(found: Comparison, sections: list[tuple[str, str, str]]) -> str:
@@ -143,14 +145,14 @@ def _numbers(value: Mapping[str, Any] | None) -> list[float | None] | None:
     return rounded([value.get("low"), value.get("mean"), value.get("high")])
 
 
-METHOD = """<div class="prose"><p><b>Difference.</b> The mean of a policy's score less the start's on the same prompt,
-with a percentile bootstrap over prompts that keeps the two together.</p><p><b>Win rate.</b> The share of pairs of answers
-to one prompt that the policy wins by score; a tie counts half. Wilson's interval at the effective number of prompts.</p>
-<p><b>Length-controlled.</b> AlpacaEval 2's logistic model of the preference: quality, tanh of the length difference over
-its standard deviation, and the difficulty of the prompt as other policies found it; its prediction at equal lengths,
-averaged over the prompts. docs/evaluation.md says where it differs from AlpacaEval's.</p><p><b>KL.</b> The log-ratio
-of the policy to the start, summed over an answer's tokens (k1: nats an answer), also a token, and as k3, which is never
-negative. Perplexity is that of the answers under the start.</p><p><b>Diversity.</b> Distinct-n: different n-grams over
-all n-grams of the answers together; it falls with the amount of text. Self-similarity: the mean cosine similarity of
-the token bigrams of answers to different prompts. Intervals are 95%; they cover the choice of prompts, not of training
-seeds.</p></div>"""
+METHOD = """<div class="prose"><p><b>Difference.</b> The mean of a policy's score less the start's on the same
+prompt, with a percentile bootstrap over prompts that keeps the two together.</p><p><b>Win rate.</b> The share of pairs
+of answers to one prompt that the policy wins by score; a tie counts half. Wilson's interval at the effective number of
+prompts.</p><p><b>Length-controlled.</b> AlpacaEval 2's logistic model of the preference: quality, tanh of the length
+difference over its standard deviation, and the difficulty of the prompt as other policies found it; its prediction at
+equal lengths, averaged over the prompts. docs/evaluation.md says where it differs from AlpacaEval's.</p>
+<p><b>KL.</b> The log-ratio of the policy to the start, summed over an answer's tokens (k1, nats an answer), also a
+token, and as k3, which is never negative. Perplexity is that of the answers under the start.</p><p><b>Diversity.</b>
+Distinct-n: different n-grams over all n-grams of the answers; it falls with the amount of text. Self-similarity: the
+mean cosine similarity of the token bigrams of answers to different prompts. Intervals are 95%; they cover the choice of
+prompts, not of training seeds.</p></div>"""

@@ -38,7 +38,8 @@ def heat_map_page(found: Comparison, place: int, styles: str) -> str | None:
     notes = "".join(f"<p>{text}</p>" for text in texts)
     back = f'<nav aria-label="Pages"><a href="../evaluation.html#prompt-{place + 1}">Back to the comparison</a></nav>'
     body = (
-        f'<header class="top"><p class="kicker">apportion evaluate · token heat maps</p><h1>Prompt {place + 1}</h1>{back}'
+        f'<header class="top"><p class="kicker">apportion evaluate · token heat maps</p><h1>Prompt {place + 1}</h1>'
+        f"{back}"
         f'</header><main><section class="first"><p class="model-text prompt">'
         f"{escape(prompt_text(found.samples[place]['prompt']))}</p></section>{''.join(sections)}"
         f'<section class="prose"><h2>Notes</h2>{notes}</section></main>'
