@@ -125,7 +125,7 @@ def test_the_fit_is_that_of_a_plain_logistic_loss() -> None:
 
 
 def test_where_length_alone_decides_the_controlled_rate_is_a_half() -> None:
-    """The longer answer wins, whoever wrote it, and the policy writes longer ones: 80% raw."""
+    """The longer answer wins, whoever wrote it, and the policy gives longer ones: 80% raw."""
     generator = np.random.default_rng(5)
     length = np.abs(generator.normal(0, 80, 400)) + 1
     length[:80] *= -1

@@ -1,4 +1,4 @@
-"""What is compared: finished runs, models and files of given answers, each with a name of its own."""
+"""Entries of a comparison: finished runs, models and files of given answers, each with a name of its own."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Table:
         return difficulties(others, len(self.scores[name]))
 
     def _controlled(self, one: str, other: str, difficulty: np.ndarray | None) -> dict[str, float] | None:
-        """Return the length-controlled win rate with its bootstrap interval; None where it cannot be told."""
+        """Return the length-controlled win rate with its bootstrap interval; None where it is undefined."""
         pairs = self._pairs(one, other)
         by_prompt = [np.flatnonzero(pairs.prompt == i) for i in range(len(self.scores[one]))]
 

@@ -1,4 +1,4 @@
-"""What answers are measured by: held-out rewards with their weighted sum, and judges, each of them once over all."""
+"""Measures of answers: held-out rewards with their weighted sum, and judges, each of them once over all."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def length_controlled(pairs: Pairs, difficulty: np.ndarray | None = None) -> flo
     Args:
         difficulty: γ (N,) by prompt; None leaves the term out.
 
-    None where it cannot be told: no pairs, or lengths that all differ by the same, which is then no evidence of what
+    None where it is undefined: no pairs, or lengths that all differ by the same, which is then no evidence of what
     length does. Where every pair has the same preference, it is that one. Where the longer answer wins every pair, or
     the shorter one, it is ½: no finite φ is the best one then, and the penalty would decide.
     """
