@@ -38,10 +38,10 @@ def measures_html(found: Comparison) -> str:
 
 def text_html(found: Comparison) -> str:
     """Return the table of KL, perplexity, lengths, cut answers and diversity."""
-    head = ("policy", "KL, nats an answer", "a token", "k3 a token", "perplexity", "tokens", "characters", "cut off")
-    head += ("distinct-1", "distinct-2", "distinct-3", "self-similarity")
+    head = ["policy", "KL, nats an answer", "a token", "k3 a token", "perplexity", "tokens", "characters", "cut off"]
+    head += ["distinct-1", "distinct-2", "distinct-3", "self-similarity"]
     several = any(found.of(name)["self_similarity_of_a_prompt"] is not None for name in found.everyone)
-    head += ("within a prompt",) if several else ()
+    head += ["within a prompt"] if several else []
     rows = []
     for i, name in enumerate(found.everyone):
         one = found.of(name)
