@@ -42,6 +42,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory, world: Path, tiny: Any) -
 
 def given(policies: Path, world: Path, *names: str, start: str | None = "policy") -> list[Any]:
     flags = ["--policies", *(policies / name for name in names), "--prompts", world / "prompts.jsonl"]
+    flags += ["--sampling.max_new_tokens", "8"]
     return [*flags, *(["--start", world / start] if start else [])]
 
 

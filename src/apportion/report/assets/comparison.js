@@ -27,7 +27,7 @@
     });
     const names = rows.map((row) => short(data.names[row.run])).reverse();
     const half = { type: "line", x0: 0.5, x1: 0.5, y0: -0.6, y1: rows.length - 0.4, layer: "below",
-      line: { color: page("--faint"), width: 1, dash: "dot" } };
+      line: { color: page("--muted"), width: 1, dash: "dot" } };
     return [traces, { shapes: [half], xaxis: axis("", { range: [-0.02, 1.02], tickformat: ".0%", dtick: 0.25 }),
       yaxis: axis("", { tickvals: names.map((_, i) => i), ticktext: names, range: [-0.6, rows.length - 0.4], showgrid: false }) }];
   }

@@ -49,7 +49,7 @@ def comparison_html(found: Comparison) -> str:
 
     count = len(found.figures["measures"])
     wins = "".join(
-        _figure(f"wins-{i}", tables.title_of(key), "win rate against the start")
+        _figure(f"wins-{i}", tables.title_of(key), "win rate against the start", 70 + 50 * (len(found.everyone) - 1))
         for i, key in enumerate(found.figures["measures"])
     )
     title = tables.title_of(found.main)
@@ -90,7 +90,8 @@ def _header(found: Comparison, sections: list[tuple[str, str, str]]) -> str:
         for i, name in enumerate(found.everyone)
     )
     links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in sections)
-    facts = f"{int(found.figures['prompts'])} prompts · {int(found.figures['answers_per_prompt'])} answers a prompt"
+    count = int(found.figures["answers_per_prompt"])
+    facts = f"{int(found.figures['prompts'])} prompts · {count} answer{'s' * (count != 1)} a prompt"
     return (
         f'<header class="top"><p class="kicker">apportion evaluate</p><h1>{escape(found.name)}</h1>'
         f'<p class="unit">{facts} · seed {int(found.figures["seed"])}</p>'
@@ -98,10 +99,12 @@ def _header(found: Comparison, sections: list[tuple[str, str, str]]) -> str:
     )
 
 
-def _figure(name: str, title: str, unit: str) -> str:
+def _figure(name: str, title: str, unit: str, height: int = 240) -> str:
     return (
         f'<figure class="chart"><figcaption>{title}<span class="unit">{unit}</span></figcaption>'
-        f'<div class="plot" data-chart="{name}" role="img" aria-label="{title}, {unit}"></div></figure>'
+        f'<div class="plot" style="height:{height}px" data-chart="{name}" role="img"'
+        f' aria-label="{title}, {unit}"></div>'
+        "</figure>"
     )
 
 
