@@ -24,7 +24,7 @@ from apportion.types import Advantages, Credit, Method, Rollouts, State
 USER_DEFINED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 MAX_TEXT = 300  # characters of a user's error in ours; the traceback has the rest
 NEVER = "A failure never becomes a reward: fix the function, or have it return a number for such a text."
-LATE = "Give the function a time limit of its own for what it waits for, or raise monitors.timeout"
+LATE = "Give the function a time limit of its own for what it waits for, or raise"
 CHECK = "Check it with `apportion doctor --credit NAME`."
 
 
@@ -45,11 +45,12 @@ class UserCode:
     """Calls user-supplied functions.
 
     Attributes:
-        timeout: seconds that a call may take; None for no limit. files_on_kill: of the current batch.
+        timeout: seconds that a call may take; None for no limit. setting: where it is from, for errors.
+        files_on_kill: of the current batch.
     """
 
-    def __init__(self, timeout: float | None = None) -> None:
-        self.timeout, self.files_on_kill = timeout, FilesOnKill()
+    def __init__(self, timeout: float | None = None, setting: str = "monitors.timeout") -> None:
+        self.timeout, self.setting, self.files_on_kill = timeout, setting, FilesOnKill()
         self._running = False
 
     def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -61,22 +62,22 @@ class UserCode:
         """
         if self._running or self.timeout is None:
             return call_named(name, function, *args)
-        hung = f"{LATE}. It hung in code that cannot be interrupted. {self.files_on_kill.place}".strip()
+        hung = f"{LATE} {self.setting}. It hung in code that cannot be interrupted. {self.files_on_kill.place}".strip()
         message = str(self._late(name, hung))
         self._running = True
         try:
             with time_limit(self.timeout, message, self.files_on_kill.files(message), self.files_on_kill.trace):
                 return call_named(name, function, *args)
         except TimedOut as error:
-            raise self._late(name, f"{LATE}.") from error
+            raise self._late(name, f"{LATE} {self.setting}.") from error
         except OSError as error:
             got, fix = f"{self.timeout} ({error})", "Set it to null: then there is no time limit."
-            raise ConfigError("monitors.timeout", got, "a process that keeps the time", fix) from error
+            raise ConfigError(self.setting, got, "a process that keeps the time", fix) from error
         finally:
             self._running = False
 
     def _late(self, name: str, fix: str) -> UserCodeError:
-        expected = f"one within {self.timeout} s (monitors.timeout)"
+        expected = f"one within {self.timeout} s ({self.setting})"
         return UserCodeError(name, f"no answer after {self.timeout} s", expected, fix)
 
 

@@ -46,7 +46,9 @@ def test_what_each_command_says_is_so(name: str) -> None:
     text = after_interrupt(name)
     assert ("resumes from the last checkpoint, or starts over where there is none yet" in text) == has
     by_rows = "the same command resumes after the last row that was written" in text
-    assert ("no checkpoints: the same command starts over" in text) != (has or by_rows)
+    by_parts = "resumes after what was finished" in text
+    assert ("no checkpoints: the same command starts over" in text) != (has or by_rows or by_parts)
+    assert by_parts == (name == "evaluate")
     assert by_rows == (name == "sample")
 
 

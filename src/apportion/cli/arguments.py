@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from argparse import ArgumentParser, HelpFormatter
@@ -26,7 +27,15 @@ from apportion.system import safe_yaml
 from apportion.system.paths import local_path
 
 C = TypeVar("C", bound=Section)
-METHODS = ("credit", "segments", "advantages", "loss", "rewards")  # fields whose value names methods with settings
+METHODS = (
+    "credit",
+    "segments",
+    "advantages",
+    "loss",
+    "rewards",
+    "judges",
+)  # fields whose value names methods with settings
+LISTS = ("policies", "rewards", "judges")  # fields whose flag takes several words
 SWITCHES = ("fresh", "dry_run")
 SETTING_SWITCHES = ("skip_bad_rows",)  # settings that are true when their flag has no value
 NULLS = ("null", "~")
@@ -114,8 +123,25 @@ def split_flags(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[tu
             elif last:
                 raise ConfigError(f"--{name}", "nothing", "a value", f"Write --{name} VALUE.")
             value = rest.pop(0)
+        if name in LISTS:
+            value = _joined([value, *_words(rest)])
         flags.append((name, value))
     return flags, switches
+
+
+def _words(rest: list[str]) -> list[str]:
+    """Return the words at the beginning of `rest` that are no flags, taken from it."""
+    words = []
+    while rest and not rest[0].startswith("-"):
+        words.append(rest.pop(0))
+    return words
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Return several words of one flag as a YAML list of them; one word as it is."""
+    if len(words) == 1:
+        return words[0]
+    return f"[{', '.join(word if word[:1] in '{[' else json.dumps(word, ensure_ascii=False) for word in words)}]"
 
 
 def _sections(known: Iterable[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "reward": ("reward", "train a reward model on labelled texts, preference pairs or rankings"),
     "rl": ("rl", "train a policy with its reward apportioned over the tokens"),
     "dpo": ("supervised.dpo", "train a policy on preference pairs or rankings, without a reward model"),
-    "evaluate": ("evaluate", "compare a trained policy with its start on fresh prompts"),
+    "evaluate": ("evaluate", "compare policies on the same prompts, or one with its start"),
     "credit": ("inspection.credit", "show which tokens of a text a reward model's score falls on"),
     "diagnose": ("inspection.diagnose", "say which credit suits a policy and a reward model, before any training"),
     "doctor": ("inspection.doctor", "check a run before it starts, or a credit method of your own; show the cores"),
@@ -81,6 +81,8 @@ def after_interrupt(name: str) -> str:
     """Return what running command `name` again does after an interrupt that came between checkpoints, or before one."""
     if name == "sample":
         return "the same command resumes after the last row that was written"
+    if name == "evaluate":
+        return "with --policies the same command resumes after what was finished, without them it starts over"
     if name in CHECKPOINTED:
         return "the same command resumes from the last checkpoint, or starts over where there is none yet"
     return f"`apportion {name}` writes no checkpoints: the same command starts over"

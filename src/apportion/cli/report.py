@@ -14,7 +14,8 @@ Draw the learning curves of all runs given, samples before and after, and token 
 self-contained HTML page that works offline.
 
   RUN       a run folder of `apportion reward` or `apportion rl`
-  --output  the page to write (default: report.html in the first run folder)
+            or, alone, the folder of a comparison by `apportion evaluate --policies`
+  --output  the page to write (default: report.html in the first run folder; evaluation.html of a comparison)
 
 example:
   apportion report runs/abc runs/uniform runs/sparse --output compare.html
@@ -27,13 +28,18 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(HELP)
         return 0
     runs, output = _parse(arguments)
+    from apportion.report.comparison.page import write_comparison
+    from apportion.report.comparison.read import is_comparison
     from apportion.report.page import write_report
 
-    sys.stdout.write(f"{write_report(runs, output)}\n")
+    if len(runs) == 1 and is_comparison(runs[0]):
+        sys.stdout.write(f"{write_comparison(runs[0], output)}\n")
+        return 0
+    sys.stdout.write(f"{write_report(runs, output or runs[0] / 'report.html')}\n")
     return 0
 
 
-def _parse(arguments: list[str]) -> tuple[list[Path], Path]:
+def _parse(arguments: list[str]) -> tuple[list[Path], Path | None]:
     rest, runs, output = list(arguments), [], None
     while rest:
         word = rest.pop(0)
@@ -49,4 +55,4 @@ def _parse(arguments: list[str]) -> tuple[list[Path], Path]:
     if not runs:
         fix = "Name one, for example `apportion report runs/rl`."
         raise ConfigError("RUN", "nothing", "at least one run folder", fix)
-    return runs, output or runs[0] / "report.html"
+    return runs, output

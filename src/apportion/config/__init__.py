@@ -3,7 +3,7 @@
 from apportion.config.demo import DemoConfig
 from apportion.config.diagnose import DiagnoseConfig
 from apportion.config.dpo import DPOConfig
-from apportion.config.evaluate import EvaluateConfig
+from apportion.config.evaluate import EvaluateConfig, EvaluationSampling
 from apportion.config.label import LabelConfig, LabelExportConfig, LabelImportConfig, LabelResultsConfig
 from apportion.config.monitors import MonitorsConfig
 from apportion.config.reward import PreferenceConfig, RewardConfig
@@ -22,6 +22,7 @@ __all__ = [
     "DemoConfig",
     "DiagnoseConfig",
     "EvaluateConfig",
+    "EvaluationSampling",
     "LabelConfig",
     "LabelExportConfig",
     "LabelImportConfig",

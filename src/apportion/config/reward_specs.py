@@ -36,8 +36,11 @@ class RewardSpec(NamedTuple):
     settings: Mapping[str, Any]
 
 
-def reward_specs(reward_model: str | None, rewards: Any) -> list[RewardSpec]:
+def reward_specs(reward_model: str | None, rewards: Any, field: str = "rewards") -> list[RewardSpec]:
     """Return the rewards of a run from its settings `reward_model` and `rewards`; none of them opened.
+
+    Args:
+        field: the setting that `rewards` is from, for errors.
 
     Raises:
         ConfigError: both or neither are given, a shape that is no list of rewards, a common setting of another type, or
@@ -52,11 +55,11 @@ def reward_specs(reward_model: str | None, rewards: Any) -> list[RewardSpec]:
     if reward_model:
         fix = f"Write --rewards '[{reward_model}, …]': a reward model is one of the rewards."
         raise ConfigError("reward_model", reward_model, "null where rewards are given", fix)
-    specs = [_spec(source, settings) for source, settings in _pairs(rewards)]
+    specs = [_spec(source, settings, field) for source, settings in _pairs(rewards, field)]
     names = [spec.name for spec in specs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError("rewards", names, "a name of its own for each", f"Set `name:` of one {twice}.")
+        raise ConfigError(field, names, "a name of its own for each", f"Set `name:` of one {twice}.")
     return specs
 
 
@@ -71,18 +74,18 @@ def reward_path(config: Any) -> str | None:
     return models[0].source if models else None
 
 
-def _pairs(rewards: Any) -> list[tuple[str, dict[str, Any]]]:
+def _pairs(rewards: Any, field: str) -> list[tuple[str, dict[str, Any]]]:
     try:
-        pairs = parse("rewards", rewards)
+        pairs = parse(field, rewards)
     except ConfigError as error:
         expected = "a reward model, a package.module:function, a rule, or a list of these"
-        raise ConfigError("rewards", error.got, expected, EXAMPLE) from None
+        raise ConfigError(field, error.got, expected, EXAMPLE) from None
     if not all(source.strip() for source, _ in pairs):
-        raise ConfigError("rewards", rewards, "names that are not blank", EXAMPLE)
+        raise ConfigError(field, rewards, "names that are not blank", EXAMPLE)
     return pairs
 
 
-def _check_file(source: str) -> None:
+def _check_file(source: str, rewards: str) -> None:
     """Raise ConfigError for a function that is named by its file."""
     named = FILE.fullmatch(source)
     if named is None:
@@ -91,13 +94,13 @@ def _check_file(source: str) -> None:
     module = path.name if path.is_absolute() else ".".join(part for part in path.parts if part != "..")
     start = f"PYTHONPATH={path.parent}" if path.is_absolute() else "the working folder or PYTHONPATH"
     fix = f"Write {module}:{named['function']}, a module that is imported from {start}."
-    raise ConfigError("rewards", source, "package.module:function", fix)
+    raise ConfigError(rewards, source, "package.module:function", fix)
 
 
-def _spec(source: str, settings: dict[str, Any]) -> RewardSpec:
-    _check_file(source)
+def _spec(source: str, settings: dict[str, Any], rewards: str) -> RewardSpec:
+    _check_file(source, rewards)
     kind = "rule" if source in RULES else "function" if FUNCTION.fullmatch(source) else "model"
-    field, settings = f"rewards.{source}", dict(settings)
+    field, settings = f"{rewards}.{source}", dict(settings)
     weight, normalise = settings.pop("weight", 1.0), settings.pop("normalise", None)
     name = settings.pop("name", _label(kind, source))
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):

@@ -132,6 +132,16 @@ class Rewards:
             values[self._first.name] = adjust(values[self._first.name], models.reward, unclipped)
         return adjust(self._sum(values), None, clip_of(models))
 
+    def each(self, models: Models, rollouts: Rollouts) -> dict[str, Tensor]:
+        """Return each reward's own answers (B,) by its name in logs, neither weighted nor normalised.
+
+        A number a token is summed; NaN where a reward does not apply. Every reward has a source here.
+
+        Raises:
+            UserCodeError, DataError, ScoreError: a source failed; the rollout is named.
+        """
+        return {name: one.values for name, one in self._answers(models, rollouts, None).items()}
+
     def _answers(self, models: Models, rollouts: Rollouts, model_scores: Tensor | None) -> dict[str, Scores]:
         """Return the checked answers of every reward by its name in logs; coroutines run at the same time."""
         batch, code = make_batch(models, rollouts), models.user_code

@@ -36,6 +36,8 @@ README = """# {name}: a run of `apportion {stage}`
 | metrics.jsonl | one line a step |
 | rollouts.jsonl | sampled texts with each token's credit, reward, advantage and KL |
 | samples.jsonl, evaluation.json | texts before and after on the same prompts, and what was measured |
+| answers/, logprobs/, scores/ | of `apportion evaluate`: each policy's answers, and what they were measured by |
+| evaluation.html, tokens/ | of `apportion evaluate`: the page, and a page of token heat maps a prompt |
 | diagnosis.json | what `apportion diagnose` measured of each method |
 | checkpoints/ | the newest states to resume from |
 | stopped/ | the current rollouts when a monitor or an error stopped the run |
@@ -43,7 +45,14 @@ README = """# {name}: a run of `apportion {stage}`
 
 `apportion report {path}` draws it.
 """
-STARTED = ("metrics.jsonl", "samples.jsonl", "samples.parquet", "checkpoints", "final")  # any of them is work done
+STARTED = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "samples.parquet",
+    "answers",
+    "checkpoints",
+    "final",
+)  # any of them is work done
 # settings of where, whether and how safely a run is done, not of what it computes: they may change when it is resumed
 NOT_COMPARED = {"output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait"}
 NOT_COMPARED |= {"monitors", "max_skipped"}
