@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from apportion.cli.arguments import show, value_of
 from apportion.cli.terminal import note
+from apportion.cli.threads import configure_threads
 from apportion.config import RLConfig, reward_specs
 from apportion.config.chain.kinds import KINDS, outputs_of
 from apportion.config.chain.recipe import Recipe, overridden, read_recipe
@@ -19,7 +20,7 @@ from apportion.system.paths import local_path
 HELP = """usage: apportion run RECIPE.yaml [--set NAME=VALUE ...] [options]
 
 Run the stages of a recipe in order, each as its own command in its own run folder. Finished stages are skipped and an
-interrupted one is resumed, so the same command goes on after any end.
+interrupted one is resumed, so the same command continues after any end.
 
   RECIPE                     a YAML file; recipes/ has some
   --set NAME=VALUE           a variable of the recipe, or a setting of a stage: --set ppo.steps=10; repeatable
@@ -96,6 +97,7 @@ def work_on(recipe: Recipe, stages: Sequence[Stage], options: Options) -> int:
     from apportion.stages.recipe.state import ChainState
     from apportion.system.lock import lock_folder
 
+    configure_threads()
     state = ChainState(recipe.output, options.recipe)
     redone = dependents(stages, options.redo)
     if options.dry_run:
@@ -121,7 +123,7 @@ def work_on(recipe: Recipe, stages: Sequence[Stage], options: Options) -> int:
         note(line)
     code = run_stages(work, state, seconds_of(planned), note)
     if code:
-        note("The stages before are kept. When it is mended, the same command goes on here.")
+        note("Finished stages are kept: the same command resumes with this one.")
         return code
     for stage in stages:
         if state.finished(stage):

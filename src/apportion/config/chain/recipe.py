@@ -87,8 +87,8 @@ def read_recipe(path: str) -> Recipe:
     """Read the recipe in the YAML file at `path`. Nothing that its stages name is opened.
 
     Raises:
-        ConfigError: no such file, not a mapping in YAML, an unknown key, a value of the wrong type, a stage whose command
-            is not known, or a name that is none; with the file, its line and the key.
+        ConfigError: no such file, not a mapping in YAML, an unknown key, a value of the wrong type, a stage whose
+            command is not known, or a name that is none; with the file, its line and the key.
     """
     text = read_text(path)
     try:

@@ -29,8 +29,8 @@ class SplitConfig(Section):
     """`apportion split`: people's rankings split by prompt, so that no prompt of the evaluation was trained on.
 
     It writes rankings.jsonl, demonstrations.jsonl (the best answers) and prompts.jsonl to train on, and
-    held_out_rankings.jsonl and held_out_prompts.jsonl to evaluate with. Conversations that begin with the same turn fall
-    into the same part.
+    held_out_rankings.jsonl and held_out_prompts.jsonl to evaluate with. Conversations that begin with the same turn
+    fall into the same part.
     """
 
     data: Sources = Field(default_factory=list, validate_default=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from apportion.data.answers.demonstrations import (
+    ASSISTANT,
     Demonstration,
     answered,
     cell,
@@ -127,6 +128,7 @@ class PairReader:
             cell(Row({"completion": one}, f"{row.where}: completions[{i}]"), "completion", self.field)
             for i, one in enumerate(completions)
         ]
+        answers = as_turns(prompt, answers)
         check_kinds(row, (column, *(f"completions[{i}]" for i in range(len(answers)))), (prompt, *answers), self.field)
         try:
             pairs = pairs_of_rankings(prompt, answers, ranks, self.which)
@@ -139,3 +141,13 @@ class PairReader:
             Pair(*(self._answer(row, columns, prompt, answer) for answer in (pair.chosen, pair.rejected)))
             for pair in pairs
         ]
+
+
+def as_turns(prompt: Any, answers: Sequence[Any]) -> list[Any]:
+    """Return texts that all answer a conversation as turns of the assistant, and other answers as they are.
+
+    Rankings have their completions so: `apportion sample` writes them, and people rank them.
+    """
+    if isinstance(prompt, str) or not all(isinstance(one, str) for one in answers):
+        return list(answers)
+    return [[{"role": ASSISTANT, "content": one}] for one in answers]
