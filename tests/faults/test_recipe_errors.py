@@ -73,7 +73,9 @@ def test_a_stage_that_misses_its_input_is_refused_before_anything_is_loaded(ligh
     tiny_recipes.rankings(tmp_path / "rows.jsonl", 2)
     (tmp_path / "base").mkdir()
     refused = light.run("run", "recipe.yaml", cwd=tmp_path)
-    refused.assert_refused("stage second: data: got 'pairs.jsonl'", "an output of an earlier stage", "--set second.data=")
+    refused.assert_refused(
+        "stage second: data: got 'pairs.jsonl'", "an output of an earlier stage", "--set second.data="
+    )
     assert not (tmp_path / "runs").exists()
 
 

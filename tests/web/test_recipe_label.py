@@ -1,4 +1,4 @@
-"""A chain of stages through the real page: answers are sampled, two people rank them, and policies are trained on that."""
+"""A chain through the real page: answers are sampled, two people rank them, policies are trained on the rankings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import tiny_runs
 import trainer_runs
 from commands import ENVIRONMENT, run_python
 from label_server import free_port
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 RECIPE = """
 output: chain
@@ -94,20 +94,19 @@ def wait_for_page(address: str, process: subprocess.Popen[bytes], log: Path) -> 
     raise AssertionError(log.read_text())
 
 
-def rank_items(page: Page, count: int) -> int:
-    """Rank up to `count` items by keyboard, by the hidden rule, and return how many there were."""
-    for done in range(count):
-        page.wait_for_function("document.querySelectorAll('.card-text').length >= 3 || document.querySelector('#done')")
+def rank_items(page: Page, count: int) -> None:
+    """Rank `count` items by keyboard, by the hidden rule."""
+    expect(page.locator(".card-text")).to_have_count(3)
+    first = int(page.locator("#progress-text").inner_text().split()[0])
+    for done in range(first, first + count):
+        expect(page.locator("#progress-text")).to_contain_text(f"{done} ranked")
+        expect(page.locator(".card-text")).to_have_count(3)
         texts = page.locator(".card-text").all_inner_texts()
-        if len(texts) < 3:
-            return done
-        before = page.locator("#progress").inner_text() if page.locator("#progress").count() else ""
         for letter in [letter for _, letter in sorted((hidden_rule(text), "abc"[i]) for i, text in enumerate(texts))]:
             page.keyboard.press(letter)
         page.keyboard.press("Enter")
-        del before
-        page.wait_for_timeout(150)
-    return count
+    expect(page.locator("#progress-text")).to_contain_text(f"{first + count} ranked")
+    expect(page.locator("#connection")).to_contain_text("All saved")
 
 
 def join(browser: Any, address: str, name: str) -> Page:

@@ -104,8 +104,8 @@ def addresses(config: LabelConfig, opened: Opened) -> tuple[str, str]:
     return f"{base}/", f"{base}/results{key}"
 
 
-def serve(config: LabelConfig, opened: Opened, on_start: Callable[[], None] = lambda: None) -> None:
-    """Serve the page until SIGINT or SIGTERM, or until `until_ranked` of the items are ranked.
+def serve(config: LabelConfig, opened: Opened, on_start: Callable[[], None] = lambda: None) -> dict[str, int]:
+    """Serve the page until SIGINT or SIGTERM, or until `until_ranked` of the items are ranked; return `totals`.
 
     Every answer that was acknowledged is in the database.
     """
@@ -136,13 +136,14 @@ def serve(config: LabelConfig, opened: Opened, on_start: Callable[[], None] = la
         server.should_exit = True
 
     watched = nullcontext() if config.until_ranked is None else watching(opened.store, config.until_ranked, stop)
-    with closing(opened.store), suppress(KeyboardInterrupt), watched:
-        server.run(sockets=[opened.listening])
+    with closing(opened.store):
+        with suppress(KeyboardInterrupt), watched:
+            server.run(sockets=[opened.listening])
+        return totals(opened.store)
 
 
-def is_ranked(store: Store, share: float) -> bool:
-    """Whether at least `share` of the items have been ranked by all who are to rank them."""
-    numbers = totals(store)
+def is_ranked(numbers: dict[str, int], share: float) -> bool:
+    """Whether at least `share` of the items, of which `totals` tells, have been ranked by all who are to rank them."""
     return numbers["closed"] >= share * numbers["items"]
 
 
@@ -154,7 +155,7 @@ def watching(store: Store, share: float, stop: Callable[[], None]) -> Iterator[N
     def watch() -> None:
         since: float | None = None
         while not ended.wait(LOOK):
-            if not is_ranked(store, share):
+            if not is_ranked(totals(store), share):
                 since = None
             elif since is None:
                 since = time.monotonic()
