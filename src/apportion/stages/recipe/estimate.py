@@ -133,7 +133,8 @@ def sample_seconds(config: Any, size: Size, tables: Mapping[str, Table | None], 
 
 def evaluate_seconds(config: Any, size: Size, tables: Mapping[str, Table | None], work: Work) -> float | None:
     """Return the seconds of every policy's answers, their scores, and their log-probabilities under the start."""
-    prompt, new, rows = prompt_tokens(config, tables), config.sampling.max_new_tokens, config.count
+    prompt, new = prompt_tokens(config, tables), config.sampling.max_new_tokens
+    rows = config.count * (getattr(config.sampling, "samples_per_prompt", None) or 1)
     policies = len(config.policies) + 1
     judges = sum(len(value) if isinstance(value, list) else 1 for value in (config.rewards, config.judges) if value)
     tokens = rows * (size.blocks * (prompt + new) + size.head * new)
