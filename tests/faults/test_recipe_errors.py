@@ -44,6 +44,25 @@ BAD = {
         ["line 2: vars.rows: got None", "stages.sft.data needs it", "--set rows=VALUE"],
     ),
     "unquoted reference": ("stages:\n  split: {data: [${a}]}\n", ["a recipe in YAML", 'quoted: "${sft.model}"']),
+    "a tab": ("stages:\n  sft:\n\tsteps: 1\n", ["a recipe in YAML", "'\\t' that cannot start any token", "line 3"]),
+    "an alias in itself": ("stages: &a\n  sft: *a\n", ["a recipe in YAML", "alias inside its own anchor"]),
+    "an alias of nothing": ("stages:\n  sft: *a\n", ["a recipe in YAML", "undefined alias 'a'"]),
+    "a Python object": ("stages:\n  sft: {data: !!python/name:os.system x}\n", ["a recipe in YAML", "python/name"]),
+    "two documents": ("stages:\n  sft:\n---\nstages:\n  sft:\n", ["a recipe in YAML", "expected a single document"]),
+    "setting twice": (
+        "stages:\n  sft:\n    optim.lr: 1e-3\n    optim: {lr: 1e-4}\n",
+        ["line 3: stages.sft.optim.lr: got 0.001", "`optim` has it too"],
+    ),
+    "a section that is a number": ("stages:\n  sft:\n    optim: 3\n", ["line 3: stages.sft.optim: got 3"]),
+    "a text for a number": ("stages:\n  sft:\n    steps: '3'\n", ["line 3: stages.sft.steps: got '3'", ">= 1"]),
+    "a list for a name": ("stages:\n  sft:\n    data: [a, b]\n", ["line 3: stages.sft.data: got ['a', 'b']"]),
+    "a kind that is a list": ("stages:\n  a: {stage: [sft]}\n", ["line 2: stages.a.stage"]),
+    "variables in a list": ("vars: [a]\nstages:\n  sft:\n", ["line 1: vars: got ['a']", "a mapping"]),
+    "output that is a number": ("output: 3\nstages:\n  sft:\n", ["line 1: output: got 3"]),
+    "two that need each other": (
+        "stages:\n  sft:\n    model: ${dpo.model}\n  dpo:\n    model: ${sft.model}\n",
+        ["line 3: stages.sft.model: got '${dpo.model}'", "before this one"],
+    ),
     "key twice": ("stages:\n  sft:\n  sft:\n", ["a recipe in YAML", "repeated in line 3"]),
     "expectation": ("expect: {minutes: soon}\nstages:\n  sft:\n", ["line 1: expect.minutes: got 'soon'"]),
 }
@@ -113,6 +132,43 @@ def test_a_reward_or_a_method_that_does_not_exist_is_refused_with_its_place(ligh
     (tmp_path / "base").mkdir()
     refused = light.run("run", "recipe.yaml", cwd=tmp_path)
     refused.assert_refused("line 4: stages.ppo.credit: got 'atention'", "'attention'")
+
+
+def test_anchors_merge_keys_and_their_overrides_are_read(tmp_path: Path) -> None:
+    text = "stages:\n  sft: &small {data: x.jsonl, steps: 3, optim: {lr: 1e-3}}\n"
+    text += "  second:\n    <<: *small\n    stage: sft\n    model: ${sft.model}\n    steps: 4\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    first, second = resolve(read_recipe(str(tmp_path / "recipe.yaml")))
+    assert (first.config.steps, second.config.steps) == (3, 4)
+    assert second.config.optim.lr == 1e-3 and second.config.model == str(first.folder / "final")
+
+
+SINGLE = "output: runs\nstages:\n  sft: {data: rows.jsonl, model: base}\n"
+
+
+def write_single(folder: Path) -> None:
+    """Write a recipe of one stage and what it reads."""
+    (folder / "recipe.yaml").write_text(SINGLE)
+    tiny_recipes.rankings(folder / "rows.jsonl", 2)
+    (folder / "base").mkdir()
+    (folder / "runs" / "sft").mkdir(parents=True)
+
+
+def test_a_folder_of_another_recipe_is_refused(light: Server, tmp_path: Path) -> None:
+    write_single(tmp_path)
+    content = '{"stage": "run", "recipe": "elsewhere/other.yaml", "status": "failed", "stages": {}}'
+    (tmp_path / "runs" / "status.json").write_text(content)
+    refused = light.run("run", "recipe.yaml", cwd=tmp_path)
+    refused.assert_refused("output: got 'runs of other.yaml'", "one of recipe.yaml", "another --output")
+    assert (tmp_path / "runs" / "status.json").read_text() == content
+
+
+def test_a_stage_folder_of_another_run_is_refused(light: Server, tmp_path: Path) -> None:
+    write_single(tmp_path)
+    (tmp_path / "runs" / "sft" / "metrics.jsonl").write_text('{"step": 1}\n')
+    refused = light.run("run", "recipe.yaml", cwd=tmp_path)
+    refused.assert_refused("stage sft: got 'runs/sft of another run'", "another --output")
+    assert [one.name for one in (tmp_path / "runs" / "sft").iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_folder_of_another_command_is_refused(light: Server, tmp_path: Path) -> None:

@@ -137,11 +137,12 @@ def read_stages(recipe: Recipe, given: Any) -> Sequence[StageSpec]:
         check_name(recipe, keys, name)
         values = mapping(recipe, {} if settings is None else settings, keys)
         kind = values.pop("stage", name)
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             field = recipe.where(*keys, "stage")
             error = unknown_name(field, str(kind), KINDS)
             fix = error.fix if kind != name else f"Name the stage's command: `stage: rl`. {error.fix}"
             raise ConfigError(field, kind, error.expected, fix)
+        check_once(recipe, keys, values)
         if "output" in values:
             fix = "Remove it; `output` beside `stages` is the folder of the whole chain."
             raise ConfigError(recipe.where(*keys, "output"), values["output"], "no output: OUTPUT/STAGE is it", fix)
@@ -163,6 +164,15 @@ def check_name(recipe: Recipe, keys: Keys, name: str) -> None:
     if not NAME.fullmatch(name):
         fix = "Use letters, digits, - and _."
         raise ConfigError(recipe.where(*keys), name, "a name that begins with a letter", fix)
+
+
+def check_once(recipe: Recipe, keys: Keys, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that is written both with a dot and inside its section."""
+    for key, value in values.items():
+        section, dot, name = key.partition(".")
+        inner = values.get(section)
+        if dot and isinstance(inner, Mapping) and name in inner:
+            raise ConfigError(recipe.where(*keys, key), value, f"it once: `{section}` has it too", "Remove one of them.")
 
 
 def nested(values: Mapping[str, Any], kind: type[Section]) -> dict[str, Any]:

@@ -52,6 +52,9 @@ def todo(
         reached = reached or stage.name == first
         inputs = inputs_of(stage, stages[:number])
         wanted = reached and (not only or stage.name in only)
+        if wanted and state.is_foreign(stage):
+            fix = "Choose another --output, or move that folder away."
+            raise ConfigError(f"stage {stage.name}", f"{stage.folder} of another run", "a new folder", fix)
         changed = state.difference(stage, inputs)
         if changed is not None and wanted:
             fix = f"Repeat it, and the stages that use it, with --redo {stage.name}; or choose another --output."

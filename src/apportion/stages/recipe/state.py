@@ -36,6 +36,10 @@ class ChainState:
             got = f"{folder} of `apportion {known.get('stage')}`"
             fix = "Choose another --output."
             raise ConfigError("output", got, "a new folder or one of a recipe", fix)
+        other = Path(known.get("recipe") or recipe).name
+        if other != Path(recipe).name:
+            fix = f"Choose another --output; if {other} was renamed, correct its name in {folder / STATUS}."
+            raise ConfigError("output", f"{folder} of {other}", f"a new folder or one of {Path(recipe).name}", fix)
         self.stages: dict[str, dict[str, Any]] = dict(known.get("stages") or {})
 
     def finished(self, stage: Stage) -> bool:
@@ -66,6 +70,10 @@ class ChainState:
     def is_begun(self, stage: Stage) -> bool:
         """Whether the stage has made anything that other settings would spoil."""
         return self.finished(stage) or stage.kind == "label" or RunFolder(stage.folder, stage.kind).started
+
+    def is_foreign(self, stage: Stage) -> bool:
+        """Whether the stage's folder has a run that this recipe did not start."""
+        return stage.name not in self.stages and RunFolder(stage.folder, stage.kind).started
 
     def marks(self, inputs: Sequence[Input]) -> dict[str, str]:
         """Return {input: what recognises it}: of an earlier stage the time of its end, of a file its content."""
