@@ -20,7 +20,7 @@ def dialogue(text: str) -> Conversation | None:
     if pieces[0].strip() or len(pieces) < 3:
         return None
     turns = [
-        {"role": ROLES[name], "content": said.strip()} for name, said in zip(pieces[1::2], pieces[2::2], strict=True)
+        {"role": ROLES[name], "content": text.strip()} for name, text in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
     if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
         turns.pop()

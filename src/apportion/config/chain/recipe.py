@@ -172,7 +172,9 @@ def check_once(recipe: Recipe, keys: Keys, values: Mapping[str, Any]) -> None:
         section, dot, name = key.partition(".")
         inner = values.get(section)
         if dot and isinstance(inner, Mapping) and name in inner:
-            raise ConfigError(recipe.where(*keys, key), value, f"it once: `{section}` has it too", "Remove one of them.")
+            raise ConfigError(
+                recipe.where(*keys, key), value, f"it once: `{section}` has it too", "Remove one of them."
+            )
 
 
 def nested(values: Mapping[str, Any], kind: type[Section]) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from apportion.system.rates import Rates
-from apportion.system.work import EFFICIENCY, FORWARD, STEP, Work
+from apportion.system.rates import EFFICIENCY, FORWARD, STEP, Rates, Work
 
 BLOCKS, HEAD = 106_168_320, 28_311_552  # weights of SmolLM2-135M in the blocks' linear layers, and in the output layer
 EXCERPT = 36  # tokens, the mean of 8 to 64

@@ -16,7 +16,7 @@ from apportion.models.loading import pick_device, pick_dtype
 from apportion.stages.doctor.checks import footprint
 from apportion.stages.recipe.shapes import Size
 from apportion.stages.recipe.tables import Table
-from apportion.system.work import FORWARD, FULL_STEP, STEP, Work
+from apportion.system.rates import FORWARD, FULL_STEP, STEP, Work
 
 LOADING = 20.0  # seconds of loading libraries and models, and of saving
 PLAIN = 3.0  # seconds of a stage without a model
@@ -25,7 +25,7 @@ UNKNOWN = Table(0, 100.0, 200.0, 0)  # lengths where nothing is known
 
 
 class Estimate(NamedTuple):
-    """Seconds and peak bytes of a stage; None where they cannot be told, and `why`."""
+    """Seconds and peak bytes of a stage; None where they are not known, and `why`."""
 
     seconds: float | None
     memory: float | None

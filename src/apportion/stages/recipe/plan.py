@@ -15,8 +15,7 @@ from apportion.stages.recipe.run import Todo
 from apportion.stages.recipe.shapes import bases, size_of
 from apportion.stages.recipe.tables import Made, Table, described, is_table, table_of, will_make
 from apportion.system.progress import duration
-from apportion.system.rates import measure
-from apportion.system.work import Work
+from apportion.system.rates import Work, measure
 
 GB = 1e9
 
@@ -58,7 +57,7 @@ def measured() -> Work:
 
 
 def seconds_of(lines: Sequence[Line]) -> dict[str, float]:
-    """Return {stage: seconds} where they can be told."""
+    """Return {stage: seconds} where they are known."""
     return {line.stage.name: line.estimate.seconds or 0.0 for line in lines}
 
 
@@ -75,7 +74,7 @@ def table(lines: Sequence[Line], machine: Work) -> list[str]:
                 text.append(f"  {'':<{width}}            {one.setting}: {one.name}: {described(one, rows)}")
     left = [line.estimate.seconds for line in lines if line.action not in ("skip", "leave")]
     known = [one for one in left if one is not None]
-    unknown = f", and {len(left) - len(known)} stages that cannot be told" if len(left) > len(known) else ""
+    unknown = f", and {len(left) - len(known)} stages whose time is not known" if len(left) > len(known) else ""
     text += [
         "",
         f"in all about {duration(sum(known))}{unknown}: an estimate for an idle machine, good to a factor of two.",

@@ -1,4 +1,4 @@
-"""What has been done of a recipe, in status.json of its folder: each stage's settings, inputs, status and seconds."""
+"""The state of a recipe, in status.json of its folder: each stage's settings, inputs, status and seconds."""
 
 from __future__ import annotations
 
