@@ -1,4 +1,4 @@
-"""Models and tables that a stage of a recipe reads: checked before anything is loaded, and recognised when it has changed."""
+"""Models and tables that a stage of a recipe reads: checked before anything is loaded, recognised when changed."""
 
 from __future__ import annotations
 
