@@ -17,6 +17,8 @@ from apportion.system.heartbeat import heartbeat
 # name -> (module, one line of help)
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("demo", "reward model, PPO with dense credit, an independent judge and a page, in minutes"),
+    "run": ("chain.run", "the stages of a recipe in order, finished ones skipped"),
+    "split": ("chain.split", "split people's rankings by prompt: to train on, and held out"),
     "sft": ("supervised.sft", "fine-tune a model on demonstrations"),
     "sample": ("sample", "write K answers to every prompt, for people to rank or a reward model to score"),
     "label": ("label", "a page where people rank answers, with exports, imports and agreement"),
@@ -32,7 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 
 PARALLEL = ("rl", "reward")  # commands that several processes can share
-CHECKPOINTED = ("demo", "sft", "reward", "rl", "dpo")  # commands that write checkpoints
+CHECKPOINTED = ("demo", "run", "sft", "reward", "rl", "dpo")  # commands that write checkpoints
 
 USAGE = """usage: apportion COMMAND [options]
 

@@ -10,6 +10,7 @@ from apportion.config.schema.rules import AtLeastTwo, Fraction, Name, Names, Pos
 from apportion.config.schema.section import Rule, Section
 
 Port = Annotated[int, Field(ge=0, le=65535, strict=True), Rule("a port, 0 to 65535; 0 takes a free one")]
+Share = Annotated[float, Field(gt=0, le=1, strict=True), Rule("a number in (0, 1]")]
 DATABASE = "labels.db"
 
 
@@ -55,6 +56,8 @@ class LabelConfig(Section):
     """how long an item that someone has on the screen is given to nobody else."""
     seed: Seed = 0
     """seed of the orders in which answers are shown; kept in the database when it is made."""
+    until_ranked: Share | None = None
+    """stop serving when this share of the items has been ranked by all who are to rank them; null until Ctrl-C."""
 
 
 class LabelExportConfig(Section):

@@ -1,9 +1,13 @@
-"""Rates of this machine, measured in about a second: matrix products of a training step, and reading of memory."""
+"""Rates of this machine, measured in about a second, and the seconds that a model's counted operations take at them.
+
+Rates are those of a training step's matrix products and of reading memory. docs/demo.md has the model of the cost and
+where each number comes from.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -13,6 +17,15 @@ LAYERS = 8  # of each shape: more than a processor's caches hold, as in a model
 BUFFER = 128 << 20  # bytes that are read
 SECONDS = 0.4  # of each measurement, at least
 LEAST = 5  # repetitions
+BYTES = {"float32": 4, "bfloat16": 2}
+FORWARD, STEP = 2, 4  # operations a weight and token: forward; with the backward pass of frozen weights
+FULL_STEP = 6  # with that of weights which learn
+
+# Share of the product rate that each kind of work reaches, and seconds that do not depend on it (docs/demo.md).
+EFFICIENCY: Mapping[str, Mapping[str, float]] = {
+    "float32": {"read": 0.78, "train": 0.65, "generate": 0.40, "score": 0.78, "update": 0.58},
+    "bfloat16": {"read": 0.64, "train": 0.52, "generate": 0.27, "score": 0.64, "update": 0.46},
+}
 
 
 class Rates(NamedTuple):
@@ -74,3 +87,32 @@ def median_seconds(work: Callable[[], Any], seconds: float = SECONDS) -> float:
         work().flatten()[0].item()
         times.append(time.perf_counter() - began)
     return median(times[1:])
+
+
+def share(kind: str, dtype: str) -> float:
+    """Return the share of the product rate that this kind of work reaches."""
+    return EFFICIENCY[dtype][kind]
+
+
+class Work(NamedTuple):
+    """What a machine of these rates does in one precision; `share` (kind, dtype) is of the rate that it reaches."""
+
+    rates: Rates
+    dtype: str
+    share: Callable[[str, str], float] = share
+
+    def products(self, kind: str, operations: float, dtype: str = "") -> float:
+        """Return the seconds of matrix products of one `kind` of work."""
+        dtype = dtype or self.dtype
+        return operations / (self.share(kind, dtype) * self.rates.products(dtype))
+
+    def generation(self, blocks: float, head: float, rows: int, prompt: float, new: float) -> float:
+        """Return the seconds of `rows` responses: the products of their tokens, or reading the weights once a token.
+
+        Args:
+            blocks, head: weights of the blocks' linear layers, and of the output layer.
+            prompt, new: tokens of a prompt and of a response.
+        """
+        operations = FORWARD * rows * (blocks * (prompt + new) + head * new)
+        reading = new * (blocks + head) * BYTES[self.dtype] / self.rates.reading
+        return max(self.products("generate", operations), reading)

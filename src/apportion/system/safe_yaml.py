@@ -66,6 +66,21 @@ def load(text: str) -> Any:
         loader.dispose()
 
 
+def lines(text: str) -> dict[tuple[str, ...], int]:
+    """Return {keys from the outermost: line, from 1} of the nested mappings of a document that `load` accepts."""
+    found: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, keys: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    found[(*keys, key.value)] = key.start_mark.line + 1
+                    walk(value, (*keys, key.value))
+
+    walk(yaml.compose(text, Loader=_Loader), ())
+    return found
+
+
 def dump(value: Any) -> str:
     """Return the YAML of plain values, keys in their order; `load` reverses it."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -46,7 +46,7 @@ breaks it. Without arguments: print the processor cores that a run would use on 
 The exit code is 0 where nothing failed and 2 where something did. `apportion rl` runs the quick checks itself.
 
 examples:
-  apportion doctor --config recipes/imdb_abc.yaml
+  apportion doctor --config recipes/rl/imdb_abc.yaml
   apportion doctor --config run.yaml --policy my/model --fast
   apportion doctor --config run.yaml --json | jq '.findings[] | select(.level == "fail")'
   apportion doctor --credit my_credits:words --credit.mix 0.5

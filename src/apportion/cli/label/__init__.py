@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import TypeVar
 
@@ -9,7 +10,7 @@ from apportion.cli.arguments import Parsed, parse, show
 from apportion.cli.terminal import note
 from apportion.config import LabelConfig, LabelExportConfig, LabelImportConfig, LabelResultsConfig
 from apportion.config.schema.section import Section
-from apportion.errors import ConfigError, unknown_name
+from apportion.errors import ConfigError, Interrupted, unknown_name
 
 C = TypeVar("C", bound=Section)
 
@@ -65,7 +66,7 @@ def _serve(arguments: list[str]) -> int:
     parsed = _parsed(LabelConfig, "label", arguments, SERVE)
     if parsed is None:
         return 0
-    from apportion.label.server.serve import addresses, open_study, serve
+    from apportion.label.server.serve import addresses, is_ranked, open_study, serve
 
     opened = open_study(parsed.config)
     page, results = addresses(parsed.config, opened)
@@ -75,9 +76,14 @@ def _serve(arguments: list[str]) -> int:
             note(line)
         sys.stdout.write(f"page     {page}\nresults  {results}\n")
         sys.stdout.flush()
-        note("Press Ctrl-C to stop; every ranking is saved at once.")
+        share = parsed.config.until_ranked
+        end = "" if share is None else f" It ends by itself when {share:.0%} of the items are ranked."
+        note(f"Press Ctrl-C to stop; every ranking is saved at once.{end}")
 
-    serve(parsed.config, opened, started)
+    numbers = serve(parsed.config, opened, started)
+    share = parsed.config.until_ranked
+    if share is not None and not is_ranked(numbers, share):
+        raise Interrupted(f"{numbers['closed']} of {numbers['items']} items ranked, all saved.", 128 + signal.SIGINT)
     return 0
 
 

@@ -6,9 +6,10 @@ import errno
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from apportion.label.store.reading import totals
 from apportion.system.paths import local_path
 
 LONGEST_GUIDELINES = 256 * 1024  # bytes
+LOOK = 1.0  # seconds between looks at the number of ranked items
+STAY = 5.0  # seconds in which the last answer can be undone before the server stops
 
 
 class Opened(NamedTuple):
@@ -101,8 +104,11 @@ def addresses(config: LabelConfig, opened: Opened) -> tuple[str, str]:
     return f"{base}/", f"{base}/results{key}"
 
 
-def serve(config: LabelConfig, opened: Opened, on_start: Callable[[], None] = lambda: None) -> None:
-    """Serve the page until SIGINT or SIGTERM; every answer that was acknowledged is in the database."""
+def serve(config: LabelConfig, opened: Opened, on_start: Callable[[], None] = lambda: None) -> dict[str, int]:
+    """Serve the page until SIGINT or SIGTERM, or until `until_ranked` of the items are ranked; return `totals`.
+
+    Every answer that was acknowledged is in the database.
+    """
     os.environ.setdefault("OTEL_SDK_DISABLED", "true")  # fastapi imports an interface for telemetry
     import uvicorn
 
@@ -124,8 +130,46 @@ def serve(config: LabelConfig, opened: Opened, on_start: Callable[[], None] = la
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn ends its requests, then repeats the signal
     on_start()
-    with closing(opened.store), suppress(KeyboardInterrupt):
-        uvicorn.Server(settings).run(sockets=[opened.listening])
+    server = uvicorn.Server(settings)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    watched = nullcontext() if config.until_ranked is None else watching(opened.store, config.until_ranked, stop)
+    with closing(opened.store):
+        with suppress(KeyboardInterrupt), watched:
+            server.run(sockets=[opened.listening])
+        return totals(opened.store)
+
+
+def is_ranked(numbers: dict[str, int], share: float) -> bool:
+    """Whether at least `share` of the items, of which `totals` tells, have been ranked by all who are to rank them."""
+    return numbers["closed"] >= share * numbers["items"]
+
+
+@contextmanager
+def watching(store: Store, share: float, stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` when the items have stayed ranked (`is_ranked`) for `STAY` seconds: the last answer may be undone."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        since: float | None = None
+        while not ended.wait(LOOK):
+            if not is_ranked(totals(store), share):
+                since = None
+            elif since is None:
+                since = time.monotonic()
+            elif time.monotonic() - since >= STAY:
+                stop()
+                return
+
+    thread = threading.Thread(target=watch, name="until ranked", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _read(config: LabelConfig) -> list[Item]:

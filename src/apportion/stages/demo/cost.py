@@ -9,20 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from apportion.system.rates import Rates
+from apportion.system.rates import EFFICIENCY, FORWARD, STEP, Rates, Work
 
 BLOCKS, HEAD = 106_168_320, 28_311_552  # weights of SmolLM2-135M in the blocks' linear layers, and in the output layer
-BYTES = {"float32": 4, "bfloat16": 2}
 EXCERPT = 36  # tokens, the mean of 8 to 64
 BY_LENGTH, LONGEST_START = 500, 40  # texts that are also judged by their starts, and the tokens of the longest
 PROMPT, NEW = 6, 24  # tokens of a prompt, in the mean, and of a response
-FORWARD, STEP = 2, 4  # operations a weight and token: forward; with the backward pass of frozen weights
-
-# Share of the product rate that each kind of work reaches, and seconds that do not depend on it (docs/demo.md).
-EFFICIENCY: Mapping[str, Mapping[str, float]] = {
-    "float32": {"read": 0.78, "train": 0.65, "generate": 0.40, "score": 0.78, "update": 0.58},
-    "bfloat16": {"read": 0.64, "train": 0.52, "generate": 0.27, "score": 0.64, "update": 0.46},
-}
 FIXED: Mapping[str, float] = {
     "reward": 15.0,
     "save": 6.0,
@@ -110,9 +102,7 @@ class Cost(NamedTuple):
 
     def generation(self, rows: int) -> float:
         """Return the seconds of `rows` responses: the products of their tokens, or reading the weights once a token."""
-        work = FORWARD * rows * (BLOCKS * (PROMPT + NEW) + HEAD * NEW)
-        reading = NEW * (BLOCKS + HEAD) * BYTES[self.dtype] / self.rates.reading
-        return max(self._products("generate", work), reading)
+        return self._work.generation(BLOCKS, HEAD, rows, PROMPT, NEW)
 
     def scoring(self, rows: int) -> float:
         """Return the seconds of the log-probabilities and of the scores of `rows` responses."""
@@ -136,8 +126,11 @@ class Cost(NamedTuple):
         return EFFICIENCY[dtype][kind]
 
     def _products(self, kind: str, operations: float, dtype: str = "") -> float:
-        dtype = dtype or self.dtype
-        return operations / (self.share(kind, dtype) * self.rates.products(dtype))
+        return self._work.products(kind, operations, dtype)
+
+    @property
+    def _work(self) -> Work:
+        return Work(self.rates, self.dtype, self.share)
 
 
 def fetching(megabytes: float) -> float:

@@ -1,0 +1,1 @@
+"""Recipes: stages in order, each as a process of its own, finished ones skipped."""
