@@ -29,6 +29,7 @@ C = TypeVar("C", bound=Section)
 METHODS = ("credit", "segments", "advantages", "loss", "rewards")  # fields whose value names methods with settings
 SWITCHES = ("fresh", "dry_run")
 SETTING_SWITCHES = ("skip_bad_rows",)  # settings that are true when their flag has no value
+WORD_LISTS = ("trackers",)  # settings whose flag takes several words
 NULLS = ("null", "~")
 BOUNDED = "Write it out, and less of it."
 
@@ -114,6 +115,8 @@ def split_flags(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[tu
             elif last:
                 raise ConfigError(f"--{name}", "nothing", "a value", f"Write --{name} VALUE.")
             value = rest.pop(0)
+            while name in WORD_LISTS and rest and not rest[0].startswith("-"):
+                value = f"{value} {rest.pop(0)}"
         flags.append((name, value))
     return flags, switches
 
