@@ -126,6 +126,10 @@ class DiskError(ApportionError, OSError):
     """A run folder that cannot be written to."""
 
 
+class HubError(ApportionError, OSError):
+    """A finished model that could not be uploaded; it is in the run folder all the same."""
+
+
 class Interrupted(Exception):
     """A run that a signal ended after its batch, with a checkpoint: no error, and it can be resumed.
 

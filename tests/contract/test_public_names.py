@@ -175,6 +175,13 @@ def test_the_pure_core_imports_no_transformers():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_data_readers_import_neither_torch_nor_a_model_library():
+    heavy = ("torch", "transformers", "trl", "peft", "datasets")
+    code = f"import sys, apportion.data, apportion.data.answers; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_unknown_names_get_suggestions_and_any_function_can_be_named():
     with pytest.raises(ConfigError, match="attention") as caught:
         credit.find("atention")

@@ -16,6 +16,10 @@ from apportion.config import (
     DiagnoseConfig,
     DPOConfig,
     EvaluateConfig,
+    LabelConfig,
+    LabelExportConfig,
+    LabelImportConfig,
+    LabelResultsConfig,
     OptimConfig,
     PPOConfig,
     RewardConfig,
@@ -29,7 +33,9 @@ from apportion.config.schema.renamed import check_renamed
 from apportion.config.schema.section import rule_of, settings_of
 from apportion.errors import ConfigError
 
-STAGES = (RLConfig, RewardConfig, SFTConfig, DPOConfig, EvaluateConfig, DiagnoseConfig, DemoConfig, SampleConfig)
+LABEL = (LabelConfig, LabelExportConfig, LabelImportConfig, LabelResultsConfig)
+TRAINED = (RLConfig, RewardConfig, SFTConfig, DPOConfig)
+STAGES = (*TRAINED, EvaluateConfig, DiagnoseConfig, DemoConfig, SampleConfig, *LABEL)
 
 
 class OtherStage(Section):
@@ -168,3 +174,16 @@ def test_a_diagnosis_sets_its_rollouts_of_a_prompt_once() -> None:
     check_diagnosis(config)
     config.sampling.samples_per_prompt = 4
     assert refused(lambda: check_diagnosis(config)).got == 4
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_every_stage_that_trains_has_the_same_settings_of_services(kind: type[Section]) -> None:
+    names = ("trackers", "tracker_project", "push_to_hub", "hub_private", "license")
+    fields, of_rl = settings_of(kind), settings_of(RLConfig)
+    assert [fields[name].description for name in names] == [of_rl[name].description for name in names]
+    config: Any = kind()
+    assert (config.trackers, config.push_to_hub, config.hub_private) == ([], None, True)  # nothing leaves the machine
+    config = kind(trackers="wandb, tensorboard")  # type: ignore[call-arg]
+    assert config.trackers == ["wandb", "tensorboard"]
+    assert refused(lambda: kind(trackers=["mlflow"])).field == "trackers"  # type: ignore[call-arg]
+    assert refused(lambda: kind(push_to_hub="two words")).field == "push_to_hub"  # type: ignore[call-arg]

@@ -18,6 +18,7 @@ from apportion.cli.arguments import parse
 from apportion.config import DPOConfig, SFTConfig
 from apportion.stages.dpo import train as dpo
 from apportion.stages.sft import train as sft
+from apportion.stages.supervised.readers import preference_pairs
 from apportion.training.trainer.run import quiet_trl
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -135,7 +136,7 @@ def test_adapters_need_no_second_model(world: Path, tmp_path: Path) -> None:
     flags = trainer_runs.flags(world, world / "pairs.jsonl", tmp_path / "run")
     config = parse(DPOConfig, "dpo", flags).config
     start = dpo.open_start(config)
-    rows = dpo.preference_pairs(config, start, None)
+    rows = preference_pairs(config, start, None)
     with quiet_trl():
         trainer = dpo.make_trainer(config, dpo.RunFolder(tmp_path / "run", "dpo"), start, rows.training)
     assert trainer.ref_model is None and list(trainer.model.peft_config) == ["default"]

@@ -27,8 +27,8 @@ from apportion.errors import ModelError
 from apportion.models.text.targets import Target
 from apportion.report.page import write_report
 from apportion.stages.dpo import train as dpo
-from apportion.stages.sft import train as sft
 from apportion.stages.supervised.model import check_packing
+from apportion.stages.supervised.readers import demonstrations, preference_pairs
 from apportion.stages.supervised.rows import open_start
 from apportion.stages.supervised.scoring import answer_logprobs, batches_of
 from apportion.training.trainer.run import quiet_trl
@@ -176,7 +176,7 @@ def test_rankings_give_their_pairs(world: Path, tmp_path: Path) -> None:
     for which, count in (("all", 5 + 6 + 1), ("best_worst", 3)):
         words = trainer_runs.flags(world, tmp_path / "rankings.parquet", tmp_path / which, ranking_pairs=which)
         config = parse(DPOConfig, "dpo", words).config
-        found = dpo.preference_pairs(config, open_start(config), None)
+        found = preference_pairs(config, open_start(config), None)
         assert len(found.training) == count and found.held_out == []
     assert [(p.chosen, p.rejected) for p in pairs_of_rankings("q", "abcd", [2, 1, 2, None])] == [("b", "a"), ("b", "c")]
     best = pairs_of_rankings("q", "abcd", [2, 1, 3, 3], "best_worst")
@@ -197,7 +197,7 @@ def test_every_form_of_a_demonstration_is_read(world: Path, tmp_path: Path) -> N
         file = tmp_path / f"{name}.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), file)
         config = parse(SFTConfig, "sft", trainer_runs.flags(world, file, tmp_path / "run")).config
-        found = sft.demonstrations(config, open_start(config), None).training
+        found = demonstrations(config, open_start(config), None).training
         assert len(found) == 3
         assert tokens.decode([i for i, on in zip(found[0].ids, found[0].mask, strict=True) if on]) == expected
     named = trainer_runs.write(tmp_path / "named.jsonl", [{"question": "How?", "answer": " Fine."}])
@@ -205,7 +205,7 @@ def test_every_form_of_a_demonstration_is_read(world: Path, tmp_path: Path) -> N
         world, named, tmp_path / "run", prompt_column="question", text_column="answer", completion_only="false"
     )
     config = parse(SFTConfig, "sft", words).config
-    [row] = sft.demonstrations(config, open_start(config), None).training
+    [row] = demonstrations(config, open_start(config), None).training
     assert tokens.decode(row.ids) == "How? Fine.<eos>" and all(row.mask)
 
 
@@ -213,7 +213,7 @@ def test_held_out_rows_share_no_prompt_with_the_others(world: Path, tmp_path: Pa
     rows = [{"prompt": f"Film {i % 40}:", "completion": f" part {i}."} for i in range(120)]
     file = trainer_runs.write(tmp_path / "a.jsonl", rows)
     config = parse(SFTConfig, "sft", trainer_runs.flags(world, file, tmp_path / "run", held_out=0.3)).config
-    found = sft.demonstrations(config, open_start(config), None)
+    found = demonstrations(config, open_start(config), None)
     one, other = ({row.key for row in part} for part in found)
     assert not one & other and len(one | other) == 40 and 0.1 < len(other) / 40 < 0.5
 
@@ -221,7 +221,7 @@ def test_held_out_rows_share_no_prompt_with_the_others(world: Path, tmp_path: Pa
 def test_the_saved_model_scores_as_transformers_does(world: Path) -> None:
     config = parse(SFTConfig, "sft", trainer_runs.flags(world, world / "demonstrations.jsonl", "unused")).config
     start = open_start(config)
-    rows = sft.demonstrations(config, start, None).training[:7]
+    rows = demonstrations(config, start, None).training[:7]
     rows.append(Target([5, 6, 7, 8, 9], [False, True, False, True, True], ""))  # with a hole
     model = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32).eval()
     expected = []

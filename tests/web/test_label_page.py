@@ -366,6 +366,27 @@ def test_axe_finds_no_serious_fault(
     context.close()
 
 
+@pytest.mark.parametrize("width", [360, 390])
+def test_every_place_of_the_dock_is_whole_on_a_phone(
+    served: Callable[..., LabelServer], join: Join, tmp_path: Path, width: int
+) -> None:
+    samples = write_samples(tmp_path / "six.jsonl", 2, answers=6)
+    page = join(served(samples=samples), "Cy", **PHONE | {"viewport": {"width": width, "height": 780}})
+    expect(page.locator(".card")).to_have_count(6)
+    for keys in ("", "ba", "0"):  # nothing placed, two placed, one that cannot be judged
+        for key in keys:
+            page.keyboard.press(key)
+        for place in [*page.locator("#places .place").all(), *page.locator("#board button").all()]:
+            box = place.bounding_box()
+            assert box and box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] + box["height"] <= 780
+            assert place.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+        name = page.locator('[data-drop="none"] .place-name').bounding_box()
+        assert name and name["height"] < 30  # one line
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if folder := os.environ.get("APPORTION_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"label-{width}.png")
+
+
 @pytest.mark.skipif(
     "APPORTION_SCREENSHOTS" not in os.environ, reason="writes docs/images; APPORTION_SCREENSHOTS=FOLDER"
 )

@@ -35,7 +35,7 @@ METHODS = (
     "rewards",
     "judges",
 )  # fields whose value names methods with settings
-LISTS = ("policies", "rewards", "judges")  # fields whose flag takes several words
+LISTS = ("policies", "rewards", "judges", "trackers")  # fields whose flag takes several words
 SWITCHES = ("fresh", "dry_run")
 SETTING_SWITCHES = ("skip_bad_rows",)  # settings that are true when their flag has no value
 NULLS = ("null", "~")

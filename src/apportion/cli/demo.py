@@ -30,6 +30,7 @@ from apportion.stages.demo.table import describe, table
 from apportion.system.memory import PeakMemory
 from apportion.system.progress import activity, running
 from apportion.system.schedule import Part, Schedule
+from apportion.training.publish.trackers import check_trackers
 from apportion.training.run_folder import RunFolder
 
 EXAMPLES = """examples:
@@ -46,6 +47,7 @@ def run(arguments: list[str]) -> int:
     parsed = parse(DemoConfig, "demo", arguments, EXAMPLES)
     config = parsed.config
     check_method(stages(config, Amounts(1, 1)).rl)
+    check_trackers(config.trackers)
     with activity("starting"):
         threads = configure_threads(config)
         from apportion.stages.demo.folder import plan_demo  # loads torch
@@ -82,6 +84,7 @@ def stages(config: DemoConfig, amounts: Amounts) -> Stages:
     """Return the settings of the stages for `amounts`: extrapolated from runs on validation prompts (LOG.md)."""
     root, rl_output = Path(config.output).expanduser(), str(rl_folder(config))
     shared: dict[str, Any] = {"threads": config.threads, "dtype": config.dtype}
+    tracked = shared | {"trackers": config.trackers}
     reward = RewardConfig(
         output=str(root / "reward"),
         excerpts=amounts.excerpts,
@@ -89,7 +92,7 @@ def stages(config: DemoConfig, amounts: Amounts) -> Stages:
         probe_excerpts=amounts.probe,
         test_texts=amounts.texts,
         seed=config.seed,
-        **shared,
+        **tracked,
     )
     rl = RLConfig(
         reward_model=str(root / "reward" / "final"),
@@ -101,7 +104,7 @@ def stages(config: DemoConfig, amounts: Amounts) -> Stages:
         # two epochs, not four: the KL budget is used up before more passes over a batch are worth their time
         ppo=PPOConfig(epochs=amounts.epochs),
         optim=OptimConfig(lr=config.lr),
-        **shared,
+        **tracked,
     )
     evaluation = EvaluateConfig(run=rl_output, count=amounts.prompts, seed=config.seed + 1, **shared)
     return Stages(reward, rl, evaluation)

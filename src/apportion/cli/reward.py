@@ -10,6 +10,7 @@ from apportion.cli.terminal import bar, interval, note
 from apportion.cli.threads import configure_threads
 from apportion.config import RewardConfig
 from apportion.distributed import launcher
+from apportion.training.publish.trackers import check_trackers
 
 EXAMPLES = """examples:
   apportion reward                                  # IMDb on SmolLM2-135M
@@ -29,6 +30,7 @@ def run(arguments: list[str]) -> int:
         if launcher.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
+    check_trackers(parsed.config.trackers)
     configure_threads(parsed.config, "" if parsed.fresh else "reward")
     finished = train(parsed)
     if not launcher.is_log_rank():

@@ -10,6 +10,7 @@ from apportion.cli.terminal import bar, note
 from apportion.cli.threads import configure_threads
 from apportion.config import RLConfig
 from apportion.distributed import launcher
+from apportion.training.publish.trackers import check_trackers
 
 if TYPE_CHECKING:  # needs torch, which the help does not
     from apportion.types import Method
@@ -31,6 +32,7 @@ def run(arguments: list[str]) -> int:
         if launcher.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
+    check_trackers(parsed.config.trackers)
     configure_threads(parsed.config, "" if parsed.fresh else "rl")
     finished = train(parsed)
     if launcher.is_log_rank():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from apportion.config.schema.rules import Count, Dtype, Name, Positive, Seed, Spec
+from pydantic import Field
+
+from apportion.config.schema.rules import Count, Dtype, Name, Positive, Seed, Spec, Trackers
 from apportion.config.schema.section import Section
 
 
@@ -31,3 +33,5 @@ class DemoConfig(Section):
     """of policy and reward model: auto (bfloat16 where the processor has it), float32, bfloat16."""
     threads: Count | None = None
     """processor threads of torch; null takes OMP_NUM_THREADS where it is set, else the cores that are free."""
+    trackers: Trackers = Field(default_factory=list)
+    """where both stages log every metric too: tensorboard, wandb, trackio, one or several; empty for nowhere."""

@@ -19,11 +19,13 @@ from apportion.config.schema.rules import (
     Names,
     NotNegative,
     Positive,
+    RepositoryName,
     RewardModelName,
     Rewards,
     Seed,
     Spec,
     Switch,
+    Trackers,
     Word,
 )
 from apportion.config.schema.section import Section
@@ -124,6 +126,16 @@ class RLConfig(Section):
     """number of newest checkpoints to keep."""
     disk_wait: NotNegative = 300.0
     """seconds to wait for space on a full disk before the run ends; 0 ends it at once."""
+    trackers: Trackers = Field(default_factory=list)
+    """where to log every metric too: tensorboard, wandb, trackio, one or several; empty for nowhere."""
+    tracker_project: Name = "apportion"
+    """the project of wandb and trackio."""
+    push_to_hub: RepositoryName | None = None
+    """upload the final model to this repository of the hub, with the token of HF_TOKEN or `hf auth login`."""
+    hub_private: Switch = True
+    """make that repository private, where it does not exist yet."""
+    license: Name | None = None
+    """licence of the final model, for its card, such as apache-2.0; null says that none was given."""
     log_rollouts: CountOrZero = 4
     """rollouts of each step written to rollouts.jsonl."""
     compare: Names = Field(default_factory=lambda: list(COMPARE))

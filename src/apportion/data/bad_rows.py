@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.data.formats import Row, Unreadable
-from apportion.distributed import collectives, launcher
+from apportion.distributed import launcher
 from apportion.errors import DataError
 from apportion.system import stderr
 from apportion.system.disk import explain_disk_errors
@@ -70,6 +70,8 @@ def leaving_out(folder: Path, wanted: bool, name: str = NAME) -> Iterator[BadRow
     Raises:
         DiskError: the file cannot be written.
     """
+    from apportion.distributed import collectives  # loads torch, which reading data does not need
+
     path = folder / name
     if collectives.is_main():
         with explain_disk_errors(folder):

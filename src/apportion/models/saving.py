@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import yaml
 
 from apportion.models.families import has_other_parts
 from apportion.models.files import stored_file
-from apportion.models.loading import load_causal, load_classifier
+from apportion.models.loading import HUB_ID, load_causal, load_classifier
 from apportion.models.lora import merged_copy
 from apportion.models.master_weights import to_float32
 from apportion.models.policy import Policy
 from apportion.models.pretrained import base_of
 from apportion.models.tokenizers import needed_rows
+from apportion.system import safe_yaml
 
 # what a processor of images or sound is read from, beside the tokenizer
 PROCESSOR_FILES = (
@@ -27,12 +28,7 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
-CARD = """---
-library_name: transformers
-tags: [apportion, rlhf, {tag}]
-base_model: {base}
----
-
+CARD = """
 # {title}
 
 {text}
@@ -42,6 +38,7 @@ Trained by apportion with these settings:
 ```yaml
 {settings}```
 """
+BUILTIN_BASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # built-in model -> what the hub has of it
 
 
 def save_policy(policy: Policy, base: str, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -125,7 +122,44 @@ def unfinished(folder: Path) -> Path:
 
 
 def model_card(title: str, tag: str, text: str, settings: Mapping[str, Any]) -> str:
-    """Return the model card, with every setting."""
-    base = settings.get("policy") or settings.get("model") or "unknown"
+    """Return a short model card, with every setting."""
+    base = settings.get("policy") or settings.get("model") or ""
     dumped = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    return CARD.format(tag=tag, base=base, title=title, text=text, settings=dumped)
+    return front_matter(base, tag) + CARD.format(title=title, text=text, settings=dumped)
+
+
+def front_matter(
+    base: str, tag: str, *, task: str | None = None, datasets: Sequence[str] = (), licence: str | None = None
+) -> str:
+    """Return the front matter of a model card: YAML between dashes, of values that the hub accepts.
+
+    Args:
+        base: the model that training started from; a folder is left out, or stands for the base that its card names.
+    """
+    found = {
+        "library_name": "transformers",
+        "pipeline_tag": task,
+        "tags": ["apportion", "rlhf", tag],
+        "base_model": hub_base(base),
+        "datasets": list(datasets) or None,
+        "license": licence,
+    }
+    given = {name: value for name, value in found.items() if value is not None}
+    return f"---\n{yaml.safe_dump(given, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def hub_base(base: str) -> str | None:
+    """Return the hub id of a base model, or None where it is a folder whose card names none."""
+    if not base:
+        return None
+    if base in BUILTIN_BASES:
+        return BUILTIN_BASES[base]
+    card = Path(base).expanduser() / "README.md"
+    if not card.parent.is_dir():
+        return base if HUB_ID.fullmatch(base) else None
+    try:
+        stored = safe_yaml.load(card.read_text(encoding="utf-8").split("---\n")[1])
+        named = stored["base_model"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
+    return named if isinstance(named, str) and HUB_ID.fullmatch(named) else None

@@ -41,7 +41,9 @@ README = """# {name}: a run of `apportion {stage}`
 | diagnosis.json | what `apportion diagnose` measured of each method |
 | checkpoints/ | the newest states to resume from |
 | stopped/ | the current rollouts when a monitor or an error stopped the run |
-| final/ | the trained model in Hugging Face format |
+| final/ | the trained model in Hugging Face format, with its card |
+| trackers.json, tensorboard/ | what trackers continue from; tensorboard's event files |
+| hub.json | where the final model was uploaded |
 
 `apportion report {path}` draws it.
 """
@@ -55,7 +57,7 @@ STARTED = (
 )  # any of them is work done
 # settings of where, whether and how safely a run is done, not of what it computes: they may change when it is resumed
 NOT_COMPARED = {"output", "fresh", "config", "device", "threads", "checkpoint_every", "keep_checkpoints", "disk_wait"}
-NOT_COMPARED |= {"monitors", "max_skipped"}
+NOT_COMPARED |= {"monitors", "max_skipped", "trackers", "tracker_project", "push_to_hub", "hub_private", "license"}
 FRESH_FILES = {
     ".status.json.tmp",
     "status.json",
@@ -269,8 +271,10 @@ class RunFolder:
         self.status_fields |= fields
         self.write_status("running")
 
-    def log(self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Append one line to metrics.jsonl and a line a rollout to rollouts.jsonl.
+    def log(
+        self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()
+    ) -> dict[str, float]:
+        """Append one line to metrics.jsonl and a line a rollout to rollouts.jsonl; return the metrics as written.
 
         Raises:
             ScoreError: a metric is not finite. DiskError: a full disk.
@@ -283,7 +287,9 @@ class RunFolder:
         if rows:
             self.logs.append("rollouts.jsonl", rows)
         # significant digits, not decimals: learning rates and KL estimates are small
-        self.logs.append("metrics.jsonl", [{"step": step, **{k: float(f"{v:.7g}") for k, v in metrics.items()}}])
+        written = {name: float(f"{value:.7g}") for name, value in metrics.items()}
+        self.logs.append("metrics.jsonl", [{"step": step, **written}])
+        return written
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON object to file `name`, at once or not at all."""

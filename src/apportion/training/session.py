@@ -31,6 +31,8 @@ from apportion.system.memory import memory_mb
 from apportion.system.progress import Activity, activity
 from apportion.training.checkpoint import discard_after, load_latest, save_checkpoint
 from apportion.training.crash_dump import BatchSnapshot, CrashDump
+from apportion.training.publish.services import ServiceSettings, check_services, open_trackers, push_final
+from apportion.training.publish.trackers import Trackers
 from apportion.training.reproducibility import configure_threads, deterministic_kernels
 from apportion.training.run_folder import FollowerFolder, RunFolder
 from apportion.training.signals import Signals
@@ -42,10 +44,9 @@ PROGRESS_EVERY = 10.0  # seconds between writes of progress.json
 ProgressCallback = Callable[[int, int, dict[str, float]], None]  # (step, steps, metrics)
 
 
-class SessionSettings(Protocol):
+class SessionSettings(ServiceSettings, Protocol):
     """The settings that every training stage has."""
 
-    output: str
     threads: int | None
     disk_wait: float
     checkpoint_every: int
@@ -75,8 +76,9 @@ class TrainingSession:
         every: int = 0,
         keep: int = 1,
         on_step: ProgressCallback = lambda step, total, metrics: None,
+        trackers: Trackers | None = None,
     ) -> None:
-        self.run, self.finished = run, finished
+        self.run, self.finished, self._trackers = run, finished, trackers
         self._signals = (
             Signals(lambda line: None) if signals is None else signals
         )  # not `or`: one that caught nothing is falsy
@@ -199,7 +201,9 @@ class TrainingSession:
         metrics["time/total"] = sum(value for name, value in metrics.items() if name.startswith("time/"))
         if self.run is not None:
             with collectives.error_barrier():
-                self.run.log(step, metrics, records)
+                written = self.run.log(step, metrics, records)
+            if self._trackers is not None:
+                self._trackers.log(step, written)
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Report progress to the caller of the stage."""
@@ -331,14 +335,18 @@ def training_session(
         on_step: called after each step with (step, steps, metrics).
 
     Raises:
-        ConfigError, DiskError: as `RunFolder.open`.
+        ConfigError, DiskError: as `RunFolder.open`. ConfigError: as `check_trackers` and `check_hub`.
+        HubError: the finished model could not be uploaded.
     """
     device = pick_device(config.device)
     collectives.start(device)
+    check_services(config, stage, fresh=fresh)
     run = open_run(config.output, stage, settings, fresh=fresh)
     if collectives.broadcast_object(run.finished):
         yield TrainingSession(run, finished=True)
+        push_final(run, config)
         return
+    trackers = open_trackers(config, run, settings)
     with (
         run.record_failure(),
         Signals(run.warn) as signals,
@@ -348,7 +356,12 @@ def training_session(
         run.disk_wait, run.stop_waiting = config.disk_wait, lambda: bool(signals)
         run.update_status(threads=configure_threads(run, config.threads))
         every, keep = config.checkpoint_every, config.keep_checkpoints
-        yield TrainingSession(run, signals=signals, every=every, keep=keep, on_step=on_step)
+        try:
+            yield TrainingSession(run, signals=signals, every=every, keep=keep, on_step=on_step, trackers=trackers)
+        finally:
+            if trackers is not None:
+                trackers.finish()
+    push_final(run, config)
 
 
 def open_run(output: str, stage: str, settings: Mapping[str, Any], *, fresh: bool) -> RunFolder:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from apportion.cli.arguments import load_value, parse, split_flags
 from apportion.cli.terminal import console as stderr_console
-from apportion.config import RewardConfig, RLConfig
+from apportion.config import DPOConfig, LabelConfig, RewardConfig, RLConfig, SFTConfig
 from apportion.errors import ConfigError, unknown_name
 from apportion.system import cpu
 
@@ -40,7 +40,7 @@ breaks it. Without arguments: print the processor cores that a run would use on 
   --eval_prompts  prompts of the later evaluation: they may not be among the training prompts
   --labels        labelled texts (as for `reward --data`) to check the order of the reward model's scores; default: its
                   held-out texts, where `apportion reward` trained it
-  --stage         whose settings: rl, or reward for those of `apportion reward`
+  --stage         whose settings: rl, or reward, sft, dpo, label for those of that command
   --credit        your package.module:function, or a built-in name; `--credit.key value` are its settings
 
 The exit code is 0 where nothing failed and 2 where something did. `apportion rl` runs the quick checks itself.
@@ -58,7 +58,13 @@ WAITING = {  # `cpu.configure_waiting` -> what it means
 }
 FLAGS = {"eval_prompts": None, "labels": None, "stage": "rl"}
 SWITCHES = ("fast", "json")
-STAGES = ("rl", "reward")
+STAGES: dict[str, Any] = {
+    "rl": RLConfig,
+    "reward": RewardConfig,
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "label": LabelConfig,
+}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
@@ -84,27 +90,41 @@ def run(arguments: list[str]) -> int:
 def check_run(arguments: Sequence[str]) -> int:
     """Check the run with these settings, print the findings, and return the exit code."""
     options, rest = split_options(arguments)
-    stage = options["stage"]
-    if stage == "reward":
+    if options["stage"] != "rl":
         refuse_unused(options)
-    config: Any = parse(RewardConfig if stage == "reward" else RLConfig, "doctor", rest).config
-    threads = cpu.configure_threads(config.threads)
+    config: Any = parse(STAGES[options["stage"]], "doctor", rest).config
+    threads = cpu.configure_threads(getattr(config, "threads", None))
 
     from apportion.stages.doctor.findings import FAIL
-    from apportion.stages.doctor.reward import check_reward
-    from apportion.stages.doctor.rl import check_rl
 
     with progress() as on_check:
-        if stage == "reward":
-            findings = check_reward(config, threads=threads, on_check=on_check)
-        else:
-            chosen = {name: options[name] for name in ("fast", "eval_prompts", "labels")}
-            findings = check_rl(config, threads=threads, on_check=on_check, **chosen)
+        findings = findings_of(config, options, threads, on_check)
     if options["json"]:
         sys.stdout.write(json.dumps(to_json(findings, options), ensure_ascii=False) + "\n")
     else:
         print_findings(findings)
     return 2 if any(one.level == FAIL for one in findings) else 0
+
+
+def findings_of(config: Any, options: dict[str, Any], threads: Any, on_check: Callable[[str], None]) -> Sequence[Any]:
+    """Run the checks of the stage that `options` name."""
+    stage = options["stage"]
+    if stage == "label":
+        from apportion.label.checks import check_label
+
+        return check_label(config, on_check=on_check)
+    if stage in ("sft", "dpo"):
+        from apportion.stages.doctor.supervised import check_supervised
+
+        return check_supervised(config, threads=threads, on_check=on_check)
+    if stage == "reward":
+        from apportion.stages.doctor.reward import check_reward
+
+        return check_reward(config, threads=threads, on_check=on_check)
+    from apportion.stages.doctor.rl import check_rl
+
+    chosen = {name: options[name] for name in ("fast", "eval_prompts", "labels")}
+    return check_rl(config, threads=threads, on_check=on_check, **chosen)
 
 
 def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -131,10 +151,10 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def refuse_unused(options: dict[str, Any]) -> None:
-    """Raise ConfigError for flags that `--stage reward` has no use for."""
+    """Raise ConfigError for flags that only `--stage rl` has a use for."""
     for name in ("eval_prompts", "labels"):
         if options[name] is not None:
-            raise ConfigError(f"--{name}", options[name], "nothing with --stage reward", "Leave it out.")
+            raise ConfigError(f"--{name}", options[name], f"nothing with --stage {options['stage']}", "Leave it out.")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from apportion.cli.terminal import bar, interval, note
 from apportion.cli.threads import configure_threads
 from apportion.config import DPOConfig
 from apportion.distributed import launcher
+from apportion.training.publish.trackers import check_trackers
 
 EXAMPLES = """rows of --data:
   {"prompt": "...", "chosen": "...", "rejected": "..."}               text, or lists of messages
@@ -34,6 +35,7 @@ def run(arguments: list[str]) -> int:
         if launcher.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
+    check_trackers(parsed.config.trackers)
     configure_threads(parsed.config, "" if parsed.fresh else "dpo")
     finished = train(parsed)
     figures = finished.read("evaluation.json")

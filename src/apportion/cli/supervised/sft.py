@@ -10,6 +10,7 @@ from apportion.cli.terminal import bar, interval, note
 from apportion.cli.threads import configure_threads
 from apportion.config import SFTConfig
 from apportion.distributed import launcher
+from apportion.training.publish.trackers import check_trackers
 
 EXAMPLES = """rows of --data, the first form that the table has:
   {"text": "..."}                                           every token is learned
@@ -34,6 +35,7 @@ def run(arguments: list[str]) -> int:
         if launcher.is_log_rank():
             sys.stdout.write(show(parsed.config))
         return 0
+    check_trackers(parsed.config.trackers)
     configure_threads(parsed.config, "" if parsed.fresh else "sft")
     finished = train(parsed)
     figures = finished.read("evaluation.json")

@@ -26,6 +26,10 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads `off` as false
 
 
+def _split(value: Any) -> Any:
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
 def _number(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -68,6 +72,14 @@ Interval = Annotated[
     Rule("[low, high] with 1 <= low <= high", "Example: [4, 8]."),
 ]
 Names = Annotated[list[Name], Rule("a list of names", "Example: [sparse, uniform].")]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio"]],
+    BeforeValidator(_split),
+    Rule("names of trackers: tensorboard, wandb, trackio", "Example: --trackers tensorboard wandb."),
+]
+RepositoryName = Annotated[
+    str, Field(strict=True, pattern=r"^\S+$"), Rule("the name of a repository", "Example: --push_to_hub me/my-model.")
+]
 Methods = Annotated[list[Any], Rule("a list of methods", "Example: [sparse, {attention: {mix: 0.5}}].")]
 Layers = Annotated[
     Any,

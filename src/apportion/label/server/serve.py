@@ -60,7 +60,7 @@ def open_study(config: LabelConfig) -> Opened:
         ConfigError: settings, database or address that cannot be used. DataError: rows that cannot.
     """
     read_guidelines(config.guidelines)
-    _check_tls(config)
+    check_tls(config)
     access = make_access(
         "", "", host=config.host, port=config.port, token=config.token, public_url=config.public_url,
         tls=config.tls_certificate is not None, annotators=config.annotators,
@@ -180,7 +180,8 @@ def _read(config: LabelConfig) -> list[Item]:
         return read_items(config.data, bad=bad, split=config.split)
 
 
-def _check_tls(config: LabelConfig) -> None:
+def check_tls(config: LabelConfig) -> None:
+    """Raise ConfigError for a certificate or a key that is not there, and for a key without a certificate."""
     for field, path in (("tls_certificate", config.tls_certificate), ("tls_key", config.tls_key)):
         if path is not None and not Path(path).is_file():
             raise ConfigError(field, path, "a PEM file", "Check the path.")

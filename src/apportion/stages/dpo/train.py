@@ -9,21 +9,18 @@ from typing import Any
 import torch
 
 from apportion.config import DPOConfig, to_dict
-from apportion.data import BadRows
-from apportion.data.answers import PairReader
 from apportion.data.bad_rows import leaving_out
-from apportion.errors import ConfigError
 from apportion.intervals import mean_interval, proportion
 from apportion.losses import dpo
 from apportion.models.loading import pick_device, pick_dtype
-from apportion.models.saving import model_card
-from apportion.models.text.targets import PairTarget, Target, TargetEncoder
+from apportion.models.text.targets import PairTarget, Target
+from apportion.stages.supervised.cards import dpo_card
 from apportion.stages.supervised.model import load_model
-from apportion.stages.supervised.rows import Rows, Start, open_start, read_rows, table_rows
+from apportion.stages.supervised.readers import check_loss, preference_pairs
+from apportion.stages.supervised.rows import Start, open_start
 from apportion.stages.supervised.run import train_and_evaluate
 from apportion.stages.supervised.scoring import answer_logprobs, counted_tokens
 from apportion.system.progress import activity
-from apportion.training.monitoring import warn
 from apportion.training.run_folder import RunFolder
 from apportion.training.session import ProgressCallback, TrainingSession, training_session
 from apportion.training.trainer.run import arguments_of
@@ -70,50 +67,19 @@ def train(
         return session.run
 
 
-def check_loss(config: DPOConfig) -> None:
-    """Raise ConfigError for label smoothing where the loss has none."""
-    if config.loss == "ipo" and config.label_smoothing:
-        fix = "Leave it out: IPO already keeps the margin finite."
-        raise ConfigError("label_smoothing", config.label_smoothing, "0 with loss ipo", fix)
-
-
 def _train(session: TrainingSession, run: RunFolder, config: DPOConfig) -> None:
     with activity("loading"), leaving_out(run.path, config.skip_bad_rows) as bad:
         start = open_start(config)
         rows = preference_pairs(config, start, bad)
-    text = f"Trained on {len(rows.training)} preference pairs by direct preference optimisation ({config.loss})."
     train_and_evaluate(
         session,
         config,
         start,
         lambda: make_trainer(config, run, start, rows.training),
         METRICS,
-        model_card("Policy", "dpo", text, to_dict(config)),
+        lambda evaluation: dpo_card(config, evaluation, len(rows.training)),
         lambda folder: evaluate(config, start, rows.held_out, folder) | {"training_pairs": len(rows.training)},
     )
-
-
-def preference_pairs(config: DPOConfig, start: Start, bad: BadRows | None) -> Rows[PairTarget]:
-    """Return the pairs to train on, and held-out ones. Raises as `read_rows`."""
-
-    def read(source: str, split: str | None, encoder: TargetEncoder, bad: BadRows | None) -> list[PairTarget]:
-        reader = PairReader(encoder.setting, config.prompt_column, config.ranking_pairs)
-        rows = table_rows(
-            source,
-            split,
-            lambda row: [made for pair in reader(row) if (made := encoder.encode_pair(pair)) is not None],
-            encoder.setting,
-            bad,
-        )
-        encoder.counts.equal += reader.rankings.equal
-        reader.rankings.equal = 0  # counted once, with those that are equal as ids
-        for line in reader.rankings.left_out():
-            warn(f"{encoder.setting}: {source}: {line}.")
-        if reader.unpaired:
-            warn(f"{encoder.setting}: {source}: {reader.unpaired} rankings give no pair (ties, or not judged).")
-        return rows
-
-    return read_rows(config, start, read, bad)
 
 
 def loss_of(config: DPOConfig) -> dict[str, Any]:

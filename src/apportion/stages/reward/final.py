@@ -10,25 +10,21 @@ from apportion.config import RewardConfig, to_dict
 from apportion.models.reward import STATISTICS, load_reward
 from apportion.models.reward.mean import subtract_mean
 from apportion.models.saving import model_card, save_classifier
+from apportion.stages.reward.card import reward_card
 from apportion.stages.reward.evaluation import evaluate
-from apportion.stages.reward.excerpts import ExcerptPair
 from apportion.stages.reward.inputs import Inputs
 from apportion.stages.reward.learner import RewardLearner
 from apportion.stages.reward.ranked_evaluation import evaluate_rankings, mean_reward
 from apportion.system.progress import activity
+from apportion.training.publish.card import write_card
 from apportion.training.run_folder import RunFolder
 from apportion.training.session import saved_bytes
 
 
 def save_reward(model: Any, config: RewardConfig, given: Inputs, folder: Path) -> None:
     """Write the model to `folder`."""
-    text, loss = "R = logit(positive) − logit(negative).", "Bradley–Terry"
-    if given.ranked:
-        loss = "Plackett–Luce" if config.preferences.loss == "plackett_luce" else loss
-        text = f"R = logit. Trained on rankings of whole completions by the {loss} loss."
-    elif isinstance(given.excerpts[0], ExcerptPair):
-        text += f" Trained on preference pairs by the {loss} loss, which only differences of R have a part in."
-    card = model_card("Reward model", "reward-model", text, to_dict(config))
+    first = reward_card(config, given, {})
+    card = model_card(first.title, first.tag, f"{first.summary} {first.method}", to_dict(config))
     labels, lora = 1 if given.ranked else 2, config.lora.rank > 0
     save_classifier(model, given.tokenizer, given.folder, folder, card, lora=lora, labels=labels)
 
@@ -36,7 +32,7 @@ def save_reward(model: Any, config: RewardConfig, given: Inputs, folder: Path) -
 def evaluate_final(
     learner: RewardLearner, run: RunFolder, config: RewardConfig, given: Inputs, folder: Path
 ) -> dict[str, Any]:
-    """Return the evaluation of the model in `folder`, after its mean was subtracted; write its mean and sd there."""
+    """Return the evaluation of the model in `folder`, its mean subtracted; write its mean, sd and card there."""
     learner.release()
     centred = _centre(run, config, given, folder) if given.ranked and config.preferences.zero_mean else {}
     with activity("evaluating"):
@@ -46,6 +42,8 @@ def evaluate_final(
             evaluation = evaluate(folder, given.test_rows, config)
     statistics = json.dumps({"mean": evaluation["score_mean"], "sd": evaluation["score_sd"]})
     run.retry_when_full(lambda: (folder / STATISTICS).write_text(statistics), len(statistics))
+    card = reward_card(config, given, evaluation)
+    run.retry_when_full(lambda: write_card(folder, card, config.model, to_dict(config)), 1 << 16)
     return evaluation
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from apportion.config import PPOConfig, RLConfig, to_dict
 from apportion.models.loading import locate
 from apportion.models.saving import save_policy
 from apportion.stages.method import build_method
+from apportion.stages.rl.card import rl_card
 from apportion.stages.rl.learner import Learner, make_learner
 from apportion.stages.rl.metrics import batch_metrics
 from apportion.stages.rl.rollout_log import rollout_records
 from apportion.stages.rl.sources import check_shares, gather_batch
 from apportion.stages.rl.update import make_targets
 from apportion.training.monitoring import check_metrics, drop_nonfinite
+from apportion.training.publish.card import write_card
 from apportion.training.run_folder import RunFolder
 from apportion.training.session import ProgressCallback, TrainingSession, saved_bytes, training_session
 from apportion.types import Rollouts
@@ -62,9 +65,22 @@ def train(
                 session.log(step, metrics, records)
             policy, base = learner.policy, locate("policy", config.policy)
             size = saved_bytes(policy.model)
-            session.save_final(lambda folder: save_policy(policy, base, folder, settings), learner, size=size)
+            session.save_final(
+                lambda folder: save_policy(policy, base, folder, settings),
+                learner,
+                size=size,
+                evaluate=lambda part: describe(session, part, config, method.specs, len(learner.prompts.rows)),
+            )
             session.run.write_status("finished", steps=config.steps)
         return session.run
+
+
+def describe(session: TrainingSession, part: Path, config: RLConfig, specs: dict[str, Any], prompts: int) -> None:
+    """Write the card of the policy in folder `part`."""
+    assert session.run is not None
+    card = rl_card(config, session.run, specs, prompts)
+    settings = to_dict(config) | specs
+    session.run.retry_when_full(lambda: write_card(part, card, config.policy, settings), 1 << 16)
 
 
 def train_batch(

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from apportion.config import SFTConfig, to_dict
-from apportion.data import BadRows
-from apportion.data.answers import Demonstration, DemonstrationReader, builtin_demonstrations
 from apportion.data.bad_rows import leaving_out
 from apportion.intervals import mean_interval
 from apportion.models.loading import pick_device, pick_dtype
-from apportion.models.saving import model_card
-from apportion.models.text.targets import Target, TargetEncoder
+from apportion.models.text.targets import Target
+from apportion.stages.supervised.cards import sft_card
 from apportion.stages.supervised.model import check_packing, load_model
-from apportion.stages.supervised.rows import Rows, Start, open_start, read_rows, table_rows
+from apportion.stages.supervised.readers import demonstrations
+from apportion.stages.supervised.rows import Start, open_start
 from apportion.stages.supervised.run import train_and_evaluate
 from apportion.stages.supervised.scoring import answer_logprobs, counted_tokens
 from apportion.system.progress import activity
@@ -69,26 +68,9 @@ def _train(session: TrainingSession, run: RunFolder, config: SFTConfig) -> None:
         start,
         lambda: make_trainer(config, run, start, rows.training),
         METRICS,
-        model_card("Fine-tuned model", "sft", card_text(config, len(rows.training)), to_dict(config)),
+        lambda evaluation: sft_card(config, evaluation, len(rows.training)),
         lambda folder: evaluate(config, start, rows.held_out, folder) | {"training_rows": len(rows.training)},
     )
-
-
-def demonstrations(config: SFTConfig, start: Start, bad: BadRows | None) -> Rows[Target]:
-    """Return the demonstrations to train on, and held-out ones. Raises as `read_rows`."""
-
-    def read(source: str, split: str | None, encoder: TargetEncoder, bad: BadRows | None) -> list[Target]:
-        def encoded(given: Demonstration) -> list[Target]:
-            made = encoder.encode(given)
-            return [] if made is None else [made]
-
-        builtin = builtin_demonstrations(source, encoder.setting, split)
-        if builtin is not None:
-            return [one for given in builtin for one in encoded(given)]
-        reader = DemonstrationReader(encoder.setting, config.text_column, config.prompt_column)
-        return table_rows(source, split, lambda row: encoded(reader(row)), encoder.setting, bad)
-
-    return read_rows(config, start, read, bad, completion_only=config.completion_only)
 
 
 def make_trainer(config: SFTConfig, run: RunFolder, start: Start, rows: Sequence[Target]) -> Any:
@@ -141,9 +123,3 @@ def evaluate(config: SFTConfig, start: Start, rows: list[Target], trained: str) 
 
 def _models(start: Start, trained: str) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("before", start.folder), ("after", trained)
-
-
-def card_text(config: SFTConfig, rows: int) -> str:
-    """Return what the model card says of the training."""
-    counted = "what follows the prompt" if config.completion_only else "every token"
-    return f"Fine-tuned on {rows} demonstrations; the loss counts {counted}, and every target ends with an end token."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging as stdlib_logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def quiet_trl() -> Iterator[None]:
     import datasets
     from transformers.utils import logging
 
+    with redirect_stdout(io.StringIO()):  # it prints there where WANDB_MODE is offline, tracked or not
+        import transformers.integrations.integration_utils  # noqa: F401
     level = stdlib_logging.getLogger("trl").level
     stdlib_logging.getLogger("trl").setLevel(stdlib_logging.ERROR)
     bars = datasets.utils.are_progress_bars_disabled(), logging.is_progress_bar_enabled()

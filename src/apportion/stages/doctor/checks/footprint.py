@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from apportion.config import RLConfig
+from apportion.config import RLConfig, TrainerConfig
 from apportion.models.files import is_adapter, stored_shapes
 from apportion.models.loading import SHORT
 
@@ -58,7 +58,7 @@ def stored_weights(folder: str) -> int | None:
     return sum(math.prod(shape) for shape in stored_shapes(folder).values()) or None
 
 
-def trainable(shape: Shape, config: RLConfig) -> int:
+def trainable(shape: Shape, config: RLConfig | TrainerConfig) -> int:
     """Return the approximate number of trainable parameters: LoRA on the targeted linear layers, or all weights."""
     if config.lora.rank == 0:
         return shape.weights

@@ -47,10 +47,15 @@ def memory(case: Case) -> Result:
     if device.type == "cuda":
         parts["libraries"] = 0.5e9
     need, free = footprint.total(parts), free_memory(device)
+    return fits(parts, need, free, SMALLER)
+
+
+def fits(parts: dict[str, float], need: float, free: float, fix: str) -> Result:
+    """Grade an estimate of `need` bytes, of which `parts` are named, against the `free` ones."""
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
     named = ", ".join(f"{name} {value / GB:.2g}" for name, value in largest)
     message = f"about {need / GB:.2g} GB ({named}) of {free / GB:.3g} GB free"
-    return grade(need / free, (0.8, 1.2), message, SMALLER)
+    return grade(need / free, (0.8, 1.2), message, fix)
 
 
 def free_memory(device: torch.device) -> float:
@@ -75,13 +80,18 @@ def reclaimable() -> float:
 
 def disk(case: Case) -> Result:
     """The final model and the checkpoints fit on the disk of the output folder."""
-    place = Path(case.config.output).expanduser().absolute()
+    shape, models = policy_shape(case), 1 if case.config.ppo.value_model == "shared" else 2
+    need = footprint.disk(shape.weights, models * footprint.trainable(shape, case.config), case.config)
+    return room(case.config.output, need)
+
+
+def room(output: str, need: float) -> Result:
+    """Check that `need` bytes are free on the disk of the folder `output`, which may not exist yet."""
+    place = Path(output).expanduser().absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    shape, models = policy_shape(case), 1 if case.config.ppo.value_model == "shared" else 2
-    need = footprint.disk(shape.weights, models * footprint.trainable(shape, case.config), case.config)
-    message = f"about {need / GB:.2g} GB of {free / GB:.3g} GB free at {case.config.output}"
+    message = f"about {need / GB:.2g} GB of {free / GB:.3g} GB free at {output}"
     fix = "Free some space, keep fewer checkpoints (--keep_checkpoints 1), or choose another --output."
     return fail(message, fix) if need + 0.2 * GB > free else grade(need / free, (0.8, 1.0), message, fix)
 
