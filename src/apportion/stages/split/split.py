@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from apportion.config import to_dict
 from apportion.config.chain.split import SplitConfig
 from apportion.data.answers.item_id import canonical_json, item_id
-from apportion.data.answers.rankings import Ranking, read_rankings
+from apportion.data.answers.ranking_rows import Ranking
+from apportion.data.answers.rankings import read_rankings
 from apportion.data.bad_rows import BadRows, leaving_out
 from apportion.data.dialogues import dialogue
 from apportion.errors import ConfigError, DataError
