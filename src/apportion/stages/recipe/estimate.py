@@ -110,7 +110,7 @@ def rl_seconds(config: Any, size: Size, tables: Mapping[str, Table | None], work
             FORWARD * rows * size.blocks * (prompt + new),
             "float32" if config.reward_dtype == "float32" else work.dtype,
         )
-    return config.steps * (batch + work.products("update", step(config) * epochs_of(config) * tokens))
+    return float(config.steps * (batch + work.products("update", step(config) * epochs_of(config) * tokens)))
 
 
 def epochs_of(config: Any) -> int:
@@ -146,9 +146,9 @@ def evaluate_seconds(config: Any, size: Size, tables: Mapping[str, Table | None]
 def prompt_tokens(config: Any, tables: Mapping[str, Table | None]) -> float:
     """Return the mean tokens of a prompt, about."""
     if config.sampling.prompt_tokens is not None:
-        return sum(config.sampling.prompt_tokens) / 2
+        return float(sum(config.sampling.prompt_tokens) / 2)
     table = tables.get("prompts")
-    return min(table.prompt + CHAT if table is not None else UNKNOWN.prompt, config.sampling.max_prompt_tokens)
+    return float(min(table.prompt + CHAT if table is not None else UNKNOWN.prompt, config.sampling.max_prompt_tokens))
 
 
 def step(config: Any) -> int:
@@ -180,7 +180,7 @@ def memory_of(stage: Stage, size: Size, tables: Mapping[str, Table | None]) -> f
         rows = config.sampling.batch_size if stage.kind == "sample" else config.count
         longest = prompt_tokens(config, tables) + config.sampling.max_new_tokens
         cache = rows * longest * shape.layers * 2 * shape.shared * shape.head * width
-        return footprint.LIBRARIES + models * shape.weights * max(width, 4 if models > 1 else width) + cache
+        return float(footprint.LIBRARIES + models * shape.weights * max(width, 4 if models > 1 else width) + cache)
     full = config.lora.rank == 0
     table = tables.get("data") or UNKNOWN
     longest = min(table.prompt + table.answer + CHAT, getattr(config, "max_length", 1024))
@@ -188,4 +188,4 @@ def memory_of(stage: Stage, size: Size, tables: Mapping[str, Table | None]) -> f
     saved = tokens * shape.layers * (8 * shape.hidden + 3 * shape.inner) * width
     logits = 0.0 if stage.kind == "reward" else 3.0 * tokens * shape.vocabulary * 4
     weights = shape.weights * (16 if full else width)
-    return footprint.LIBRARIES + weights + saved + logits
+    return float(footprint.LIBRARIES + weights + saved + logits)
