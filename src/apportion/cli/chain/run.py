@@ -100,10 +100,10 @@ def work_on(recipe: Recipe, stages: Sequence[Stage], options: Options) -> int:
     configure_threads()
     state = ChainState(recipe.output, options.recipe)
     redone = dependents(stages, options.redo)
+    for name in redone:
+        state.stages.get(name, {})["status"] = "stale"
+    work = todo(stages, state, only=options.only, first=options.first)  # before the folder is made
     if options.dry_run:
-        for name in redone:
-            state.stages.get(name, {})["status"] = "stale"
-        work = todo(stages, state, only=options.only, first=options.first)
         for stage in stages:
             sys.stdout.write(f"--- # {stage.name}: apportion {stage.kind}\n{show(stage.config)}")
         sys.stdout.flush()
@@ -116,7 +116,6 @@ def work_on(recipe: Recipe, stages: Sequence[Stage], options: Options) -> int:
         note(f"warning: {warning}")
     if redone:
         state.make_stale(redone)
-    work = todo(stages, state, only=options.only, first=options.first)
     machine = measured()
     planned = make_plan(work, machine)
     for line in [*describe(recipe), *table(planned, machine), ""]:
