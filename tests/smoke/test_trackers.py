@@ -12,7 +12,7 @@ import pytest
 import tiny_runs
 import tracked
 import trainer_runs
-from commands import run_python
+from commands import Server, run_python
 
 from apportion.cli.arguments import parse
 from apportion.cli.main import main
@@ -118,6 +118,14 @@ def test_wandb_offline_and_tensorboard_together_and_after_a_resume(world: Path, 
         assert found[name].keys() == values.keys()
         steps = [1, 2] if name in times else values
         assert all(found[name][step] == values[step] for step in steps if step in values), name
+
+
+def test_of_two_processes_the_main_one_logs(world: Path, tmp_path: Path, heavy: Server) -> None:
+    run = tmp_path / "run"
+    done = heavy.pair("rl", *words(world, "rl", run, trackers="tensorboard"), cwd=tmp_path)
+    assert [one.code for one in done] == [0, 0], [one.err for one in done]
+    assert_same(tracked.scalars(run / "tensorboard"), run)
+    assert len(list((run / "tensorboard").glob("events.*"))) == 1
 
 
 @pytest.mark.long

@@ -82,8 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self.answer({"files": made})
         elif self.path.endswith("/info/lfs/objects/batch"):
-            asked = json.loads(body)["objects"]
-            self.answer({"transfer": "basic", "objects": [self.place(one) for one in asked]})
+            wanted = json.loads(body)["objects"]
+            self.answer({"transfer": "basic", "objects": [self.place(one) for one in wanted]})
         elif match := re.match(r"/api/models/([^/]+/[^/]+)/commit/", self.path):
             self.commit(match[1], body)
         else:
@@ -123,21 +123,21 @@ class Handler(BaseHTTPRequestHandler):
             return data
         return self.rfile.read(int(self.headers.get("content-length") or 0))
 
-    def create(self, asked: dict[str, Any]) -> None:
+    def create(self, wanted: dict[str, Any]) -> None:
         """Make a repository, or say that it exists."""
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
         url = {"url": f"{self.server.address}/{name}", "name": name}
         if name in self.server.files:
             self.answer({**url, "error": "You already created this model repo"}, 409)
             return
         self.server.files[name] = {}
-        self.server.private[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.server.private[name] = wanted.get("visibility") == "private" or bool(wanted.get("private"))
         self.answer(url)
 
-    def place(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def place(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Return where to put a large file."""
-        upload = {"href": f"{self.server.address}/objects/{asked['oid']}"}
-        return {"oid": asked["oid"], "size": asked["size"], "actions": {"upload": upload}}
+        upload = {"href": f"{self.server.address}/objects/{wanted['oid']}"}
+        return {"oid": wanted["oid"], "size": wanted["size"], "actions": {"upload": upload}}
 
     def commit(self, name: str, body: bytes) -> None:
         """Keep the files of a commit; a large one must be there, with its hash."""

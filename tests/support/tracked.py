@@ -1,4 +1,4 @@
-"""What trackers wrote, read back by their own readers; trackers that the tests install in a folder of their own."""
+"""Readers of the files that trackers write, and the installation of a tracker in a folder of its own."""
 
 from __future__ import annotations
 

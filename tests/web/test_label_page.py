@@ -370,9 +370,9 @@ def test_axe_finds_no_serious_fault(
 def test_every_place_of_the_dock_is_whole_on_a_phone(
     served: Callable[..., LabelServer], join: Join, tmp_path: Path, width: int
 ) -> None:
-    samples = write_samples(tmp_path / "six.jsonl", 2, answers=6)
+    samples = write_samples(tmp_path / "eight.jsonl", 2, answers=8)
     page = join(served(samples=samples), "Cy", **PHONE | {"viewport": {"width": width, "height": 780}})
-    expect(page.locator(".card")).to_have_count(6)
+    expect(page.locator(".card")).to_have_count(8)
     for keys in ("", "ba", "0"):  # nothing placed, two placed, one that cannot be judged
         for key in keys:
             page.keyboard.press(key)
@@ -383,6 +383,9 @@ def test_every_place_of_the_dock_is_whole_on_a_phone(
         name = page.locator('[data-drop="none"] .place-name').bounding_box()
         assert name and name["height"] < 30  # one line
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    last, dock = page.locator(".card").last.bounding_box(), page.locator("#board").bounding_box()
+    assert last and dock and last["y"] + last["height"] <= dock["y"]
     if folder := os.environ.get("APPORTION_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"label-{width}.png")
 

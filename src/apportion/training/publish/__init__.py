@@ -1,1 +1,1 @@
-"""What a run gives to other services when asked: metrics to trackers, the final model to a hub, with its card."""
+"""Services that a run may give to when asked: trackers of its metrics, a hub for its final model and card."""

@@ -124,7 +124,7 @@ class Trackers:
             entry["failures"] = entry.get("failures", 0) + 1
             if entry["failures"] == 1:
                 got = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                fix = f"The run goes on; {STATE} counts further ones."
+                fix = f"The run continues; {STATE} counts further ones."
                 self._run.warn(f"warning: {format_problem(f'tracker {name}', got, 'a call that succeeds', fix)}\n")
 
     def _read(self) -> dict[str, dict[str, Any]]:
