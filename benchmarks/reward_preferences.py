@@ -5,8 +5,9 @@
 
 Cross-validation by prompt: each fold's pairs are judged by models that were trained on the other folds' pairs, ours by
 `apportion reward`, TRL's by its RewardTrainer with the same adapters, batches, epochs and rate schedule. Prompts keep
-their last and answers their first tokens, cut before either side reads them. `--tune` compares rates on a fifth of the
-first fold's training prompts, which are no test prompts of that fold. Folds that are in --output are not run again.
+their last and answers their first tokens, cut before either side reads them; lengths are those of whole answers, so
+that answers that are equally long only through the cut do not count as alike. `--tune` compares rates on a fifth of
+the first fold's training prompts, which are no test prompts of that fold. Folds that are in --output are not run again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from apportion.stages.reward.ranked_inputs import Encoder
 from apportion.system import cpu
 
 SIDES = ("ours", "trl")
-Row = Mapping[str, str]
+TEXTS = ("prompt", "chosen", "rejected")
+Row = Mapping[str, Any]  # prompt, chosen, rejected; "tokens": whole lengths of chosen and rejected
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,21 +94,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_pairs(path: str) -> list[Row]:
-    """Return the pairs whose answers differ, whole texts."""
+    """Return the pairs, whole texts."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    return [{name: row[name] for name in TEXTS} for row in rows]
 
 
 def short_rows(rows: Sequence[Row], options: argparse.Namespace) -> list[Row]:
-    """Return the rows with the last tokens of prompts and the first of answers; pairs cut to equal answers go."""
+    """Return the rows with the last tokens of prompts and the first of answers.
+
+    Pairs that the cut made equal answers, or equal to an earlier pair, go: the reader takes no item twice.
+    """
     tokenizer = load_tokenizer("--model", locate("--model", options.model))
-
-    def cut(text: str, part: slice) -> str:
-        return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][part]))
-
     first, last = slice(0, options.answer_tokens), slice(-options.prompt_tokens, None)
-    short = [{name: cut(row[name], last if name == "prompt" else first) for name in row} for row in rows]
-    return [row for row in short if row["chosen"] != row["rejected"]]
+    parts = {"prompt": last, "chosen": first, "rejected": first}
+    short, seen = list[Row](), set[tuple[str, frozenset[str]]]()
+    for row in rows:
+        ids = {name: tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in parts}
+        cut = {name: str(tokenizer.decode(ids[name][part])) for name, part in parts.items()}
+        item = (cut["prompt"], frozenset((cut["chosen"], cut["rejected"])))
+        if len(item[1]) == 2 and item not in seen:
+            seen.add(item)
+            short.append(cut | {"tokens": (len(ids["chosen"]), len(ids["rejected"]))})
+    return short
 
 
 def fold_of(prompt: str, folds: int, salt: str = "") -> int:
@@ -132,7 +141,7 @@ def judged(
     with tempfile.TemporaryDirectory(prefix="apportion-preferences-") as name:
         folder = Path(name)
         for part, rows in (("train", training), ("test", test)):
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            lines = "".join(json.dumps({key: row[key] for key in TEXTS}) + "\n" for row in rows)
             (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
         config = reward_config(folder, lr, options)
         tokenizer = load_tokenizer("model", locate("model", options.model))
@@ -140,8 +149,17 @@ def judged(
         began = perf_counter()
         scores = (ours if side == "ours" else trl)(config, units, folder, tokenizer)
         seconds = perf_counter() - began
-    found = pairs_of(units, scores.split([len(unit.completions) for unit in units]))
+    found = at_whole_length(pairs_of(units, scores.split([len(unit.completions) for unit in units])), test)
     return {"seconds": round(seconds, 1), "training": len(training), "pairs": [list(pair) for pair in found]}
+
+
+def at_whole_length(pairs: Sequence[Pair], rows: Sequence[Row]) -> list[Pair]:
+    """Return the pairs, one a row in the rows' order, with the lengths of the whole answers."""
+    whole = [row["tokens"] for row in rows]
+    return [
+        pair._replace(longer=chosen - rejected, length=max(chosen, rejected))
+        for pair, (chosen, rejected) in zip(pairs, whole, strict=True)
+    ]
 
 
 def reward_config(folder: Path, lr: float, options: argparse.Namespace) -> RewardConfig:
