@@ -83,8 +83,12 @@ def trl(config: RewardConfig, units: Sequence[RankedExcerpts], folder: Path, tok
     from trl import RewardTrainer
 
     torch.manual_seed(config.seed)
-    dtype = pick_dtype(config.dtype, pick_device(config.device))
-    model = AutoModelForSequenceClassification.from_pretrained(locate("model", config.model), num_labels=1, dtype=dtype)
+    half = pick_dtype(config.dtype, pick_device(config.device)) == torch.bfloat16
+    model = AutoModelForSequenceClassification.from_pretrained(
+        locate("model", config.model),
+        num_labels=1,
+        dtype=torch.float32,  # in bfloat16 the head, which PEFT leaves in it, would lose small steps
+    )
     rows = [json.loads(line) for line in Path(config.data).read_text(encoding="utf-8").splitlines()]
     settings = TRLConfig(
         output_dir=str(folder / "trl"),
@@ -97,7 +101,7 @@ def trl(config: RewardConfig, units: Sequence[RankedExcerpts], folder: Path, tok
         max_grad_norm=config.optim.max_grad_norm,
         max_length=None,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=half,
         use_cpu=True,
         save_strategy="no",
         report_to=[],
