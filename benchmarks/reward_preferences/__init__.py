@@ -1,0 +1,1 @@
+"""Cross-validation of reward models on people's preferences."""
