@@ -122,7 +122,7 @@ def test_labels_and_a_table_that_a_person_reads(model_command: Command, good: Pa
 @pytest.mark.parametrize(
     ("words", "pieces"),
     [
-        (["--stage", "sft"], ["--stage: got 'sft'", "one of reward, rl"]),
+        (["--stage", "sample"], ["--stage: got 'sample'", "one of ", "rl"]),
         (["--fast=1"], ["--fast: got '1'", "Write --fast without a value"]),
         (["--eval_prompts"], ["--eval_prompts: got 'nothing'", "--eval_prompts VALUE"]),
         (["--stepz", "3"], ["flag: got '--stepz'", "Did you mean '--steps'"]),

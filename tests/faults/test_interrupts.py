@@ -40,8 +40,8 @@ def test_a_command_without_checkpoints_does_not_promise_to_resume(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_each_command_says_is_so(name: str) -> None:
-    """A command has checkpoints where its settings say how often; the demo runs two such commands."""
-    has = "checkpoint_every" in SETTINGS[name].model_fields if name in SETTINGS else name == "demo"
+    """A command has checkpoints where its settings say how often; the demo and a chain run such commands."""
+    has = "checkpoint_every" in SETTINGS[name].model_fields if name in SETTINGS else name in ("demo", "run")
     assert (name in CHECKPOINTED) == has
     text = after_interrupt(name)
     assert ("resumes from the last checkpoint, or starts over where there is none yet" in text) == has

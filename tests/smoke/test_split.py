@@ -64,7 +64,7 @@ def test_conversations_that_begin_alike_fall_into_one_part(light: Server, tmp_pa
     words = ["--data", "[rankings.jsonl, pairs.jsonl]", "--dialogues", "true", "--held_out", "20"]
     files = split(light, tmp_path, *words)
     trained, held = ({beginning(row) for row in files[name]} for name in ("rankings", "held_out_rankings"))
-    assert not trained & held and len(trained | held) == 60  # 30 of the rankings, of which the pairs share 20
+    assert not trained & held and len(trained | held) == 70  # 30 of the rankings and 60 of the pairs share 20
     assert len(files["rankings"]) + len(files["held_out_rankings"]) == 150
     assert 20 <= len(files["held_out_prompts"]) <= 23
     assert {beginning(row) for row in files["held_out_prompts"]} == held
@@ -115,7 +115,7 @@ def test_long_prompts_are_left_out_and_counted(light: Server, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "pieces"),
     [
-        ([], ["data: got []", "apportion label export"]),
+        ([], ["data: got []", "rankings or preference pairs"]),
         (["--data", "rows.jsonl", "--held_out", "9"], ["9 to hold out", "Lower --held_out"]),
         (["--data", "absent.jsonl"], ["data: got 'absent.jsonl'"]),
         (["--data", "[]"], ["data: got []"]),
