@@ -97,10 +97,12 @@ def wait_for_page(address: str, process: subprocess.Popen[bytes], log: Path) -> 
 def rank_items(page: Page, count: int) -> None:
     """Rank `count` items by keyboard, by the hidden rule."""
     expect(page.locator(".card-text")).to_have_count(3)
-    first = int(page.locator("#progress-text").inner_text().split()[0])
+    first, shown = int(page.locator("#progress-text").inner_text().split()[0]), ""
     for done in range(first, first + count):
         expect(page.locator("#progress-text")).to_contain_text(f"{done} ranked")
+        expect(page.locator("#prompt")).not_to_have_text(shown)  # not the item before, which takes no keys any more
         expect(page.locator(".card-text")).to_have_count(3)
+        shown = page.locator("#prompt").inner_text()
         texts = page.locator(".card-text").all_inner_texts()
         for letter in [letter for _, letter in sorted((hidden_rule(text), "abc"[i]) for i, text in enumerate(texts))]:
             page.keyboard.press(letter)
