@@ -13,17 +13,22 @@ the first fold's training prompts, which are no test prompts of that fold. Folds
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from apportion.errors import ConfigError
 from apportion.system import cpu
 from benchmarks.reward_preferences.figures import pairs_in, print_table, shown, summary
 from benchmarks.reward_preferences.pairs import fold_of, read_pairs, short_rows, split
 from benchmarks.reward_preferences.sides import SIDES, judged
+
+SHARED = ("model", "folds", "epochs", "batch", "prompt_tokens", "answer_tokens", "seed")  # by all models of a file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cpu.keep_freed_memory()
     torch.set_num_threads(options.threads)
     rows = short_rows(read_pairs(options.data), options)
-    done = json.loads(options.output.read_text()) if options.output.exists() else {}
+    done = earlier(options)
     if options.tune:
         inner = [row for row in rows if fold_of(row["prompt"], options.folds) != 0]
         jobs = [(f"{side} {lr:g}", side, lr, 0, inner, "inner") for side in options.sides for lr in options.lrs]
@@ -45,15 +50,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for side in options.sides
         ]
     for name, side, lr, fold, part, salt in jobs:
+        if name in done and done[name]["lr"] != lr:
+            fix = f"Give that rate again, or another --output than {options.output}."
+            raise ConfigError("--lr" if side == "ours" else "--trl_lr", lr, f"{done[name]['lr']:g}, as {name} has", fix)
         if name not in done:
             training, test = split(part, fold, options.folds, salt)
             done[name] = judged(side, lr, training, test, options) | {"side": side, "lr": lr, "fold": fold}
-            options.output.write_text(json.dumps(done) + "\n")
+            options.output.write_text(json.dumps({"settings": settings(options), "models": done}) + "\n")
         if options.tune:
             print(name, shown(summary([pairs_in(done[name])])["accuracy"]), flush=True)
     if not options.tune:
         print_table({side: [one for one in done.values() if one["side"] == side] for side in options.sides})
     return 0
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what every model in one file of results has in common."""
+    digest = hashlib.sha256(Path(options.data).read_bytes()).hexdigest()
+    return {name: getattr(options, name) for name in SHARED} | {"data": digest}
+
+
+def earlier(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the models in --output; raise ConfigError where they were trained on other data or with other settings."""
+    if not options.output.exists():
+        return {}
+    found, now = json.loads(options.output.read_text()), settings(options)
+    for name, value in now.items():
+        if found["settings"][name] != value:
+            fix = f"Give that again, or another --output than {options.output}."
+            raise ConfigError(f"--{name}", value, f"{found['settings'][name]}, as the models there have", fix)
+    return dict(found["models"])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,15 +55,17 @@ def shown(interval: Mapping[str, float]) -> str:
 
 
 def print_table(sides: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Print what each side reached, length alone, and the paired difference where both have the same folds."""
-    folds = {side: [pairs_in(one) for one in sorted(runs, key=lambda one: one["fold"])] for side, runs in sides.items()}
+    """Print what each side reached, length alone, and the paired difference over the folds that both have."""
+    folds = {side: {one["fold"]: pairs_in(one) for one in runs} for side, runs in sides.items() if runs}
     for side, runs in folds.items():
-        found = summary(runs)
+        found = summary([runs[fold] for fold in sorted(runs)])
         print(
             f"{side:5} {len(runs)} folds, {int(found['accuracy']['pairs'])} pairs: {shown(found['accuracy'])}; "
             f"length alone {shown(found['length_only'])}; within {CLOSE:.0%} of each other's length "
-            f"({int(found['near']['pairs'])}): {shown(found['near'])}, "
+            f"({int(found['near']['pairs'])}): {shown(found['near']) if found['near']['pairs'] else 'none'}, "
             f"{sum(one['seconds'] for one in sides[side]):.0f} s"
         )
-    if set(folds) == set(SIDES) and len(folds["ours"]) == len(folds["trl"]):
-        print(f"ours − trl: {shown(difference(folds['ours'], folds['trl']))}")
+    shared = sorted(set.intersection(*(set(runs) for runs in folds.values()))) if set(folds) == set(SIDES) else []
+    if shared:
+        ours, trl = ([folds[side][fold] for fold in shared] for side in SIDES)
+        print(f"ours − trl over folds {', '.join(map(str, shared))}: {shown(difference(ours, trl))}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 import tiny
+from benchmarks.reward_preferences import __main__ as command
 from benchmarks.reward_preferences import figures, pairs
 
+from apportion.errors import ConfigError
 from apportion.models.tokenizers import load_tokenizer
 from apportion.stages.reward.ranked_evaluation import Pair
 
@@ -64,3 +67,26 @@ def test_the_figures_are_those_counted_by_hand() -> None:
     assert paired["mean"] == pytest.approx(1.5 / 4) and paired["low"] < paired["mean"] < paired["high"]
     same = figures.difference([first, second], [first, second])
     assert (same["low"], same["mean"], same["high"]) == (0, 0, 0)
+
+
+def test_results_of_other_settings_are_refused_and_only_shared_folds_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    words = ["--data", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out.json")]
+    options = command._parser().parse_args(words)
+    assert command.earlier(options) == {}
+    options.output.write_text(json.dumps({"settings": command.settings(options), "models": {"ours fold 0": {}}}))
+    assert set(command.earlier(options)) == {"ours fold 0"}
+    with pytest.raises(ConfigError, match="--answer_tokens: got 7; expected 128"):
+        command.earlier(command._parser().parse_args([*words, "--answer_tokens", "7"]))
+    (tmp_path / "pairs.jsonl").write_text("{} \n")
+    with pytest.raises(ConfigError, match="--data"):
+        command.earlier(options)
+
+    def run(fold: int, score: float) -> dict[str, object]:
+        return {"fold": fold, "seconds": 1.0, "pairs": [[0, score, 9, 1, 10], [1, score, 9, 1, 10]]}
+
+    figures.print_table({"ours": [run(0, 1.0), run(1, 1.0)], "trl": [run(2, -1.0), run(1, -1.0)]})
+    out = capsys.readouterr().out
+    assert "ours − trl over folds 1: 100.0%" in out and "(0): none" in out
