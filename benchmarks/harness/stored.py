@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,12 @@ from typing import Any
 
 from apportion.errors import ConfigError
 from benchmarks.harness.environment import environment
+
+
+def named(source: str | None) -> str | None:
+    """Return what stands for `source` in settings: the SHA-256 of a file's bytes, else the name itself."""
+    path = Path(source or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if source and path.is_file() else source
 
 
 def load_parts(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

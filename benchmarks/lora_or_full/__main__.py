@@ -16,7 +16,6 @@ no comparison.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from apportion.models.loading import locate
 from apportion.models.tokenizers import load_tokenizer
 from apportion.system import cpu
 from benchmarks.harness.machine import describe
-from benchmarks.harness.stored import load_parts, run_module, save_parts
+from benchmarks.harness.stored import load_parts, named, run_module, save_parts
 from benchmarks.lora_or_full.figures import SIDES, accuracy, compared, rows_of, shown, table
 from benchmarks.lora_or_full.pairs import make_pairs
 
@@ -83,11 +82,9 @@ def tune(options: argparse.Namespace) -> int:
 
 
 def settings_of(options: argparse.Namespace, skip: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what all parts of a file have in common, and a digest of files of texts."""
+    """Return what all parts of a file have in common; of files of texts, a digest."""
     settings = {name: getattr(options, name) for name in SHARED if name not in skip}
-    if Path(options.data).is_file():
-        settings["data"] = hashlib.sha256(Path(options.data).read_bytes()).hexdigest()
-    return settings
+    return settings | {name: named(settings[name]) for name in ("data", "prompts")}
 
 
 def write_pairs(options: argparse.Namespace, kind: str) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ from apportion.errors import DataError
 def make_pairs(
     rows: Sequence[Labelled], tokenizer: Any, count: int, tokens: tuple[int, int], seed: int
 ) -> list[dict[str, str]]:
-    """Return `count` pairs {chosen, rejected}, no text in two of them.
+    """Return `count` different pairs {chosen, rejected}, no review in two of them.
 
     The number of tokens of a pair is drawn evenly from `tokens`, lowest and highest, and both texts are tokenised to
     exactly so many, so that length says nothing.
@@ -26,15 +26,15 @@ def make_pairs(
     kinds = [list(dict.fromkeys(row.text for row in rows if row.label == label)) for label in (1, 0)]
     orders = [[texts[i] for i in torch.randperm(len(texts), generator=generator).tolist()] for texts in kinds]
     lengths = torch.randint(tokens[0], tokens[1] + 1, (min(map(len, orders)),), generator=generator).tolist()
-    pairs = list[dict[str, str]]()
+    pairs = dict[tuple[str | None, ...], dict[str, str]]()  # by their texts: two texts may begin alike
     for good, bad, length in zip(*orders, lengths, strict=False):  # the more frequent kind has some left over
-        cuts = [beginning(text, tokenizer, length) for text in (good, bad)]
+        cuts = tuple(beginning(text, tokenizer, length) for text in (good, bad))
         if len(pairs) < count and None not in cuts and cuts[0] != cuts[1]:
-            pairs.append({"chosen": str(cuts[0]), "rejected": str(cuts[1])})
+            pairs.setdefault(cuts, {"chosen": str(cuts[0]), "rejected": str(cuts[1])})
     if len(pairs) < count:
         got = f"{len(pairs)} pairs of texts of {tokens[0]} to {tokens[1]} tokens"
         raise DataError("--data", got, f"{count} of them", "Give more texts, or ask for fewer pairs or tokens.")
-    return pairs
+    return list(pairs.values())
 
 
 def beginning(text: str, tokenizer: Any, length: int) -> str | None:

@@ -30,7 +30,7 @@ from apportion.errors import ApportionError, ConfigError
 from apportion.models.loading import locate
 from apportion.system import cpu
 from benchmarks.harness.machine import describe
-from benchmarks.harness.stored import load_parts, run_module, save_parts
+from benchmarks.harness.stored import load_parts, named, run_module, save_parts
 from benchmarks.ppo_ptx.figures import compared, table
 from benchmarks.ppo_ptx.likelihood import held_out_rows, nll_of
 
@@ -74,10 +74,11 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what all runs of a file have in common; of the reward model, a digest of its weights."""
+    """Return what all runs of a file have in common; of files and of the reward model's weights, a digest."""
     weights = sorted(Path(locate("--reward_model", options.reward_model)).glob("*.safetensors"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
-    return {name: getattr(options, name) for name in SHARED} | {"reward_model": digest}
+    files = {name: named(getattr(options, name)) for name in ("mix", "held_out", "prompts")}
+    return {name: getattr(options, name) for name in SHARED} | files | {"reward_model": digest}
 
 
 def held_out_texts(options: argparse.Namespace) -> Path:
