@@ -1,0 +1,1 @@
+"""LoRA against training of all weights: accuracy, trained bytes and peak memory."""
