@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,21 +122,27 @@ def join(browser: Any, address: str, name: str) -> Page:
     return page
 
 
-def test_a_chain_waits_for_people_and_learns_from_their_rankings(chain: Path, browser: Any) -> None:
-    port = free_port()
+@contextmanager
+def running(chain: Path, port: int) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
+    """Run the recipe of `chain` until its page is there; yield its process, the page's address and the log."""
     address, log = f"http://127.0.0.1:{port}", chain / "chain.log"
     (chain / "recipe.yaml").write_text(RECIPE.format(port=port))
     process = start(chain, log)
     try:
         wait_for_page(address, process, log)
+        yield process, address, log
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def test_a_chain_waits_for_people_and_learns_from_their_rankings(chain: Path, browser: Any) -> None:
+    with running(chain, free_port()) as (process, address, log):
         ann, bob = join(browser, address, "Ann"), join(browser, address, "Bob")
         expect(bob.locator(".card-text")).to_have_count(3)  # a page fetches four items, and nobody else gets those
         for page in (ann, bob):
             rank_items(page, 4)
         assert process.wait(timeout=240) == 0, log.read_text()
-    finally:
-        if process.poll() is None:
-            process.kill()
     text = log.read_text()
     assert f"page     {address}/" in text and "8 rankings" in text, text
     rows = tiny_runs.read_lines(chain / "chain" / "label" / "rankings.jsonl")
@@ -153,25 +161,13 @@ def test_a_chain_waits_for_people_and_learns_from_their_rankings(chain: Path, br
 
 def test_a_label_stage_that_is_stopped_keeps_its_rankings_and_goes_on(chain: Path, browser: Any) -> None:
     port = free_port()
-    address, log = f"http://127.0.0.1:{port}", chain / "chain.log"
-    (chain / "recipe.yaml").write_text(RECIPE.format(port=port))
-    process = start(chain, log)
-    try:
-        wait_for_page(address, process, log)
+    with running(chain, port) as (process, address, log):
         rank_items(join(browser, address, "Ann"), 2)
         process.terminate()
         assert process.wait(timeout=60) != 0
-    finally:
-        if process.poll() is None:
-            process.kill()
     assert "2 of 8 items ranked" in log.read_text() and not (chain / "chain" / "reward").exists()
-    process = start(chain, log)
-    try:
-        wait_for_page(address, process, log)
+    with running(chain, port) as (process, address, log):
         rank_items(join(browser, address, "Ann"), 6)
         assert process.wait(timeout=240) == 0, log.read_text()
-    finally:
-        if process.poll() is None:
-            process.kill()
     rows = tiny_runs.read_lines(chain / "chain" / "label" / "rankings.jsonl")
     assert len({row["item"] for row in rows}) == len(rows) == 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -20,18 +20,14 @@ from apportion.config.schema.rules import (
     Seed,
     Switch,
     Word,
+    listed,
 )
 from apportion.config.schema.section import Rule, Section, to_dict
 from apportion.errors import ConfigError
 
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 Policies = Annotated[
     list[Name],
-    BeforeValidator(_listed),
+    BeforeValidator(listed),
     Field(min_length=1),
     Rule("run folders, models or files of answers", "Example: --policies runs/rl runs/dpo."),
 ]

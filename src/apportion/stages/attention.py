@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from apportion.credit import REWARD_ATTENTION
 from apportion.errors import DataError, ModelError, ScoreError
 from apportion.evidence import Models, plan
+from apportion.generation.given import given_rollouts
 from apportion.registry import EvidenceKey
-from apportion.stages.doctor.checks.probes import from_ids
 from apportion.types import Rollouts
 
 PROMPT, RESPONSE = "It is short,", " and that is all."
@@ -43,4 +43,4 @@ def short_text(models: Models) -> Rollouts:
     """Return one rollout of a few ordinary tokens."""
     encode = models.policy.tokenizer
     prompt, response = (encode(text, add_special_tokens=False)["input_ids"] for text in (PROMPT, RESPONSE))
-    return from_ids([prompt], [response], models.policy)
+    return given_rollouts([prompt], [response], models.policy.pad, models.policy.device)

@@ -16,6 +16,7 @@ from apportion.credit import REWARD_ATTENTION
 from apportion.errors import ConfigError, DataError, ModelError, ScoreError
 from apportion.evidence import PRODUCERS, Models
 from apportion.evidence.scoring import score
+from apportion.generation.given import given_rollouts
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel
 from apportion.models.text.bos import special_around
@@ -80,7 +81,8 @@ def apportion_text(
     """
     ids, first, last = _encode(reward, prompt, text)
     reward = replace(reward, suffix=tuple(ids[0, last:].tolist()))
-    rollouts = _as_rollout(ids, first, last)
+    row = ids[0].tolist()
+    rollouts = given_rollouts([row[:first]], [row[first:last]], 0, ids.device)  # one row: nothing is padded
     needs = frozenset[str]().union(*(method.needs for method in methods.values()))
     result = _scored(reward, rollouts, needs, text, warn)
     assert result.scores is not None
@@ -130,16 +132,3 @@ def _encode(reward: RewardModel, prompt: str, text: str) -> tuple[Tensor, int, i
     check_embeddings("--model", reward.model, tokenizer, [built])
     first = len(start) + len(before)
     return torch.tensor([built], device=device), first, first + len(after)
-
-
-def _as_rollout(ids: Tensor, first: int, last: int) -> Rollouts:
-    """Return the tokens from `first` to `last` of ids (1,K) as the response to those before."""
-    mask = torch.ones(1, last - first, dtype=torch.bool, device=ids.device)
-    return Rollouts(
-        prompt_ids=ids[:, :first],
-        prompt_mask=torch.ones(1, first, dtype=torch.bool, device=ids.device),
-        response_ids=ids[:, first:last],
-        mask=mask,
-        logprobs=torch.zeros(mask.shape, device=ids.device),
-        group=torch.zeros(1, dtype=torch.int64, device=ids.device),
-    )

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from apportion.config.schema.rules import Count, CountOrZero, Name, Seed, Switch
+from apportion.config.schema.rules import Count, CountOrZero, Name, Seed, Switch, listed
 from apportion.config.schema.section import Rule, Section
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
 
 Sources = Annotated[
     list[Name],
-    BeforeValidator(_listed),
+    BeforeValidator(listed),
     Field(min_length=1),
     Rule(
         "a file, folder or hub id of rankings or preference pairs, or a list of these",

@@ -16,8 +16,8 @@ def _ordered(pair: list[int]) -> list[int]:
 
 
 def _layers(names: Any) -> Any:
-    listed = [names] if isinstance(names, str) else names
-    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
+    several = listed(names)
+    if not isinstance(several, list) or not several or not all(isinstance(name, str) and name for name in several):
         raise ValueError("no names of layers")
     return names
 
@@ -28,6 +28,11 @@ def _off(value: Any) -> Any:
 
 def _split(value: Any) -> Any:
     return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def listed(value: Any) -> Any:
+    """Return one word as a list of it, for settings that take one or several."""
+    return [value] if isinstance(value, str) else value
 
 
 def _number(value: Any) -> Any:

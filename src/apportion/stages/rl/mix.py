@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +16,9 @@ from apportion.data.bad_rows import leaving_out
 from apportion.data.tables import usable
 from apportion.distributed import collectives
 from apportion.errors import DataError
+from apportion.generation.given import given_rollouts
 from apportion.models.policy import Policy
 from apportion.models.text.targets import Limits, Target, TargetEncoder
-from apportion.stages.doctor.checks.probes import from_ids
 from apportion.training.optimizer import zero_with_grad
 
 FIELD = "ppo.ptx_data"
@@ -69,10 +68,9 @@ class Mix:
         weights, device = policy.weights, policy.device
         with weights.error_barrier():
             chosen = self.take()
-            texts = from_ids([one.prompt for one in chosen], [one.completion for one in chosen], policy)
-            width = texts.mask.shape[1]
-            trained = [[*one.trained, *[False] * (width - len(one.trained))] for one in chosen]
-            texts = replace(texts, mask=torch.tensor(trained, device=device))  # the rest is attended to, not trained
+            prompts, completions = [one.prompt for one in chosen], [one.completion for one in chosen]
+            masks = [one.trained for one in chosen]  # the rest is attended to, not trained
+            texts = given_rollouts(prompts, completions, policy.pad, device, masks=masks)
             tokens = texts.mask.sum()
             mine = collectives.shard(torch.arange(len(texts), device=device))
             parts = micro_batches(texts, mine, micro_batch, micro_tokens) if len(mine) else []

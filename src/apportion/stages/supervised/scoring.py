@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion.config import TrainerConfig
+from apportion.generation.given import given_rollouts
 from apportion.models.loading import load_causal, pick_device, pick_dtype
 from apportion.models.policy import Policy
 from apportion.models.text.targets import Target
@@ -59,22 +60,6 @@ def batches_of(lengths: Sequence[int]) -> list[list[int]]:
 def as_rollouts(rows: Sequence[Target], pad: int, device: torch.device) -> Rollouts:
     """Return rows as rollouts: what stands before the target as prompt, the rest as response."""
     firsts = [max(1, row.first) for row in rows]
-    width = max(firsts)
-    length = max(len(row.ids) - first for row, first in zip(rows, firsts, strict=True))
-    count = len(rows)
-    prompts, responses = torch.full((count, width), pad), torch.full((count, length), pad)
-    before, valid, mask = (torch.zeros(count, size, dtype=torch.bool) for size in (width, length, length))
-    for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
-        rest = len(row.ids) - first
-        prompts[i, width - first :], before[i, width - first :] = torch.tensor(row.ids[:first]), True
-        responses[i, :rest], valid[i, :rest] = torch.tensor(row.ids[first:]), True
-        mask[i, :rest] = torch.tensor(row.mask[first:])
-    return Rollouts(
-        prompt_ids=prompts.to(device),
-        prompt_mask=before.to(device),
-        response_ids=responses.to(device),
-        mask=mask.to(device),
-        valid=valid.to(device),
-        logprobs=torch.zeros(count, length, device=device),
-        group=torch.arange(count, device=device),
-    )
+    cut = list(zip(rows, firsts, strict=True))
+    prompts, responses = [row.ids[:first] for row, first in cut], [row.ids[first:] for row, first in cut]
+    return given_rollouts(prompts, responses, pad, device, masks=[row.mask[first:] for row, first in cut])

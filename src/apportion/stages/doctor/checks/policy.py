@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apportion.generation import sample
 from apportion.generation.decoding import SLOW, tried
+from apportion.generation.given import given_rollouts
 from apportion.models.policy import load_policy
 from apportion.models.value_head import ValueStart
 from apportion.stages.doctor.case import Case
@@ -19,7 +20,6 @@ from apportion.stages.doctor.checks.probes import (
     PROMPTS,
     TOKENS,
     difference,
-    from_ids,
     random_rollouts,
     single_row,
     with_padding,
@@ -121,7 +121,8 @@ def begins(case: Case) -> Result:
 def mean_nll(case: Case, rows: list[list[int]], prefix: list[int]) -> float:
     """Return the mean −log p of the prompts' tokens after their first, with the ids `prefix` in front, in nats."""
     banned = torch.tensor(case.policy.banned, dtype=torch.int64)
-    batch = from_ids([[*prefix, row[0]] for row in rows], [row[1:] for row in rows], case.policy)
+    firsts, rest = [[*prefix, row[0]] for row in rows], [row[1:] for row in rows]
+    batch = given_rollouts(firsts, rest, case.policy.pad, case.policy.device)
     counted = batch.mask & ~torch.isin(batch.response_ids, banned.to(batch.mask.device))
     batch = replace(batch, mask=counted, valid=batch.mask)
     return -float(case.policy.forward(batch, values=False).logprobs[counted].mean())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from apportion.generation.decode import left_pad
+from apportion.generation.given import given_rollouts
 from apportion.models.policy import Policy
 from apportion.types import Rollouts
 
@@ -52,24 +52,7 @@ def random_rollouts(prompts: Sequence[Sequence[int]], policy: Policy) -> Rollout
     excluded = {*policy.banned, policy.pad}
     allowed = torch.tensor([i for i in range(len(policy.tokenizer)) if i not in excluded])
     responses = [allowed[torch.randint(len(allowed), (2 + i % 8,), generator=generator)] for i in range(len(prompts))]
-    return from_ids(prompts, [row.tolist() for row in responses], policy)
-
-
-def from_ids(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], policy: Policy) -> Rollouts:
-    """Return rollouts of these ids; since none was sampled, `logprobs` is 0."""
-    fill, device = policy.pad, policy.device
-    ids, mask_of_prompts = left_pad(prompts, fill)
-    width = max(map(len, responses))
-    padded = torch.tensor([[*row, *[fill] * (width - len(row))] for row in responses], dtype=torch.int64)
-    mask = torch.arange(width) < torch.tensor([[len(row)] for row in responses])
-    return Rollouts(
-        prompt_ids=ids.to(device),
-        prompt_mask=mask_of_prompts.to(device),
-        response_ids=padded.to(device),
-        mask=mask.to(device),
-        logprobs=torch.zeros(mask.shape, device=device),
-        group=torch.arange(len(prompts), device=device),
-    )
+    return given_rollouts(prompts, [row.tolist() for row in responses], policy.pad, policy.device)
 
 
 def difference(one: Tensor, other: Tensor, mask: Tensor) -> float:

@@ -15,10 +15,10 @@ from apportion.evidence import Models
 from apportion.evidence.prefix import slow_prefixes
 from apportion.evidence.reward import check_attention
 from apportion.evidence.scoring import score
+from apportion.generation.given import given_rollouts
 from apportion.models.loading import pick_device
 from apportion.models.reward import RewardModel
 from apportion.stages.evaluate.comparison.given import Answers
-from apportion.stages.evaluate.comparison.likelihood import make_rollouts
 from apportion.stages.evaluate.comparison.measures import Measure, naming
 from apportion.stages.evaluate.comparison.opening import Comparison
 from apportion.system.progress import counted
@@ -49,7 +49,7 @@ def credit_rows(
         ids = [answers[name].ids[i][0] for name in names]
         ended = [answers[name].ended[i][0] is not False for name in names]
         prompts, group = [comparison.prompts.rows[i]] * len(names), [i] * len(names)
-        rollouts = make_rollouts(prompts, ids, group, models.policy.pad, device, ended)
+        rollouts = given_rollouts(prompts, ids, models.policy.pad, device, group=group, ended=ended)
         with naming([(name, i, 0) for name in names]):
             scored, values = _credit(models, rollouts, assign)
         for place, (name, own) in enumerate(zip(names, ids, strict=True)):

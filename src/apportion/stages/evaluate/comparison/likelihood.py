@@ -10,7 +10,7 @@ import torch
 
 from apportion.batching import micro_batches, trim
 from apportion.errors import ScoreError
-from apportion.generation.decode import left_pad
+from apportion.generation.given import given_rollouts
 from apportion.models.loading import pick_device, pick_dtype
 from apportion.models.policy import Policy, frozen_policy
 from apportion.models.tokenizers import load_tokenizer
@@ -19,34 +19,9 @@ from apportion.stages.evaluate.comparison.given import Answers
 from apportion.stages.evaluate.comparison.opening import Comparison
 from apportion.stages.evaluate.comparison.store import stored
 from apportion.system.progress import counted
-from apportion.types import Rollouts
 
 ROWS, TOKENS = 32, 4096  # most answers, and positions, of a forward
 Logprobs = list[list[list[float]]]  # nats a token, by prompt, answer and token
-
-
-def make_rollouts(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    group: Sequence[int],
-    pad: int,
-    device: torch.device,
-    ended: Sequence[bool] | None = None,
-) -> Rollouts:
-    """Return answers (ids) to prompts (ids), one of each a row, as rollouts; `group` are the prompts' numbers."""
-    ids, seen = left_pad(prompts, pad)
-    width = max(1, *map(len, answers))
-    responses = torch.tensor([[*row, *[pad] * (width - len(row))] for row in answers], dtype=torch.int64)
-    mask = torch.arange(width)[None, :] < torch.tensor([len(row) for row in answers])[:, None]
-    return Rollouts(
-        prompt_ids=ids.to(device),
-        prompt_mask=seen.to(device),
-        response_ids=responses.to(device),
-        mask=mask.to(device),
-        logprobs=torch.zeros(mask.shape, device=device),
-        group=torch.tensor(group, dtype=torch.int64, device=device),
-        ended=None if ended is None else torch.tensor(ended, device=device),
-    )
 
 
 def own_logprobs(comparison: Comparison, answers: Mapping[str, Answers]) -> dict[str, Logprobs]:
@@ -105,7 +80,8 @@ def _rows(policy: Policy, prompts: Sequence[Sequence[int]], answers: Answers, la
     """Return a row a prompt: the log-probabilities of its answers' tokens, in micro-batches of similar length."""
     places = [(i, k) for i, group in enumerate(answers.ids) for k in range(len(group))]
     texts = [answers.ids[i][k] for i, k in places]
-    rollouts = make_rollouts([prompts[i] for i, _ in places], texts, [i for i, _ in places], policy.pad, policy.device)
+    group = [i for i, _ in places]
+    rollouts = given_rollouts([prompts[i] for i in group], texts, policy.pad, policy.device, group=group)
     batches = micro_batches(rollouts, torch.arange(len(places), device=policy.device), ROWS, TOKENS)
     values: list[list[float]] = [[] for _ in places]
     for rows in counted(batches, label, len(batches), unit="batch"):

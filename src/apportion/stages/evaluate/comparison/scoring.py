@@ -8,6 +8,7 @@ from typing import Any
 
 from apportion.evidence import Models
 from apportion.evidence.models import SOURCE_ROW
+from apportion.generation.given import given_rollouts
 from apportion.models.loading import pick_device
 from apportion.models.policy import Policy
 from apportion.models.reward import RewardModel, check_length, load_reward
@@ -17,7 +18,6 @@ from apportion.rewards.model import ModelSource
 from apportion.stages.evaluate.comparison.given import Answers
 from apportion.stages.evaluate.comparison.heat_maps import FILE as CREDIT
 from apportion.stages.evaluate.comparison.heat_maps import credit_rows, token_rows
-from apportion.stages.evaluate.comparison.likelihood import make_rollouts
 from apportion.stages.evaluate.comparison.measures import IMDB, Measure, naming, weighted_sum
 from apportion.stages.evaluate.comparison.opening import Comparison
 from apportion.stages.evaluate.comparison.store import stored
@@ -157,5 +157,5 @@ def _batch(comparison: Comparison, distinct: Scored, places: Sequence[int], mode
     rows = [comparison.prompts.rows[i] for i in prompts]
     ids, ended = [distinct.ids[i] for i in places], [distinct.ended[i] for i in places]
     device = pick_device(comparison.config.device)
-    rollouts = make_rollouts(rows, ids, prompts, models.policy.pad, device, ended)
+    rollouts = given_rollouts(rows, ids, models.policy.pad, device, group=prompts, ended=ended)
     return rollouts.with_evidence(**{SOURCE_ROW: rollouts.group}) if comparison.prompts.columns else rollouts
