@@ -87,6 +87,7 @@ def test_every_plot_is_drawn_and_every_link_leads_somewhere(page: Path, open_pag
     links = opened.locator("a").evaluate_all("nodes => nodes.map(n => n.href)")
     beyond = [urlparse(link) for link in links if "tokens/" in link]
     assert len(beyond) == 9
+    assert "2 tokens · cut off" in opened.locator(".compared").first.inner_text()
     for link in links:
         parts = urlparse(link)
         path = Path(unquote(parts.path))

@@ -58,7 +58,7 @@ def _cell(found: Comparison, row: Mapping[str, Any], i: int, name: str, place: i
     details = " ".join(f"<span>{label} <b>{number(finite(value))}</b></span>" for label, value in facts)
     tokens = _first(one.get("tokens"))
     cut = " · cut off" if _first_of(one.get("ended")) is False else ""
-    details += f" <span><b>{number(tokens)}</b> tokens{cut}</span>" if tokens is not None else ""
+    details += f" <span><b>{tokens:,.0f}</b> tokens{cut}</span>" if tokens is not None else ""
     link = ""
     if (place, name) in found.credit:
         link = f'<p class="more"><a href="{heat_map_file(place)}#policy-{i}">Token heat map</a></p>'
