@@ -35,6 +35,13 @@ def policies(tmp_path_factory: pytest.TempPathFactory, world: Path, tiny: Any) -
         "warm": [row | {"settings": {"temperature": 0.5}} for row in rows],
         "ragged": [row | {"ended": [True]} for row in rows],
         "numbers": [row | {"completions": [1, 2]} for row in rows],
+        "flat_ids": [row | {"completion_ids": [5, 6]} for row in rows],
+        "null_ids": [row | {"completion_ids": [[5], None]} for row in rows],
+        "words": [row | {"logprobs": [["a"], [0.5]]} for row in rows],
+        "nulls": [row | {"logprobs": [[None], [-0.5]]} for row in rows],
+        "yes": [row | {"ended": ["yes", "no"]} for row in rows],
+        "half": [row | {"completions": ["one", "\ud83d two"]} for row in rows],
+        "long": [row | {"completions": ["one", "word " * 200]} for row in rows],
     }.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     return folder
@@ -66,6 +73,15 @@ CASES: list[tuple[list[str], list[str], list[str]]] = [
     (["warm.jsonl"], [*JUDGE], ["temperature 0.5", "Pass --sampling.temperature 0.5"]),
     (["ragged.jsonl"], [*JUDGE], ["ended = [True]", "a list of 2"]),
     (["numbers.jsonl"], [*JUDGE], ["completions = [1, 2]", "a list of at least one text"]),
+    (["flat_ids.jsonl"], [*JUDGE], ["line 1: completion_ids = [5, 6]", "a list of token ids for each completion"]),
+    (["null_ids.jsonl"], [*JUDGE], ["completion_ids = [[5], None]", "a list of token ids for each completion"]),
+    (["words.jsonl"], [*JUDGE], ["logprobs = [['a'], [0.5]]", "a list of numbers for each completion"]),
+    (["nulls.jsonl"], [*JUDGE], ["logprobs = [[None], [-0.5]]", "a list of numbers for each completion"]),
+    (["yes.jsonl"], [*JUDGE], ["ended = ['yes', 'no']", "true, false or null"]),
+    (["half.jsonl"], [*JUDGE], ["line 1: a lone surrogate in completions", "valid Unicode"]),
+    (["long.jsonl"], [*JUDGE], ["an answer to prompt 1 of ", "at most 128 tokens in all, the start's context"]),
+    (["a"], ["--judges", "{json: {weight: -2}}"], ["judges.json.weight: got -2", "a measure by itself", "--rewards"]),
+    (["a"], ["--judges", "{json: {normalise: batch}}"], ["judges.json.normalise: got 'batch'", "Remove it"]),
 ]  # fmt: skip
 
 

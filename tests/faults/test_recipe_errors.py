@@ -11,6 +11,7 @@ from commands import Server
 from apportion.config.chain.recipe import read_recipe
 from apportion.config.chain.resolve import resolve
 from apportion.errors import ConfigError
+from apportion.stages.recipe.inputs import inputs_of
 
 BAD = {
     "no mapping": ("- sft\n", ["a mapping with the key `stages`"]),
@@ -31,7 +32,10 @@ BAD = {
         ["line 3: stages.sft.data", "before this one"],
     ),
     "itself": ("stages:\n  sft:\n    model: ${sft.model}\n", ["line 3: stages.sft.model", "before this one"]),
-    "no such stage": ("stages:\n  sft:\n    model: ${fst.model}\n", ["line 3: stages.sft.model: got 'fst'"]),
+    "no such stage": (
+        "stages:\n  sft:\n  dpo:\n    model: ${fst.model}\n",
+        ["line 4: stages.dpo.model: got 'fst'", "'sft'"],
+    ),
     "no such output": (
         "stages:\n  sft:\n  dpo:\n    model: ${sft.modle}\n",
         ["line 4: stages.dpo.model", "'sft.modle'", "Did you mean 'sft.model'"],
@@ -64,6 +68,19 @@ BAD = {
         ["line 3: stages.sft.model: got '${dpo.model}'", "before this one"],
     ),
     "key twice": ("stages:\n  sft:\n  sft:\n", ["a recipe in YAML", "repeated in line 3"]),
+    "a name that is too long": (f"stages:\n  {'x' * 300}: {{stage: sft}}\n", ["at most 100 characters"]),
+    "an output of no stage": (
+        "stages:\n  sft:\n    model: ${a.b}\n",
+        ["line 3: stages.sft.model: got '${a.b}'"],
+    ),
+    "a variable in a variable": (
+        "vars: {a: x, b: '${a}'}\nstages:\n  sft:\n    model: ${b}\n",
+        ["line 1: vars.b: got '${a}'", "a value without a reference"],
+    ),
+    "the best of a stage that keeps none": (
+        "stages:\n  rl:\n  dpo:\n    model: ${rl.best}\n",
+        ["line 4: stages.dpo.model: got '${rl.best}'", "Set rl.keep_best.every", "use ${rl.model}"],
+    ),
     "expectation": ("expect: {minutes: soon}\nstages:\n  sft:\n", ["line 1: expect.minutes: got 'soon'"]),
 }
 
@@ -115,6 +132,10 @@ def test_a_stage_that_misses_its_input_is_refused_before_anything_is_loaded(ligh
         (["recipe.yaml", "--only", "frist"], ["--only: got 'frist'", "'first'"]),
         (["recipe.yaml", "--redo", "x"], ["--redo: got 'x'"]),
         (["recipe.yaml", "--from", "x"], ["--from: got 'x'"]),
+        (["recipe.yaml", "--from", ""], ["--from: got ''"]),
+        (["recipe.yaml", "--only", ","], ["--only: got ','"]),
+        (["recipe.yaml", "--redo="], ["--redo: got ''"]),
+        (["recipe.yaml", "--output", ""], ["--output: got ''"]),
     ],
 )
 def test_a_wrong_word_of_the_command_is_refused(
@@ -132,6 +153,34 @@ def test_a_reward_or_a_method_that_does_not_exist_is_refused_with_its_place(ligh
     (tmp_path / "base").mkdir()
     refused = light.run("run", "recipe.yaml", cwd=tmp_path)
     refused.assert_refused("line 4: stages.ppo.credit: got 'atention'", "'attention'")
+
+
+JUDGED = """
+stages:
+  reward: {data: rows.jsonl, model: base}
+  evaluate:
+    policies: [base]
+    prompts: rows.jsonl
+    judges: [judges:vowels, {"${reward.model}": {name: held_out}}, imdb, json]
+"""
+
+
+def test_judges_are_what_evaluate_takes(light: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions, rules and models with settings; a model of an earlier stage is one of the stage's inputs."""
+    (tmp_path / "recipe.yaml").write_text(JUDGED)
+    tiny_recipes.rankings(tmp_path / "rows.jsonl", 2)
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    reward, evaluate = resolve(read_recipe("recipe.yaml"))
+    folder = str(reward.folder / "final")
+    assert evaluate.config.judges[1] == {folder: {"name": "held_out"}} and evaluate.uses == ("reward",)
+    found = inputs_of(evaluate, [reward])
+    assert [(one.name, one.source) for one in found if one.setting == "judges"] == [(folder, "stage")]
+    assert not [one for one in found if one.setting == "against"]
+    light.run("run", "recipe.yaml", "--dry_run", cwd=tmp_path).assert_done()
+    (tmp_path / "recipe.yaml").write_text(JUDGED.replace("name: held_out", "nmae: held_out"))
+    refused = light.run("run", "recipe.yaml", cwd=tmp_path)
+    refused.assert_refused("line 7: stages.evaluate.judges", "got 'nmae'")
 
 
 def test_anchors_merge_keys_and_their_overrides_are_read(tmp_path: Path) -> None:

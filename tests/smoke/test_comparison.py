@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_comparison
 import tiny_runs
 import torch
+from tiny_comparison import COUNT, JUDGES, TEMPERATURE, figures, flags
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from apportion.cli.arguments import parse
@@ -27,36 +29,10 @@ from apportion.stages.evaluate.comparison.compare import compare
 from apportion.stages.evaluate.statistics.bootstrap import difference
 from apportion.training.run_folder import RunFolder
 
-COUNT, TEMPERATURE = 8, 0.8
-SETTINGS: dict[str, Any] = {
-    "sampling.max_new_tokens": 6,
-    "sampling.temperature": TEMPERATURE,
-    "sampling.batch_size": 4,
-    "dtype": "float32",
-    "device": "cpu",
-    "bootstrap": 50,
-    "heat_maps": 3,
-}
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny_runs.world(tmp_path_factory.mktemp("world"))
-    rows = [{"prompt": f"{tiny.TEXTS[i % 4][: 10 + i]} {i}", "topic": "ab"[i % 2]} for i in range(COUNT)]
-    (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tiny.save_policy(folder / "other", seed=5)
-    common: dict[str, Any] = {"policy": folder / "ending", "sampling.stop": "eos", "steps": 4, "optim.lr": 0.02}
-    assert main(["rl", *tiny_runs.flags(folder, folder / "ppo", **common)]) == 0
-    return folder
-
-
-def flags(world: Path, output: Path, policies: list[Path], *more: str, **changes: Any) -> list[str]:
-    given = SETTINGS | {"prompts": world / "held.jsonl", "output": output} | changes
-    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    return ["--policies", *map(str, policies), *words, *more]
-
-
-JUDGES = ("--judges", "judges:vowels", "judges:of_topic", "--against", "all", "--bucket", "topic")
+    return tiny_comparison.world(tmp_path_factory.mktemp("world"))
 
 
 def config_of(world: Path, output: Path, *more: str) -> EvaluateConfig:
@@ -69,11 +45,6 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "run"
     assert main(["evaluate", *flags(world, output, [world / "ppo", world / "other"], *JUDGES)]) == 0
     return output
-
-
-def figures(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
-    return found
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import tiny_runs
 import trainer_runs
 from commands import Result, run_python
 from hub_server import HubServer
+from label_server import free_port
 
 from apportion.cli.arguments import parse
 from apportion.config import RLConfig
@@ -111,6 +112,8 @@ def test_a_failed_upload_keeps_the_run_and_names_the_command_that_repeats_it(
         ("me/films", "", ("got 'no token'", "hf auth login")),
         ("me/films", "hf_wrong", ("Invalid user token", "a hub that accepts the token")),
         ("me/films", "hf_read", ("may only read", "may write")),
+        ("me/films", "hf_odd", ("KeyError", "a hub that accepts the token", "HF_ENDPOINT")),
+        ("me/films", "hf_away", ("ConnectError", "a hub that accepts the token", "HF_ENDPOINT")),
         ("other/films", "hf_write", ("a repository of me or team", "me/films")),
     ],
 )
@@ -121,7 +124,8 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(
         "import sys\nfrom apportion.training.publish.hub import check_hub\n"
         "try:\n    check_hub(sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"
     )
-    away = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address}
+    endpoint = hub.address if token != "hf_away" else f"http://127.0.0.1:{free_port()}"
+    away = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
     done = run_python("-c", program, repo, cwd=tmp_path, **away, **({"HF_TOKEN": token} if token else {}))
     done.assert_done()
     assert done.out.startswith("push_to_hub: got") and all(piece in done.out for piece in pieces), done.out

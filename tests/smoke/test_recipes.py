@@ -89,6 +89,19 @@ def test_a_stage_that_is_redone_takes_those_that_use_it_along(world: Path, done:
     assert state(world)["reward"]["settings"]["seed"] == 3
 
 
+def test_a_stage_that_could_not_start_over_does_so_later(tmp_path: Path) -> None:
+    """A kill, or a check that fails, before the stage has removed its old run: that one is not the new one."""
+    folder = tiny_recipes.world(tmp_path)
+    assert apportion(folder, "--only", "split").code == 0
+    status = folder / "chain" / "status.json"
+    known = json.loads(status.read_text())
+    before = (folder / "chain" / "split" / "config.yaml").stat().st_mtime_ns
+    known["stages"]["split"] |= {"status": "running", "begun": time.time() + 1}  # as --redo writes it, then a SIGKILL
+    status.write_text(json.dumps(known))
+    assert apportion(folder, "--only", "split").code == 0
+    assert (folder / "chain" / "split" / "config.yaml").stat().st_mtime_ns > before
+
+
 def test_a_changed_file_is_noticed(world: Path, done: Result, tmp_path: Path) -> None:
     copy = tiny_recipes.world(tmp_path)
     assert apportion(copy, "--only", "split").code == 0

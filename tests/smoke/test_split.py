@@ -71,6 +71,19 @@ def test_conversations_that_begin_alike_fall_into_one_part(light: Server, tmp_pa
     assert {beginning(row) for row in files["prompts"]} == trained
 
 
+def test_a_system_turn_that_all_have_is_no_beginning(light: Server, tmp_path: Path) -> None:
+    rows = conversations(30)
+    for row in rows:
+        row["prompt"] = [{"role": "system", "content": "Be brief."}, *row["prompt"]]
+    write(tmp_path / "rows.jsonl", rows)
+    light.run("split", "--data", "rows.jsonl", "--held_out", 6, "--output", "run", cwd=tmp_path).assert_done()
+    held, kept = (
+        {row["prompt"][1]["content"].lower().strip() for row in tiny_runs.read_lines(tmp_path / "run" / name)}
+        for name in ("held_out_rankings.jsonl", "rankings.jsonl")
+    )
+    assert held and kept and not {" ".join(one.split()) for one in held} & {" ".join(one.split()) for one in kept}
+
+
 def test_the_best_answer_is_the_demonstration(light: Server, tmp_path: Path) -> None:
     write(tmp_path / "rankings.jsonl", [*conversations(30), *conversations(30)])
     files = split(light, tmp_path, "--data", "rankings.jsonl", "--held_out", "0")

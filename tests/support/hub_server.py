@@ -10,7 +10,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-TOKENS = {"hf_write": "write", "hf_read": "read"}
+TOKENS = {"hf_write": "write", "hf_read": "read", "hf_odd": "odd"}
 
 
 class HubServer(ThreadingHTTPServer):
@@ -58,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/api/whoami-v2":
             role = TOKENS[self.token]
-            self.answer({"name": "me", "orgs": [{"name": "team"}], "auth": {"accessToken": {"role": role}}})
+            known = {"name": "me", "orgs": [{"name": "team"}], "auth": {"accessToken": {"role": role}}}
+            self.answer({"message": "sign in"} if role == "odd" else known)
         elif (match := re.match(r"/api/models/([^/?]+/[^/?]+)(?:/revision/[^/?]+)?(\?|$)", self.path)) and (
             match[1] in self.server.files
         ):

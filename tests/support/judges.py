@@ -22,6 +22,11 @@ def sometimes(completions: Sequence[Any], **columns: Any) -> list[float | None]:
     return [None if len(text) % 2 else float(len(text)) for text in map(text_of, completions)]
 
 
+def never(completions: Sequence[Any], **columns: Any) -> list[None]:
+    """Return None for every completion: it applies to none."""
+    return [None for _ in completions]
+
+
 def of_topic(completions: Sequence[Any], topic: Sequence[str]) -> list[float]:
     """Return the length, negative where the prompt's topic is b."""
     return [len(text_of(c)) * (-1.0 if t == "b" else 1.0) for c, t in zip(completions, topic, strict=True)]

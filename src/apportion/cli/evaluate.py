@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,14 @@ def _compare(parsed: Parsed[EvaluateConfig]) -> int:
     from apportion.report.comparison.text import comparison_table
     from apportion.stages.evaluate.comparison.compare import compare
 
-    with bar("answered prompts", config.count, {}) as progress:
-        figures = compare(config, fresh=parsed.fresh, on_step=progress.on_step, on_progress=note)
+    with ExitStack() as shown:
+        progress = shown.enter_context(bar("answered prompts", config.count, {}, doing="comparing"))
+
+        def begin(line: str) -> None:
+            shown.close()  # the bar is of the sampling alone
+            note(line)
+
+        figures = compare(config, fresh=parsed.fresh, on_step=progress.on_step, on_progress=begin)
     page = write_comparison(Path(config.output).expanduser())
     sys.stdout.write(comparison_table(figures) + f"{page}\n")
     return 0

@@ -57,8 +57,12 @@ class Bar:
 
 
 @contextmanager
-def bar(label: str, total: int, shown: Mapping[str, str]) -> Iterator[Bar]:
-    """Show a progress bar with elapsed time and time left; `shown` maps metric keys to short names."""
+def bar(label: str, total: int, shown: Mapping[str, str], *, doing: str | None = None) -> Iterator[Bar]:
+    """Show a progress bar with elapsed time and time left; `shown` maps metric keys to short names.
+
+    Args:
+        doing: what is being done meanwhile, where `label` says only what is counted.
+    """
     screen = console()
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
@@ -69,7 +73,10 @@ def bar(label: str, total: int, shown: Mapping[str, str]) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
-    with progress.activity(label), Progress(*columns, console=screen, disable=not screen.is_terminal) as shown_bar:
+    with (
+        progress.activity(doing or label),
+        Progress(*columns, console=screen, disable=not screen.is_terminal) as shown_bar,
+    ):
         yield Bar(shown_bar, label, total, shown)
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from apportion.cli.arguments import show, value_of
 from apportion.cli.terminal import note
 from apportion.cli.threads import configure_threads
-from apportion.config import RLConfig, reward_specs
+from apportion.config import EvaluateConfig, RLConfig
 from apportion.config.chain.kinds import KINDS, outputs_of
 from apportion.config.chain.recipe import Recipe, overridden, read_recipe
 from apportion.config.chain.resolve import Stage, resolve
+from apportion.config.chain.rewards import specs_of
 from apportion.config.schema.section import settings_of, takes_null, takes_text, unknown_setting
 from apportion.errors import ConfigError, unknown_name
 from apportion.system.paths import local_path
@@ -143,15 +144,17 @@ def describe(recipe: Recipe) -> list[str]:
 
 
 def check_methods(recipe: Recipe, stages: Sequence[Stage]) -> None:
-    """Raise ConfigError for rewards and methods of rl stages that do not exist or do not go together."""
+    """Raise ConfigError for rewards, judges and methods that do not exist or do not go together."""
     for stage in stages:
-        if not isinstance(stage.config, RLConfig):
+        if not isinstance(stage.config, RLConfig | EvaluateConfig):
             continue
-        from apportion.cli.rl import check_method
-
         try:
-            reward_specs(stage.config.reward_model, stage.config.rewards)
-            check_method(stage.config)
+            specs_of(stage.config, "rewards")
+            specs_of(stage.config, "judges")
+            if isinstance(stage.config, RLConfig):
+                from apportion.cli.rl import check_method
+
+                check_method(stage.config)
         except ConfigError as error:
             where = recipe.where("stages", stage.name, *error.field.split("."))
             raise ConfigError(where, error.got, error.expected, error.fix) from None
@@ -194,6 +197,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
                 if not rest or rest[0].startswith("--"):
                     raise ConfigError(f"--{name}", "nothing", "a value", f"Write --{name} VALUE.")
                 value = rest.pop(0)
+            if not value.strip(" ,"):
+                raise ConfigError(f"--{name}", value, "a value", f"Write --{name} VALUE, or leave it out.")
             take(found, name, value)
         else:
             raise unknown_name("flag", word, [f"--{one}" for one in (*VALUED, *SWITCHES)])

@@ -58,7 +58,7 @@ KINDS: Mapping[str, Kind] = {
     "dpo": Kind(DPOConfig, ("model", "data", "test_data"), MODEL, "direct preference optimisation"),
     "evaluate": Kind(
         EvaluateConfig,
-        ("policies", "start", "against", "rewards", "judges", "prompts"),
+        ("policies", "start", "rewards", "judges", "prompts"),
         {"figures": "evaluation.json"},
         "policies on held-out prompts",
     ),

@@ -17,7 +17,7 @@ from apportion.errors import ConfigError, unknown_name
 from apportion.system import safe_yaml
 from apportion.system.paths import local_path
 
-NAME = re.compile(r"[A-Za-z_][\w-]*")
+NAME = re.compile(r"[A-Za-z_][\w-]{0,99}")
 KEYS = ("description", "expect", "output", "vars", "stages")
 Keys = tuple[str, ...]  # of nested mappings, from the outermost
 
@@ -163,7 +163,7 @@ def check_name(recipe: Recipe, keys: Keys, name: str) -> None:
     """Raise ConfigError for a name that a reference could not have."""
     if not NAME.fullmatch(name):
         fix = "Use letters, digits, - and _."
-        raise ConfigError(recipe.where(*keys), name, "a name that begins with a letter", fix)
+        raise ConfigError(recipe.where(*keys), name, "a name of at most 100 characters that begins with a letter", fix)
 
 
 def check_once(recipe: Recipe, keys: Keys, values: Mapping[str, Any]) -> None:

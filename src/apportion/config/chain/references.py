@@ -11,12 +11,12 @@ Lookup = Callable[[str], Any]  # what stands between the braces -> its value
 
 
 def replaced(value: Any, lookup: Lookup) -> Any:
-    """Return `value` with its references replaced, in nested mappings and lists as well.
+    """Return `value` with its references replaced, in nested lists and mappings, their keys too.
 
     A text that is one reference becomes the value itself, of any type; one within a longer text becomes text.
     """
     if isinstance(value, Mapping):
-        return {key: replaced(one, lookup) for key, one in value.items()}
+        return {replaced(key, lookup): replaced(one, lookup) for key, one in value.items()}
     if isinstance(value, list):
         return [replaced(one, lookup) for one in value]
     if not isinstance(value, str):

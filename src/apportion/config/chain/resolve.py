@@ -60,11 +60,11 @@ def resolved(recipe: Recipe, spec: StageSpec, before: dict[str, Stage]) -> Stage
                 return output_of(recipe, stage, output, before, field)
             return variable(recipe, name, field)
 
-        inner = settings
-        for key in keys[:-1]:
-            inner = inner.setdefault(key, {})
-        if keys:
-            inner[keys[-1]] = replaced(value, lookup)
+        inner, names = settings, [replaced(key, lookup) for key in keys]
+        for name in names[:-1]:
+            inner = inner.setdefault(name, {})
+        if names:
+            inner[names[-1]] = replaced(value, lookup)
     folder = recipe.output / spec.name
     place: dict[str, Any] = {"output": str(folder)}
     if spec.kind == "label":
@@ -101,7 +101,12 @@ def variable(recipe: Recipe, name: str, field: str) -> Any:
     if recipe.variables[name] is None:
         fix = f"Pass --set {name}=VALUE, or write it in the recipe."
         raise ConfigError(recipe.where("vars", name), None, f"a value: {field.split(': ')[-1]} needs it", fix)
-    return recipe.variables[name]
+    value = recipe.variables[name]
+    nested = next((one for _, one in leaves({"": value}) if "${" in str(one)), None)
+    if nested is not None:
+        fix = "Write it out; only the settings of stages have references."
+        raise ConfigError(recipe.where("vars", name), nested, "a value without a reference", fix)
+    return value
 
 
 def output_of(recipe: Recipe, stage: str, output: str, before: dict[str, Stage], field: str) -> str:
@@ -110,7 +115,13 @@ def output_of(recipe: Recipe, stage: str, output: str, before: dict[str, Stage],
         if any(one.name == stage for one in recipe.stages):
             fix = "Move that stage before this one."
             raise ConfigError(field, f"${{{stage}.{output}}}", "a stage before this one", fix)
+        if not before:
+            fix = "Write ${NAME} for a variable of `vars`, or put the stage that gives it before this one."
+            raise ConfigError(field, f"${{{stage}.{output}}}", "an earlier stage: this is the first", fix)
         raise unknown_name(field, stage, before)
+    if output == "best" and before[stage].kind == "rl" and not before[stage].config.keep_best.every:
+        fix = f"Set {stage}.keep_best.every and {stage}.keep_best.prompts, or use ${{{stage}.model}}."
+        raise ConfigError(field, f"${{{stage}.best}}", "an output of a stage that keeps its best policy", fix)
     if output not in outputs_of(before[stage].kind):
         raise unknown_name(field, f"{stage}.{output}", [f"{stage}.{one}" for one in outputs_of(before[stage].kind)])
     return str(before[stage].output(output))

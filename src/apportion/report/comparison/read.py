@@ -13,7 +13,7 @@ from apportion.errors import DataError
 from apportion.report.style import finite
 from apportion.system.paths import link_outside
 
-FIX = "Run `apportion evaluate --policies …` again with the same --output."
+FIX = "Run `apportion evaluate --policies …` again with the same --output; where it was finished, with --fresh."
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apportion.config import reward_models, reward_specs
+from apportion.config import reward_models
 from apportion.config.chain.kinds import KINDS
 from apportion.config.chain.resolve import Stage
+from apportion.config.chain.rewards import specs_of
 from apportion.data.assets import BUILTIN_DATA, BUILTIN_MODELS
 from apportion.data.formats import has_reader
 from apportion.errors import ConfigError
@@ -54,9 +55,8 @@ def named(stage: Stage, setting: str) -> Iterator[str]:
         value = getattr(value, key, None)
     if value is None or value == "":
         return
-    if setting == "rewards":
-        model = getattr(stage.config, "reward_model", None)
-        for spec in reward_models(reward_specs(model, value)):
+    if setting in ("rewards", "judges"):
+        for spec in reward_models(specs_of(stage.config, setting)):
             yield spec.source
         return
     for one in value if isinstance(value, list) else [value]:

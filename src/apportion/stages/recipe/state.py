@@ -52,7 +52,7 @@ class ChainState:
         None where nothing changed, or the stage was not begun.
         """
         known = self.stages.get(stage.name)
-        if known is None or known["status"] == "stale" or not self.is_begun(stage):
+        if known is None or self.is_stale(stage) or not self.is_begun(stage):
             return None
         if known["kind"] != stage.kind:
             return f"it was `{known['kind']}` and is `{stage.kind}`"
@@ -113,8 +113,15 @@ class ChainState:
         self.write("running")
 
     def is_stale(self, stage: Stage) -> bool:
-        """Whether the stage is to start over."""
-        return self.stages.get(stage.name, {}).get("status") == "stale"
+        """Whether the stage is to start over: as was asked, or as it was about to when it failed or was killed.
+
+        Then its folder still has the end of the run before, which must not pass for that of this one.
+        """
+        known = self.stages.get(stage.name, {})
+        if known.get("status") in (None, "finished", "stale"):
+            return known.get("status") == "stale"
+        run = RunFolder(stage.folder, stage.kind)
+        return stage.kind != "label" and run.finished and (run.path / STATUS).stat().st_mtime < known["begun"]
 
     def write(self, status: str) -> None:
         """Write status.json."""

@@ -108,6 +108,14 @@ def contents(prompt: Any) -> list[str]:
     return [one if isinstance(one := turn.get("content"), str) else canonical_json(one) for turn in prompt]
 
 
+def first_words(prompt: Any) -> str:
+    """Return a prompt in text, or its first turn that is no system's: that one may be the same for everyone."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [turn for turn in prompt if turn.get("role") not in ("system", "developer")]
+    return contents(said or prompt)[0]
+
+
 def divide(rankings: Sequence[Ranking], config: SplitConfig) -> tuple[list[Ranking], list[Ranking]]:
     """Return (training, held-out) rankings: groups of equal beginnings, by hash, until enough prompts are held out.
 
@@ -116,7 +124,7 @@ def divide(rankings: Sequence[Ranking], config: SplitConfig) -> tuple[list[Ranki
     """
     groups: dict[str, list[Ranking]] = {}
     for one in rankings:
-        beginning = " ".join(contents(one.prompt)[0].lower().split())
+        beginning = " ".join(first_words(one.prompt).lower().split())
         groups.setdefault(hashlib.sha256(f"{config.seed}:{beginning}".encode()).hexdigest(), []).append(one)
     training, held_out = list[Ranking](), list[Ranking]()
     prompts, held = set[str](), set[str]()

@@ -14,7 +14,8 @@ from apportion.system.progress import activity
 from apportion.training.run_folder import RunFolder
 
 RECORD = "hub.json"  # in the run folder: where the model was uploaded
-FAILURES = (OSError, ValueError, RuntimeError)  # the hub's client raises kinds of these, for any answer or none
+# what the hub's client raises for any answer or none; the last three where an answer is no hub's
+FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 
 
 def check_hub(repo: str) -> None:
@@ -43,14 +44,16 @@ def check_hub(repo: str) -> None:
         raise ConfigError("push_to_hub", "no token", "a token that may write", fix)
     try:
         account = client().whoami()
-    except FAILURES as error:
-        fix = f"Check the token and the network. {again}"
+        owners = [str(account["name"]), *(str(one["name"]) for one in account.get("orgs") or ())]
+        token = (account.get("auth") or {}).get("accessToken") or {}
+        role = token.get("role")
+    except failures() as error:
+        fix = f"Check the token, the network and HF_ENDPOINT. {again}"
         raise ConfigError("push_to_hub", reason(error), "a hub that accepts the token", fix) from None
-    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    if role == "read":
         fix = "Make a token that may write, in the settings of the account."
         raise ConfigError("push_to_hub", "a token that may only read", "one that may write", fix)
     owner, slash, _ = repo.rpartition("/")
-    owners = [str(account["name"]), *(str(one["name"]) for one in account.get("orgs", ()))]
     if slash and owner not in owners:
         fix = f"Write {owners[0]}/{repo.rpartition('/')[2]}, or use a token of {owner}."
         raise ConfigError("push_to_hub", repo, f"a repository of {' or '.join(owners)}", fix)
@@ -86,10 +89,18 @@ def explained(repo: str, folder: Any, private: bool) -> Iterator[None]:
     """Turn any failure of an upload into a HubError with the command that repeats it."""
     try:
         yield
-    except FAILURES as error:
+    except failures() as error:
         command = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
         fix = f"The model is in {folder}. Upload it with `{shlex.join(command)}`."
         raise HubError("push_to_hub", reason(error), "an upload that succeeds", fix) from error
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return the kinds of errors of the hub's client, with those of a network that is gone."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    network: tuple[Any, ...] = HfHubHTTPError.__bases__  # of the HTTP package that this release of the hub's uses
+    return (*FAILURES, *network)
 
 
 def client() -> Any:

@@ -20,6 +20,7 @@ from apportion.training.run_folder import RunFolder
 STARTS = {"rl": "policy", "sft": "model", "dpo": "model"}  # the setting with the model that a run of a stage began with
 SAMPLES = ("samples.jsonl", "samples.parquet")
 FIXED = ("final", "best", "checkpoints")  # parts of a path that name no policy
+LONGEST = 120  # bytes of a name
 EXPECTED = "the folder of a finished sft, dpo or rl run, a model, or a file of answers"
 
 
@@ -140,10 +141,15 @@ def label(given: str) -> str:
 def _parts(given: str) -> list[str]:
     names = [part for part in PurePath(given).parts if part not in ("/", ".", "..")]
     if names and PurePath(names[-1]).suffix in (".jsonl", ".json", ".parquet", ".arrow", ".gz"):
-        stem = PurePath(names[-1]).name.split(".")[0]
+        stem = re.sub(r"(\.(jsonl|json|parquet|arrow|gz))+$", "", names[-1])
         names = [*names[:-1], *([] if stem == "samples" and len(names) > 1 else [stem])]
     kept = [name for name in names if name not in FIXED] or names
-    return [re.sub(r"[^\w.:-]", "_", name) for name in kept]
+    return [_short(re.sub(r"[^\w.:-]", "_", name)) for name in kept]
+
+
+def _short(name: str) -> str:
+    """Return a name that a file can have with an ending behind it: the middle of a long one is left out."""
+    return name if len(name.encode()) <= LONGEST else f"{name[:12]}…{name[-12:]}"
 
 
 def with_names(entries: Sequence[Entry]) -> list[Entry]:
@@ -153,7 +159,7 @@ def with_names(entries: Sequence[Entry]) -> list[Entry]:
     while len(set(names)) < len(names) and depth < 8:
         depth += 1
         again = [name for name in names if names.count(name) > 1]
-        longer = ["-".join(_parts(one.given)[-depth:]) for one in entries]
+        longer = [_short("-".join(_parts(one.given)[-depth:])) for one in entries]
         names = [new if name in again else name for name, new in zip(names, longer, strict=True)]
     final = [f"{n}-{names[: i + 1].count(n)}" if names.count(n) > 1 else n for i, n in enumerate(names)]
     return [replace(one, name=name) for one, name in zip(entries, final, strict=True)]

@@ -108,17 +108,16 @@ class Table:
             found["length_controlled_win_rate"] = self._controlled(name, self.start, self._difficulty(name))
         return found
 
-    def matrix(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def matrix(self, names: Sequence[str]) -> dict[str, dict[str, dict[str, Any] | None]]:
         """Return the win rate of each of `names` against each other one: {row: {column: figures}}."""
-        return {
-            one: {
-                other: win_rate(wins(self.scores[one], self.scores[other], self.config.tie))
-                | {"length_controlled": self._point(one, other)}
-                for other in names
-                if other != one
-            }
-            for one in names
-        }
+        return {one: {other: self._against(one, other) for other in names if other != one} for one in names}
+
+    def _against(self, one: str, other: str) -> dict[str, Any] | None:
+        """Return the win rate of `one` against `other`; None where no prompt has scores of both."""
+        found = wins(self.scores[one], self.scores[other], self.config.tie)
+        if np.isnan(found.win).all():
+            return None
+        return win_rate(found) | {"length_controlled": self._point(one, other)}
 
     def _point(self, one: str, other: str) -> float | None:
         """Return a length-controlled win rate without an interval, and without the difficulty of prompts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,11 @@ def _checked(row: Row, field: str) -> Row:
     if not isinstance(completions, list) or not completions or not all(isinstance(one, str) for one in completions):
         got = f"{row.where}: completions = {completions!r:.60}"
         raise DataError(field, got, "a list of at least one text", "Write the rows of `apportion sample`.")
+    try:
+        "".join(completions).encode()
+    except UnicodeEncodeError as error:
+        fix = "Write the complete character or remove it."
+        raise DataError(field, f"{row.where}: a lone surrogate in completions", "valid Unicode", fix) from error
     for name in ("completion_ids", "logprobs", "ended"):
         value = row.get(name)
         if value is not None and (not isinstance(value, list) or len(value) != len(completions)):
@@ -76,7 +81,23 @@ def _checked(row: Row, field: str) -> Row:
             raise DataError(
                 field, got, f"a list of {len(completions)}, one a completion", "Fix it, or drop the column."
             )
+        if value is not None and not all(map(PARTS[name], value)):
+            got = f"{row.where}: {name} = {value!r:.60}"
+            raise DataError(field, got, f"{WORDS[name]} for each completion", "Fix it, or drop the column.")
     return row
+
+
+def _is_numbers(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kinds) and not isinstance(one, bool) for one in value)
+
+
+# column -> whether an entry of it can be used, and what an entry is
+PARTS: Mapping[str, Callable[[Any], bool]] = {
+    "completion_ids": lambda value: _is_numbers(value, int),
+    "logprobs": lambda value: _is_numbers(value, (int, float)),
+    "ended": lambda value: value is None or isinstance(value, bool),
+}
+WORDS = {"completion_ids": "a list of token ids", "logprobs": "a list of numbers", "ended": "true, false or null"}
 
 
 def given_answers(rows: Sequence[Row], prompts: Sequence[Sequence[int]], tokenizer: Any) -> Answers:
@@ -114,6 +135,20 @@ def _is_of(row: Row, prompt: Sequence[int], tokenizer: Any) -> bool:
 
 def _fits(logprobs: Any, ids: Sequence[Sequence[int]]) -> bool:
     return logprobs is not None and [len(one) for one in logprobs] == [len(one) for one in ids]
+
+
+def check_positions(
+    field: str, entry: Entry, answers: Answers, prompts: Sequence[Sequence[int]], context: int | None
+) -> None:
+    """Raise DataError where a prompt and an answer of `entry` have more tokens than the start has positions for."""
+    if context is None:
+        return
+    for number, (prompt, group) in enumerate(zip(prompts, answers.ids, strict=True), 1):
+        longest = max(map(len, group), default=0)
+        if len(prompt) + longest > context:
+            got = f"{entry.given}: an answer to prompt {number} of {longest} tokens, behind {len(prompt)} of the prompt"
+            fix = "Leave long prompts out, cut the answers, or use a start with a longer context."
+            raise DataError(field, got, f"at most {context} tokens in all, the start's context", fix)
 
 
 def encode_answers(

@@ -11,11 +11,11 @@ import torch
 from apportion.batching import micro_batches, trim
 from apportion.errors import ScoreError
 from apportion.generation.given import given_rollouts
-from apportion.models.loading import pick_device, pick_dtype
+from apportion.models.loading import context_of, pick_device, pick_dtype
 from apportion.models.policy import Policy, frozen_policy
 from apportion.models.tokenizers import load_tokenizer
 from apportion.stages.evaluate.comparison.entries import Entry
-from apportion.stages.evaluate.comparison.given import Answers
+from apportion.stages.evaluate.comparison.given import Answers, check_positions
 from apportion.stages.evaluate.comparison.opening import Comparison
 from apportion.stages.evaluate.comparison.store import stored
 from apportion.system.progress import counted
@@ -40,7 +40,7 @@ def own_logprobs(comparison: Comparison, answers: Mapping[str, Answers]) -> dict
                 policy = load(comparison, one)
                 return _rows(policy, comparison.rows[one.name], given, f"log-probabilities of {one.name}")
 
-            rows = stored(comparison.run, f"logprobs/{one.name}.own.jsonl", make)
+            rows = stored(comparison.run, f"logprobs/{one.name}.own.jsonl", make, len(comparison.contents))
             found[one.name] = [row["logprobs"] for row in rows]
     return found
 
@@ -54,12 +54,14 @@ def start_logprobs(comparison: Comparison, answers: Mapping[str, Answers]) -> di
     for one in comparison.everyone:
 
         def make(one: Entry = one) -> Any:
+            field, context = comparison.field(one), context_of(comparison.start.folder, "start")
+            check_positions(field, one, answers[one.name], comparison.rows[comparison.start.name], context)
             if not loaded:
                 loaded.append(load(comparison, comparison.start))
             rows = comparison.rows[comparison.start.name]
             return _rows(loaded[0], rows, answers[one.name], f"{one.name} under the start")
 
-        rows = stored(comparison.run, f"logprobs/{one.name}.start.jsonl", make)
+        rows = stored(comparison.run, f"logprobs/{one.name}.start.jsonl", make, len(comparison.contents))
         found[one.name] = [row["logprobs"] for row in rows]
     return found
 

@@ -92,7 +92,13 @@ def _judge_specs(config: EvaluateConfig) -> list[RewardSpec | None]:
     if settings is not None:
         raise ConfigError(f"judges.{IMDB}", next(iter(settings)), "no settings", "Remove it: it has none.")
     others = [{name: kwargs} for name, kwargs in pairs if name != IMDB]
-    specs = iter(reward_specs(None, others, "judges") if others else ())
+    opened = reward_specs(None, others, "judges") if others else []
+    for spec in opened:
+        for key, value, default in (("weight", spec.weight, 1.0), ("normalise", spec.normalise, None)):
+            if value != default:
+                fix = "Remove it, or give this one as --rewards, whose weighted sum is a measure."
+                raise ConfigError(f"judges.{spec.source}.{key}", value, "none: each judge is a measure by itself", fix)
+    specs = iter(opened)
     found = [None if name == IMDB else next(specs) for name, _ in pairs]
     names = [IMDB if spec is None else spec.name for spec in found]
     twice = next((name for name in names if names.count(name) > 1), None)

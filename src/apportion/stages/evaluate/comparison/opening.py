@@ -19,7 +19,7 @@ from apportion.models.reward.loading import same_vocabulary
 from apportion.models.tokenizers import load_tokenizer
 from apportion.stages.evaluate.comparison.buckets import Bucket, open_buckets
 from apportion.stages.evaluate.comparison.entries import Entry, open_entries
-from apportion.stages.evaluate.comparison.given import read_given
+from apportion.stages.evaluate.comparison.given import check_positions, given_answers, read_given
 from apportion.stages.evaluate.comparison.measures import Measure, open_measures
 from apportion.training.run_folder import RunFolder
 
@@ -93,6 +93,9 @@ def open_comparison(config: EvaluateConfig, run: RunFolder) -> Comparison:
             foreign.add(one.name)
     wanted = {"temperature": sampling.temperature}
     given = {one.name: read_given(_field(one, start), one, contents, wanted) for one in everyone if not one.is_model}
+    for one in (one for one in everyone if one.name in given and start.is_model):
+        answers = given_answers(given[one.name], prompts.rows, tokenizer)
+        check_positions(_field(one, start), one, answers, prompts.rows, limits["context"])
     buckets = open_buckets(config.bucket, prompts)
     return Comparison(
         config, run, start, policies, tokenizer, prompts, contents, sampling, measures, buckets, given, rows,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from apportion.config import SampleConfig
 from apportion.data.conversations import Conversation
+from apportion.errors import DataError
 from apportion.stages.evaluate.comparison.given import Answers, encode_answers, given_answers
 from apportion.stages.evaluate.comparison.opening import Comparison
-from apportion.stages.evaluate.comparison.store import stored
+from apportion.stages.evaluate.comparison.store import read_lines, stored
 from apportion.stages.sample.sample import sample_answers
 from apportion.system.progress import Activity, activity
 from apportion.training.run_folder import RunFolder
@@ -26,9 +28,14 @@ def all_answers(comparison: Comparison, on_step: ProgressCallback) -> dict[str, 
         on_step: called after each batch with (prompts answered by all models so far, all of them, {}).
 
     Raises:
+        DataError: other prompts than those that an interrupted comparison has answers to.
         Interrupted: a signal came; all finished batches are kept.
     """
-    stored(comparison.run, PROMPTS, lambda: [_prompt(comparison, i) for i in range(len(comparison.contents))])
+    prompts = json.loads(json.dumps([_prompt(comparison, i) for i in range(len(comparison.contents))]))
+    if stored(comparison.run, PROMPTS, lambda: prompts) != prompts:
+        got = f"{comparison.config.prompts}, whose prompts are not those of {comparison.run.path / PROMPTS}"
+        fix = "Choose another --output, or pass --fresh to start over with the new prompts."
+        raise DataError("prompts", got, "the prompts with which the comparison was begun", fix)
     models = [one for one in comparison.everyone if one.is_model]
     count, found = len(comparison.contents), dict[str, Answers]()
     with activity("sampling", len(models) * count, unit="answered prompt") as entry:
@@ -84,9 +91,9 @@ def _prompt(comparison: Comparison, place: int) -> dict[str, Any]:
     return row
 
 
-def _sampled(comparison: Comparison, name: str, path: Any) -> Answers:
-    with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+def _sampled(comparison: Comparison, name: str, path: Path) -> Answers:
+    fix = f"Remove {path.parent}, and this policy is sampled again."
+    rows = read_lines(path, len(comparison.contents), fix)
     texts, ended = [row["completions"] for row in rows], [row["ended"] for row in rows]
     if name in comparison.foreign:
         return Answers(texts, encode_answers(texts, ended, comparison.tokenizer), False, ended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from apportion.models.reward import RewardModel, check_length, load_reward
 from apportion.models.text.token_spans import PolicyText
 from apportion.rewards import Rewards
 from apportion.rewards.model import ModelSource
+from apportion.stages.evaluate.comparison.entries import LONGEST
 from apportion.stages.evaluate.comparison.given import Answers
 from apportion.stages.evaluate.comparison.heat_maps import FILE as CREDIT
 from apportion.stages.evaluate.comparison.heat_maps import credit_rows, token_rows
@@ -82,13 +84,18 @@ def all_scores(comparison: Comparison, answers: Mapping[str, Answers]) -> dict[s
             with activity(f"scoring by {measure.key}"):
                 return distinct.spread(_values(comparison, measure, distinct, answers), answers)
 
-        rows = stored(comparison.run, f"scores/{measure.key.replace('/', '.')}.jsonl", make)
+        rows = stored(comparison.run, f"scores/{_file_name(measure.key)}.jsonl", make, len(comparison.contents))
         found[measure.key] = {name: [row[name] for row in rows] for name in answers}
     if comparison.config.heat_maps:
         stored(comparison.run, CREDIT, lambda: token_rows(comparison, answers))
     for measure in (one for one in comparison.measures if one.parts):
         found[measure.key] = _sums(measure, found, answers)
     return {measure.key: found[measure.key] for measure in comparison.measures}
+
+
+def _file_name(key: str) -> str:
+    name = key.replace("/", ".")
+    return name if len(name.encode()) <= LONGEST else f"{name[:12]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def _sums(measure: Measure, found: Mapping[str, Scores], answers: Mapping[str, Answers]) -> Scores:
@@ -115,7 +122,7 @@ def _values(
     models = scoring_models(comparison)
     rewards = measure.rewards
     if measure.folder is not None:
-        reward = load_judge(comparison, measure)
+        reward = load_judge(comparison, measure, max(map(len, distinct.ids), default=0))
         rewards = Rewards([measure.spec], {measure.spec.name: ModelSource(measure.spec.name, reward)})
         if comparison.config.heat_maps:
             stored(comparison.run, CREDIT, lambda: credit_rows(comparison, measure, models, reward, answers))
@@ -139,15 +146,19 @@ def scoring_models(comparison: Comparison) -> Models:
     return models
 
 
-def load_judge(comparison: Comparison, measure: Measure) -> RewardModel:
-    """Return the reward model of a measure, which scores the comparison's ids or their text."""
+def load_judge(comparison: Comparison, measure: Measure, longest: int) -> RewardModel:
+    """Return the reward model of a measure, which scores the comparison's ids or their text.
+
+    Args:
+        longest: tokens of the longest answer; given ones may have more than `sampling.max_new_tokens`.
+    """
     config = comparison.config
     text = PolicyText(comparison.tokenizer, comparison.prompts.conversations, cuts=comparison.sampling.stop == "eos")
     assert measure.folder is not None
     loading: dict[str, Any] = {"dtype": "float32", "device": config.device, "pad_token": config.pad_token}
     loading |= {"fast_kernels": config.fast_kernels, "positive": config.positive_label, "field": measure.setting}
     reward = load_reward(measure.folder, **loading, policy=text)
-    check_length(measure.setting, reward, comparison.prompts.rows, comparison.sampling.max_new_tokens)
+    check_length(measure.setting, reward, comparison.prompts.rows, longest)
     return reward
 
 
