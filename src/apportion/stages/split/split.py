@@ -112,8 +112,8 @@ def first_words(prompt: Any) -> str:
     """Return a prompt in text, or its first turn that is no system's: that one may be the same for everyone."""
     if isinstance(prompt, str):
         return prompt
-    said = [turn for turn in prompt if turn.get("role") not in ("system", "developer")]
-    return contents(said or prompt)[0]
+    turns = [turn for turn in prompt if turn.get("role") not in ("system", "developer")]
+    return contents(turns or prompt)[0]
 
 
 def divide(rankings: Sequence[Ranking], config: SplitConfig) -> tuple[list[Ranking], list[Ranking]]:
